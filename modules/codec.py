@@ -1,0 +1,297 @@
+"""The codec: transforms around a hierarchical progressive context model (HPCM, ICCV 2025; phases per SPEC §6)."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from compressai.ans import RansDecoder
+from compressai.models import CompressionModel
+from compressai.ops import quantize_ste
+from compressai.registry import register_model
+from torch import Tensor, nn
+
+from modules.attention import CrossAttentionCell
+from modules.coders import CodingTables, Decoder, Encoder, Estimator
+from modules.config import Attention, Fusion, HPCMConfig, Prior, preset_config
+from modules.entropy import GeneralizedGaussian
+from modules.entropy import scale_table as default_scale_table
+from modules.hierarchy import Step, from_rows, hierarchy, to_rows
+from modules.priors import DWConvSpatialPrior
+from modules.rwkv import RWKVComponent, RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
+from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
+
+CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
+"""Codes the rows of a step, given their scales and means, each (B, R, M/8), and returns ŷ there."""
+
+_TABLES = ("scale_table", "quantized_cdf_z", "cdf_length_z", "offset_z", "quantized_cdf_y", "cdf_length_y", "offset_y")
+
+
+class Noise(NamedTuple):
+    """Additive uniform noise U(−½, ½) of one training step: `y` (B, M, h, w) and `z` (B, N, h/4, w/4)."""
+
+    y: Tensor
+    z: Tensor
+
+
+def _attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module | None:
+    if kind == "none":
+        return None
+    if kind == "rwkv":
+        return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale])
+    return CrossAttentionCell(2 * config.M, config.heads, config.windows[scale])
+
+
+def _fusion(kind: Fusion, config: HPCMConfig) -> nn.Module:
+    if kind == "rwkv":
+        return RWKVFusionNet(2 * config.M, config.fusion_blocks, config.fusion_hidden_rate)
+    return nn.Conv2d(2 * config.M, 2 * config.M, 1)
+
+
+def _prior(kind: Prior, config: HPCMConfig, scale: int) -> nn.Module:
+    if kind == "dwconv":
+        return DWConvSpatialPrior(config.M, config.prior_depths[scale])
+    prior = (RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3)[scale]
+    return prior(config.M, config.prior_blocks[scale], config.prior_hidden_rate)
+
+
+@register_model("hpcm")
+class HPCM(CompressionModel):
+    """A learned image codec whose latent is coded at three scales in eleven steps.
+
+    A phase is a choice of components in `config`; names of parameters and buffers are the published checkpoints'.
+    """
+
+    scale_table: Tensor
+    quantized_cdf_z: Tensor
+    cdf_length_z: Tensor
+    offset_z: Tensor
+    quantized_cdf_y: Tensor
+    cdf_length_y: Tensor
+    offset_y: Tensor
+
+    def __init__(self, config: HPCMConfig | None = None):
+        super().__init__()
+        self.config = config = config or HPCMConfig()
+        M, N = config.M, config.N
+        self.means_hyper = nn.Parameter(torch.zeros(1, N, 1, 1))
+        self.scales_hyper = nn.Parameter(torch.ones(1, N, 1, 1))
+        for name in _TABLES:
+            dtype = torch.float32 if name == "scale_table" else torch.int32
+            self.register_buffer(name, torch.empty(0, dtype=dtype))
+        self.entropy_estimation = GeneralizedGaussian()
+
+        self.g_a = AnalysisTransform(M, config.widths, config.depths)
+        self.g_s = SynthesisTransform(M, config.widths, config.depths)
+        self.h_a = HyperAnalysis(M, N)
+        self.h_s = HyperSynthesis(M, N)
+
+        self.y_spatial_prior_adaptor_list_s1 = self._adaptors(1)
+        self.y_spatial_prior_adaptor_list_s2 = self._adaptors(3)
+        self.y_spatial_prior_adaptor_list_s3 = self._adaptors(6)
+        self.y_spatial_prior_s1_s2 = _prior(config.y_spatial_prior_s1_s2, config, 0)
+        self.y_spatial_prior_s3 = _prior(config.y_spatial_prior_s3, config, 1)
+        self.adaptive_params_list = nn.ParameterList(torch.ones(1, 3 * M, 1, 1) for _ in range(10))
+        self.attn_s1, self.attn_s2, self.attn_s3 = (
+            _attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
+        )
+        self.context_net = nn.ModuleList(_fusion(config.context_net, config) for _ in range(2))
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_preset(cls, name: str, phase: int = 0, **overrides: Any) -> "HPCM":
+        """Build preset `base`, `large`, `phi-context` or `tiny` at phase 0 (Baseline) to 4, untrained."""
+        return cls(preset_config(name, phase, **overrides))
+
+    def _adaptors(self, count: int) -> nn.ModuleList:
+        channels = 3 * self.config.M
+        return nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(count))
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Images are padded to multiples of this many pixels: 128, or more where attention windows need it."""
+        needed = [8]
+        for scale, attention in enumerate((self.attn_s1, self.attn_s2, self.attn_s3)):
+            window = getattr(attention, "window", 1)
+            needed.append(window << (2 - scale))
+        return 16 * math.lcm(*needed)
+
+    def rwkv_components(self) -> dict[str, RWKVComponent]:
+        """The RWKV components by name."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, RWKVComponent)}
+
+    def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, padding included."""
+        factor = self.downsampling_factor
+        h, w = (-(-size // factor) * factor // 16 for size in (height, width))
+        return (self.config.M, h, w), (self.config.N, h // 4, w // 4)
+
+    def forward(
+        self,
+        images: Tensor,
+        training: bool | None = None,
+        noise: Noise | None = None,
+        reconstruct: bool = True,
+    ) -> dict[str, Any]:
+        """Code `images` (B, 3, H, W) in [0, 1]; any H and W.
+
+        `training` (by default the module's own mode) selects straight-through rounding with noisy likelihoods;
+        `noise` fixes that noise. Returns `x_hat` (B, 3, H, W), unclipped (None unless `reconstruct`), `y_hat` and
+        `scales` (B, M, h, w), and `likelihoods` with `y` (B, M, h, w) and `z` (B, N, h/4, w/4).
+        """
+        training = self.training if training is None else training
+        padded = self._pad(images)
+        y = self.g_a(padded).to(images.dtype)
+        z_residual = self.h_a(y).to(images.dtype) - self.means_hyper
+        z_hat = (quantize_ste(z_residual) if training else z_residual.round()) + self.means_hyper
+        hyper = self.h_s(z_hat).to(images.dtype)
+
+        estimator = Estimator(to_rows(y, self.config.M // 8), training)
+        y_hat = self._walk(hyper, estimator)
+        residual, scales = (
+            from_rows(rows, *y.shape[2:]) for rows in estimator.collected(hierarchy(*y.shape[2:], y.device).restore)
+        )
+        if training:
+            if noise is None:
+                noise = Noise(torch.rand_like(residual) - 0.5, torch.rand_like(z_residual) - 0.5)
+            residual, z_residual = residual + noise.y, z_residual + noise.z
+        else:
+            residual, z_residual = residual.round(), z_residual.round()
+        likelihoods = {
+            "y": self.entropy_estimation(residual, scales),
+            "z": self.entropy_estimation(z_residual, self.scales_hyper),
+        }
+        x_hat = self._crop(self.g_s(y_hat), images.shape[2:]) if reconstruct else None
+        return {"x_hat": x_hat, "y_hat": y_hat, "scales": scales, "likelihoods": likelihoods}
+
+    def _pad(self, images: Tensor) -> Tensor:
+        factor = self.downsampling_factor
+        bottom, right = (-size % factor for size in images.shape[2:])
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
+        return images.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def _crop(x: Tensor, size: torch.Size) -> Tensor:
+        return x[:, :, : size[0], : size[1]]
+
+    def _walk(self, hyper: Tensor, code: CodeStep) -> Tensor:
+        """Walk the hierarchy, coding each step with `code`; hyper (B, 2M, h, w) to ŷ (B, M, h, w)."""
+        eighth = self.config.M // 8
+        hyper_rows = to_rows(hyper, eighth)
+        context_rows = y_rows = hyper_rows[:, :0]
+        adaptive = iter(self.adaptive_params_list)
+        scales = hierarchy(*hyper.shape[2:], hyper.device).scales
+        for number, scale in enumerate(scales):
+            size = scale.height, scale.width
+            adaptors, prior, attention = self._components(number)
+            context = from_rows(
+                torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size
+            )
+            if number > 0:
+                context = self.context_net[number - 1](context).to(hyper.dtype)
+            empty = hyper.new_zeros(len(hyper), size[0] * size[1] * 8, eighth)
+            y_rows = empty.index_copy(1, scale.coarser, y_rows)
+            parameters = context
+            for step in scale.steps:
+                if step.adaptor is not None:
+                    decoded = torch.cat((context, from_rows(y_rows, *size)), dim=1)
+                    parameters = prior(adaptors[step.adaptor](decoded), next(adaptive)).to(hyper.dtype)
+                    if step is scales[-1].steps[-1]:
+                        pass  # Nobody reads the context after the last step.
+                    elif attention is None:
+                        context = parameters
+                    else:
+                        context = attention(parameters, context).to(hyper.dtype)
+                step_scales, means = to_rows(parameters, eighth).index_select(1, step.parameters).chunk(2, dim=1)
+                y_rows = y_rows.index_copy(1, step.local, code(step, step_scales, means))
+            context_rows = to_rows(context, eighth)
+        return from_rows(y_rows, *size)
+
+    def _components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module | None]:
+        return (
+            (self.y_spatial_prior_adaptor_list_s1, self.y_spatial_prior_s1_s2, self.attn_s1),
+            (self.y_spatial_prior_adaptor_list_s2, self.y_spatial_prior_s1_s2, self.attn_s2),
+            (self.y_spatial_prior_adaptor_list_s3, self.y_spatial_prior_s3, self.attn_s3),
+        )[scale]
+
+    def update(self, scale_table: Tensor | None = None, force: bool = False, update_quantiles: bool = False) -> bool:
+        """Build the coding tables from the weights; returns whether anything was built.
+
+        Needed once after loading or training. The parameters are those of `CompressionModel.update`;
+        `update_quantiles` has no meaning here.
+        """
+        if len(self.scale_table) and not force:
+            return False
+        table = default_scale_table() if scale_table is None else scale_table
+        built = [table, *self.entropy_estimation.tables(self.scales_hyper.detach().flatten().cpu())]
+        built += self.entropy_estimation.tables(table.cpu())
+        for name, value in zip(_TABLES, built, strict=True):
+            setattr(self, name, value.to(self.means_hyper.device))
+        return True
+
+    @torch.no_grad()
+    def compress(self, x: Tensor) -> dict[str, Any]:
+        """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W)."""
+        tables_y, tables_z = self._coding_tables()
+        strings_y, strings_z = [], []
+        for image in x.split(1):  # One at a time: a decoder need not know what an image was batched with.
+            y = self.g_a(self._pad(image)).to(x.dtype)
+            symbols = (self.h_a(y).to(x.dtype) - self.means_hyper).round()
+            strings_z.append(tables_z.encode(symbols.int(), self._z_indexes(symbols)))
+            encoder = Encoder(to_rows(y, self.config.M // 8), self.scale_table)
+            self._walk(self.h_s(symbols + self.means_hyper).to(x.dtype), encoder)
+            strings_y.append(encoder.string(tables_y))
+        return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
+
+    @torch.no_grad()
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1]."""
+        tables_y, tables_z = self._coding_tables()
+        images = []
+        for string_y, string_z in zip(*strings, strict=True):
+            z_shape = (1, *self.latent_shapes(*shape)[1])
+            stream = RansDecoder()
+            stream.set_stream(string_z)
+            symbols = tables_z.decode(stream, self._z_indexes(self.means_hyper.expand(z_shape)))
+            hyper = self.h_s((symbols + self.means_hyper).contiguous(memory_format=torch.channels_last))
+            decoder = Decoder(string_y, tables_y, self.scale_table)
+            y_hat = self._walk(hyper.to(self.means_hyper.dtype), decoder)
+            images.append(self._crop(self.g_s(y_hat), torch.Size(shape)).clamp(0, 1))
+        return {"x_hat": torch.cat(images)}
+
+    def _coding_tables(self) -> tuple[CodingTables, CodingTables]:
+        if not len(self.scale_table):
+            raise RuntimeError("the coding tables are not built: call update() after loading or training")
+        return (
+            CodingTables.from_buffers(self.quantized_cdf_y, self.cdf_length_y, self.offset_y),
+            CodingTables.from_buffers(self.quantized_cdf_z, self.cdf_length_z, self.offset_z),
+        )
+
+    @staticmethod
+    def _z_indexes(z: Tensor) -> Tensor:
+        return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1).expand_as(z)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; coding tables may be built or empty on either side."""
+        for name in _TABLES:
+            if name in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[name].shape))
+        return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
+
+
+def _named(name: str, phase: int) -> Callable[..., HPCM]:
+    def build(**overrides: Any) -> HPCM:
+        return HPCM.from_preset("base", phase, **overrides)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"HPCM-Base at phase {phase}, untrained; keywords override fields of `HPCMConfig`."
+    return build
+
+
+HPCM_Baseline = _named("HPCM_Baseline", 0)
+HPCM_Phase1 = _named("HPCM_Phase1", 1)
+HPCM_Phase2 = _named("HPCM_Phase2", 2)
+HPCM_Phase3 = _named("HPCM_Phase3", 3)
+HPCM_Phase4 = _named("HPCM_Phase4", 4)

@@ -1,0 +1,83 @@
+"""Generalised Gaussian entropy model: likelihoods, and the tables of the range coder (SPEC: shape β = 1.5)."""
+
+import math
+from typing import Any
+
+import torch
+from compressai.entropy_models.entropy_models import pmf_to_quantized_cdf
+from compressai.ops import LowerBound
+from torch import Tensor, nn
+
+SCALE_BOUND = 0.12
+LIKELIHOOD_BOUND = 1e-9
+TAIL_MASS = 1e-6
+"""Probability that a coding table leaves to its escape symbol, both tails together."""
+
+
+class _StandardCDF(torch.autograd.Function):
+    """CDF(v) = (1 + sign(v)·P(1/β, |v|^β)) / 2, with the density as its gradient in v (PyTorch's own is NaN at 0)."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.beta = beta
+        return _standard_cdf(v, beta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (v,) = ctx.saved_tensors
+        density = 0.5 * ctx.beta * torch.exp(-(v.abs() ** ctx.beta) - math.lgamma(1 / ctx.beta))
+        return grads[0] * density, None
+
+
+def _standard_cdf(v: Tensor, beta: float) -> Tensor:
+    return 0.5 * (1 + v.sign() * torch.special.gammainc(torch.full_like(v, 1 / beta), v.abs() ** beta))
+
+
+class GeneralizedGaussian(nn.Module):
+    """The distribution of residuals: shape β, scale at least 0.12, likelihood at least 1e-9."""
+
+    def __init__(self, beta: float = 1.5):
+        super().__init__()
+        self._shape = beta
+        self.register_buffer("beta", torch.tensor([beta]))
+        self.scale_lower_bound = LowerBound(SCALE_BOUND)
+        self.likelihood_lower_bound = LowerBound(LIKELIHOOD_BOUND)
+
+    def forward(self, residual: Tensor, scales: Tensor) -> Tensor:
+        """Probability mass of the unit interval around `residual`; all three of one shape, or broadcast."""
+        scales = self.scale_lower_bound(scales)
+        upper = _StandardCDF.apply((residual + 0.5) / scales, self._shape)
+        lower = _StandardCDF.apply((residual - 0.5) / scales, self._shape)
+        return self.likelihood_lower_bound(upper - lower)
+
+    def quantile(self, tail: float) -> float:
+        """The v at which the standard distribution's upper tail holds `tail` of the mass."""
+        low, high = torch.zeros((), dtype=torch.float64), torch.full((), 64.0, dtype=torch.float64)
+        shape = torch.full((), 1 / self._shape, dtype=torch.float64)
+        for _ in range(80):
+            middle = (low + high) / 2
+            above = 0.5 * torch.special.gammaincc(shape, middle**self._shape) > tail
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return float(high)
+
+    def tables(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coding tables for (n,) scales: quantised CDFs (n, longest), their lengths (n,) and offsets (n,), int32.
+
+        A table covers −c … c with c = ⌈scale · quantile⌉; the mass outside is one escape symbol at its end.
+        """
+        scales = scales.double().clamp_min(SCALE_BOUND)
+        reach = torch.ceil(scales * self.quantile(TAIL_MASS / 2)).int()
+        cdfs = torch.zeros(len(scales), 2 * int(reach.max()) + 3, dtype=torch.int32)
+        for row, scale, c in zip(cdfs, scales, reach.tolist(), strict=True):
+            symbols = torch.arange(-c, c + 1, dtype=torch.float64)
+            mass = _standard_cdf((symbols + 0.5) / scale, self._shape)
+            mass = mass - _standard_cdf((symbols - 0.5) / scale, self._shape)
+            escape = (1 - mass.sum()).clamp_min(0)
+            row[: 2 * c + 3] = pmf_to_quantized_cdf(torch.cat((mass, escape[None])), 16)
+        return cdfs, 2 * reach + 3, -reach
+
+
+def scale_table(levels: int = 60, lowest: float = SCALE_BOUND, highest: float = 64.0) -> Tensor:
+    """The scales that have a coding table, log-spaced, (levels,) float32."""
+    return torch.exp(torch.linspace(math.log(lowest), math.log(highest), levels))

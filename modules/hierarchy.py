@@ -1,0 +1,182 @@
+"""The order in which the latent is coded: three scales, eleven steps, as row indices (HPCM, ICCV 2025, section 3.2).
+
+In channels-last layout a latent (B, M, H, W) is a list of *rows*: row p·8 + e holds eighth e of the channels at
+position p (reading order). The scale grids, the step masks and the way up a scale all move whole rows, so each is
+one precomputed index. A tensor of 2M channels (scales, then means) has rows p·16 + half·8 + e.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+EIGHTHS = 8
+
+# Where each eighth of y's channels lies on the finest grid (s2 from y), then on the s2 grid (s1 from s2).
+_S2_OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0), (0, 0), (1, 1), (0, 1), (1, 0))
+_S1_OFFSETS = ((0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 0), (1, 1), (1, 1))
+
+# Which channel group a position of the cell codes, per step; s1 halves, s2 quarters (of 2×2 cells).
+_S1_STEPS = (((0, 1), (1, 0)), ((1, 0), (0, 1)))
+_S2_STEPS = (((3, 2), (1, 0)), ((2, 3), (0, 1)), ((1, 0), (3, 2)))
+
+# s3 codes in 4×4 cells: the pattern that holds each position, and the pattern of each eighth at steps 2 … 7.
+_S3_PATTERNS = ((0, 4, 1, 5), (6, 2, 7, 3), (1, 5, 0, 4), (7, 3, 6, 2))
+_S3_STEPS = (
+    (2, 4, 6, 0, 3, 5, 7, 1),
+    (3, 5, 7, 1, 2, 4, 6, 0),
+    (4, 6, 0, 2, 5, 7, 1, 3),
+    (5, 7, 1, 3, 4, 6, 0, 2),
+    (6, 0, 2, 4, 7, 1, 3, 5),
+    (7, 1, 3, 5, 6, 0, 2, 4),
+)
+
+# The published weights were trained with these adaptors in this order.
+_ADAPTORS = ((None, 0), (2, 0, 1), (5, 0, 1, 2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One coding step. Rows run position by position, so they fold into (B, h, w, channels of a group)."""
+
+    rows: Tensor
+    """(R,) the rows of y that this step codes."""
+    local: Tensor
+    """(R,) the same rows on the step's own grid."""
+    parameters: Tensor
+    """(2R,) the rows of the step's scales, then of its means, in a 2M-channel tensor of its grid."""
+    adaptor: int | None
+    """Index into the scale's adaptors; None where the hyper-prior codes directly."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One grid of the hierarchy."""
+
+    height: int
+    width: int
+    context: Tensor
+    """(16·h·w,) where each row of the starting context comes from, in the rows of (coarser context, hyper-prior)."""
+    coarser: Tensor
+    """(R,) the rows of this grid that the coarser scale has coded; empty for s1."""
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Three scales, coarse to fine, for one size of latent."""
+
+    scales: tuple[Scale, Scale, Scale]
+    restore: Tensor
+    """(8·H·W,) takes the rows coded by all steps, concatenated, back to the order of y."""
+
+
+def to_rows(x: Tensor, channels: int) -> Tensor:
+    """View (B, C, H, W), channels-last, as rows (B, H·W·C/channels, channels)."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels)
+
+
+def from_rows(rows: Tensor, height: int, width: int) -> Tensor:
+    """View rows (B, R, c) as the channels-last tensor (B, R·c/(H·W), H, W)."""
+    return rows.reshape(rows.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+def hierarchy(height: int, width: int, device: torch.device) -> Hierarchy:
+    """The index tables of a latent of height × width, both multiples of 8; cached per size and device."""
+    # A table built in inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False):
+        return _build(height, width, device)
+
+
+def _build(height: int, width: int, device: torch.device) -> Hierarchy:
+    sizes = [(height >> shift, width >> shift) for shift in (2, 1, 0)]
+    s2_in_y = _polyphase(*sizes[1], _S2_OFFSETS)
+    s1_in_s2 = _polyphase(*sizes[0], _S1_OFFSETS)
+    rows_in_y = (s2_in_y[s1_in_s2], s2_in_y, torch.arange(height * width * EIGHTHS))
+    coarser = (torch.empty(0, dtype=torch.long), s1_in_s2, s2_in_y)
+    hyper_fill = (
+        (torch.arange(len(rows_in_y[0])), torch.arange(len(rows_in_y[0]))),
+        _misplaced_hyper_rows(*sizes[1]),
+        _kept_hyper_rows(len(rows_in_y[2]), s2_in_y),
+    )
+    s3_groups = _s3_step_groups()
+    groups = (_S1_STEPS, _S2_STEPS, s3_groups)
+
+    scales = []
+    for index, (h, w) in enumerate(sizes):
+        source, destination = hyper_fill[index]
+        steps = tuple(
+            _step(_tile(cell, h, w), max(map(max, cell)) + 1, rows_in_y[index], adaptor, device)
+            for cell, adaptor in zip(groups[index], _ADAPTORS[index], strict=True)
+        )
+        context = torch.full((len(rows_in_y[index]) * 2,), -1, dtype=torch.long)
+        coded = _both_halves(coarser[index])
+        context[coded] = torch.arange(len(coded))
+        context[_both_halves(destination)] = len(coded) + _both_halves(rows_in_y[index][source])
+        scales.append(Scale(h, w, context.to(device), coarser[index].to(device), steps))
+
+    order = torch.cat([step.rows for scale in scales for step in scale.steps])
+    return Hierarchy((scales[0], scales[1], scales[2]), torch.argsort(order))
+
+
+def _polyphase(h: int, w: int, offsets: tuple[tuple[int, int], ...]) -> Tensor:
+    """Rows of the twice finer grid that make up a grid of h × w, in its own row order."""
+    row, column = torch.tensor(offsets).unbind(1)
+    y = 2 * torch.arange(h)[:, None, None] + row
+    x = 2 * torch.arange(w)[None, :, None] + column
+    return ((y * 2 * w + x) * EIGHTHS + torch.arange(EIGHTHS)).flatten()
+
+
+def _both_halves(rows: Tensor) -> Tensor:
+    """These rows in both halves of a 2M-channel tensor, every eight of them in the scales, then in the means."""
+    scales = (rows // EIGHTHS * (2 * EIGHTHS) + rows % EIGHTHS).view(-1, EIGHTHS)
+    return torch.stack((scales, scales + EIGHTHS), dim=1).flatten()
+
+
+def _kept_hyper_rows(count: int, coded: Tensor) -> tuple[Tensor, Tensor]:
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[coded] = False
+    rows = keep.nonzero().flatten()
+    return rows, rows
+
+
+def _misplaced_hyper_rows(h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Source and destination rows of the hyper-prior on the s2 grid, which do not agree (SPEC §4, a quirk).
+
+    Within a channel, the values at every position but one of each 2×2 cell, in reading order, fill the positions
+    that s1 has not coded, in reading order. Published weights depend on it.
+    """
+    cell = (torch.arange(h)[:, None] % 2 * 2 + torch.arange(w) % 2).flatten()
+    position = torch.arange(h * w)
+    pairs = []
+    for eighth in range(EIGHTHS):
+        source = position[cell != (0 if eighth < 4 else 1)]
+        destination = position[cell != eighth // 2]
+        pairs.append((source * EIGHTHS + eighth, destination * EIGHTHS + eighth))
+    sources, destinations = zip(*pairs, strict=True)
+    return torch.cat(sources), torch.cat(destinations)
+
+
+def _s3_step_groups() -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(
+        tuple(tuple(patterns.index(pattern) for pattern in line) for line in _S3_PATTERNS)
+        for patterns in _S3_STEPS
+    )
+
+
+def _tile(cell: tuple[tuple[int, ...], ...], h: int, w: int) -> Tensor:
+    """The channel group that each position codes, (h·w,)."""
+    pattern = torch.tensor(cell)
+    side = len(cell)
+    return pattern[torch.arange(h)[:, None] % side, torch.arange(w) % side].flatten()
+
+
+def _step(group: Tensor, groups: int, rows_in_y: Tensor, adaptor: int | None, device: torch.device) -> Step:
+    eighths = EIGHTHS // groups
+    first = torch.arange(len(group)) * EIGHTHS + group * eighths
+    local = (first[:, None] + torch.arange(eighths)).flatten()
+    scales = local // EIGHTHS * (2 * EIGHTHS) + local % EIGHTHS
+    parameters = torch.cat((scales, scales + EIGHTHS))
+    return Step(rows_in_y[local].to(device), local.to(device), parameters.to(device), adaptor)
