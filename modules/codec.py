@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from modules.attention import CrossAttentionCell
 from modules.coders import CodingTables, Decoder, Encoder, Estimator
-from modules.config import Attention, Fusion, HPCMConfig, Prior, preset_config
+from modules.config import PRESETS, Attention, Fusion, HPCMConfig, Prior, preset_config
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
+from modules.initialisation import centre_scales, initialise_convolutions
 from modules.priors import DWConvSpatialPrior
 from modules.rwkv import RWKVComponent, RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
@@ -97,6 +98,7 @@ class HPCM(CompressionModel):
             _attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
         )
         self.context_net = nn.ModuleList(_fusion(config.context_net, config) for _ in range(2))
+        self._initialise()
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -104,9 +106,31 @@ class HPCM(CompressionModel):
         """Build preset `base`, `large`, `phi-context` or `tiny` at phase 0 (Baseline) to 4, untrained."""
         return cls(preset_config(name, phase, **overrides))
 
+    @staticmethod
+    def nearest_config(shapes: Mapping[str, tuple[int, ...]]) -> HPCMConfig:
+        """The preset and phase whose tensors agree with most of `shapes`, by name and shape."""
+
+        def agreement(config: HPCMConfig) -> tuple[int, int]:
+            with torch.device("meta"):
+                expected = {name: tuple(tensor.shape) for name, tensor in HPCM(config).state_dict().items()}
+            return sum(expected.get(name) == shape for name, shape in shapes.items()), -len(expected)
+
+        return max((preset_config(name, phase) for name in PRESETS for phase in range(5)), key=agreement)
+
+    def _initialise(self) -> None:
+        initialise_convolutions(self)
+        heads = [self.h_s.branch[-2], self.y_spatial_prior_s1_s2.branch_2, self.y_spatial_prior_s3.branch_2]
+        centre_scales(heads, self.config.M)
+        nn.init.constant_(self.g_s.branch[-1].bias, 0.5)  # mid-grey
+
     def _adaptors(self, count: int) -> nn.ModuleList:
         channels = 3 * self.config.M
         return nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(count))
+
+    @staticmethod
+    def coding_table_names() -> tuple[str, ...]:
+        """Names of the buffers that `update` builds: derived from the weights, so never part of a transfer."""
+        return _TABLES
 
     @property
     def downsampling_factor(self) -> int:
@@ -183,6 +207,7 @@ class HPCM(CompressionModel):
         context_rows = y_rows = hyper_rows[:, :0]
         adaptive = iter(self.adaptive_params_list)
         scales = hierarchy(*hyper.shape[2:], hyper.device).scales
+        last = scales[-1].steps[-1]  # Nobody reads the context that it would leave.
         for number, scale in enumerate(scales):
             size = scale.height, scale.width
             adaptors, prior, attention = self._components(number)
@@ -198,12 +223,8 @@ class HPCM(CompressionModel):
                 if step.adaptor is not None:
                     decoded = torch.cat((context, from_rows(y_rows, *size)), dim=1)
                     parameters = prior(adaptors[step.adaptor](decoded), next(adaptive)).to(hyper.dtype)
-                    if step is scales[-1].steps[-1]:
-                        pass  # Nobody reads the context after the last step.
-                    elif attention is None:
-                        context = parameters
-                    else:
-                        context = attention(parameters, context).to(hyper.dtype)
+                    if step is not last:
+                        context = attention(parameters, context).to(hyper.dtype) if attention else parameters
                 step_scales, means = to_rows(parameters, eighth).index_select(1, step.parameters).chunk(2, dim=1)
                 y_rows = y_rows.index_copy(1, step.local, code(step, step_scales, means))
             context_rows = to_rows(context, eighth)

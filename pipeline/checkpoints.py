@@ -1,0 +1,163 @@
+"""Files of weights: complete or absent, checked by digest, never executed."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules import HPCM, HPCMConfig
+from pipeline.transfer import state_digest
+
+FORMAT = "hpcm-checkpoint-1"
+
+
+class CheckpointError(Exception):
+    """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors and what is known of them; `metadata` is JSON-able and includes `config` and `digest` once published."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that `path` holds either the whole of it or what was there before.
+
+    Each metadata value is kept as JSON; `digest` (SHA-256 over the tensors) is added.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(contiguous, partial, {key: json.dumps(value, sort_keys=True) for key, value in sorted(fields.items())})
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with the same guarantee as `write`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read what `write` wrote; raises CheckpointError for anything else, and where the digest disagrees."""
+    metadata = read_metadata(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if state_digest(tensors) != metadata["digest"]:
+        raise CheckpointError(f"{path}: the weights do not match their digest; the file is damaged")
+    return Checkpoint(tensors, metadata)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone; raises CheckpointError for a file that `write` did not write."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            fields = file.metadata() or {}
+        metadata = {key: json.loads(value) for key, value in fields.items()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this pipeline (format {metadata.get('format')!r}); "
+            f"bring official weights in with `hpcm import {path} baseline.safetensors`"
+        )
+    return metadata
+
+
+def load_codec(path: Path | str) -> HPCM:
+    """The codec of a published checkpoint, in evaluation mode, its coding tables built.
+
+    Raises CheckpointError where file and codec do not fit, naming the tensors.
+    """
+    checkpoint = read(Path(path))
+    if "config" not in checkpoint.metadata:
+        raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
+    model = HPCM(HPCMConfig.from_dict(checkpoint.metadata["config"]))
+    load_weights(model, checkpoint.tensors, path)
+    model.update()
+    return model.eval()
+
+
+def codec_tensors(model: HPCM) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a codec: all but the coding tables, which follow from the weights."""
+    return {name: t for name, t in model.state_dict().items() if name not in model.coding_table_names()}
+
+
+def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load `tensors` into `model`, every one and nothing else; raises CheckpointError naming what does not fit."""
+    expected = codec_tensors(model)
+    problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != expected[name].shape:
+            problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
+        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            problems.append(f"not finite {name}: NaN, infinite or integer values")
+    if problems:
+        more = [f"… and {len(problems) - 12} more"] if len(problems) > 12 else []
+        raise CheckpointError(
+            "\n  ".join([f"{source}: {len(problems)} tensors do not fit the codec:", *problems[:12], *more])
+        )
+    empty = {name: torch.empty(0, dtype=t.dtype) for name, t in model.state_dict().items() if name not in expected}
+    model.load_state_dict({**tensors, **empty})
+
+
+def import_official(source: Path) -> HPCM:
+    """The codec in an official `.pth.tar`, its preset recognised by its tensors; nothing in the file is executed.
+
+    Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
+    """
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file")
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{source}: holds more than tensors, or is damaged; refused, because loading it could run code.\n"
+            "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: not a readable PyTorch file ({str(error).splitlines()[0]})") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}
+    model = HPCM(HPCM.nearest_config({name: tuple(value.shape) for name, value in tensors.items()}))
+    load_weights(model, tensors, source)
+    return model
+
+
+def publish(path: Path, model: HPCM, lineage: Mapping[str, Any]) -> None:
+    """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand."""
+    write(path, codec_tensors(model), {"config": model.config.to_dict(), **lineage})

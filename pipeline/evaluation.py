@@ -1,0 +1,154 @@
+"""What a codec achieves on whole images: quality estimated for a curve, or with real bitstreams for the record."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from modules import HPCM, HPCMConfig
+from pipeline.objectives import bits_per_pixel
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+MS_SSIM_MINIMUM = 161
+"""Pixels that each side of an image must have for five scales of an 11-tap window."""
+
+NamedImage = tuple[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Rate in bits per pixel, PSNR in dB, MS-SSIM in 0 … 1 (None for small images), and the loss they make."""
+
+    bpp: float
+    psnr_db: float
+    ms_ssim: float | None
+    rd_loss: float
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The values by metric name, those that are known."""
+        return {f"{prefix}/{name}": value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image through encoder and decoder; times in seconds, `estimated_bpp` what the likelihoods predicted."""
+
+    name: str
+    quality: Quality
+    estimated_bpp: float
+    encode_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results per image and their mean."""
+
+    images: tuple[ImageResult, ...]
+
+    @property
+    def quality(self) -> Quality:
+        """The mean over images."""
+        return mean_quality([image.quality for image in self.images])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as a JSON-able mapping."""
+        return {"mean": asdict(self.quality), "images": [asdict(image) for image in self.images]}
+
+
+def mean_quality(qualities: Sequence[Quality]) -> Quality:
+    """The mean of each field; MS-SSIM over the images that have one."""
+    similarities = [quality.ms_ssim for quality in qualities if quality.ms_ssim is not None]
+    return Quality(
+        bpp=float(np.mean([quality.bpp for quality in qualities])),
+        psnr_db=float(np.mean([quality.psnr_db for quality in qualities])),
+        ms_ssim=float(np.mean(similarities)) if similarities else None,
+        rd_loss=float(np.mean([quality.rd_loss for quality in qualities])),
+    )
+
+
+def quality_of(image: Tensor, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:
+    """Compare an image with its reconstruction, both (1, 3, H, W), clipped to [0, 1]."""
+    x_hat = x_hat.clamp(0, 1)
+    mse = float((x_hat.double() - image.double()).square().mean())
+    similarity = float(ms_ssim(x_hat, image, data_range=1.0)) if min(image.shape[2:]) >= MS_SSIM_MINIMUM else None
+    if metric == "ms-ssim":
+        distortion = lmbda * (1 - (similarity or 0.0))
+    else:
+        distortion = lmbda * 255**2 * mse
+    return Quality(bpp, -10 * float(np.log10(max(mse, 1e-10))), similarity, bpp + distortion)
+
+
+@torch.no_grad()
+def estimate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: str) -> Quality:
+    """Mean quality by the model's own likelihoods, without a bitstream; the model's mode is left as it was."""
+    qualities = []
+    for _, image in images:
+        image = image.to(model.means_hyper.device)
+        coded = model(image, training=False)
+        bpp = float(bits_per_pixel(coded["likelihoods"], image.shape[2] * image.shape[3]))
+        qualities.append(quality_of(image, coded["x_hat"], bpp, lmbda, metric))
+    return mean_quality(qualities)
+
+
+@torch.no_grad()
+def evaluate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: str) -> tuple[Evaluation, list[Tensor]]:
+    """Encode and decode every image for real; returns results and reconstructions (1, 3, H, W)."""
+    model.update(force=True)
+    results, reconstructions = [], []
+    for name, image in images:
+        image = image.to(model.means_hyper.device)
+        pixels = image.shape[2] * image.shape[3]
+        estimated = float(bits_per_pixel(model(image, training=False)["likelihoods"], pixels))
+        start = time.perf_counter()
+        coded = model.compress(image)
+        encoded = time.perf_counter()
+        x_hat = model.decompress(**coded)["x_hat"]
+        decoded = time.perf_counter()
+        bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
+        quality = quality_of(image, x_hat, bpp, lmbda, metric)
+        results.append(ImageResult(name, quality, estimated, encoded - start, decoded - encoded))
+        reconstructions.append(x_hat)
+    return Evaluation(tuple(results)), reconstructions
+
+
+def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:
+    """Multiply-accumulates of encoding and decoding one image, per pixel, counted by PyTorch on its operations.
+
+    Convolutions, matrix products and attention count; the elementwise rest does not.
+    """
+    model = HPCM(config).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, height, width, device="meta"))
+    return counter.get_total_flops() / 2 / (height * width)
+
+
+def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
+    """Write original and reconstruction, both (1, 3, H, W), side by side as a PNG."""
+    both = torch.cat((image.cpu(), x_hat.cpu()), dim=3)[0].clamp(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((both * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
+    """Draw one labelled point per stage: bits per pixel against PSNR in dB."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, quality in points.items():
+        axes.plot(quality.bpp, quality.psnr_db, "o", label=name)
+    axes.set(xlabel="rate in bits per pixel", ylabel="PSNR in dB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
