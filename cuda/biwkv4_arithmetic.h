@@ -1,0 +1,61 @@
+// The arithmetic of Bi-WKV4, one position at a time, shared by the CPU and the CUDA kernels: V is a float (CUDA) or a
+// vector of neighbouring channels (CPU). `exponential` and `larger` are found by V.
+//
+// With x_i = e^{k_i}, decay = e^{-w} and, for each t, prefix and suffix sums that leave t itself out,
+//   F_t = sum_{i<t} decay^{t-1-i} x_i (v_i, 1),    G_t = sum_{i>t} decay^{i-t-1} x_i (v_i, 1),
+// the output is y_t = (F.n + G.n + e^u x_t v_t) / (F.d + G.d + e^u x_t). The backward pass needs the same two sums over
+//   a_t = grad_t / D_t,  b_t = a_t y_t,
+// called P (prefix) and S (suffix) below. The gradient of w is a flux: (|t-i|-1) counts the positions strictly between
+// i and t, so  dL/dw = -decay sum_s [F.n S.a - F.d S.b + G.n P.a - G.d P.b]_s  with no second set of sums.
+#pragma once
+
+#if defined(__CUDACC__)
+#define BIWKV_SHARED __host__ __device__ __forceinline__
+#else
+#define BIWKV_SHARED inline __attribute__((always_inline))
+#endif
+
+namespace biwkv {
+
+// ---- with a running maximum: any finite w, u, k; slower (two exponentials for each sum and step) -----------------
+
+template <class V>
+struct Running {
+  V n, d, m;  // the sums are n e^m and d e^m
+};
+
+template <class V>
+BIWKV_SHARED Running<V> running_push(const Running<V>& sum, V w, V key, V n, V d) {
+  const V aged = sum.m - w;
+  const V m = larger(aged, key);
+  const V keep = exponential(aged - m), add = exponential(key - m);
+  return {sum.n * keep + n * add, sum.d * keep + d * add, m};
+}
+
+template <class V>
+BIWKV_SHARED Running<V> running_join(const Running<V>& aged, const Running<V>& sum) {
+  const V m = larger(aged.m, sum.m);
+  const V keep = exponential(aged.m - m), add = exponential(sum.m - m);
+  return {aged.n * keep + sum.n * add, aged.d * keep + sum.d * add, m};
+}
+
+template <class V>
+struct Output {
+  V y;        // the weighted mean of v
+  V d, m;     // its denominator is d e^m
+  V own;      // the weight of v_t in y_t
+  V off;      // v_t - y_t, free of cancellation where v_t holds nearly all the weight
+};
+
+template <class V>
+BIWKV_SHARED Output<V> running_output(const Running<V>& prefix, const Running<V>& suffix, V own_key, V v) {
+  const V m = larger(larger(prefix.m, suffix.m), own_key);
+  const V of_prefix = exponential(prefix.m - m), of_suffix = exponential(suffix.m - m);
+  const V own = exponential(own_key - m);
+  const V n = prefix.n * of_prefix + suffix.n * of_suffix;
+  const V d = prefix.d * of_prefix + suffix.d * of_suffix;
+  const V inverse = 1 / (d + own);
+  return {(n + own * v) * inverse, d + own, m, own * inverse, (v * d - n) * inverse};
+}
+
+}  // namespace biwkv

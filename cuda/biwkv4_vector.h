@@ -1,0 +1,212 @@
+// A register of neighbouring channels: one machine vector of floats or doubles, loaded from and stored to any of the
+// supported types. GCC's and Clang's vector extensions become AVX-512, AVX2, NEON or SSE by the build's CPU flags.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__) || defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+namespace biwkv {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class Scalar>
+struct VectorOf {
+  typedef Scalar type __attribute__((vector_size(kVectorBytes)));
+};
+using Floats = VectorOf<float>::type;
+using Doubles = VectorOf<double>::type;
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
+
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<Floats> {
+  using scalar = float;
+  using bits = Ints;
+  static constexpr int count = kVectorBytes / sizeof(float);
+};
+template <>
+struct Lanes<Doubles> {
+  using scalar = double;
+  using bits = Longs;
+  static constexpr int count = kVectorBytes / sizeof(double);
+};
+
+#define BIWKV_INLINE inline __attribute__((always_inline))
+
+template <class V>
+BIWKV_INLINE V splat(typename Lanes<V>::scalar value) {
+  return value - V{};
+}
+
+// NaN stays: a comparison with it is false, so the second argument is returned.
+template <class V>
+BIWKV_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// e^x for x up to 88. Below -87.7 the result is zero (never a denormal, whose arithmetic is slow on some CPUs).
+// Degree-6 minimax polynomial over [-ln2/2, ln2/2], relative error under 2e-9 before rounding.
+BIWKV_INLINE Floats exponential(Floats x) {
+  const Floats low = splat<Floats>(-88.02f);
+  x = x < low ? low : x;
+#if defined(__AVX512F__)
+  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+#else
+  const Floats shifted = x * 1.44269504f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;
+#endif
+  const Floats r = x - n * 0.693147182f;
+  Floats p = r * 0.0013836794532834854f + 0.008374856784939766f;
+  p = p * r + 0.041668228805065155f;
+  p = p * r + 0.16666419804096222f;
+  p = p * r + 0.49999991059303284f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * (Floats)(((Ints)shifted + 127) << 23);
+#endif
+}
+
+// The same for doubles, degree 11, error under 4e-16; zero below -708.
+BIWKV_INLINE Doubles exponential(Doubles x) {
+  const Doubles low = splat<Doubles>(-708.9);
+  x = x < low ? low : x;
+  const Doubles shifted = x * 1.4426950408889634 + 6755399441055744.0;
+  const Doubles n = shifted - 6755399441055744.0;
+  const Doubles r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  Doubles p = r * 2.9211610492052277e-08 + 2.777834486286471e-07;
+  p = p * r + 2.754440636638285e-06;
+  p = p * r + 2.4801058232909124e-05;
+  p = p * r + 0.00019841284052220592;
+  p = p * r + 0.0013888889379868805;
+  p = p * r + 0.008333333326973455;
+  p = p * r + 0.04166666666486354;
+  p = p * r + 0.16666666666675722;
+  p = p * r + 0.5000000000000172;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  return p * (Doubles)(((Longs)shifted + 1023) << 52);
+}
+
+// ---- loads and stores -------------------------------------------------------------------------------------------
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <int N>
+struct Halves {
+  typedef uint16_t type __attribute__((vector_size(N * 2)));
+};
+
+template <class V>
+BIWKV_INLINE V widen(const Bfloat16* p) {
+  constexpr int N = Lanes<V>::count;
+  typedef uint32_t Words __attribute__((vector_size(N * 4)));
+  typedef float Singles __attribute__((vector_size(N * 4)));
+  typename Halves<N>::type raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return __builtin_convertvector((Singles)(__builtin_convertvector(raw, Words) << 16), V);
+}
+
+template <class V>
+BIWKV_INLINE void narrow(V x, Bfloat16* p) {
+  constexpr int N = Lanes<V>::count;
+  typedef uint32_t Words __attribute__((vector_size(N * 4)));
+  typedef float Singles __attribute__((vector_size(N * 4)));
+  const Singles single = __builtin_convertvector(x, Singles);
+  const Words bits = (Words)single;
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Words quiet = bits | 0x400000u;  // rounding could carry a NaN over into an infinity
+  const auto raw = __builtin_convertvector((single != single ? quiet : rounded) >> 16, typename Halves<N>::type);
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+template <class V>
+BIWKV_INLINE V widen(const Float16* p) {
+  constexpr int N = Lanes<V>::count;
+  V x;
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  if constexpr (N == 8) return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+  for (int i = 0; i < N; ++i) {
+    _Float16 half;
+    std::memcpy(&half, p + i, sizeof half);
+    x[i] = half;
+  }
+  return x;
+}
+
+template <class V>
+BIWKV_INLINE void narrow(V x, Float16* p) {
+  constexpr int N = Lanes<V>::count;
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 8));
+    return;
+  }
+#elif defined(__F16C__)
+  if constexpr (N == 8) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 8));
+    return;
+  }
+#endif
+  for (int i = 0; i < N; ++i) {
+    const _Float16 half = (_Float16)(float)x[i];
+    std::memcpy(p + i, &half, sizeof half);
+  }
+}
+
+template <class V, class Number>
+BIWKV_INLINE V widen(const Number* p) {
+  typedef Number Raw __attribute__((vector_size(Lanes<V>::count * sizeof(Number))));
+  Raw raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return __builtin_convertvector(raw, V);
+}
+
+template <class V, class Number>
+BIWKV_INLINE void narrow(V x, Number* p) {
+  typedef Number Raw __attribute__((vector_size(Lanes<V>::count * sizeof(Number))));
+  const Raw raw = __builtin_convertvector(x, Raw);
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+// `lanes` is the vector's width, or fewer at the last channels of a tensor; the lanes beyond read as zero.
+template <class V, class Number>
+BIWKV_INLINE V load(const Number* p, int lanes) {
+  if (__builtin_expect(lanes >= Lanes<V>::count, 1)) return widen<V>(p);
+  Number padded[Lanes<V>::count] = {};
+  std::memcpy(padded, p, lanes * sizeof(Number));
+  return widen<V>(padded);
+}
+
+template <class V, class Number>
+BIWKV_INLINE void store(V x, Number* p, int lanes) {
+  if (__builtin_expect(lanes >= Lanes<V>::count, 1)) return narrow(x, p);
+  Number padded[Lanes<V>::count];
+  narrow(x, padded);
+  std::memcpy(p, padded, lanes * sizeof(Number));
+}
+
+}  // namespace biwkv

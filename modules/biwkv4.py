@@ -1,0 +1,217 @@
+"""Bi-WKV4: bidirectional WKV attention in linear time (Vision-RWKV, Duan et al., 2024), as one op."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from modules import biwkv4_build
+from modules.biwkv4_build import Call, Kernels
+
+
+def biwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mean of v, weighted by e^key and by distance in time, over the whole sequence at each of its positions.
+
+    y_t = [Σ_{i≠t} e^{−(|t−i|−1)·w + k_i}·v_i + e^{u + k_t}·v_t] / [the same without v]
+
+    w, u: (C,), decay per position and bonus of a position's own key; used in float32 (float64 if k is).
+    k, v: (B, T, C), of one dtype: float32, bfloat16, float16 or, on the CPU, float64; views are read in place
+    as long as the channel is innermost. Returns y (B, T, C), contiguous, of k's dtype; differentiable once.
+    Autocast leaves the arguments alone: k and v come in its dtype from linear layers, w and u in float32.
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
+    """
+    _check(w, u, k, v)
+    work = _work_dtype(k.dtype)
+    y: Tensor = torch.ops.hpcm.biwkv4.default(w.to(work), u.to(work), k, v)
+    return y
+
+
+def biwkv4_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in plain PyTorch, any float dtype and device; O(T log T), any magnitude of w, u and k.
+
+    A set of positions is kept as its total weight's logarithm and its weighted mean of v: neither overflows.
+    w, u (C,); k, v (B, T, C); returns (B, T, C), of k's dtype; half types are computed in float32.
+    """
+    dtype = k.dtype
+    w, u, k, v = (x.to(_work_dtype(dtype)) for x in (w, u, k, v))
+    k = k.clamp(min=torch.finfo(k.dtype).min / 4)  # of −inf the differences below would be NaN
+    before = _all_before(w, k, v)
+    after = tuple(x.flip(1) for x in _all_before(w, k.flip(1), v.flip(1)))
+    return _join(_join(before, after), (u + k, v))[1].to(dtype)
+
+
+LogMean = tuple[Tensor, Tensor]
+
+
+def _join(a: LogMean, b: LogMean) -> LogMean:
+    """Log-weight and mean, both (B, T, C), of two sets of positions together."""
+    return torch.logaddexp(a[0], b[0]), torch.lerp(a[1], b[1], torch.sigmoid(b[0] - a[0]))
+
+
+def _all_before(w: Tensor, k: Tensor, v: Tensor) -> LogMean:
+    """Log-weight and mean, both (B, T, C), of the positions i < t, weighted by e^{−(t−1−i)·w + k_i}."""
+    log, mean, span = k, v, 1
+    while (
+        span < k.shape[1]
+    ):  # each position knows of the last `span` up to itself, and learns of as many more
+        earlier = log[:, :-span] - span * w, mean[:, :-span]
+        more = _join(earlier, (log[:, span:], mean[:, span:]))
+        log, mean = (torch.cat([x[:, :span], y], 1) for x, y in zip((log, mean), more, strict=True))
+        span *= 2
+    nothing = torch.full_like(k[:, :1], torch.finfo(k.dtype).min / 2)
+    return torch.cat([nothing, log[:, :-1]], 1), torch.cat([torch.zeros_like(v[:, :1]), mean[:, :-1]], 1)
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.dtype not in biwkv4_build.TYPES or (k.dtype == torch.float64 and k.is_cuda):
+        raise TypeError(f"biwkv4: k must be float32, bfloat16, float16 or (CPU only) float64, not {k.dtype}")
+    if k.dim() != 3:
+        raise ValueError(f"biwkv4: k must be (B, T, C), not {tuple(k.shape)}")
+    if v.dtype != k.dtype:
+        raise TypeError(f"biwkv4: v must be of k's dtype, {k.dtype}, not {v.dtype}")
+    if v.shape != k.shape:
+        raise ValueError(f"biwkv4: v must be of k's shape, {tuple(k.shape)}, not {tuple(v.shape)}")
+    for name, x in (("w", w), ("u", u)):
+        if not x.is_floating_point():
+            raise TypeError(f"biwkv4: {name} must be floating point, not {x.dtype}")
+        if x.shape != k.shape[2:]:
+            raise ValueError(f"biwkv4: {name} must be (C,) = ({k.shape[2]},), not {tuple(x.shape)}")
+    for name, x in (("w", w), ("u", u), ("v", v)):
+        if x.device != k.device:
+            raise ValueError(f"biwkv4: {name} must be on k's device, {k.device}, not {x.device}")
+
+
+def _check_op(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
+    """What the op itself asks beyond `_check`: compiled graphs and others call it without the face."""
+    _check(w, u, k, v)
+    for name, x in (("w", w), ("u", u)):
+        if x.dtype != _work_dtype(k.dtype):
+            raise TypeError(f"hpcm::biwkv4: {name} must be {_work_dtype(k.dtype)}, not {x.dtype}")
+
+
+_library = torch.library.Library("hpcm", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("biwkv4(Tensor w, Tensor u, Tensor k, Tensor v) -> Tensor", tags=_tags)
+_library.define(
+    "biwkv4_backward(Tensor grad_y, Tensor w, Tensor u, Tensor k, Tensor v)"
+    " -> (Tensor grad_w, Tensor grad_u, Tensor grad_k, Tensor grad_v)",
+    tags=_tags,
+)
+_parallel_for = functools.cache(biwkv4_build.parallel_for)
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where its channels are neighbours in memory, else a copy."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _fill(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Call:
+    batch, length, channels = k.shape
+    return Call(
+        batch, length, channels, biwkv4_build.TYPES[k.dtype],
+        w.data_ptr(), u.data_ptr(), k.data_ptr(), v.data_ptr(),
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+    )  # fmt: skip
+
+
+def _run(kernels: Kernels, call: Call, backward: bool) -> None:
+    status = (kernels.backward if backward else kernels.forward)(ctypes.byref(call))  # type: ignore[arg-type]
+    if status == 1:
+        raise MemoryError("biwkv4: not enough memory for the sums of the chunks")
+    if status:
+        raise RuntimeError(f"biwkv4: the kernel failed with status {status}")
+
+
+def _forward_cpu(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _check_op(w, u, k, v)
+    kernels = biwkv4_build.cpu_kernels()
+    if kernels is None:
+        return _forward_reference(w, u, k, v)
+    w, u, k, v = w.contiguous(), u.contiguous(), _rows(k), _rows(v)
+    y = torch.empty(k.shape, dtype=k.dtype)
+    if y.numel():
+        call = _fill(w, u, k, v)
+        call.y, call.runner = y.data_ptr(), _parallel_for()
+        _run(kernels, call, backward=False)
+    return y
+
+
+def _backward_cpu(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    _check_op(w, u, k, v)
+    kernels = biwkv4_build.cpu_kernels()
+    if kernels is None:
+        return _backward_reference(grad_y, w, u, k, v)
+    w, u, k, v, grad_y = w.contiguous(), u.contiguous(), _rows(k), _rows(v), _rows(grad_y)
+    gradients = _empty_gradients(w, k)
+    call = _fill(w, u, k, v)
+    call.grad_y, call.grad_y_batch, call.grad_y_time = grad_y.data_ptr(), grad_y.stride(0), grad_y.stride(1)
+    call.grad_w, call.grad_u, call.grad_k, call.grad_v = (x.data_ptr() for x in gradients)
+    call.runner = _parallel_for()
+    _run(kernels, call, backward=True)
+    return gradients
+
+
+def _forward_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        return biwkv4_reference(w.double(), u.double(), k.double(), v.double()).to(k.dtype)
+
+
+def _backward_reference(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [x.detach().clone().double().requires_grad_() for x in (w, u, k, v)]
+        gradients = torch.autograd.grad(biwkv4_reference(*inputs), inputs, grad_y.double())
+    dw, du, dk, dv = (x.to(y.dtype) for x, y in zip(gradients, (w, u, k, v), strict=True))
+    return dw, du, dk, dv
+
+
+def _empty_gradients(w: Tensor, k: Tensor) -> Gradients:
+    return (*(w.new_empty(w.shape) for _ in "wu"), *(k.new_empty(k.shape) for _ in "kv"))  # type: ignore[return-value]
+
+
+def _forward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _check_op(w, u, k, v)
+    return k.new_empty(k.shape)
+
+
+def _backward_fake(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    return _empty_gradients(w, k)
+
+
+def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad_y: Tensor) -> Gradients:  # type: ignore[no-untyped-def]
+    gradients: Gradients = torch.ops.hpcm.biwkv4_backward.default(grad_y, *ctx.saved_tensors)
+    return gradients
+
+
+def _differentiate_twice(ctx, *grads: Tensor) -> None:  # type: ignore[no-untyped-def]
+    raise NotImplementedError("biwkv4 is differentiable once; for second derivatives use biwkv4_reference")
+
+
+_library.impl("biwkv4", _forward_cpu, "CPU")
+_library.impl("biwkv4_backward", _backward_cpu, "CPU")
+torch.library.register_fake("hpcm::biwkv4", _forward_fake, lib=_library)
+torch.library.register_fake("hpcm::biwkv4_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("hpcm::biwkv4", _differentiate, setup_context=_save_inputs, lib=_library)
+torch.library.register_autograd("hpcm::biwkv4_backward", _differentiate_twice, lib=_library)
+
+
+@register_flop_formula(torch.ops.hpcm.biwkv4)
+def _forward_flops(w, u, k, v, *, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """An element: two sums in two directions, own term, exponential, division (k: its shape)."""
+    return 14 * k[0] * k[1] * k[2]
+
+
+@register_flop_formula(torch.ops.hpcm.biwkv4_backward)
+def _backward_flops(grad_y, w, u, k, v, *, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """The forward's sums again, as many over the gradients, and the four products that they enter."""
+    return 40 * k[0] * k[1] * k[2]
