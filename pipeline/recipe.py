@@ -25,6 +25,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 STAGES = PROJECT / "stages"
 DEFAULTS = "common.yaml"
 MOST_LINES = 10
+WORDINGS = {
+    "missing": f"missing; expected here or in {DEFAULTS}",
+    "too_short": "should have at least {min_length} entries, not {actual_length}",
+    "too_long": "should have at most {max_length} entries, not {actual_length}",
+    "string_pattern_mismatch": "should be a word of letters, digits, - and _, not {found}",
+    "model_type": "should be a mapping of keys and values, not {found}",
+    "dict_type": "should be a mapping of keys and values, not {found}",
+    "value_error": "{error}",
+}
 
 
 @dataclass(frozen=True)
@@ -157,8 +166,8 @@ def _explain(failure: ValidationError, tree: Node) -> list[str]:
 
 
 def _line(tree: Node, path: tuple[str | int, ...], problem: str) -> str:
-    shown = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
-    return f"{tree.origin_of(path)}: {shown}: {problem}"
+    dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    return f"{tree.origin_of(path)}: {dotted}: {problem}"
 
 
 def _wording(error: ErrorDetails) -> str:
@@ -167,16 +176,8 @@ def _wording(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         valid = _fields(error["loc"][:-1])
         return "unknown key" + (nearest(key, valid) or f"; expected one of {', '.join(valid)}")
-    if error["type"] == "missing":
-        return f"missing; expected here or in {DEFAULTS}"
-    if error["type"] == "value_error":
-        return str(context["error"])
-    if error["type"] == "string_pattern_mismatch":
-        return f"should be a word of letters, digits, - and _, not {shown(error['input'])}"
-    if error["type"] == "too_short":
-        return f"should have {context['min_length']} entry or more, not {context['actual_length']}"
-    if error["type"] in ("model_type", "dict_type"):
-        return f"should be a mapping of keys and values, not {shown(error['input'])}"
+    if error["type"] in WORDINGS:
+        return WORDINGS[error["type"]].format(found=shown(error["input"]), **context)
     hint = nearest(error["input"], context["expected"].split("'")[1::2]) if "expected" in context else ""
     expected = error["msg"].replace("Input should", "should").replace("valid tuple", "list")
     return f"{expected}, not {shown(error['input'])}{hint}"

@@ -24,7 +24,7 @@ Count = Annotated[int, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Problem = tuple[tuple[str | int, ...], str]
 
-# Where the images lie does not matter, which they are does: Photos.digest in pipeline/data.py says that.
+# Where the images lie does not matter, which they are does: Photos.digest in pipeline/photos.py says that.
 # The rest decides how a stage is watched and judged, or how fast it runs, not which weights come out.
 WITHOUT_INFLUENCE: dict[str, Any] = {
     "data": {"train", "val", "workers"},

@@ -49,7 +49,7 @@ class Node:
 
 def nearest(word: object, valid: Sequence[str]) -> str:
     """The hint `; did you mean 'seed'?`, or nothing where no valid word is close."""
-    close = get_close_matches(str(word), valid, n=1)
+    close = get_close_matches(str(word), valid, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
