@@ -18,7 +18,7 @@ from modules.config import PRESETS, Attention, Fusion, HPCMConfig, Prior, preset
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
-from modules.initialisation import centre_scales, initialise_convolutions
+from modules.initialisation import centre_scales, initialise_convolutions, spread_latent
 from modules.priors import DWConvSpatialPrior
 from modules.rwkv import RWKVComponent, RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
@@ -121,7 +121,7 @@ class HPCM(CompressionModel):
         initialise_convolutions(self)
         heads = [self.h_s.branch[-2], self.y_spatial_prior_s1_s2.branch_2, self.y_spatial_prior_s3.branch_2]
         centre_scales(heads, self.config.M)
-        nn.init.constant_(self.g_s.branch[-1].bias, 0.5)  # mid-grey
+        spread_latent(self.g_a, self.g_s)
 
     def _adaptors(self, count: int) -> nn.ModuleList:
         channels = 3 * self.config.M

@@ -9,6 +9,7 @@ from modules.layers import ResidualBranch
 
 _DAMPED_RESIDUAL = 0.25
 _DAMPED_HEAD = 0.3
+_LATENT_GAIN = 4.0
 
 
 @torch.no_grad()
@@ -34,6 +35,15 @@ def centre_scales(heads: list[nn.Module], M: int) -> None:
         convolution = _last_convolution(head)
         convolution.weight.mul_(_DAMPED_HEAD)
         convolution.bias[:M] += 1
+
+
+@torch.no_grad()
+def spread_latent(g_a: nn.Module, g_s: nn.Module) -> None:
+    """Let y start several quantisation steps wide, so that ŷ carries an image at once, and x_hat near mid-grey."""
+    g_a.branch[0].weight.mul_(_LATENT_GAIN)
+    last = _last_convolution(g_s)
+    last.weight.div_(2 * _LATENT_GAIN)
+    nn.init.constant_(last.bias, 0.5)
 
 
 def _last_convolution(module: nn.Module) -> nn.Conv2d | nn.ConvTranspose2d:

@@ -1,5 +1,6 @@
 """Files of weights: complete or absent, checked by digest, never executed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -54,6 +55,11 @@ def write_json(path: Path, value: Any) -> None:
     flush(partial)
     partial.replace(path)
     flush(path.parent)
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flush(path: Path) -> None:

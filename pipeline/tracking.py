@@ -6,6 +6,7 @@ chain and stage lead to the same run.
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pipeline.photos import Photos
 
 EXPERIMENT = "hpcm"
 KEY_TAG = "hpcm.key"
+_NAME = re.compile(r"[\w.: /-]+")
 EndState = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -164,7 +166,7 @@ def find_run(client: "MlflowClient", key: str) -> str | None:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     flat: list[tuple[str, Any]] = []
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(map(_NAME.fullmatch, value)):
             flat += _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
             for index, item in enumerate(value):

@@ -46,6 +46,16 @@ class Ledger:
         """Number of tensors per class."""
         return dict(Counter(entry.kind for entry in self.entries))
 
+    @classmethod
+    def of_root(cls, model: HPCM) -> "Ledger":
+        """The ledger of a model that has no parent: everything is initialised."""
+        return cls(
+            tuple(
+                Entry(name, None, tuple(tensor.shape), "initialised", tensor_digest(tensor))
+                for name, tensor in sorted(_tensors(model).items())
+            )
+        )
+
     def to_json(self) -> list[dict[str, Any]]:
         """Entries as JSON-able mappings."""
         return [asdict(entry) for entry in self.entries]

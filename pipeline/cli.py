@@ -1,0 +1,133 @@
+"""The command `hpcm`."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
+)
+
+RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
+DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
+ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
+Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
+Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
+Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
+
+
+def _chain(
+    stage: str, recipe: str, data: str | None, val: str | None, lmbda: float | None, baseline: Path | None, settings: list[str], runs: Path
+) -> Any:
+    from pipeline.chain import Chain
+    from pipeline.recipe import load_recipe
+
+    given = {"data.train": data, "data.val": val, "lmbda": lmbda}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    loaded = load_recipe(recipe, [*overrides, *settings])
+    return Chain(loaded.name, loaded.chain(stage), runs, baseline)
+
+
+@app.command()
+def run(
+    stage: Annotated[str, typer.Argument(help="The stage to reach, such as phase4; its ancestors are run as needed.")],
+    recipe: RecipeName = "tiny",
+    data: DataFolder = None,
+    val: ValFolder = None,
+    lmbda: Lmbda = None,
+    baseline: Baseline = None,
+    settings: Settings = None,
+    runs: Runs = Path("runs"),
+    accept_anyway: Annotated[bool, typer.Option(help="Publish stages that miss their limits.")] = False,
+) -> None:
+    """Build a stage and everything before it: run what is missing, resume what was cut off.
+
+    The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
+    Several processes: `accelerate launch --num_processes 2 -m pipeline.cli run phase4`.
+    """
+    from accelerate import Accelerator
+
+    from pipeline.display import ProgressWatcher, closing_table, console, plan_table
+    from pipeline.interruption import Interruption
+    from pipeline.stage import Workplace
+    from pipeline.trainer import Watcher
+
+    chain = _chain(stage, recipe, data, val, lmbda, baseline, settings or [], runs)
+    accelerator = Accelerator(mixed_precision=chain.precision)
+    main = accelerator.is_main_process
+    if main:
+        console.print(plan_table(chain, chain.plan()))
+    with Interruption(accelerator) as interruption, ProgressWatcher() if main else nullcontext(Watcher()) as watcher:
+        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
+    if main:
+        console.print(closing_table(chain))
+
+
+@app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(help="The stage to reach.")] = "phase4",
+    recipe: RecipeName = "tiny",
+    data: DataFolder = None,
+    val: ValFolder = None,
+    lmbda: Lmbda = None,
+    baseline: Baseline = None,
+    settings: Settings = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Say what `run` would do, and why."""
+    from pipeline.display import console, plan_table
+
+    chain = _chain(stage, recipe, data, val, lmbda, baseline, settings or [], runs)
+    console.print(plan_table(chain, chain.plan()))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="An official HPCM checkpoint, such as HPCM-Base_0.013.pth.tar.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+) -> None:
+    """Bring an official `.pth.tar` into this pipeline; the preset is recognised by its tensors."""
+    from pipeline.checkpoints import import_official, publish
+    from pipeline.display import console
+
+    model = import_official(source)
+    publish(target, model, {"name": "baseline", "imported_from": source.name})
+    console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+def main() -> None:
+    """Run the command line; a known error is one screen on stderr and exit code 1, a signal 128 + its number."""
+    from pipeline.chain import ChainError
+    from pipeline.checkpoints import CheckpointError
+    from pipeline.freezing import SelectionError
+    from pipeline.interruption import Interrupted
+    from pipeline.photos import DataError
+    from pipeline.recipe import RecipeError
+    from pipeline.stage import StageError
+    from pipeline.trainer import TrainingError
+    from pipeline.transfer import TransferError
+
+    known = (
+        ChainError, CheckpointError, DataError, RecipeError, SelectionError, StageError, TrainingError, TransferError,
+    )  # fmt: skip
+    try:
+        app()
+    except known as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as stop:
+        print(f"{stop}; saved. The same command continues from there.", file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The life of a stage: transfer, schedule, evaluation, acceptance, publication (DESIGN, "A stage")."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modules import HPCM, HPCMConfig, preset_config
+from pipeline import checkpoints
+from pipeline.checkpoints import CheckpointError, codec_tensors
+from pipeline.data import TrainingCrops, validation_images
+from pipeline.evaluation import (
+    Evaluation,
+    NamedImage,
+    Quality,
+    estimate,
+    evaluate,
+    macs_per_pixel,
+    plot_rate_distortion,
+    save_comparison,
+)
+from pipeline.interruption import Interruption
+from pipeline.photos import Photos, find_images
+from pipeline.recipe import RecipeError
+from pipeline.schema import Accept, Phase, Stage
+from pipeline.state import Progress, StateFolder, TrainingState
+from pipeline.tracking import Run
+from pipeline.trainer import Migration, Trainer, Watcher
+from pipeline.transfer import Ledger, new_components, transfer_weights
+
+CODE_VERSION = "0.1.0"
+
+
+class StageError(Exception):
+    """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all stages of a chain share: where they lie, the processes they run on, who watches."""
+
+    folder: Path
+    interruption: Interruption
+    watcher: Watcher = field(default_factory=Watcher)
+    accept_anyway: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process evaluates, publishes and talks to MLflow."""
+        return self.interruption.accelerator.is_main_process
+
+    def wait_for_everyone(self) -> None:
+        """Let no process run ahead of what another writes."""
+        self.interruption.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage and its place: settings, the parent's checkpoint (None for a root), a file in place of training."""
+
+    stage: Stage
+    folder: Path
+    parent: Path | None
+    imported: Path | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the stage publishes."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def record(self) -> Path:
+        """What is known of the published stage beyond its checkpoint: times, digests, runs."""
+        return self.folder / "record.json"
+
+    @cached_property
+    def config(self) -> HPCMConfig:
+        """The codec to be built; raises RecipeError for settings that it does not have."""
+        choice = self.stage.model
+        try:
+            return preset_config(choice.preset, choice.phase, **choice.overrides)
+        except ValueError as error:
+            raise RecipeError(f"{self.stage.name}: model: {error}") from error
+
+    def photos(self) -> tuple[Photos, Photos]:
+        """Training and validation images; raises DataError."""
+        data = self.stage.data
+        train, val = (Path(folder) if folder else None for folder in (data.train, data.val))
+        return find_images(train, "train", data.crop), find_images(val, "val", 1)
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all that the result is made from, by name; the parent must be published."""
+        if self.imported is not None:
+            if not self.imported.is_file():
+                raise CheckpointError(f"{self.imported}: no such file (given as baseline)")
+            content = hashlib.sha256(self.imported.read_bytes()).hexdigest()
+            return {"baseline": content, "model": repr(self.config)}
+        found = {"recipe": self.stage.digest(), "training images": self.photos()[0].digest}
+        if self.parent is not None:
+            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
+        return found
+
+
+class StageRun:
+    """One attempt at a stage, from wherever the last one stopped."""
+
+    def __init__(self, job: StageJob, workplace: Workplace, run: Run):
+        self.job, self.workplace, self.run = job, workplace, run
+        self.stage, self.started = job.stage, time.time()
+        self.inputs = job.inputs()
+        self.train_photos, self.val_photos = job.photos()
+        self.states = StateFolder(job.folder / "state", self.inputs)
+        self.parent = checkpoints.load_codec(job.parent) if job.parent else None
+        self.device = workplace.interruption.accelerator.device
+
+    @cached_property
+    def images(self) -> list[NamedImage]:
+        """The validation images, in memory."""
+        return list(validation_images(self.val_photos, self.stage.evaluation.images))
+
+    def execute(self) -> None:
+        """Live the stage's life to its publication."""
+        self._describe()
+        if self.job.imported is not None:
+            child, progress, facts = self._import(self.job.imported), Progress(), {}
+        else:
+            child, progress, facts = self._train()
+        if self.workplace.is_main:
+            self._finish(child.eval().requires_grad_(False), progress, facts)
+        self.workplace.wait_for_everyone()
+
+    def _describe(self) -> None:
+        self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.job.config.to_dict()})
+        self.run.dataset(self.train_photos, "training")
+        self.run.dataset(self.val_photos, "validation")
+        self.run.tags({f"hpcm.input.{name.replace(' ', '_')}": value for name, value in self.inputs.items()})
+        for photos in (self.train_photos, self.val_photos):
+            for path, reason in photos.skipped:
+                self.workplace.watcher.note(f"skipped {path}: {reason}")
+
+    def _import(self, path: Path) -> HPCM:
+        model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
+        if model.config != self.job.config:
+            differing = [
+                f"{name} is {value}, the recipe's {getattr(self.job.config, name)}"
+                for name, value in vars(model.config).items()
+                if value != getattr(self.job.config, name)
+            ]
+            raise StageError(f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}; choose RECIPE= to fit")
+        return model
+
+    def _train(self) -> tuple[HPCM, Progress, dict[str, Any]]:
+        seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        child = HPCM(self.job.config)
+        self._check_crop(child)
+        state, passed_over = self.states.newest()
+        for line in passed_over:
+            self.workplace.watcher.note(line)
+        self.workplace.wait_for_everyone()
+        if state is None:
+            state = self._begin(child)
+            self.workplace.wait_for_everyone()
+        ledger = Ledger.from_json(state.facts["ledger"])
+        self._note_start(state, ledger)
+        components = tuple(new_components(self.parent, child)) if self.parent else ()
+        crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
+        migration = Migration(child, self.parent, components, ledger.new)
+        trainer = Trainer(self.stage, migration, crops, self.workplace.interruption)
+        trainer.run, trainer.watcher = self.run, self.workplace.watcher
+        trainer.on_phase_end = lambda phase, progress: self._validate(child, phase, progress)
+        return child, trainer.train(self.states, state), state.facts
+
+    def _check_crop(self, child: HPCM) -> None:
+        for model in (child, *([self.parent] if self.parent else [])):
+            if self.stage.data.crop % model.downsampling_factor:
+                raise StageError(
+                    f"{self.stage.name}: data.crop = {self.stage.data.crop} must be a multiple of "
+                    f"{model.downsampling_factor}, which the codec's hierarchy and attention windows need"
+                )
+
+    def _begin(self, child: HPCM) -> TrainingState:
+        """Transfer, and compare child and parent before the first step."""
+        child.to(self.device)
+        facts: dict[str, Any] = {}
+        if self.parent is None:
+            ledger = Ledger.of_root(child)
+        else:
+            ledger = transfer_weights(self.parent.to(self.device), child, self.stage.transfer)
+            if self.workplace.is_main:
+                before = self._estimate(self.parent)
+                after = self._estimate(child)
+                facts = {"parent": asdict(before), "step0": asdict(after), "step0_gap": after.rd_loss - before.rd_loss}
+                self.run.metrics(before.metrics("val/parent"), 0)
+                self.run.metrics({**after.metrics("val"), "val/step0_gap": facts["step0_gap"]}, 0)
+        facts["ledger"] = ledger.to_json()
+        state = TrainingState(Progress(), codec_tensors(child), {}, facts)
+        if self.workplace.is_main:
+            self.states.save(state)
+        return state
+
+    def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
+        self.workplace.watcher.note(f"transfer: {counts}")
+        if "step0_gap" in state.facts:
+            self.workplace.watcher.note(
+                f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
+                f"{state.facts['step0_gap']:+.4f} against the parent"
+            )
+        progress = state.progress
+        if progress.stage_step or progress.phase:
+            at = [phase.name for phase in self.stage.schedule] + ["evaluation"]
+            line = f"resumed in {at[progress.phase]} at step {progress.step}"
+            self.workplace.watcher.note(line)
+            self.run.tags({f"hpcm.attempt.{int(self.started)}": line})
+        else:
+            self.run.tags({f"hpcm.attempt.{int(self.started)}": "started"})
+
+    def _estimate(self, model: HPCM) -> Quality:
+        return estimate(model, self.images, self.stage.lmbda, self.stage.metric)
+
+    def _validate(self, child: HPCM, phase: Phase, progress: Progress) -> None:
+        if self.workplace.is_main:
+            quality = self._estimate(child)
+            self.run.metrics(quality.metrics("val"), progress.stage_step)
+            similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
+            self.workplace.watcher.note(
+                f"after {phase.name}: validation loss {quality.rd_loss:.4f}, {quality.bpp:.4f} bpp, "
+                f"{quality.psnr_db:.2f} dB{similarity}"
+            )
+
+    def _finish(self, child: HPCM, progress: Progress, facts: dict[str, Any]) -> None:
+        """Evaluate with real bitstreams, accept, publish."""
+        evaluation, reconstructions = evaluate(child, self.images, self.stage.lmbda, self.stage.metric)
+        quality = evaluation.quality
+        parent_quality = self._parent_quality()
+        refusal = judge(self.stage.accept, quality, parent_quality)
+        verdict = "accepted" if not refusal else "accepted anyway" if self.workplace.accept_anyway else "refused"
+        self.run.tags({"hpcm.acceptance": "; ".join([verdict, *refusal])})
+        if verdict == "refused":
+            raise StageError(
+                f"{self.stage.name}: not accepted against its parent: {'; '.join(refusal)}.\n"
+                "  The trained state is kept. Train longer, relax `accept` in the recipe (or --set accept.…=), "
+                "or publish it as it is with --accept-anyway."
+            )
+        kept = self.stage.evaluation.reconstructions
+        for (name, image), x_hat in list(zip(self.images, reconstructions, strict=True))[:kept]:
+            save_comparison(self.job.folder / "reconstructions" / f"{Path(name).stem}.png", image, x_hat)
+        points = {"parent": parent_quality} if parent_quality else {}
+        plot_rate_distortion(self.job.folder / "rate-distortion.png", {**points, self.stage.name: quality})
+        self._publish(child, progress, facts, evaluation)
+
+    def _parent_quality(self) -> Quality | None:
+        if self.parent is None or self.job.parent is None:
+            return None
+        metadata = checkpoints.read_metadata(self.job.parent)
+        images = [name for name, _ in self.images]
+        if metadata["validation"] == {"digest": self.val_photos.digest, "images": images}:
+            return Quality(**metadata["quality"])
+        return evaluate(self.parent.to(self.device), self.images, self.stage.lmbda, self.stage.metric)[0].quality
+
+    def _publish(self, child: HPCM, progress: Progress, facts: dict[str, Any], evaluation: Evaluation) -> None:
+        job, folder = self.job, self.job.folder
+        parameters = sum(parameter.numel() for parameter in child.parameters())
+        macs = macs_per_pixel(job.config)
+        (folder / "stage.yaml").write_text(self.stage.to_yaml())
+        checkpoints.write_json(folder / "ledger.json", facts.get("ledger", []))
+        checkpoints.write_json(folder / "evaluation.json", evaluation.to_json())
+        lineage = {
+            "name": self.stage.name,
+            "inputs": self.inputs,
+            "stage": self.stage.to_yaml(),
+            "code": CODE_VERSION,
+            "quality": asdict(evaluation.quality),
+            "validation": {"digest": self.val_photos.digest, "images": [name for name, _ in self.images]},
+        }
+        checkpoints.publish(job.checkpoint, child, lineage)
+        digest = checkpoints.read_metadata(job.checkpoint)["digest"]
+        self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
+        self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
+        self.run.tags({"hpcm.checkpoint_digest": digest})
+        for name in ("stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "checkpoint.safetensors"):
+            self.run.artifact(folder / name)
+        if (folder / "reconstructions").is_dir():
+            self.run.artifact(folder / "reconstructions", "reconstructions")
+        self.run.end("FINISHED")
+        record = {
+            "digest": digest,
+            "inputs": self.inputs,
+            "mlflow_run": self.run.run_id,
+            "parameters": parameters,
+            "kmacs_per_pixel": macs / 1000,
+            "quality": asdict(evaluation.quality),
+            "training_seconds": progress.seconds,
+            "steps": progress.stage_step,
+            "skipped_steps": progress.bad_steps,
+            "facts": {key: value for key, value in facts.items() if key != "ledger"},
+        }
+        # Last: with the record the stage counts as done.
+        checkpoints.write_json(job.record, record)
+        self.states.clear()
+
+
+def judge(limits: Accept, quality: Quality, parent: Quality | None) -> Sequence[str]:
+    """Which limits a result breaks against its parent, a phrase each."""
+    if parent is None:
+        return []
+    measured = {
+        "bpp_change": quality.bpp / parent.bpp - 1,
+        "psnr_drop": parent.psnr_db - quality.psnr_db,
+        "rd_loss_change": quality.rd_loss / parent.rd_loss - 1,
+    }
+    allowed = limits.model_dump()
+    return [
+        f"{name} is {value:+.4f}, allowed {allowed[name]:+.4f}"
+        for name, value in measured.items()
+        if allowed[name] is not None and value > allowed[name]
+    ]
