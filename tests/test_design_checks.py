@@ -92,7 +92,7 @@ def test_forward_of_phase4(size: int) -> None:
     assert coded["likelihoods"]["y"].shape == (1, 320, size // 16, size // 16)
     assert coded["likelihoods"]["z"].shape == (1, 256, size // 64, size // 64)
     assert all(torch.isfinite(tensor).all() for tensor in (coded["x_hat"], *coded["likelihoods"].values()))
-    assert all(((0 < p) & (p <= 1)).all() for p in coded["likelihoods"].values())
+    assert all(((p > 0) & (p <= 1)).all() for p in coded["likelihoods"].values())
 
 
 def test_comparison_of_all_phases(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,10 +103,10 @@ def test_comparison_of_all_phases(capsys: pytest.CaptureFixture[str]) -> None:
         model(torch.rand(1, 3, 128, 128))["x_hat"].mean().backward()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     with capsys.disabled():
-        print("\nphase   parameters (base)   peak memory so far   components that are RWKV")
-        for phase in range(5):
-            kinds = [name for name, kind in KINDS[phase].items() if kind is not BASELINE[name]]
-            print(f"{phase}       {parameters[phase] / 1e6:8.1f} M          {peaks[phase]:8.0f} MiB       {', '.join(kinds)}")
+        print("\nphase   parameters (base)   peak memory so far   RWKV components")
+        for phase, (count, peak) in enumerate(zip(parameters, peaks, strict=True)):
+            rwkv = [name for name, kind in KINDS[phase].items() if kind is not BASELINE[name]]
+            print(f"{phase}       {count / 1e6:8.1f} M          {peak:8.0f} MiB       {', '.join(rwkv)}")
     assert parameters[0] == 68_505_299
     assert parameters == sorted(parameters)
     assert all(peak > 0 for peak in peaks)

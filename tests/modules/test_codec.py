@@ -36,9 +36,7 @@ def test_images_of_a_batch_do_not_see_each_other(tiny: dict[int, HPCM], phase: i
     together = tiny[phase].double()(images.double())
     alone = [tiny[phase](image[None].double()) for image in images]
     torch.testing.assert_close(together["x_hat"], torch.cat([one["x_hat"] for one in alone]))
-    torch.testing.assert_close(
-        together["likelihoods"]["y"], torch.cat([one["likelihoods"]["y"] for one in alone])
-    )
+    torch.testing.assert_close(together["likelihoods"]["y"], torch.cat([one["likelihoods"]["y"] for one in alone]))
     tiny[phase].float()
 
 

@@ -29,7 +29,9 @@ def s1_of(s2: Tensor) -> Tensor:
 
 def mask(group_cells: list[set[tuple[int, int]]], cell: int, h: int, w: int) -> Tensor:
     """Boolean (channels = groups, h, w): whether a position of a group is coded."""
-    return torch.tensor([[[(i % cell, j % cell) in cells for j in range(w)] for i in range(h)] for cells in group_cells])
+    return torch.tensor(
+        [[[(i % cell, j % cell) in cells for j in range(w)] for i in range(h)] for cells in group_cells]
+    )
 
 
 def step_masks(scale: int, h: int, w: int) -> list[Tensor]:
@@ -39,7 +41,10 @@ def step_masks(scale: int, h: int, w: int) -> list[Tensor]:
         return [mask([a] * 4 + [b] * 4, 2, h, w) for a, b in ((diagonal, other), (other, diagonal))]
     if scale == 1:
         cells = [(0, 0), (0, 1), (1, 0), (1, 1)]
-        return [mask([{cells[c]} for c in step for _ in range(2)], 2, h, w) for step in ((3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))]
+        return [
+            mask([{cells[c]} for c in step for _ in range(2)], 2, h, w)
+            for step in ((3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))
+        ]
     return [mask([S3_CELLS[int(pattern)] for pattern in step], 4, h, w) for step in S3_TABLE]
 
 
@@ -67,7 +72,9 @@ def test_steps_code_the_positions_of_their_masks(scale: int, numbered: Tensor) -
         coded = torch.zeros(1, len(to_rows(grid, 2)[0]), 2, dtype=grid.dtype)
         coded.index_copy_(1, step.local, to_rows(grid, 2).index_select(1, step.local) + 1)
         assert torch.equal(from_rows(coded, plan.height, plan.width), torch.where(channels, grid + 1, 0))
-        assert torch.equal(to_rows(numbered, 2).index_select(1, step.rows), to_rows(grid, 2).index_select(1, step.local))
+        assert torch.equal(
+            to_rows(numbered, 2).index_select(1, step.rows), to_rows(grid, 2).index_select(1, step.local)
+        )
 
 
 def test_every_row_is_coded_once() -> None:
