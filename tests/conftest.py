@@ -1,7 +1,6 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,9 +28,3 @@ def golden_image() -> Tensor:
     from formula import image
 
     return torch.from_numpy(image("a", 256, 256))
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    """The arrays of one golden file."""
-    with np.load(GOLDENS / f"{name}.npz") as file:
-        return dict(file)

@@ -1,15 +1,22 @@
 """The codec computes what the official implementation computes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, golden
 from formula import weight
 from torch import Tensor
 
 from modules import HPCM
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return dict(file)
 
 
 @pytest.mark.parametrize("preset", ["base", "large"])
