@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError
 from pipeline.interruption import Interrupted
+from pipeline.job import StageJob, Workplace
 from pipeline.schema import Stage
-from pipeline.stage import StageJob, StageRun, Workplace
+from pipeline.stage import StageRun
 from pipeline.state import StateFolder
 from pipeline.tracking import EndState, Run, Store
 

@@ -4,9 +4,12 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.chain import Chain
 
 app = typer.Typer(
     add_completion=False,
@@ -25,23 +28,17 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a se
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
 
 
-def _chain(
-    stage: str,
-    recipe: str,
-    data: str | None,
-    val: str | None,
-    lmbda: float | None,
-    baseline: Path | None,
-    settings: list[str],
-    runs: Path,
-) -> Any:
+def _chain(stage: str, recipe: str, overrides: list[str], baseline: Path | None, runs: Path) -> "Chain":
     from pipeline.chain import Chain
     from pipeline.recipe import load_recipe
 
-    given = {"data.train": data, "data.val": val, "lmbda": lmbda}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    loaded = load_recipe(recipe, [*overrides, *settings])
+    loaded = load_recipe(recipe, overrides)
     return Chain(loaded.name, loaded.chain(stage), runs, baseline)
+
+
+def _overrides(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
+    given = {"data.train": data, "data.val": val, "lmbda": lmbda}
+    return [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(settings or [])]
 
 
 @app.command()
@@ -65,10 +62,10 @@ def run(
 
     from pipeline.display import ProgressWatcher, closing_table, console, plan_table
     from pipeline.interruption import Interruption
-    from pipeline.stage import Workplace
+    from pipeline.job import Workplace
     from pipeline.trainer import Watcher
 
-    chain = _chain(stage, recipe, data, val, lmbda, baseline, settings or [], runs)
+    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
     accelerator = Accelerator(mixed_precision=chain.precision)
     main = accelerator.is_main_process
     if main:
@@ -96,7 +93,7 @@ def plan(
     """Say what `run` would do, and why."""
     from pipeline.display import console, plan_table
 
-    chain = _chain(stage, recipe, data, val, lmbda, baseline, settings or [], runs)
+    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
     console.print(plan_table(chain, chain.plan()))
 
 

@@ -1,9 +1,7 @@
 """The life of a stage: transfer, schedule, evaluation, acceptance, publication (DESIGN, "A stage")."""
 
-import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from modules import HPCM, HPCMConfig, preset_config
+from modules import HPCM
 from pipeline import checkpoints
-from pipeline.checkpoints import CheckpointError, codec_tensors
+from pipeline.acceptance import judge
+from pipeline.checkpoints import codec_tensors
 from pipeline.data import TrainingCrops, validation_images
 from pipeline.evaluation import (
     Evaluation,
@@ -25,13 +24,11 @@ from pipeline.evaluation import (
     plot_rate_distortion,
     save_comparison,
 )
-from pipeline.interruption import Interruption
-from pipeline.photos import Photos, find_images
-from pipeline.recipe import RecipeError
-from pipeline.schema import Accept, Phase, Stage
+from pipeline.job import StageJob, Workplace
+from pipeline.schema import Phase
 from pipeline.state import Progress, StateFolder, TrainingState
 from pipeline.tracking import Run
-from pipeline.trainer import Migration, Trainer, Watcher
+from pipeline.trainer import Migration, Trainer
 from pipeline.transfer import Ledger, new_components, transfer_weights
 
 CODE_VERSION = "0.1.0"
@@ -39,72 +36,6 @@ CODE_VERSION = "0.1.0"
 
 class StageError(Exception):
     """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What all stages of a chain share: where they lie, the processes they run on, who watches."""
-
-    folder: Path
-    interruption: Interruption
-    watcher: Watcher = field(default_factory=Watcher)
-    accept_anyway: bool = False
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process evaluates, publishes and talks to MLflow."""
-        return self.interruption.accelerator.is_main_process
-
-    def wait_for_everyone(self) -> None:
-        """Let no process run ahead of what another writes."""
-        self.interruption.accelerator.wait_for_everyone()
-
-
-@dataclass(frozen=True)
-class StageJob:
-    """One stage and its place: settings, the parent's checkpoint (None for a root), a file in place of training."""
-
-    stage: Stage
-    folder: Path
-    parent: Path | None
-    imported: Path | None = None
-
-    @property
-    def checkpoint(self) -> Path:
-        """What the stage publishes."""
-        return self.folder / "checkpoint.safetensors"
-
-    @property
-    def record(self) -> Path:
-        """What is known of the published stage beyond its checkpoint: times, digests, runs."""
-        return self.folder / "record.json"
-
-    @cached_property
-    def config(self) -> HPCMConfig:
-        """The codec to be built; raises RecipeError for settings that it does not have."""
-        choice = self.stage.model
-        try:
-            return preset_config(choice.preset, choice.phase, **choice.overrides)
-        except ValueError as error:
-            raise RecipeError(f"{self.stage.name}: model: {error}") from error
-
-    def photos(self) -> tuple[Photos, Photos]:
-        """Training and validation images; raises DataError."""
-        data = self.stage.data
-        train, val = (Path(folder) if folder else None for folder in (data.train, data.val))
-        return find_images(train, "train", data.crop), find_images(val, "val", 1)
-
-    def inputs(self) -> dict[str, str]:
-        """Digests of all that the result is made from, by name; the parent must be published."""
-        if self.imported is not None:
-            if not self.imported.is_file():
-                raise CheckpointError(f"{self.imported}: no such file (given as baseline)")
-            content = hashlib.sha256(self.imported.read_bytes()).hexdigest()
-            return {"baseline": content, "model": repr(self.config)}
-        found = {"recipe": self.stage.digest(), "training images": self.photos()[0].digest}
-        if self.parent is not None:
-            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
-        return found
 
 
 class StageRun:
@@ -319,20 +250,3 @@ class StageRun:
         # Last: with the record the stage counts as done.
         checkpoints.write_json(job.record, record)
         self.states.clear()
-
-
-def judge(limits: Accept, quality: Quality, parent: Quality | None) -> Sequence[str]:
-    """Which limits a result breaks against its parent, a phrase each."""
-    if parent is None:
-        return []
-    measured = {
-        "bpp_change": quality.bpp / parent.bpp - 1,
-        "psnr_drop": parent.psnr_db - quality.psnr_db,
-        "rd_loss_change": quality.rd_loss / parent.rd_loss - 1,
-    }
-    allowed = limits.model_dump()
-    return [
-        f"{name} is {value:+.4f}, allowed {allowed[name]:+.4f}"
-        for name, value in measured.items()
-        if allowed[name] is not None and value > allowed[name]
-    ]

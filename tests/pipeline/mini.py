@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from modules import HPCM, preset_config
 from pipeline.chain import Chain
 from pipeline.interruption import Interruption
+from pipeline.job import Workplace
 from pipeline.recipe import load_recipe
 from pipeline.schema import Stage
-from pipeline.stage import Workplace
 from pipeline.trainer import Watcher
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"

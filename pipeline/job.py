@@ -1,0 +1,81 @@
+"""What a stage is made from and where: settings, place, parent, digests."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from modules import HPCMConfig, preset_config
+from pipeline import checkpoints
+from pipeline.checkpoints import CheckpointError
+from pipeline.interruption import Interruption
+from pipeline.photos import Photos, find_images
+from pipeline.recipe import RecipeError
+from pipeline.schema import Stage
+from pipeline.trainer import Watcher
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all stages of a chain share: where they lie, the processes they run on, who watches."""
+
+    folder: Path
+    interruption: Interruption
+    watcher: Watcher = field(default_factory=Watcher)
+    accept_anyway: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process evaluates, publishes and talks to MLflow."""
+        return self.interruption.accelerator.is_main_process
+
+    def wait_for_everyone(self) -> None:
+        """Let no process run ahead of what another writes."""
+        self.interruption.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage and its place: settings, the parent's checkpoint (None for a root), a file in place of training."""
+
+    stage: Stage
+    folder: Path
+    parent: Path | None
+    imported: Path | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the stage publishes."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def record(self) -> Path:
+        """What is known of the published stage beyond its checkpoint: times, digests, runs."""
+        return self.folder / "record.json"
+
+    @cached_property
+    def config(self) -> HPCMConfig:
+        """The codec to be built; raises RecipeError for settings that it does not have."""
+        choice = self.stage.model
+        try:
+            return preset_config(choice.preset, choice.phase, **choice.overrides)
+        except ValueError as error:
+            raise RecipeError(f"{self.stage.name}: model: {error}") from error
+
+    def photos(self) -> tuple[Photos, Photos]:
+        """Training and validation images; raises DataError."""
+        data = self.stage.data
+        train, val = (Path(folder) if folder else None for folder in (data.train, data.val))
+        return find_images(train, "train", data.crop), find_images(val, "val", 1)
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all that the result is made from, by name; the parent must be published."""
+        if self.imported is not None:
+            if not self.imported.is_file():
+                raise CheckpointError(f"{self.imported}: no such file (given as baseline)")
+            content = hashlib.sha256(self.imported.read_bytes()).hexdigest()
+            return {"baseline": content, "model": repr(self.config)}
+        found = {"recipe": self.stage.digest(), "training images": self.photos()[0].digest}
+        if self.parent is not None:
+            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
+        return found
