@@ -1,6 +1,7 @@
 """The command `hpcm`."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,10 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.chain import Chain
+
+# OpenMP's threads spin while they wait, which on a shared machine takes the core from the thread they wait for: a step
+# can take ten times as long. Read when torch is imported, so before any of ours that does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     add_completion=False,
