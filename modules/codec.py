@@ -6,20 +6,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from compressai.ans import RansDecoder
 from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
 from compressai.registry import register_model
 from torch import Tensor, nn
 
+from modules.arithmetic import coding_arithmetic
 from modules.attention import CrossAttentionCell
-from modules.coders import CodingTables, Decoder, Encoder, Estimator
+from modules.coders import Decoder, Encoder, Estimator
 from modules.config import PRESETS, Attention, Fusion, HPCMConfig, Prior, preset_config
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialisation import centre_scales, initialise_convolutions, spread_latent
 from modules.priors import DWConvSpatialPrior
+from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
 from modules.rwkv import RWKVComponent, RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
@@ -27,6 +28,8 @@ CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
 """Codes the rows of a step, given their scales and means, each (B, R, M/8), and returns ŷ there."""
 
 _TABLES = ("scale_table", "quantized_cdf_z", "cdf_length_z", "offset_z", "quantized_cdf_y", "cdf_length_y", "offset_y")
+
+_MOST_THREADS = 64
 
 
 class Noise(NamedTuple):
@@ -254,33 +257,50 @@ class HPCM(CompressionModel):
 
     @torch.no_grad()
     def compress(self, x: Tensor) -> dict[str, Any]:
-        """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W)."""
-        tables_y, tables_z = self._coding_tables()
-        strings_y, strings_z = [], []
-        for image in x.split(1):  # One at a time: a decoder need not know what an image was batched with.
-            y = self.g_a(self._pad(image)).to(x.dtype)
-            symbols = (self.h_a(y).to(x.dtype) - self.means_hyper).round()
-            strings_z.append(tables_z.encode(symbols.int(), self._z_indexes(symbols)))
-            encoder = Encoder(to_rows(y, self.config.M // 8), self.scale_table)
-            self._walk(self.h_s(symbols + self.means_hyper).to(x.dtype), encoder)
-            strings_y.append(encoder.string(tables_y))
-        return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
+        """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
+
+        Raises BitstreamError where the latent holds NaN or is too large to code.
+        """
+        tables = self._coding_tables()
+        threads = min(torch.get_num_threads(), _MOST_THREADS)
+        with coding_arithmetic(x.device, threads):
+            # One at a time: a decoder need not know what an image was batched with.
+            coded = [self._encode(image, *tables) for image in x.split(1)]
+        strings_y = [bytes([threads]) + y for y, _ in coded]
+        return {"strings": [strings_y, [z for _, z in coded]], "shape": x.shape[2:]}
+
+    def _encode(self, image: Tensor, tables_y: CodingTables, tables_z: CodingTables) -> tuple[bytes, bytes]:
+        y = self.g_a(self._pad(image))
+        z_writer, y_writer = SymbolWriter(tables_z), SymbolWriter(tables_y)
+        z = self.h_a(y)
+        z_hat = z_writer.put((z - self.means_hyper).round(), self._z_indexes(z)) + self.means_hyper
+        self._walk(self.h_s(z_hat), Encoder(to_rows(y, self.config.M // 8), self.scale_table, y_writer))
+        return y_writer.string(), z_writer.string()
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1]."""
-        tables_y, tables_z = self._coding_tables()
-        images = []
-        for string_y, string_z in zip(*strings, strict=True):
-            z_shape = (1, *self.latent_shapes(*shape)[1])
-            stream = RansDecoder()
-            stream.set_stream(string_z)
-            symbols = tables_z.decode(stream, self._z_indexes(self.means_hyper.expand(z_shape)))
-            hyper = self.h_s((symbols + self.means_hyper).contiguous(memory_format=torch.channels_last))
-            decoder = Decoder(string_y, tables_y, self.scale_table)
-            y_hat = self._walk(hyper.to(self.means_hyper.dtype), decoder)
-            images.append(self._crop(self.g_s(y_hat), torch.Size(shape)).clamp(0, 1))
-        return {"x_hat": torch.cat(images)}
+        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1].
+
+        Raises BitstreamError for strings that this model, on this machine, did not write.
+        """
+        tables = self._coding_tables()
+        return {"x_hat": torch.cat([self._decode(y, z, shape, *tables) for y, z in zip(*strings, strict=True)])}
+
+    def _decode(
+        self, y: bytes, z: bytes, shape: tuple[int, int], tables_y: CodingTables, tables_z: CodingTables
+    ) -> Tensor:
+        y_shape, z_shape = self.latent_shapes(*shape)
+        y_reader = SymbolReader(y[1:], tables_y, math.prod(y_shape))
+        z_reader = SymbolReader(z, tables_z, math.prod(z_shape))
+        if not 1 <= y[0] <= _MOST_THREADS:
+            raise BitstreamError(f"damaged: coded with {y[0]} threads, where 1 to {_MOST_THREADS} can be")
+        with coding_arithmetic(self.means_hyper.device, y[0]):
+            z_hat = z_reader.take(self._z_indexes(self.means_hyper.expand(1, *z_shape))) + self.means_hyper
+            z_reader.finish()
+            hyper = self.h_s(z_hat.contiguous(memory_format=torch.channels_last))
+            y_hat = self._walk(hyper, Decoder(self.scale_table, y_reader))
+            y_reader.finish()
+            return self._crop(self.g_s(y_hat), torch.Size(shape)).clamp(0, 1)
 
     def _coding_tables(self) -> tuple[CodingTables, CodingTables]:
         if not len(self.scale_table):
@@ -293,6 +313,16 @@ class HPCM(CompressionModel):
     @staticmethod
     def _z_indexes(z: Tensor) -> Tensor:
         return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1).expand_as(z)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "HPCM":
+        """The codec that these weights are of, preset and phase inferred from names and shapes; without `update`.
+
+        Raises RuntimeError, naming the tensors, where no preset and phase fit.
+        """
+        model = cls(cls.nearest_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()}))
+        model.load_state_dict(state_dict)
+        return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; coding tables may be built or empty on either side."""
