@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline import codec_cli
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -102,6 +104,9 @@ def import_(
     model = import_official(source)
     publish(target, model, {"name": "baseline", "imported_from": source.name})
     console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+codec_cli.register(app)
 
 
 def main() -> None:
