@@ -21,13 +21,27 @@ from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialisation import centre_scales, initialise_convolutions, spread_latent
 from modules.priors import DWConvSpatialPrior
 from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
-from modules.rwkv import RWKVComponent, RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
+from modules.rwkv import (
+    RWKVComponent,
+    RWKVContextCell,
+    RWKVFusionNet,
+    RWKVSpatialPrior_S1_S2,
+    RWKVSpatialPrior_S3,
+)
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
 """Codes the rows of a step, given their scales and means, each (B, R, M/8), and returns ŷ there."""
 
-_TABLES = ("scale_table", "quantized_cdf_z", "cdf_length_z", "offset_z", "quantized_cdf_y", "cdf_length_y", "offset_y")
+_TABLES = (
+    "scale_table",
+    "quantized_cdf_z",
+    "cdf_length_z",
+    "offset_z",
+    "quantized_cdf_y",
+    "cdf_length_y",
+    "offset_y",
+)
 
 _MOST_THREADS = 64
 
@@ -122,8 +136,9 @@ class HPCM(CompressionModel):
 
     def _initialise(self) -> None:
         initialise_convolutions(self)
-        heads = [self.h_s.branch[-2], self.y_spatial_prior_s1_s2.branch_2, self.y_spatial_prior_s3.branch_2]
-        centre_scales(heads, self.config.M)
+        priors = self.y_spatial_prior_s1_s2, self.y_spatial_prior_s3
+        # h_s ends in a residual block, whose input carries the scales: its transposed convolution is the head.
+        centre_scales([self.h_s.branch[:-1], *priors], self.config.M)
         spread_latent(self.g_a, self.g_s)
 
     def _adaptors(self, count: int) -> nn.ModuleList:
@@ -214,9 +229,7 @@ class HPCM(CompressionModel):
         for number, scale in enumerate(scales):
             size = scale.height, scale.width
             adaptors, prior, attention = self._components(number)
-            context = from_rows(
-                torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size
-            )
+            context = from_rows(torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size)
             if number > 0:
                 context = self.context_net[number - 1](context).to(hyper.dtype)
             empty = hyper.new_zeros(len(hyper), size[0] * size[1] * 8, eighth)

@@ -161,8 +161,7 @@ def _misplaced_hyper_rows(h: int, w: int) -> tuple[Tensor, Tensor]:
 
 def _s3_step_groups() -> tuple[tuple[tuple[int, ...], ...], ...]:
     return tuple(
-        tuple(tuple(patterns.index(pattern) for pattern in line) for line in _S3_PATTERNS)
-        for patterns in _S3_STEPS
+        tuple(tuple(patterns.index(pattern) for pattern in line) for line in _S3_PATTERNS) for patterns in _S3_STEPS
     )
 
 

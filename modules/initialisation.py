@@ -1,6 +1,7 @@
 """Where training from scratch starts: unit variance kept through the depth, scales clear of their bound."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,36 +19,37 @@ def initialise_convolutions(model: nn.Module) -> None:
 
     PyTorch's own choice loses two thirds of the variance a layer, which costs a codec its first hundreds of steps.
     """
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(_fan_in(module)))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for convolution in _convolutions(model):
+        nn.init.normal_(convolution.weight, std=1 / math.sqrt(_fan_in(convolution)))
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
     for module in model.modules():
         if isinstance(module, ResidualBranch):
-            _last_convolution(module).weight.mul_(_DAMPED_RESIDUAL)
+            _convolutions(module)[-1].weight.mul_(_DAMPED_RESIDUAL)
 
 
 @torch.no_grad()
-def centre_scales(heads: list[nn.Module], M: int) -> None:
+def centre_scales(heads: Sequence[nn.Module], M: int) -> None:
     """Let each head of scales and means (2M channels) start near scale 1 and mean 0, where every gradient flows."""
     for head in heads:
-        convolution = _last_convolution(head)
+        convolution = _convolutions(head)[-1]
         convolution.weight.mul_(_DAMPED_HEAD)
+        assert convolution.bias is not None
         convolution.bias[:M] += 1
 
 
 @torch.no_grad()
 def spread_latent(g_a: nn.Module, g_s: nn.Module) -> None:
     """Let y start several quantisation steps wide, so that ŷ carries an image at once, and x_hat near mid-grey."""
-    g_a.branch[0].weight.mul_(_LATENT_GAIN)
-    last = _last_convolution(g_s)
+    _convolutions(g_a)[0].weight.mul_(_LATENT_GAIN)
+    last = _convolutions(g_s)[-1]
     last.weight.div_(2 * _LATENT_GAIN)
+    assert last.bias is not None
     nn.init.constant_(last.bias, 0.5)
 
 
-def _last_convolution(module: nn.Module) -> nn.Conv2d | nn.ConvTranspose2d:
-    return [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))][-1]
+def _convolutions(module: nn.Module) -> list[nn.Conv2d | nn.ConvTranspose2d]:
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
 
 
 def _fan_in(convolution: nn.Conv2d | nn.ConvTranspose2d) -> float:

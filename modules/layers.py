@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class PConv(nn.Module):
-    """Partial convolution: 3×3 on the first quarter of the channels, the rest passed through (Chen et al., CVPR 2023)."""
+    """Partial convolution: 3×3 on the first quarter of the channels, the rest untouched (Chen et al., CVPR 2023)."""
 
     def __init__(self, channels: int):
         super().__init__()

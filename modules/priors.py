@@ -1,5 +1,7 @@
 """The Baseline's spatial priors: depth-wise residual blocks, steered by one adaptive vector a step."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from modules.layers import DWConvRB
@@ -8,7 +10,7 @@ from modules.layers import DWConvRB
 class SpatialPrior(nn.Module):
     """branch_2(branch_1(x) · q): the next step's scales and means from what is decoded so far."""
 
-    def __init__(self, branch_1: list[nn.Module], branch_2: list[nn.Module], M: int):
+    def __init__(self, branch_1: Sequence[nn.Module], branch_2: Sequence[nn.Module], M: int):
         super().__init__()
         self.branch_1 = nn.Sequential(*branch_1)
         self.branch_2 = nn.Sequential(*branch_2, nn.Conv2d(3 * M, 2 * M, 1))

@@ -153,5 +153,5 @@ class SymbolReader:
 
 def _checksum(check: int, symbols: Tensor, indexes: Tensor) -> int:
     for tensor in (symbols, indexes.int()):
-        check = zlib.crc32(tensor.flatten().cpu().numpy(), check)
+        check = zlib.crc32(tensor.flatten().cpu().numpy().data, check)
     return check

@@ -160,8 +160,8 @@ class RWKVContextCell(RWKVComponent):
         """Start as output_proj(x): blocks as the identity, and an input projection that selects x."""
         super().start_as_identity()
         channels = self.input_proj.out_channels
-        nn.init.zeros_(self.input_proj.bias)
-        nn.init.zeros_(self.input_proj.weight)
+        for parameter in self.input_proj.parameters():
+            nn.init.zeros_(parameter)
         self.input_proj.weight[:, :channels, 0, 0].fill_diagonal_(1)
 
 

@@ -50,7 +50,10 @@ class ImageTransform(Transform):
 
     def _tile(self, x: Tensor, top: int, left: int) -> Tensor:
         outer = [slice(max(first - self.halo, 0), first + self.tile + self.halo) for first in (top, left)]
-        inner = [slice(first - around.start, first - around.start + self.tile) for first, around in zip((top, left), outer, strict=True)]
+        inner = [
+            slice(first - around.start, first - around.start + self.tile)
+            for first, around in zip((top, left), outer, strict=True)
+        ]
         rows, columns = (slice(s.start * self.units[0], s.stop * self.units[0]) for s in outer)
         y = super().forward(x[:, :, rows, columns].contiguous(memory_format=torch.channels_last))
         rows, columns = (slice(s.start * self.units[1], s.stop * self.units[1]) for s in inner)

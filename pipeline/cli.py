@@ -28,7 +28,14 @@ Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflo
 
 
 def _chain(
-    stage: str, recipe: str, data: str | None, val: str | None, lmbda: float | None, baseline: Path | None, settings: list[str], runs: Path
+    stage: str,
+    recipe: str,
+    data: str | None,
+    val: str | None,
+    lmbda: float | None,
+    baseline: Path | None,
+    settings: list[str],
+    runs: Path,
 ) -> Any:
     from pipeline.chain import Chain
     from pipeline.recipe import load_recipe
@@ -68,7 +75,10 @@ def run(
     main = accelerator.is_main_process
     if main:
         console.print(plan_table(chain, chain.plan()))
-    with Interruption(accelerator) as interruption, ProgressWatcher() if main else nullcontext(Watcher()) as watcher:
+    with (
+        Interruption(accelerator) as interruption,
+        ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
+    ):
         chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
     if main:
         console.print(closing_table(chain))
@@ -90,6 +100,22 @@ def plan(
 
     chain = _chain(stage, recipe, data, val, lmbda, baseline, settings or [], runs)
     console.print(plan_table(chain, chain.plan()))
+
+
+@app.command()
+def audit(runs: Runs = Path("runs")) -> None:
+    """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
+    from pipeline.audit import audit as audit_runs
+    from pipeline.audit import audit_table
+    from pipeline.display import console
+
+    chains = audit_runs(runs)
+    for chain in chains:
+        console.print(audit_table(chain))
+    if not chains:
+        console.print(f"no chains yet in {runs}")
+    if not all(stage.sound for chain in chains for stage in chain.stages):
+        raise typer.Exit(1)
 
 
 @app.command("import")

@@ -57,7 +57,12 @@ class ProgressWatcher(Watcher):
 
 
 def _values(values: dict[str, float]) -> str:
-    shown = [("loss", "loss {:.4f}"), ("bpp", "{:.4f} bpp"), ("psnr_db", "{:.2f} dB"), ("step_seconds", "{:.2f} s/step")]
+    shown = [
+        ("loss", "loss {:.4f}"),
+        ("bpp", "{:.4f} bpp"),
+        ("psnr_db", "{:.2f} dB"),
+        ("step_seconds", "{:.2f} s/step"),
+    ]
     return "  ".join(form.format(values[key]) for key, form in shown if key in values)
 
 
@@ -78,7 +83,16 @@ def closing_table(chain: Chain) -> Table:
     """One line per published stage: size, cost, quality, step-0 gap, time."""
     table = Table(title=f"{chain.recipe}, λ = {chain.lmbda:g}", title_justify="left")
     table.add_column("stage")
-    for column in ("parameters", "kMAC/pixel", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0 gap", "training"):
+    for column in (
+        "parameters",
+        "kMAC/pixel",
+        "bpp",
+        "PSNR dB",
+        "MS-SSIM",
+        "R-D loss",
+        "step-0 gap",
+        "training",
+    ):
         table.add_column(column, justify="right")
     for job in chain.jobs:
         if job.record.is_file():

@@ -18,7 +18,7 @@ from modules import HPCM, HPCMConfig
 from pipeline.objectives import bits_per_pixel
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 MS_SSIM_MINIMUM = 161
 """Pixels that each side of an image must have for five scales of an 11-tap window."""
@@ -112,10 +112,7 @@ def quality_of(image: Tensor, x_hat: Tensor, bpp: float, lmbda: float, metric: s
     x_hat = x_hat.clamp(0, 1)
     mse = _mse(image, x_hat)
     similarity = float(ms_ssim(x_hat, image, data_range=1.0)) if min(image.shape[2:]) >= MS_SSIM_MINIMUM else None
-    if metric == "ms-ssim":
-        distortion = lmbda * (1 - (similarity or 0.0))
-    else:
-        distortion = lmbda * 255**2 * mse
+    distortion = lmbda * (1 - (similarity or 0.0)) if metric == "ms-ssim" else lmbda * 255**2 * mse
     return Quality(bpp, psnr_db(image, x_hat), similarity, bpp + distortion)
 
 

@@ -187,7 +187,7 @@ def read_picture(path: Path) -> Picture:
 
 def _is_deep(picture: Image.Image) -> bool:
     """Whether a channel has more than 8 bits, which of RGB only the decoder's settings tell."""
-    settings = [(tile.codec_name, tile.args) for tile in picture.tile]
+    settings = [(tile.codec_name, tile.args) for tile in getattr(picture, "tile", [])]
     return picture.mode[0] in "IF" or any(
         args[1] > 255 if codec == "ppm" else ";16" in str(args) for codec, args in settings
     )

@@ -128,11 +128,11 @@ class StageRun:
         """Live the stage's life to its publication."""
         self._describe()
         if self.job.imported is not None:
-            child, progress, facts = self._import(self.job.imported), Progress(), {}
+            child, state = self._import(self.job.imported), TrainingState(Progress(), {}, {}, {})
         else:
-            child, progress, facts = self._train()
+            child, state = self._train()
         if self.workplace.is_main:
-            self._finish(child.eval().requires_grad_(False), progress, facts)
+            self._finish(child.eval().requires_grad_(False), state)
         self.workplace.wait_for_everyone()
 
     def _describe(self) -> None:
@@ -152,10 +152,12 @@ class StageRun:
                 for name, value in vars(model.config).items()
                 if value != getattr(self.job.config, name)
             ]
-            raise StageError(f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}; choose RECIPE= to fit")
+            raise StageError(
+                f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}; choose RECIPE= to fit"
+            )
         return model
 
-    def _train(self) -> tuple[HPCM, Progress, dict[str, Any]]:
+    def _train(self) -> tuple[HPCM, TrainingState]:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
         child = HPCM(self.job.config)
@@ -175,7 +177,7 @@ class StageRun:
         trainer = Trainer(self.stage, migration, crops, self.workplace.interruption)
         trainer.run, trainer.watcher = self.run, self.workplace.watcher
         trainer.on_phase_end = lambda phase, progress: self._validate(child, phase, progress)
-        return child, trainer.train(self.states, state), state.facts
+        return child, trainer.train(self.states, state)
 
     def _check_crop(self, child: HPCM) -> None:
         for model in (child, *([self.parent] if self.parent else [])):
@@ -196,7 +198,11 @@ class StageRun:
             if self.workplace.is_main:
                 before = self._estimate(self.parent)
                 after = self._estimate(child)
-                facts = {"parent": asdict(before), "step0": asdict(after), "step0_gap": after.rd_loss - before.rd_loss}
+                facts = {
+                    "parent": asdict(before),
+                    "step0": asdict(after),
+                    "step0_gap": after.rd_loss - before.rd_loss,
+                }
                 self.run.metrics(before.metrics("val/parent"), 0)
                 self.run.metrics({**after.metrics("val"), "val/step0_gap": facts["step0_gap"]}, 0)
         facts["ledger"] = ledger.to_json()
@@ -208,7 +214,9 @@ class StageRun:
     def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
         self.workplace.watcher.note(f"transfer: {counts}")
+        self.run.tags({"hpcm.ledger": counts})
         if "step0_gap" in state.facts:
+            self.run.tags({"hpcm.step0_loss": state.facts["step0"]["rd_loss"]})
             self.workplace.watcher.note(
                 f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
                 f"{state.facts['step0_gap']:+.4f} against the parent"
@@ -235,7 +243,7 @@ class StageRun:
                 f"{quality.psnr_db:.2f} dB{similarity}"
             )
 
-    def _finish(self, child: HPCM, progress: Progress, facts: dict[str, Any]) -> None:
+    def _finish(self, child: HPCM, state: TrainingState) -> None:
         """Evaluate with real bitstreams, accept, publish."""
         evaluation, reconstructions = evaluate(child, self.images, self.stage.lmbda, self.stage.metric)
         quality = evaluation.quality
@@ -254,7 +262,7 @@ class StageRun:
             save_comparison(self.job.folder / "reconstructions" / f"{Path(name).stem}.png", image, x_hat)
         points = {"parent": parent_quality} if parent_quality else {}
         plot_rate_distortion(self.job.folder / "rate-distortion.png", {**points, self.stage.name: quality})
-        self._publish(child, progress, facts, evaluation)
+        self._publish(child, state, evaluation)
 
     def _parent_quality(self) -> Quality | None:
         if self.parent is None or self.job.parent is None:
@@ -265,8 +273,8 @@ class StageRun:
             return Quality(**metadata["quality"])
         return evaluate(self.parent.to(self.device), self.images, self.stage.lmbda, self.stage.metric)[0].quality
 
-    def _publish(self, child: HPCM, progress: Progress, facts: dict[str, Any], evaluation: Evaluation) -> None:
-        job, folder = self.job, self.job.folder
+    def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
+        job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts
         parameters = sum(parameter.numel() for parameter in child.parameters())
         macs = macs_per_pixel(job.config)
         (folder / "stage.yaml").write_text(self.stage.to_yaml())
@@ -284,8 +292,14 @@ class StageRun:
         digest = checkpoints.read_metadata(job.checkpoint)["digest"]
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
-        self.run.tags({"hpcm.checkpoint_digest": digest})
-        for name in ("stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "checkpoint.safetensors"):
+        self.run.tags({"hpcm.checkpoint": str(job.checkpoint.absolute()), "hpcm.checkpoint_digest": digest})
+        for name in (
+            "stage.yaml",
+            "ledger.json",
+            "evaluation.json",
+            "rate-distortion.png",
+            "checkpoint.safetensors",
+        ):
             self.run.artifact(folder / name)
         if (folder / "reconstructions").is_dir():
             self.run.artifact(folder / "reconstructions", "reconstructions")

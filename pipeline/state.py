@@ -49,9 +49,9 @@ class TrainingState:
 
 
 class StateFolder:
-    """The training states of one stage; `inputs` is the digest of what the stage is made from."""
+    """The training states of one stage; `inputs` are the digests of what the stage is made from."""
 
-    def __init__(self, folder: Path, inputs: str):
+    def __init__(self, folder: Path, inputs: dict[str, str]):
         self.folder, self.inputs = folder, inputs
 
     def save(self, state: TrainingState) -> None:

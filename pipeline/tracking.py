@@ -90,9 +90,7 @@ class MlflowRun(Run):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        fresh = [
-            Metric(key, value, now, step) for key, value in values.items() if step > self._last_step.get(key, -1)
-        ]
+        fresh = [Metric(key, value, now, step) for key, value in values.items() if step > self._last_step.get(key, -1)]
         if fresh:
             self.client.log_batch(self._id, metrics=fresh)
         self._last_step |= {metric.key: step for metric in fresh}
@@ -141,7 +139,9 @@ class Store:
             client.create_experiment(EXPERIMENT, artifact_location=self.artifacts)
         return client
 
-    def open_run(self, key: str, name: str, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> MlflowRun:
+    def open_run(
+        self, key: str, name: str, parent: Run | None = None, tags: Mapping[str, str] | None = None
+    ) -> MlflowRun:
         """The run with this key, created if there is none; its state is RUNNING."""
         client = self.client()
         run_id = find_run(client, key)

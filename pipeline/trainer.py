@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from modules import HPCM
@@ -60,7 +59,7 @@ class Trainer:
         for component in migration.child.rwkv_components().values():
             component.use_checkpoint = stage.gradient_checkpointing
 
-    def train(self, states: StateFolder, start: TrainingState) -> Progress:
+    def train(self, states: StateFolder, start: TrainingState) -> TrainingState:
         """Train to the end of the schedule, saving into `states`; raises Interrupted after a save when asked to stop.
 
         Raises TrainingError after more than `max_bad_steps` non-finite steps in a row.
@@ -77,7 +76,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 states.save(state)
             self.accelerator.wait_for_everyone()
-        return state.progress
+        return state
 
 
 class _PhaseRun:
@@ -143,7 +142,7 @@ class _PhaseRun:
         if self.handover is not None:
             self.handover.share.fill_(step / self.phase.handover)
         device = self.accelerator.device
-        noise = training_noise(self.child, images.shape[2:], self.trainer.crops.seed, samples)
+        noise = training_noise(self.child, (images.shape[2], images.shape[3]), self.trainer.crops.seed, samples)
         values = self.objective(images.to(device), type(noise)(*(part.to(device) for part in noise)))
         self.optimiser.zero_grad()
         self.accelerator.backward(values["loss"])

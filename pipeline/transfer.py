@@ -22,7 +22,7 @@ class TransferError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """What happened to one tensor: its name in the child (in the parent, if dropped), where it came from, its digest."""
+    """One tensor: its name in the child (in the parent, if dropped), the name it came from, its digest afterwards."""
 
     name: str
     source: str | None
@@ -91,9 +91,9 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
 
     entries = []
     for name, tensor in ours.items():
-        source = sources.get(name)
-        kind: Class = "initialised" if source is None else "copied" if source == name else "renamed"
-        entries.append(Entry(name, source, tuple(tensor.shape), kind, tensor_digest(tensor)))
+        origin = sources.get(name)
+        kind: Class = "initialised" if origin is None else "copied" if origin == name else "renamed"
+        entries.append(Entry(name, origin, tuple(tensor.shape), kind, tensor_digest(tensor)))
     for name in theirs.keys() - set(sources.values()):
         entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", tensor_digest(theirs[name])))
     return Ledger(tuple(sorted(entries, key=lambda entry: entry.name)))
@@ -140,6 +140,8 @@ def _renamed(rules: Mapping[str, str], theirs: Mapping[str, Tensor], ours: Mappi
                     "which the child does not have"
                 )
             if target in sources:
-                raise TransferError(f"transfer.rename: {target} would be taken from {sources[target]} and {match.string}")
+                raise TransferError(
+                    f"transfer.rename: {target} would be taken from {sources[target]} and {match.string}"
+                )
             sources[target] = match.string
     return sources

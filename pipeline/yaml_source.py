@@ -63,10 +63,7 @@ def merge(base: Node, over: Node) -> Node:
     """Lay `over` on `base`: mappings key by key, anything else replaced."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    merged = {
-        key: merge(base.value[key], child) if key in base.value else child
-        for key, child in over.value.items()
-    }
+    merged = {key: merge(base.value[key], child) if key in base.value else child for key, child in over.value.items()}
     return Node(base.value | merged, over.origin)
 
 

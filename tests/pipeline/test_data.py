@@ -184,9 +184,7 @@ def test_a_damaged_photograph_is_replaced_by_the_next_and_named_once(
     assert all(torch.equal(crops[n]["image"], again[n]["image"]) for n in range(8))
 
 
-def test_of_all_workers_one_names_a_damaged_photograph(
-    damaged: Photos, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_of_all_workers_one_names_a_damaged_photograph(damaged: Photos, capfd: pytest.CaptureFixture[str]) -> None:
     handler = logging.StreamHandler()
     data.logger.addHandler(handler)
     try:
@@ -225,9 +223,7 @@ def test_validation_images_come_whole_and_in_order(photos: Photos) -> None:
     assert [name for name, _ in validation_images(photos, limit=2)] == ["0.png", "1.png"]
 
 
-def test_a_damaged_validation_image_is_left_out_by_name(
-    damaged: Photos, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_validation_image_is_left_out_by_name(damaged: Photos, caplog: pytest.LogCaptureFixture) -> None:
     assert [name for name, _ in validation_images(damaged, limit=2)] == ["0.png", "3.png"]
     assert "1.png" in caplog.text
     assert "2.png" in caplog.text

@@ -154,24 +154,18 @@ NO_PLACE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("override", "message"), (UNKNOWN_KEYS | WRONG_VALUES | MISFITS | NO_PLACE).items(), ids=str
-)
+@pytest.mark.parametrize(("override", "message"), (UNKNOWN_KEYS | WRONG_VALUES | MISFITS | NO_PLACE).items(), ids=str)
 def test_mistakes_are_named(folder: Path, override: str, message: str) -> None:
     assert message in refusal(folder, override)
 
 
 def test_a_mistake_in_an_override_names_the_override(folder: Path) -> None:
-    assert (
-        refusal(folder, "data.crop=x") == '--set data.crop=x: data.crop: should be a valid integer, not "x"'
-    )
+    assert refusal(folder, "data.crop=x") == '--set data.crop=x: data.crop: should be a valid integer, not "x"'
 
 
 def test_every_mistake_has_the_file_and_line_where_it_was_written(folder: Path) -> None:
     (folder / "common.yaml").write_text(COMMON.replace("crop: 64", "crop: wide"))
-    (folder / "phase1.yaml").write_text(
-        PHASE1.replace("handover", "hand_over").replace("steps: 2", "steps: -2")
-    )
+    (folder / "phase1.yaml").write_text(PHASE1.replace("handover", "hand_over").replace("steps: 2", "steps: -2"))
     assert refusal(folder).splitlines() == [
         f'{folder}/common.yaml:3: data.crop: should be a valid integer, not "wide"',
         f"{folder}/phase1.yaml:6: schedule[0].steps: should be greater than or equal to 0, not -2",
@@ -288,9 +282,7 @@ plain_values = st.recursive(
     | st.integers(-(10**17), 10**17)
     | st.floats(allow_nan=False)
     | st.text(st.characters(exclude_categories=["Cs", "Cc"])),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("abcno1 .", max_size=4), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcno1 .", max_size=4), inner, max_size=3),
     max_leaves=8,
 )
 

@@ -1,0 +1,61 @@
+# `make help` lists the targets. Every target sets up .venv by itself.
+
+PYTHON ?= python3
+RECIPE ?= tiny
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(VAL)") \
+	$(if $(LAMBDA),--lmbda $(LAMBDA)) $(if $(BASELINE),--baseline "$(BASELINE)") $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit ui test test-all test-gpu check clean
+
+help: ## list the targets and variables
+	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/stage2.*/, "…", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  RECIPE=tiny|base|large|a folder   DATA=folder of training images   VAL=folder of validation images"
+	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   ARGS='--set phase2.seed=1 …'"
+
+$(READY): pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## create .venv with everything in it
+
+build: $(READY) ## compile the Bi-WKV4 kernel ahead of its first use
+	$(BIN)/python -m modules.biwkv4
+
+baseline: $(READY) ## train the Baseline, or take it from BASELINE=
+	$(BIN)/hpcm run baseline $(CHAIN)
+
+stage1 stage2 stage3 stage4: $(READY) ## upgrade a checkpoint to Phase 1 … 4, running what is missing before it
+	$(BIN)/hpcm run phase$(@:stage%=%) $(CHAIN)
+
+plan: $(READY) ## say what stage4 would run, and why
+	$(BIN)/hpcm plan phase4 $(CHAIN)
+
+audit: $(READY) ## say what each stage changed, and verify the files
+	$(BIN)/hpcm audit
+
+ui: $(READY) ## open MLflow's pages on http://127.0.0.1:5000
+	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY) ## run the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(READY) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY) ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,30 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+GOLDENS = Path(__file__).parent / "goldens"
+sys.path.insert(0, str(GOLDENS))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Tensor:
+    """A smooth image, (1, 3, 256, 256)."""
+    from formula import image
+
+    return torch.from_numpy(image("picture", 256, 256))
+
+
+@pytest.fixture(scope="session")
+def golden_image() -> Tensor:
+    """The image that the goldens were made from, (1, 3, 256, 256)."""
+    from formula import image
+
+    return torch.from_numpy(image("a", 256, 256))

@@ -1,0 +1,160 @@
+"""RWKV components against the plain formulas of SPEC §5, and their training conveniences."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.biwkv4 import biwkv4_reference
+from modules.rwkv import (
+    ChannelMix,
+    OmniShift,
+    RWKVBlock,
+    RWKVComponent,
+    RWKVContextCell,
+    RWKVFusionNet,
+    RWKVSpatialPrior_S1_S2,
+    RWKVSpatialPrior_S3,
+    SpatialMix,
+)
+
+CHANNELS = 16
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """The module in double precision, no parameter at a special value."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.double()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, CHANNELS, 6, 10, dtype=torch.float64).to(memory_format=torch.channels_last)
+
+
+def shifted(shift: OmniShift, x: Tensor) -> Tensor:
+    a = shift.alpha
+    return a[0] * x + a[1] * shift.conv1x1(x) + a[2] * shift.conv3x3(x) + a[3] * shift.conv5x5(x)
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def test_omni_shift_is_the_sum_of_its_branches(x: Tensor) -> None:
+    shift = randomised(OmniShift(CHANNELS))
+    torch.testing.assert_close(shift(x), shifted(shift, x))
+
+
+def test_omni_shift_in_evaluation_follows_the_weights_and_leaves_them_alone(x: Tensor) -> None:
+    shift = randomised(OmniShift(CHANNELS)).eval()
+    shift.conv3x3.weight.requires_grad_(False)
+    before = {name: (id(p), p.requires_grad) for name, p in shift.named_parameters()}
+    shift(x)
+    with torch.no_grad():
+        shift.conv5x5.weight += 1
+        shift.alpha *= 2
+    torch.testing.assert_close(shift(x), shifted(shift, x))
+    shift.load_state_dict({name: torch.randn_like(t) for name, t in shift.state_dict().items()})
+    torch.testing.assert_close(shift(x), shifted(shift, x))
+    assert {name: (id(p), p.requires_grad) for name, p in shift.named_parameters()} == before
+
+
+def test_spatial_mix_is_its_formula(x: Tensor) -> None:
+    mix = randomised(SpatialMix(CHANNELS))
+    t = tokens(shifted(mix.omni_shift, x))
+    attended = biwkv4_reference(mix.decay / 60, mix.boost / 60, mix.key(t), mix.value(t))
+    torch.testing.assert_close(mix(x), mix.output(torch.sigmoid(mix.receptance(t)) * attended))
+
+
+def test_channel_mix_is_its_formula(x: Tensor) -> None:
+    mix = randomised(ChannelMix(CHANNELS, hidden_rate=3))
+    t = tokens(shifted(mix.omni_shift, x))
+    torch.testing.assert_close(mix(x), torch.sigmoid(mix.receptance(t)) * mix.value(F.relu(mix.key(t)) ** 2))
+
+
+def test_block_adds_both_mixes_and_is_the_identity_without_gamma(x: Tensor) -> None:
+    block = randomised(RWKVBlock(CHANNELS, hidden_rate=2))
+
+    def image(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    middle = x + image(block.gamma1 * block.ln1(block.spatial_mix(x)))
+    torch.testing.assert_close(block(x), middle + image(block.gamma2 * block.ln2(block.channel_mix(middle))))
+    nn.init.zeros_(block.gamma1)
+    nn.init.zeros_(block.gamma2)
+    assert torch.equal(block(x), x)
+
+
+COMPONENTS: dict[str, tuple[Callable[[], RWKVComponent], tuple[int, ...]]] = {
+    "context cell": (lambda: RWKVContextCell(CHANNELS, 2), (CHANNELS, CHANNELS)),
+    "fusion net": (lambda: RWKVFusionNet(CHANNELS, num_blocks=2), (CHANNELS,)),
+    "prior s1 s2": (lambda: RWKVSpatialPrior_S1_S2(8, hidden_rate=2), (24,)),
+    "prior s3": (lambda: RWKVSpatialPrior_S3(8, hidden_rate=2), (24,)),
+}
+
+
+def built(name: str, *, grad: bool) -> tuple[RWKVComponent, list[Tensor]]:
+    build, widths = COMPONENTS[name]
+    component = randomised(build())
+    inputs = [torch.randn(2, width, 8, 8, dtype=torch.float64, requires_grad=grad) for width in widths]
+    if "prior" in name:
+        inputs.append(torch.randn(1, 24, 1, 1, dtype=torch.float64, requires_grad=grad))
+    return component, inputs
+
+
+def gradients(component: RWKVComponent, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [*component.parameters(), *(x for x in inputs if x.requires_grad)]
+    return list(torch.autograd.grad(component(*inputs).square().sum(), leaves))
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("upstream", [True, False], ids=["upstream grad", "no upstream grad"])
+def test_gradient_checkpointing_changes_no_gradient(name: str, upstream: bool) -> None:
+    component, inputs = built(name, grad=upstream)
+    plain = gradients(component, inputs)
+    assert not component.use_checkpoint
+    component.use_checkpoint = True
+    assert component.use_checkpoint
+    checkpointed = gradients(component, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in plain)
+
+
+def test_gradient_checkpointing_keeps_fewer_activations() -> None:
+    component, inputs = built("fusion net", grad=True)
+
+    def kept() -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            component(*inputs)
+        return sum(sizes)
+
+    plain = kept()
+    component.use_checkpoint = True
+    assert kept() < plain / 2
+
+
+def test_components_that_start_as_the_identity_leave_their_last_1x1() -> None:
+    cell, (x, h) = built("context cell", grad=False)
+    cell.start_as_identity()
+    torch.testing.assert_close(cell(x, h), cell.output_proj(x))
+    fusion, (x,) = built("fusion net", grad=False)
+    fusion.start_as_identity()
+    torch.testing.assert_close(fusion(x), fusion.out_proj(x))
+    prior, (x, q) = built("prior s3", grad=False)
+    prior.start_as_identity()
+    torch.testing.assert_close(prior(x, q), prior.branch_2[-1](x * q))
+
+
+def test_tokens_are_a_view_of_a_channels_last_image() -> None:
+    from modules.rwkv import _image, _tokens
+
+    x = torch.randn(2, CHANNELS, 6, 10).to(memory_format=torch.channels_last)
+    assert _tokens(x).data_ptr() == x.data_ptr()
+    assert _image(_tokens(x), x).data_ptr() == x.data_ptr()
+    assert torch.equal(_image(_tokens(x), x), x)

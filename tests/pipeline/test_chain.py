@@ -1,0 +1,253 @@
+"""A whole chain: what it leaves behind, how it resumes, why it reruns."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mini import Notes, mini_chain, run_chain
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline.audit import audit
+from pipeline.chain import Chain
+from pipeline.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
+from pipeline.interruption import Interrupted
+from pipeline.photos import DataError
+from pipeline.schema import Phase
+from pipeline.stage import StageError
+from pipeline.tracking import EXPERIMENT, Store
+
+STAGES = ["baseline", "phase1", "phase2", "phase3", "phase4"]
+
+
+def runs_of(chain: Chain) -> tuple[MlflowClient, list[Run]]:
+    """A client and all runs of the chain's store, oldest first."""
+    client = Store.default(chain.runs).client()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return client, client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+
+
+def steps_of(client: MlflowClient, run: Run) -> dict[str, list[int]]:
+    """The steps at which each metric was logged, in the order of logging."""
+    return {
+        key: [
+            metric.step for metric in sorted(client.get_metric_history(run.info.run_id, key), key=lambda m: m.timestamp)
+        ]
+        for key in run.data.metrics
+    }
+
+
+def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:
+    chain, _ = finished
+    parent_digest = None
+    for phase, job in enumerate(chain.jobs):
+        checkpoint = read(job.checkpoint)
+        assert load_codec(job.checkpoint).config == job.config
+        assert checkpoint.metadata["name"] == STAGES[phase]
+        assert checkpoint.metadata["inputs"].get("parent") == parent_digest
+        parent_digest = checkpoint.metadata["digest"]
+        record = json.loads(job.record.read_text())
+        assert record["digest"] == parent_digest
+        assert {path.name for path in job.folder.iterdir()} >= {
+            "stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "reconstructions",
+        }  # fmt: skip
+        assert list((job.folder / "state").iterdir()) == []
+    assert [planned.status for planned in chain.plan()] == ["done"] * 5
+
+
+def test_mlflow_holds_the_chain_and_its_stages(finished: tuple[Chain, Notes]) -> None:
+    chain, _ = finished
+    client, (parent, *stages) = runs_of(chain)
+    assert [run.data.tags["hpcm.stage"] for run in stages] == STAGES
+    assert {run.data.tags["mlflow.parentRunId"] for run in stages} == {parent.info.run_id}
+    assert {run.info.status for run in (parent, *stages)} == {"FINISHED"}
+    phase4 = stages[-1]
+    assert phase4.data.params["schedule.frozen.handover"] == "4"
+    assert {"train/align/loss", "train/frozen/bpp", "train/unfrozen/psnr_db", "val/psnr_db", "val/step0_gap"} <= (
+        phase4.data.metrics.keys()
+    )
+    assert "train/frozen/psnr_db" not in phase4.data.metrics
+    assert {entry.dataset.name for entry in phase4.inputs.dataset_inputs} == {"packaged-train", "packaged-val"}
+    for key, steps in steps_of(client, phase4).items():
+        assert steps == sorted(set(steps)), key
+    artifacts = {artifact.path for artifact in client.list_artifacts(phase4.info.run_id)}
+    assert artifacts == {
+        "checkpoint.safetensors", "evaluation.json", "ledger.json", "rate-distortion.png", "reconstructions", "stage.yaml",
+    }  # fmt: skip
+
+
+def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
+    chain, moments = mini_chain(runs, "phase2"), {}
+
+    class Moments(Notes):
+        def phase(self, phase: Phase, done: int) -> None:
+            state = sorted((chain.folder / "phase2" / "state").glob("phase-*"))
+            if state:
+                moments[phase.name] = read(state[-1])
+
+    run_chain(chain, Moments())
+    ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
+    new = {entry["name"] for entry in ledger if entry["kind"] in ("renamed", "initialised")}
+
+    def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+        return {name for name in after if not torch.equal(before[f"model/{name}"], after[name])}
+
+    at_unfreeze = {
+        k.removeprefix("model/"): t for k, t in moments["unfrozen"].tensors.items() if k.startswith("model/")
+    }
+    fixed = {name for name in at_unfreeze if name.startswith("entropy_estimation")}
+    assert moved(moments["frozen"].tensors, at_unfreeze) == new
+    end = read(chain.jobs[-1].checkpoint).tensors
+    assert moved(moments["unfrozen"].tensors, end) == end.keys() - fixed
+
+
+class Stop(Notes):
+    """Sends a signal to its own process at a step of a phase."""
+
+    def __init__(self, phase: str, step: int, signum: int) -> None:
+        super().__init__()
+        self.at, self.signum = (phase, step), signum
+
+    def phase(self, phase: Phase, done: int) -> None:
+        self.now = [phase.name, done]
+
+    def step(self, values: dict[str, float] | None) -> None:
+        self.now[1] += 1
+        if tuple(self.now) == self.at:
+            os.kill(os.getpid(), self.signum)
+
+
+def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: tuple[Chain, Notes]) -> None:
+    chain, reference = mini_chain(runs, "phase1"), finished[0]
+    for stop in (Stop("frozen", 2, signal.SIGTERM), Stop("unfrozen", 3, signal.SIGINT)):
+        with pytest.raises(Interrupted) as caught:
+            run_chain(chain, stop)
+        assert caught.value.exit_code == 128 + stop.signum
+        assert runs_of(chain)[1][-1].info.status == "KILLED"
+        assert f"cut off in {stop.at[0]} at step {stop.at[1]}" in chain.plan()[-1].reason
+    notes = Notes()
+    run_chain(chain, notes)
+    assert "resumed in unfrozen at step 3" in notes.lines
+    assert notes.steps == 2
+
+    client, (_, _, phase1) = runs_of(chain)
+    assert phase1.info.status == "FINISHED"
+    attempts = [value for key, value in sorted(phase1.data.tags.items()) if key.startswith("hpcm.attempt.")]
+    assert attempts == ["started", "resumed in frozen at step 2", "resumed in unfrozen at step 3"]
+    expected = next(run for run in runs_of(reference)[1] if run.data.tags.get("hpcm.stage") == "phase1")
+    assert steps_of(client, phase1) == steps_of(runs_of(reference)[0], expected)
+    for key, value in expected.data.metrics.items():
+        if not key.endswith("seconds"):
+            assert phase1.data.metrics[key] == value, key
+    assert chain.jobs[1].checkpoint.read_bytes() == reference.jobs[1].checkpoint.read_bytes()
+
+
+def test_what_is_done_is_left_alone(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    chain, notes = finished[0], Notes()
+    before = [job.checkpoint.stat().st_mtime_ns for job in chain.jobs]
+    run_chain(chain, notes)
+    assert notes.lines == [f"{name}: done" for name in STAGES]
+    assert [job.checkpoint.stat().st_mtime_ns for job in chain.jobs] == before
+
+
+def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    shutil.copytree(finished[0].runs, tmp_path / "runs")
+    original = mini_chain(tmp_path / "runs", "phase1").jobs[1].checkpoint.read_bytes()
+    chain = mini_chain(tmp_path / "runs", "phase2", ["phase1.seed=7"])
+    plan = chain.plan()
+    assert [(planned.status, planned.reason) for planned in plan] == [
+        ("done", "current"), ("stale", "stale: recipe changed"), ("stale", "waits for phase1"),
+    ]  # fmt: skip
+    run_chain(chain)
+    superseded = sorted((chain.folder / "superseded").iterdir())
+    assert [path.name.split("-")[0] for path in superseded] == ["phase1", "phase2"]
+    assert (superseded[0] / "checkpoint.safetensors").read_bytes() == original
+    assert chain.jobs[1].checkpoint.read_bytes() != original
+    assert [planned.status for planned in chain.plan()] == ["done"] * 3
+
+
+def test_settings_without_influence_keep_a_stage_current(finished: tuple[Chain, Notes]) -> None:
+    chain = mini_chain(
+        finished[0].runs, "phase4", ["log_every=7", "accept.psnr_drop=9.0", "gradient_checkpointing=true"]
+    )
+    assert {planned.status for planned in chain.plan()} == {"done"}
+
+
+def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Path, tmp_path: Path) -> None:
+    model = load_codec(finished[0].jobs[0].checkpoint)
+    path = tmp_path / "own.safetensors"
+    publish(path, model, {})
+    chain = mini_chain(runs, "baseline", baseline=path)
+    run_chain(chain)
+    assert read_metadata(chain.jobs[0].checkpoint)["digest"] == read_metadata(path)["digest"]
+    assert [planned.status for planned in chain.plan()] == ["done"]
+    with pytest.raises(StageError, match=r"own.safetensors: not the codec of baseline: heads is 4, the recipe's 8"):
+        run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
+    with pytest.raises(CheckpointError, match="nowhere.safetensors: no such file"):
+        mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
+
+
+def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> None:
+    limits = ["phase1.accept.bpp_change=-0.9"]
+    chain = mini_chain(runs, "phase1", limits)
+    with pytest.raises(StageError, match=r"phase1: not accepted .* bpp_change is .*, allowed -0.9000") as caught:
+        run_chain(chain, accept_anyway=False)
+    assert "--accept-anyway" in str(caught.value)
+    assert runs_of(chain)[1][-1].info.status == "FAILED"
+    assert not chain.jobs[1].checkpoint.exists()
+    notes = Notes()
+    run_chain(mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"]), notes)
+    assert notes.steps == 0
+    assert "resumed in evaluation at step 0" in notes.lines
+    assert chain.jobs[1].checkpoint.exists()
+
+
+def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 4, signal.SIGTERM))
+    newest = sorted((chain.folder / "baseline" / "state").iterdir())[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 255
+    newest.write_bytes(content)
+    notes = Notes()
+    run_chain(chain, notes)
+    assert any("do not match their digest" in line for line in notes.lines)
+    assert "resumed in scratch at step 3" in notes.lines
+
+
+def test_crops_that_do_not_fit_the_windows_are_refused(runs: Path) -> None:
+    with pytest.raises(StageError, match=r"data.crop = 96 must be a multiple of 128"):
+        run_chain(mini_chain(runs, "baseline", ["data.crop=96"]))
+
+
+def test_an_empty_folder_is_an_error(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        mini_chain(runs, "baseline", [f"data.train={tmp_path / 'empty'}"]).plan()
+
+
+def test_audit_verifies_files_against_the_record(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    shutil.copytree(finished[0].runs, tmp_path / "runs")
+    (chain,) = audit(finished[0].runs)
+    assert [stage.name for stage in chain.stages] == STAGES
+    assert all(stage.sound and stage.files == "verified" for stage in chain.stages)
+    assert list(chain.stages[1].phases()) == [
+        "align 2 steps (new 0.001)", "frozen 6 steps (new 0.001)", "unfrozen 5 steps (default 0.001, rwkv 0.001)",
+    ]  # fmt: skip
+
+
+def test_audit_tells_of_a_changed_file(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    run_chain(chain)
+    checkpoint = chain.jobs[0].checkpoint
+    content = bytearray(checkpoint.read_bytes())
+    content[-1] ^= 255
+    checkpoint.write_bytes(content)
+    (audited,) = audit(runs)
+    assert not audited.stages[0].sound
+    assert "do not match their digest" in audited.stages[0].files
