@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ _TABLES = (
     "offset_y",
 )
 
-_MOST_THREADS = 64
+_MOST_THREADS = 32
+"""Encoder and decoder must run as many; a forged number must not exhaust the machine."""
 
 
 class Noise(NamedTuple):
@@ -72,6 +74,12 @@ def _prior(kind: Prior, config: HPCMConfig, scale: int) -> nn.Module:
         return DWConvSpatialPrior(config.M, config.prior_depths[scale])
     prior = (RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3)[scale]
     return prior(config.M, config.prior_blocks[scale], config.prior_hidden_rate)
+
+
+@cache
+def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in HPCM(config).state_dict().items()}
 
 
 @register_model("hpcm")
@@ -128,8 +136,7 @@ class HPCM(CompressionModel):
         """The preset and phase whose tensors agree with most of `shapes`, by name and shape."""
 
         def agreement(config: HPCMConfig) -> tuple[int, int]:
-            with torch.device("meta"):
-                expected = {name: tuple(tensor.shape) for name, tensor in HPCM(config).state_dict().items()}
+            expected = _shapes(config)
             return sum(expected.get(name) == shape for name, shape in shapes.items()), -len(expected)
 
         return max((preset_config(name, phase) for name in PRESETS for phase in range(5)), key=agreement)

@@ -22,6 +22,10 @@ _EXCESS_BYTES = 4
 _LOWEST_STATE = 2**31
 _CHECK_BYTES = 4
 _STATE_BYTES = 8
+_MISMATCH = (
+    "the symbols do not match their check value: the stream is damaged, or was written by other weights "
+    "or where arithmetic rounds differently (another processor, device or version of PyTorch)"
+)
 
 
 class BitstreamError(ValueError):
@@ -110,8 +114,7 @@ class SymbolReader:
         self.tables, self.check = tables, 0
         self.expected = int.from_bytes(string[:_CHECK_BYTES], "little")
         self.decoder = RansDecoder()
-        # A symbol takes 2 bytes at most, each byte of an excess one; and one more for the coder's rounding.
-        self.decoder.set_stream(coded + bytes((2 + _EXCESS_BYTES + 1) * count + _STATE_BYTES))
+        self.decoder.set_stream(coded + bytes(longest(count)))
 
     def take(self, indexes: Tensor) -> Tensor:
         """The next symbols, int32, in the shape of `indexes`."""
@@ -135,7 +138,7 @@ class SymbolReader:
             pending = pending[byte > 127]
             if not len(pending):
                 return excess
-        raise BitstreamError("damaged: a symbol is larger than any that is coded")
+        raise BitstreamError(_MISMATCH)
 
     def _decode(self, indexes: Tensor) -> Tensor:
         tables = self.tables
@@ -145,10 +148,12 @@ class SymbolReader:
     def finish(self) -> None:
         """Raise BitstreamError unless all symbols and their tables are what the writer's were."""
         if self.check != self.expected:
-            raise BitstreamError(
-                "the symbols do not add up to their check value: the stream is damaged, or was written by other weights "
-                "or where arithmetic rounds differently (another processor, device or version of PyTorch)"
-            )
+            raise BitstreamError(_MISMATCH)
+
+
+def longest(count: int) -> int:
+    """Bytes that `count` symbols can take at most: 2 each, 1 for each byte of an excess, and 1 for rounding."""
+    return _STATE_BYTES + (2 + _EXCESS_BYTES + 1) * count
 
 
 def _checksum(check: int, symbols: Tensor, indexes: Tensor) -> int:

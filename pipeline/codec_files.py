@@ -71,8 +71,9 @@ def plan(
 ) -> list[Conversion]:
     """What to write for `sources`: beside each file, or in the folder `output`, or to the file `output`.
 
-    `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file where one file is given and `output` has a suffix. Raises DataError where two conversions
-    would write one file and, unless `overwrite`, where a file to be written exists.
+    `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file where one file is given and `output` has a
+    suffix. Raises DataError where two conversions would write one file and, unless `overwrite`, where a file to be
+    written exists.
     """
     read, written = suffixes
     found = find(sources, read)
