@@ -1,9 +1,13 @@
 """Arithmetic that comes out the same in encoder and decoder."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+
+MOST_THREADS = min(os.cpu_count() or 1, 255)
+"""Of what a file may ask: where threads cannot be had, their library ends the process."""
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from compressai.ops import quantize_ste
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from modules.arithmetic import coding_arithmetic
+from modules.arithmetic import MOST_THREADS, coding_arithmetic
 from modules.attention import CrossAttentionCell
 from modules.coders import Decoder, Encoder, Estimator
 from modules.config import PRESETS, Attention, Fusion, HPCMConfig, Prior, preset_config
@@ -43,9 +43,6 @@ _TABLES = (
     "cdf_length_y",
     "offset_y",
 )
-
-_MOST_THREADS = 32
-"""Encoder and decoder must run as many; a forged number must not exhaust the machine."""
 
 
 class Noise(NamedTuple):
@@ -282,7 +279,7 @@ class HPCM(CompressionModel):
         Raises BitstreamError where the latent holds NaN or is too large to code.
         """
         tables = self._coding_tables()
-        threads = min(torch.get_num_threads(), _MOST_THREADS)
+        threads = min(torch.get_num_threads(), MOST_THREADS)
         with coding_arithmetic(x.device, threads):
             # One at a time: a decoder need not know what an image was batched with.
             coded = [self._encode(image, *tables) for image in x.split(1)]
@@ -312,8 +309,8 @@ class HPCM(CompressionModel):
         y_shape, z_shape = self.latent_shapes(*shape)
         y_reader = SymbolReader(y[1:], tables_y, math.prod(y_shape))
         z_reader = SymbolReader(z, tables_z, math.prod(z_shape))
-        if not 1 <= y[0] <= _MOST_THREADS:
-            raise BitstreamError(f"damaged: coded with {y[0]} threads, where 1 to {_MOST_THREADS} can be")
+        if not 1 <= y[0] <= MOST_THREADS:
+            raise BitstreamError(f"coded with {y[0]} threads: damaged, or from a machine with more than {MOST_THREADS}")
         with coding_arithmetic(self.means_hyper.device, y[0]):
             z_hat = z_reader.take(self._z_indexes(self.means_hyper.expand(1, *z_shape))) + self.means_hyper
             z_reader.finish()

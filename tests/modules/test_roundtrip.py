@@ -110,7 +110,7 @@ def test_images_without_values_are_refused(codecs: dict[int, HPCM], value: float
         codecs[0].compress(torch.full((1, 3, 8, 8), value))
 
 
-@pytest.mark.parametrize("string", [b"", b"\x01", bytes(40), b"\x00" + b"\xff" * 40])
+@pytest.mark.parametrize("string", [b"", b"\x01", bytes(40), b"\x00" + b"\xff" * 40, b"\xff" * 41])
 def test_strings_of_no_encoder_are_refused(codecs: dict[int, HPCM], string: bytes) -> None:
     z = codecs[0].compress(torch.rand(1, 3, 8, 8))["strings"][1][0]
     with pytest.raises(BitstreamError, match="damaged"):
