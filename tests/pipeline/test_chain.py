@@ -76,7 +76,8 @@ def test_mlflow_holds_the_chain_and_its_stages(finished: tuple[Chain, Notes]) ->
         assert steps == sorted(set(steps)), key
     artifacts = {artifact.path for artifact in client.list_artifacts(phase4.info.run_id)}
     assert artifacts == {
-        "checkpoint.safetensors", "evaluation.json", "ledger.json", "rate-distortion.png", "reconstructions", "stage.yaml",
+        "checkpoint.safetensors", "evaluation.json", "ledger.json",
+        "rate-distortion.png", "reconstructions", "stage.yaml",
     }  # fmt: skip
 
 
@@ -96,9 +97,8 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
     def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
         return {name for name in after if not torch.equal(before[f"model/{name}"], after[name])}
 
-    at_unfreeze = {
-        k.removeprefix("model/"): t for k, t in moments["unfrozen"].tensors.items() if k.startswith("model/")
-    }
+    tensors = moments["unfrozen"].tensors
+    at_unfreeze = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
     fixed = {name for name in at_unfreeze if name.startswith("entropy_estimation")}
     assert moved(moments["frozen"].tensors, at_unfreeze) == new
     end = read(chain.jobs[-1].checkpoint).tensors
@@ -187,7 +187,7 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
     assert [planned.status for planned in chain.plan()] == ["done"]
     with pytest.raises(StageError, match=r"own.safetensors: not the codec of baseline: heads is 4, the recipe's 8"):
         run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
-    with pytest.raises(CheckpointError, match="nowhere.safetensors: no such file"):
+    with pytest.raises(CheckpointError, match=r"nowhere.safetensors: no such file"):
         mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
 
 

@@ -45,7 +45,7 @@ def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_
 def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
     published: tuple[Path, HPCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, model = published
+    path, _ = published
     before = path.read_bytes()
 
     def fail(descriptor: int) -> None:
@@ -84,7 +84,7 @@ def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:
 def test_foreign_safetensors_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of this pipeline .*hpcm import"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline .*hpcm import"):
         load_codec(path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_codec(tmp_path / "nowhere.safetensors")
@@ -139,7 +139,7 @@ def test_code_in_a_pickle_is_not_run(save: str, tmp_path: Path) -> None:
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="evil.pth.tar: holds more than tensors"):
+    with pytest.raises(CheckpointError, match=r"evil.pth.tar: holds more than tensors"):
         import_official(path)
     assert not mark.exists()
 

@@ -1,0 +1,175 @@
+"""What a person at the shell meets: errors of one screen, exit codes, kills and several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mini import FOLDER, mini_chain, mini_codec
+from test_chain import runs_of, steps_of
+from test_checkpoints import Malicious
+
+from pipeline.checkpoints import codec_tensors, write
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150", "PYTHONUNBUFFERED": "1"}
+
+
+def hpcm(*arguments: object, launcher: tuple[str, ...] = ("-m", "pipeline.cli")) -> list[str]:
+    """The command line of `hpcm`."""
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+def outcome(*arguments: object) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    done = subprocess.run(hpcm(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def recipe(tmp_path: Path, stage: str, old: str, new: str) -> Path:
+    """A copy of the mini recipe with one thing changed in a stage."""
+    folder = tmp_path / "mini"
+    folder.mkdir()
+    for path in FOLDER.glob("*.yaml"):
+        text = path.read_text()
+        (folder / path.name).write_text(text.replace(old, new) if path.stem == stage else text)
+    return folder
+
+
+def bad_key(tmp_path: Path) -> list[object]:
+    return ["plan", "phase1", "--recipe", recipe(tmp_path, "phase1", "handover: 4", "hand_over: 4")]
+
+
+def bad_pattern(tmp_path: Path) -> list[object]:
+    folder = recipe(tmp_path, "baseline", "lr: {default: 1.0e-3}", 'lr: {"g_x.*": 1.0e-3, default: 1.0e-3}')
+    return ["run", "baseline", "--recipe", folder, "--runs", tmp_path / "runs"]
+
+
+def bad_stage(tmp_path: Path) -> list[object]:
+    return ["plan", "phase9", "--recipe", FOLDER]
+
+
+def bad_checkpoint(tmp_path: Path) -> list[object]:
+    model = mini_codec(0)
+    tensors = codec_tensors(model)
+    tensors["h_a.branch.1.weights"] = tensors.pop("h_a.branch.1.weight")
+    tensors["means_hyper"] = torch.zeros(1, 9, 1, 1)
+    write(tmp_path / "odd.safetensors", tensors, {"config": model.config.to_dict()})
+    return [
+        "run",
+        "baseline",
+        "--recipe",
+        FOLDER,
+        "--runs",
+        tmp_path / "runs",
+        "--baseline",
+        tmp_path / "odd.safetensors",
+    ]
+
+
+def bad_pickle(tmp_path: Path) -> list[object]:
+    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth.tar")
+    return ["import", tmp_path / "evil.pth.tar", tmp_path / "baseline.safetensors"]
+
+
+def bad_folder(tmp_path: Path) -> list[object]:
+    (tmp_path / "empty").mkdir()
+    return ["plan", "phase1", "--recipe", FOLDER, "--data", tmp_path / "empty"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (bad_key, ["phase1.yaml:7", "schedule[1].hand_over", "did you mean 'handover'"]),
+        (bad_pattern, ["lr: 'g_x.*' selects no trainable parameter"]),
+        (bad_stage, ["phase9", "phase4"]),
+        (
+            bad_checkpoint,
+            ["odd.safetensors", "missing", "unexpected", "wrong size", "h_a.branch.1.weights", "means_hyper"],
+        ),
+        (bad_pickle, ["evil.pth.tar", "refused", "torch.save(model.state_dict()"]),
+        (bad_folder, ["empty: no usable image for train", "Give another folder"]),
+    ],
+)
+def test_bad_input_is_one_screen_that_says_what_to_do(
+    arguments: object, expected: list[str], tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "MLFLOW_TRACKING_URI", f"sqlite:///{empty_store / 'mlflow.db'}")
+    code, printed = outcome(*arguments(tmp_path))  # type: ignore[operator]
+    message = printed[printed.index("error: ") :]
+    assert code == 1
+    assert "Traceback" not in printed
+    assert len(message.splitlines()) < 24
+    for phrase in expected:
+        assert phrase in message
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("phase", "signum", "code"),
+    [("frozen", signal.SIGTERM, 143), ("unfrozen", signal.SIGINT, 130), ("frozen", signal.SIGKILL, -9)],
+)
+def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int, code: int, runs: Path) -> None:
+    settings = [f"phase1.schedule.{phase}.steps=30"]
+    command = hpcm("run", "phase1", "--recipe", FOLDER, "--runs", runs, "--accept-anyway", "--set", *settings)
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.strip().startswith(f"{phase} 10/"):
+                first.send_signal(signum)
+                break
+        first.stdout.read()
+        assert first.wait(timeout=60) == code
+
+    chain = mini_chain(runs, "phase1", settings)
+    reason = chain.plan()[-1].reason
+    assert reason.startswith(f"cut off in {phase} at step ")
+    stood = int(reason.rsplit(" ", 1)[1])
+    assert stood >= 9
+    resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed in {phase} at step {stood}" in resumed.stdout
+
+    client, (_, baseline, phase1) = runs_of(chain)
+    assert [baseline.info.status, phase1.info.status] == ["FINISHED", "FINISHED"]
+    for key, steps in steps_of(client, phase1).items():
+        assert steps == sorted(set(steps)), key
+    first_step = {"frozen": 2, "unfrozen": 8}[phase]
+    assert steps_of(client, phase1)[f"train/{phase}/bpp"] == list(range(first_step + 2, first_step + 31, 2))
+
+
+def test_two_processes_train_as_one(empty_store: Path, tmp_path: Path) -> None:
+    settings = ["log_every=1", "baseline.schedule.scratch.steps=20"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    losses = []
+    for processes in (1, 2):
+        runs = tmp_path / f"runs-{processes}"
+        launcher = (
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "-m",
+            "pipeline.cli",
+        )
+        if processes == 1:
+            launcher = ("-m", "pipeline.cli")
+        command = hpcm(
+            "run", "phase1", "--recipe", FOLDER, "--runs", runs, "--accept-anyway", *options, launcher=launcher
+        )
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        client, (_, baseline, phase1) = runs_of(mini_chain(runs, "phase1", settings))
+        histories = [
+            client.get_metric_history(baseline.info.run_id, "train/scratch/loss"),
+            *(
+                client.get_metric_history(phase1.info.run_id, f"train/{name}/loss")
+                for name in ("align", "frozen", "unfrozen")
+            ),
+        ]
+        losses.append([metric.value for history in histories for metric in sorted(history, key=lambda m: m.step)])
+    assert len(losses[0]) == 20 + 2 + 6 + 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
