@@ -12,23 +12,16 @@ from compressai.ops import quantize_ste
 from compressai.registry import register_model
 from torch import Tensor, nn
 
+from modules import components
 from modules.arithmetic import MOST_THREADS, coding_arithmetic
-from modules.attention import CrossAttentionCell
 from modules.coders import Decoder, Encoder, Estimator
-from modules.config import PRESETS, Attention, Fusion, HPCMConfig, Prior, preset_config
+from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialisation import centre_scales, initialise_convolutions, spread_latent
-from modules.priors import DWConvSpatialPrior
 from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
-from modules.rwkv import (
-    RWKVComponent,
-    RWKVContextCell,
-    RWKVFusionNet,
-    RWKVSpatialPrior_S1_S2,
-    RWKVSpatialPrior_S3,
-)
+from modules.rwkv import RWKVComponent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -50,27 +43,6 @@ class Noise(NamedTuple):
 
     y: Tensor
     z: Tensor
-
-
-def _attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module | None:
-    if kind == "none":
-        return None
-    if kind == "rwkv":
-        return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale])
-    return CrossAttentionCell(2 * config.M, config.heads, config.windows[scale])
-
-
-def _fusion(kind: Fusion, config: HPCMConfig) -> nn.Module:
-    if kind == "rwkv":
-        return RWKVFusionNet(2 * config.M, config.fusion_blocks, config.fusion_hidden_rate)
-    return nn.Conv2d(2 * config.M, 2 * config.M, 1)
-
-
-def _prior(kind: Prior, config: HPCMConfig, scale: int) -> nn.Module:
-    if kind == "dwconv":
-        return DWConvSpatialPrior(config.M, config.prior_depths[scale])
-    prior = (RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3)[scale]
-    return prior(config.M, config.prior_blocks[scale], config.prior_hidden_rate)
 
 
 @cache
@@ -113,13 +85,13 @@ class HPCM(CompressionModel):
         self.y_spatial_prior_adaptor_list_s1 = self._adaptors(1)
         self.y_spatial_prior_adaptor_list_s2 = self._adaptors(3)
         self.y_spatial_prior_adaptor_list_s3 = self._adaptors(6)
-        self.y_spatial_prior_s1_s2 = _prior(config.y_spatial_prior_s1_s2, config, 0)
-        self.y_spatial_prior_s3 = _prior(config.y_spatial_prior_s3, config, 1)
+        self.y_spatial_prior_s1_s2 = components.prior(config.y_spatial_prior_s1_s2, config, 0)
+        self.y_spatial_prior_s3 = components.prior(config.y_spatial_prior_s3, config, 1)
         self.adaptive_params_list = nn.ParameterList(torch.ones(1, 3 * M, 1, 1) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = (
-            _attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
+            components.attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
         )
-        self.context_net = nn.ModuleList(_fusion(config.context_net, config) for _ in range(2))
+        self.context_net = nn.ModuleList(components.fusion(config.context_net, config) for _ in range(2))
         self._initialise()
         self.to(memory_format=torch.channels_last)
 
@@ -342,11 +314,12 @@ class HPCM(CompressionModel):
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; coding tables may be built or empty on either side."""
+        """Load weights; coding tables may be built, empty or absent (which leaves them empty) on either side."""
+        tables = {name: getattr(self, name).new_empty(0) for name in _TABLES}
+        state = {**tables, **state_dict}
         for name in _TABLES:
-            if name in state_dict:
-                setattr(self, name, getattr(self, name).new_empty(state_dict[name].shape))
-        return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
+            setattr(self, name, tables[name].new_empty(state[name].shape))
+        return nn.Module.load_state_dict(self, state, strict=strict, assign=assign)
 
 
 def _named(name: str, phase: int) -> Callable[..., HPCM]:

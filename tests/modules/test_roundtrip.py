@@ -138,6 +138,15 @@ def test_preset_and_phase_follow_from_the_weights(codecs: dict[int, HPCM], phase
     assert all(torch.equal(tensor, codecs[phase].state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_weights_may_come_without_tables(codecs: dict[int, HPCM], picture: Tensor) -> None:
+    state = {name: t for name, t in codecs[2].state_dict().items() if name not in HPCM.coding_table_names()}
+    model = HPCM.from_state_dict(state).eval()
+    assert model.update()
+    assert model.compress(picture) == codecs[2].compress(picture)
+    model.load_state_dict(state)
+    assert len(model.quantized_cdf_y) == 0  # they were of the weights before
+
+
 @pytest.mark.parametrize("preset", ["base", "large", "phi-context"])
 def test_presets_follow_from_the_shapes(preset: str) -> None:
     with torch.device("meta"):
