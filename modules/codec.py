@@ -2,31 +2,26 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from compressai.ans import RansDecoder
 from compressai.models import CompressionModel
 from compressai.ops import quantize_ste
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from modules.attention import CrossAttentionCell
-from modules.coders import CodingTables, Decoder, Encoder, Estimator
-from modules.config import PRESETS, Attention, Fusion, HPCMConfig, Prior, preset_config
+from modules import components
+from modules.arithmetic import MOST_THREADS, coding_arithmetic
+from modules.coders import Decoder, Encoder, Estimator
+from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialisation import centre_scales, initialise_convolutions, spread_latent
-from modules.priors import DWConvSpatialPrior
-from modules.rwkv import (
-    RWKVComponent,
-    RWKVContextCell,
-    RWKVFusionNet,
-    RWKVSpatialPrior_S1_S2,
-    RWKVSpatialPrior_S3,
-)
+from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
+from modules.rwkv import RWKVComponent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -50,25 +45,10 @@ class Noise(NamedTuple):
     z: Tensor
 
 
-def _attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module | None:
-    if kind == "none":
-        return None
-    if kind == "rwkv":
-        return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale])
-    return CrossAttentionCell(2 * config.M, config.heads, config.windows[scale])
-
-
-def _fusion(kind: Fusion, config: HPCMConfig) -> nn.Module:
-    if kind == "rwkv":
-        return RWKVFusionNet(2 * config.M, config.fusion_blocks, config.fusion_hidden_rate)
-    return nn.Conv2d(2 * config.M, 2 * config.M, 1)
-
-
-def _prior(kind: Prior, config: HPCMConfig, scale: int) -> nn.Module:
-    if kind == "dwconv":
-        return DWConvSpatialPrior(config.M, config.prior_depths[scale])
-    prior = (RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3)[scale]
-    return prior(config.M, config.prior_blocks[scale], config.prior_hidden_rate)
+@cache
+def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in HPCM(config).state_dict().items()}
 
 
 @register_model("hpcm")
@@ -105,13 +85,13 @@ class HPCM(CompressionModel):
         self.y_spatial_prior_adaptor_list_s1 = self._adaptors(1)
         self.y_spatial_prior_adaptor_list_s2 = self._adaptors(3)
         self.y_spatial_prior_adaptor_list_s3 = self._adaptors(6)
-        self.y_spatial_prior_s1_s2 = _prior(config.y_spatial_prior_s1_s2, config, 0)
-        self.y_spatial_prior_s3 = _prior(config.y_spatial_prior_s3, config, 1)
+        self.y_spatial_prior_s1_s2 = components.prior(config.y_spatial_prior_s1_s2, config, 0)
+        self.y_spatial_prior_s3 = components.prior(config.y_spatial_prior_s3, config, 1)
         self.adaptive_params_list = nn.ParameterList(torch.ones(1, 3 * M, 1, 1) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = (
-            _attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
+            components.attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
         )
-        self.context_net = nn.ModuleList(_fusion(config.context_net, config) for _ in range(2))
+        self.context_net = nn.ModuleList(components.fusion(config.context_net, config) for _ in range(2))
         self._initialise()
         self.to(memory_format=torch.channels_last)
 
@@ -125,8 +105,7 @@ class HPCM(CompressionModel):
         """The preset and phase whose tensors agree with most of `shapes`, by name and shape."""
 
         def agreement(config: HPCMConfig) -> tuple[int, int]:
-            with torch.device("meta"):
-                expected = {name: tuple(tensor.shape) for name, tensor in HPCM(config).state_dict().items()}
+            expected = _shapes(config)
             return sum(expected.get(name) == shape for name, shape in shapes.items()), -len(expected)
 
         return max((preset_config(name, phase) for name in PRESETS for phase in range(5)), key=agreement)
@@ -267,33 +246,50 @@ class HPCM(CompressionModel):
 
     @torch.no_grad()
     def compress(self, x: Tensor) -> dict[str, Any]:
-        """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W)."""
-        tables_y, tables_z = self._coding_tables()
-        strings_y, strings_z = [], []
-        for image in x.split(1):  # One at a time: a decoder need not know what an image was batched with.
-            y = self.g_a(self._pad(image)).to(x.dtype)
-            symbols = (self.h_a(y).to(x.dtype) - self.means_hyper).round()
-            strings_z.append(tables_z.encode(symbols.int(), self._z_indexes(symbols)))
-            encoder = Encoder(to_rows(y, self.config.M // 8), self.scale_table)
-            self._walk(self.h_s(symbols + self.means_hyper).to(x.dtype), encoder)
-            strings_y.append(encoder.string(tables_y))
-        return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
+        """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
+
+        Raises BitstreamError where the latent holds NaN or is too large to code.
+        """
+        tables = self._coding_tables()
+        threads = min(torch.get_num_threads(), MOST_THREADS)
+        with coding_arithmetic(x.device, threads):
+            # One at a time: a decoder need not know what an image was batched with.
+            coded = [self._encode(image, *tables) for image in x.split(1)]
+        strings_y = [bytes([threads]) + y for y, _ in coded]
+        return {"strings": [strings_y, [z for _, z in coded]], "shape": x.shape[2:]}
+
+    def _encode(self, image: Tensor, tables_y: CodingTables, tables_z: CodingTables) -> tuple[bytes, bytes]:
+        y = self.g_a(self._pad(image))
+        z_writer, y_writer = SymbolWriter(tables_z), SymbolWriter(tables_y)
+        z = self.h_a(y)
+        z_hat = z_writer.put((z - self.means_hyper).round(), self._z_indexes(z)) + self.means_hyper
+        self._walk(self.h_s(z_hat), Encoder(to_rows(y, self.config.M // 8), self.scale_table, y_writer))
+        return y_writer.string(), z_writer.string()
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1]."""
-        tables_y, tables_z = self._coding_tables()
-        images = []
-        for string_y, string_z in zip(*strings, strict=True):
-            z_shape = (1, *self.latent_shapes(*shape)[1])
-            stream = RansDecoder()
-            stream.set_stream(string_z)
-            symbols = tables_z.decode(stream, self._z_indexes(self.means_hyper.expand(z_shape)))
-            hyper = self.h_s((symbols + self.means_hyper).contiguous(memory_format=torch.channels_last))
-            decoder = Decoder(string_y, tables_y, self.scale_table)
-            y_hat = self._walk(hyper.to(self.means_hyper.dtype), decoder)
-            images.append(self._crop(self.g_s(y_hat), torch.Size(shape)).clamp(0, 1))
-        return {"x_hat": torch.cat(images)}
+        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1].
+
+        Raises BitstreamError for strings that this model, on this machine, did not write.
+        """
+        tables = self._coding_tables()
+        return {"x_hat": torch.cat([self._decode(y, z, shape, *tables) for y, z in zip(*strings, strict=True)])}
+
+    def _decode(
+        self, y: bytes, z: bytes, shape: tuple[int, int], tables_y: CodingTables, tables_z: CodingTables
+    ) -> Tensor:
+        y_shape, z_shape = self.latent_shapes(*shape)
+        y_reader = SymbolReader(y[1:], tables_y, math.prod(y_shape))
+        z_reader = SymbolReader(z, tables_z, math.prod(z_shape))
+        if not 1 <= y[0] <= MOST_THREADS:
+            raise BitstreamError(f"coded with {y[0]} threads: damaged, or from a machine with more than {MOST_THREADS}")
+        with coding_arithmetic(self.means_hyper.device, y[0]):
+            z_hat = z_reader.take(self._z_indexes(self.means_hyper.expand(1, *z_shape))) + self.means_hyper
+            z_reader.finish()
+            hyper = self.h_s(z_hat.contiguous(memory_format=torch.channels_last))
+            y_hat = self._walk(hyper, Decoder(self.scale_table, y_reader))
+            y_reader.finish()
+            return self._crop(self.g_s(y_hat), torch.Size(shape)).clamp(0, 1)
 
     def _coding_tables(self) -> tuple[CodingTables, CodingTables]:
         if not len(self.scale_table):
@@ -307,12 +303,23 @@ class HPCM(CompressionModel):
     def _z_indexes(z: Tensor) -> Tensor:
         return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1).expand_as(z)
 
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "HPCM":
+        """The codec that these weights are of, preset and phase inferred from names and shapes; without `update`.
+
+        Raises RuntimeError, naming the tensors, where no preset and phase fit.
+        """
+        model = cls(cls.nearest_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()}))
+        model.load_state_dict(state_dict)
+        return model
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; coding tables may be built or empty on either side."""
+        """Load weights; coding tables may be built, empty or absent (which leaves them empty) on either side."""
+        tables = {name: getattr(self, name).new_empty(0) for name in _TABLES}
+        state = {**tables, **state_dict}
         for name in _TABLES:
-            if name in state_dict:
-                setattr(self, name, getattr(self, name).new_empty(state_dict[name].shape))
-        return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
+            setattr(self, name, tables[name].new_empty(state[name].shape))
+        return nn.Module.load_state_dict(self, state, strict=strict, assign=assign)
 
 
 def _named(name: str, phase: int) -> Callable[..., HPCM]:

@@ -82,7 +82,7 @@ def from_rows(rows: Tensor, height: int, width: int) -> Tensor:
     return rows.reshape(rows.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def hierarchy(height: int, width: int, device: torch.device) -> Hierarchy:
     """The index tables of a latent of height × width, both multiples of 8; cached per size and device."""
     # A table built in inference mode could not be saved for a later backward pass.

@@ -26,7 +26,7 @@ class ResidualBranch(nn.Module):
         self.branch = nn.Sequential(
             spatial,
             nn.Conv2d(channels, expansion * channels, 1),
-            nn.LeakyReLU(0.01),
+            nn.LeakyReLU(0.01, inplace=True),
             nn.Conv2d(expansion * channels, channels, 1),
         )
 

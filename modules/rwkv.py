@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from modules.biwkv4 import biwkv4
 from modules.priors import SpatialPrior
 
+_TOKENS_AT_ONCE = 4096
+"""The hidden layer of a channel mix exists for so many positions at a time: for all of a large image it is the peak."""
+
 
 def _tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -82,8 +85,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
-        tokens = _tokens(self.omni_shift(x))
-        return torch.sigmoid(self.receptance(tokens)) * self.value(F.relu(self.key(tokens)).square())
+        parts = _tokens(self.omni_shift(x)).split(_TOKENS_AT_ONCE, dim=1)
+        return torch.cat(
+            [torch.sigmoid(self.receptance(p)) * self.value(F.relu(self.key(p)).square()) for p in parts], 1
+        )
 
 
 class RWKVBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from modules.layers import PConvRB
@@ -23,7 +24,43 @@ class Transform(nn.Module):
         return self.branch(x)
 
 
-class AnalysisTransform(Transform):
+class ImageTransform(Transform):
+    """A transform between image and latent, computed in tiles, so that its memory does not grow with the image.
+
+    A tile is computed with as much around it as the layers reach: all tiles together are what the whole would be,
+    but for rounding. `units` are the sides of a latent position in input and output.
+    """
+
+    tile = 64
+    """Side of a tile in latent positions: 1024 pixels."""
+
+    def __init__(self, layers: Sequence[nn.Module], units: tuple[int, int], depths: Sequence[int]):
+        super().__init__(layers)
+        self.units = units
+        reach = 2 + sum(depth << level for level, depth in enumerate(depths, start=1))
+        self.halo = -(-reach // 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C_out, H', W')."""
+        height, width = (size // self.units[0] for size in x.shape[2:])
+        if max(height, width) <= self.tile:
+            return super().forward(x)
+        tops, lefts = (range(0, size, self.tile) for size in (height, width))
+        return torch.cat([torch.cat([self._tile(x, top, left) for left in lefts], dim=3) for top in tops], dim=2)
+
+    def _tile(self, x: Tensor, top: int, left: int) -> Tensor:
+        outer = [slice(max(first - self.halo, 0), first + self.tile + self.halo) for first in (top, left)]
+        inner = [
+            slice(first - around.start, first - around.start + self.tile)
+            for first, around in zip((top, left), outer, strict=True)
+        ]
+        rows, columns = (slice(s.start * self.units[0], s.stop * self.units[0]) for s in outer)
+        y = super().forward(x[:, :, rows, columns].contiguous(memory_format=torch.channels_last))
+        rows, columns = (slice(s.start * self.units[1], s.stop * self.units[1]) for s in inner)
+        return y[:, :, rows, columns]
+
+
+class AnalysisTransform(ImageTransform):
     """g_a: an image (B, 3, H, W) to the latent y (B, M, H/16, W/16)."""
 
     def __init__(self, M: int, widths: Sequence[int], depths: Sequence[int]):
@@ -37,11 +74,13 @@ class AnalysisTransform(Transform):
                 nn.Conv2d(quarter, eighth, 2, stride=2),
                 *_blocks(eighth, depths[2]),
                 nn.Conv2d(eighth, M, 2, stride=2),
-            ]
+            ],
+            (16, 1),
+            depths,
         )
 
 
-class SynthesisTransform(Transform):
+class SynthesisTransform(ImageTransform):
     """g_s: the decoded latent ŷ (B, M, H/16, W/16) to an image (B, 3, H, W), not clipped."""
 
     def __init__(self, M: int, widths: Sequence[int], depths: Sequence[int]):
@@ -55,7 +94,9 @@ class SynthesisTransform(Transform):
                 nn.ConvTranspose2d(quarter, half, 2, stride=2),
                 *_blocks(half, depths[0]),
                 nn.ConvTranspose2d(half, 3, 4, stride=2, padding=1),
-            ]
+            ],
+            (1, 16),
+            depths,
         )
 
 

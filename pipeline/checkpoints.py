@@ -134,8 +134,7 @@ def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str)
         raise CheckpointError(
             "\n  ".join([f"{source}: {len(problems)} tensors do not fit the codec:", *problems[:12], *more])
         )
-    empty = {name: torch.empty(0, dtype=t.dtype) for name, t in model.state_dict().items() if name not in expected}
-    model.load_state_dict({**tensors, **empty})
+    model.load_state_dict(tensors)
 
 
 def import_official(source: Path) -> HPCM:

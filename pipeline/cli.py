@@ -1,7 +1,6 @@
 """The command `hpcm`."""
 
 import json
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import codec_cli
+
 if TYPE_CHECKING:
     from pipeline.chain import Chain
-
-# OpenMP's threads spin while they wait, which on a shared machine takes the core from the thread they wait for: a step
-# can take ten times as long. Read when torch is imported, so before any of ours that does.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     add_completion=False,
@@ -130,6 +127,9 @@ def import_(
     model = import_official(source)
     publish(target, model, {"name": "baseline", "imported_from": source.name})
     console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+codec_cli.register(app)
 
 
 def main() -> None:

@@ -50,6 +50,16 @@ class ImageResult:
     encode_seconds: float
     decode_seconds: float
 
+    def to_compressai(self) -> dict[str, float | None]:
+        """The values under CompressAI's names."""
+        return {
+            "psnr-rgb": self.quality.psnr_db,
+            "ms-ssim-rgb": self.quality.ms_ssim,
+            "bpp": self.quality.bpp,
+            "encoding_time": self.encode_seconds,
+            "decoding_time": self.decode_seconds,
+        }
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -62,9 +72,28 @@ class Evaluation:
         """The mean over images."""
         return mean_quality([image.quality for image in self.images])
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as a JSON-able mapping."""
-        return {"mean": asdict(self.quality), "images": [asdict(image) for image in self.images]}
+    @property
+    def mean(self) -> ImageResult:
+        """The mean of every value over images."""
+        names = ("estimated_bpp", "encode_seconds", "decode_seconds")
+        means = {name: float(np.mean([getattr(image, name) for image in self.images])) for name in names}
+        return ImageResult("mean", self.quality, **means)
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Everything, in the layout of `compressai.utils.eval_model`, whose plotting tool reads it.
+
+        `results` holds means, as curves of one point: bits per pixel, dB, and seconds an image.
+        """
+        means = self.mean.to_compressai()
+        return {
+            "name": name,
+            "description": "Inference (ans)",
+            "results": {key: [mean] for key, mean in means.items() if mean is not None},
+            "images": [
+                {"source": image.name, "estimated_bpp": image.estimated_bpp, **image.to_compressai()}
+                for image in self.images
+            ],
+        }
 
 
 def mean_quality(qualities: Sequence[Quality]) -> Quality:
@@ -81,10 +110,19 @@ def mean_quality(qualities: Sequence[Quality]) -> Quality:
 def quality_of(image: Tensor, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:
     """Compare an image with its reconstruction, both (1, 3, H, W), clipped to [0, 1]."""
     x_hat = x_hat.clamp(0, 1)
-    mse = float((x_hat.double() - image.double()).square().mean())
+    mse = _mse(image, x_hat)
     similarity = float(ms_ssim(x_hat, image, data_range=1.0)) if min(image.shape[2:]) >= MS_SSIM_MINIMUM else None
     distortion = lmbda * (1 - (similarity or 0.0)) if metric == "ms-ssim" else lmbda * 255**2 * mse
-    return Quality(bpp, -10 * float(np.log10(max(mse, 1e-10))), similarity, bpp + distortion)
+    return Quality(bpp, psnr_db(image, x_hat), similarity, bpp + distortion)
+
+
+def psnr_db(image: Tensor, x_hat: Tensor) -> float:
+    """PSNR of values in [0, 1], 100 dB at most."""
+    return -10 * float(np.log10(max(_mse(image, x_hat), 1e-10)))
+
+
+def _mse(image: Tensor, x_hat: Tensor) -> float:
+    return float((x_hat.double() - image.double()).square().mean())
 
 
 @torch.no_grad()
@@ -99,25 +137,27 @@ def estimate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: st
     return mean_quality(qualities)
 
 
-@torch.no_grad()
 def evaluate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: str) -> tuple[Evaluation, list[Tensor]]:
     """Encode and decode every image for real; returns results and reconstructions (1, 3, H, W)."""
     model.update(force=True)
-    results, reconstructions = [], []
-    for name, image in images:
-        image = image.to(model.means_hyper.device)
-        pixels = image.shape[2] * image.shape[3]
-        estimated = float(bits_per_pixel(model(image, training=False)["likelihoods"], pixels))
-        start = time.perf_counter()
-        coded = model.compress(image)
-        encoded = time.perf_counter()
-        x_hat = model.decompress(**coded)["x_hat"]
-        decoded = time.perf_counter()
-        bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
-        quality = quality_of(image, x_hat, bpp, lmbda, metric)
-        results.append(ImageResult(name, quality, estimated, encoded - start, decoded - encoded))
-        reconstructions.append(x_hat)
-    return Evaluation(tuple(results)), reconstructions
+    coded = [code(model, name, image, lmbda, metric) for name, image in images]
+    return Evaluation(tuple(result for result, _ in coded)), [x_hat for _, x_hat in coded]
+
+
+@torch.no_grad()
+def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tuple[ImageResult, Tensor]:
+    """Encode and decode one image (1, 3, H, W) for real; returns the result and the reconstruction, in 8 bits."""
+    x = image.to(model.means_hyper.device)
+    pixels = x.shape[2] * x.shape[3]
+    estimated = float(bits_per_pixel(model(x, training=False, reconstruct=False)["likelihoods"], pixels))
+    start = time.perf_counter()
+    coded = model.compress(x)
+    encoded = time.perf_counter()
+    x_hat = model.decompress(**coded)["x_hat"].mul(255).round().div(255).cpu()
+    decoded = time.perf_counter()
+    bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
+    quality = quality_of(image, x_hat, bpp, lmbda, metric)
+    return ImageResult(name, quality, estimated, encoded - start, decoded - encoded), x_hat
 
 
 def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:

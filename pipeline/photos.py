@@ -70,7 +70,7 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
         found = [(name, Path(str(distribution(wheel).locate_file(name)))) for wheel, name in PACKAGED[split]]
         name, source = f"packaged-{split}", "photographs in the wheels of scikit-image and scikit-learn"
     else:
-        found = _walk(folder)
+        found = files_below(folder)
         name, source = folder.resolve().name, str(folder.resolve())
 
     digest, pixels = hashlib.sha256(), 0
@@ -95,12 +95,13 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
     return Photos(name, source, names, paths, pixels, tuple(skipped), digest.hexdigest())
 
 
-def _walk(folder: Path) -> list[tuple[str, Path]]:
+def files_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
+    """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images ({' '.join(SUFFIXES)})")
+        raise DataError(f"{folder}: no such folder; give a folder of images ({' '.join(suffixes)})")
     found = []
     for root, _, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
-        paths = (Path(root, file) for file in files if file.lower().endswith(SUFFIXES))
+        paths = (Path(root, file) for file in files if file.lower().endswith(suffixes))
         found += [(path.relative_to(folder).as_posix(), path) for path in paths]
     return found
 
@@ -143,20 +144,53 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
 
 
+@dataclass(frozen=True)
+class Picture:
+    """Pixels (H, W, 3), uint8 RGB, the right way up (EXIF); the ICC profile that they are in, or b''.
+
+    `changes` says in a few words each what the file had and the pixels have not.
+    """
+
+    pixels: np.ndarray
+    icc_profile: bytes
+    changes: tuple[str, ...]
+
+
 def read_image(path: Path) -> np.ndarray:
-    """Decode an image into uint8 RGB, (H, W, 3), the right way up (EXIF).
+    """Decode an image into uint8 RGB, (H, W, 3), as `read_picture` does."""
+    return read_picture(path).pixels
+
+
+def read_picture(path: Path) -> Picture:
+    """Decode an image, the right way up (EXIF).
 
     16 bits a channel become 8, transparency is laid on white, grey, palette and CMYK become RGB without a
     colour profile, and of several pages or frames the first counts. Raises DataError naming the file.
     """
     with _opened(path) as picture:
+        changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
+        if getattr(picture, "n_frames", 1) > 1:
+            changes.append("only the first frame was kept")
+        icc_profile = picture.info.get("icc_profile", b"")
+        if icc_profile and icc_profile[16:20] != b"RGB ":
+            changes.append(f"its colour profile, which is not for RGB, was left out of the {picture.mode} image")
+            icc_profile = b""
         upright = ImageOps.exif_transpose(picture)
         if upright.mode[0] in "IF":
-            return _from_deep_grey(np.asarray(upright))
+            return Picture(_from_deep_grey(np.asarray(upright)), icc_profile, tuple(changes))
         if upright.has_transparency_data:
+            changes.append("transparency was laid on white")
             opaque = Image.new("RGBA", upright.size, "white")
             upright = Image.alpha_composite(opaque, upright.convert("RGBA"))
-        return np.array(upright.convert("RGB"))
+        return Picture(np.array(upright.convert("RGB")), icc_profile, tuple(changes))
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether a channel has more than 8 bits, which of RGB only the decoder's settings tell."""
+    settings = [(tile.codec_name, tile.args) for tile in getattr(picture, "tile", [])]
+    return picture.mode[0] in "IF" or any(
+        args[1] > 255 if codec == "ppm" else ";16" in str(args) for codec, args in settings
+    )
 
 
 def _from_deep_grey(grey: np.ndarray) -> np.ndarray:

@@ -210,7 +210,7 @@ class StageRun:
         macs = macs_per_pixel(job.config)
         (folder / "stage.yaml").write_text(self.stage.to_yaml())
         checkpoints.write_json(folder / "ledger.json", facts.get("ledger", []))
-        checkpoints.write_json(folder / "evaluation.json", evaluation.to_json())
+        checkpoints.write_json(folder / "evaluation.json", evaluation.to_json(self.stage.name))
         lineage = {
             "name": self.stage.name,
             "inputs": self.inputs,

@@ -1,0 +1,171 @@
+"""The file that holds one coded image, `photo.hpcm`.
+
+All numbers are unsigned and little-endian.
+
+| at | bytes | what |
+|---|---|---|
+| 0 | 4 | `HPCM` |
+| 4 | 1 | version of this format: 1 |
+| 5 | 1 | colour: 0 = RGB, 8 bits a channel, in the colour space of the ICC profile (sRGB where there is none) |
+| 6 | 8 | identity of the model: start of the SHA-256 of all that a decoder computes with (`model_identity`) |
+| 14 | 4 + 4 | height and width in pixels, the right way up |
+| 22 | 4 + 4 + 4 | lengths of the ICC profile, of z and of y |
+| 34 | 4 | CRC-32 of bytes 0 … 33 |
+| 38 | | ICC profile, z, y |
+| end | 4 | CRC-32 of the profile, z and y |
+
+z is the CRC-32 of its symbols, then their range-coded bytes. y is the number of threads that the encoder ran (1 byte),
+the CRC-32 of its symbols and of the tables that they were coded with, and their range-coded bytes (`modules.rans`).
+
+What is promised: the same machine and build of PyTorch decode to the encoder's own reconstruction, bit for bit,
+whatever the number of threads. Elsewhere the networks may round differently, and one table chosen differently
+garbles all that follows. That is detected, by the CRC-32 of symbols and tables, and refused with an error.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import zlib
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from modules.codec import HPCM
+from modules.rans import BitstreamError
+
+MAGIC = b"HPCM"
+VERSION = 1
+RGB = 0
+MAX_PIXELS = 2**27
+"""Images beyond this many pixels are neither written nor read: a damaged or forged size asks for no memory."""
+
+_HEADER = struct.Struct("<4sBB8sIIIII")
+_CHECK = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CHECK.size
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before the coded image; `identity` is the model's."""
+
+    identity: bytes
+    height: int
+    width: int
+    icc_length: int
+    z_length: int
+    y_length: int
+
+    def pack(self) -> bytes:
+        """The header's bytes, checksum included."""
+        fields = _HEADER.pack(MAGIC, VERSION, RGB, *astuple(self))
+        return fields + _CHECK.pack(zlib.crc32(fields))
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Header":
+        """Read the first `HEADER_BYTES` of a file; raises BitstreamError saying what is wrong with them."""
+        if data[:4] != MAGIC[: len(data)]:
+            raise BitstreamError("not an HPCM file: it does not begin with HPCM")
+        if len(data) > 4 and data[4] != VERSION:
+            raise BitstreamError(f"format version {data[4]}; this program reads version {VERSION}")
+        if len(data) < HEADER_BYTES:
+            raise BitstreamError(f"truncated: {len(data)} bytes, where the header alone has {HEADER_BYTES}")
+        fields = data[: _HEADER.size]
+        if _CHECK.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(fields),):
+            raise BitstreamError("damaged: the header does not match its checksum")
+        _, _, colour, *values = _HEADER.unpack(fields)
+        header = cls(*values)
+        if colour != RGB:
+            raise BitstreamError(f"colour format {colour}; this program reads {RGB} (RGB, 8 bits a channel)")
+        _check_size(header.height, header.width)
+        return header
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the whole file."""
+        return HEADER_BYTES + self.icc_length + self.z_length + self.y_length + _CHECK.size
+
+
+@dataclass(frozen=True)
+class CodedImage:
+    """One image as a file holds it: identity of the model, size in pixels, strings of z and y, ICC profile or b""."""
+
+    identity: bytes
+    height: int
+    width: int
+    z: bytes
+    y: bytes
+    icc_profile: bytes = b""
+
+    def pack(self) -> bytes:
+        """The file's bytes."""
+        lengths = len(self.icc_profile), len(self.z), len(self.y)
+        body = self.icc_profile + self.z + self.y
+        header = Header(self.identity, self.height, self.width, *lengths)
+        return header.pack() + body + _CHECK.pack(zlib.crc32(body))
+
+    @classmethod
+    def parse(cls, data: bytes) -> "CodedImage":
+        """Read a file's bytes; raises BitstreamError, which says what is wrong, before anything is decoded."""
+        return cls._read(io.BytesIO(data), len(data))
+
+    @classmethod
+    def read(cls, path: Path) -> "CodedImage":
+        """Read a file, of which no more than the header unless its length is the announced one."""
+        with path.open("rb") as file:
+            return cls._read(file, os.fstat(file.fileno()).st_size)
+
+    @classmethod
+    def _read(cls, file: BinaryIO, size: int) -> "CodedImage":
+        header = Header.parse(file.read(HEADER_BYTES))
+        if size < header.file_bytes:
+            raise BitstreamError(f"truncated: {size} of {header.file_bytes} bytes")
+        if size > header.file_bytes:
+            raise BitstreamError(f"extended: {size - header.file_bytes} bytes follow the image")
+        parts = [file.read(length) for length in (header.icc_length, header.z_length, header.y_length)]
+        if file.read() != _CHECK.pack(zlib.crc32(b"".join(parts))):
+            raise BitstreamError("damaged: the coded image does not match its checksum")
+        icc_profile, z, y = parts
+        return cls(header.identity, header.height, header.width, z, y, icc_profile)
+
+
+class ImageCodec:
+    """A model as a codec of files; its coding tables are built if they are not yet."""
+
+    def __init__(self, model: HPCM):
+        model.update()
+        self.model = model.eval()
+        self.identity = model_identity(model)
+
+    def encode(self, image: Tensor, icc_profile: bytes = b"") -> CodedImage:
+        """Code one image (1, 3, H, W) in [0, 1]; raises BitstreamError where it is too large."""
+        height, width = image.shape[2:]
+        _check_size(height, width)
+        (y,), (z,) = self.model.compress(image)["strings"]
+        return CodedImage(self.identity, height, width, z, y, icc_profile)
+
+    def decode(self, coded: CodedImage) -> Tensor:
+        """The image (1, 3, H, W) in [0, 1]; raises BitstreamError for another model's, and where symbols disagree."""
+        if coded.identity != self.identity:
+            raise BitstreamError(
+                f"made by another model: {coded.identity.hex()}, where this checkpoint is {self.identity.hex()}"
+            )
+        return self.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))["x_hat"]
+
+
+def model_identity(model: HPCM) -> bytes:
+    """8 bytes that name what a decoder computes with: configuration and weights, but for those of g_a and h_a."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.split(".")[0] not in {"g_a", "h_a", *model.coding_table_names()}:
+            digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().flatten().numpy())
+    return digest.digest()[:8]
+
+
+def _check_size(height: int, width: int) -> None:
+    if not 1 <= height * width <= MAX_PIXELS:
+        raise BitstreamError(f"{width}×{height} pixels: images have 1 to {MAX_PIXELS} pixels")

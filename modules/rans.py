@@ -1,0 +1,162 @@
+"""Symbols to bytes and back with CompressAI's range coder, safe for any bytes.
+
+CompressAI's decoder does not know where its input ends, and its own escape code, once it meets the wrong bytes, reads
+without limit. So every symbol here is one of a table, which takes 16 bits at most: a value outside its table is the
+table's escape symbol, and what it exceeds the table by follows as bytes, themselves symbols of a uniform table. That
+bounds what a stream can make the decoder read, and so many zeros are put behind it.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from compressai.ans import RansDecoder, RansEncoder
+from torch import Tensor
+
+LIMIT = 2**24
+"""Symbols lie below this magnitude: float32 holds each of them."""
+
+_TOTAL = 2**16
+_EXCESS_BYTES = 4
+_LOWEST_STATE = 2**31
+_CHECK_BYTES = 4
+_STATE_BYTES = 8
+_MISMATCH = (
+    "the symbols do not match their check value: the stream is damaged, or was written by other weights "
+    "or where arithmetic rounds differently (another processor, device or version of PyTorch)"
+)
+
+
+class BitstreamError(ValueError):
+    """Bytes that are no image of this codec, or an image that it cannot code; the message says which."""
+
+
+@dataclass(frozen=True)
+class CodingTables:
+    """The range coder's view of a set of distributions, and as the last one that of a byte."""
+
+    cdfs: list[list[int]]
+    lengths: list[int]
+    offsets: list[int]
+    reach: Tensor
+    """(n,) the largest magnitude that each table covers."""
+
+    @classmethod
+    def from_buffers(cls, cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> "CodingTables":
+        """Tables from the model's buffers (n, longest), (n,) and (n,)."""
+        rows = [row[:length] for row, length in zip(cdfs.tolist(), lengths.tolist(), strict=True)]
+        rows.append([*range(0, _TOTAL + 1, _TOTAL // 256)])
+        # To the coder the last symbol of a table is an escape; this one has no mass, so no stream can hold it.
+        rows = [[*row, _TOTAL] for row in rows]
+        return cls(rows, [len(row) for row in rows], [*offsets.tolist(), 0], -offsets)
+
+    @property
+    def byte(self) -> int:
+        """Index of the uniform table of bytes."""
+        return len(self.offsets) - 1
+
+
+class SymbolWriter:
+    """Collects symbols, to be coded in one call."""
+
+    def __init__(self, tables: CodingTables):
+        self.tables = tables
+        self.symbols: list[int] = []
+        self.indexes: list[int] = []
+        self.check = 0
+
+    def put(self, values: Tensor, indexes: Tensor) -> Tensor:
+        """Take whole numbers, floats, with the tables `indexes`, both of one shape; returns them as int32.
+
+        Raises BitstreamError for NaN and for values of 2²⁴ or more.
+        """
+        if not bool((values.abs() < LIMIT).all()):
+            raise BitstreamError("the latent is not finite or too large to code: image or weights hold bad values")
+        symbols = values.int()
+        reach = self.tables.reach[indexes]
+        outside = symbols.abs() > reach
+        self._append(torch.where(outside, reach + 1, symbols), indexes)
+        excess = 2 * (symbols.abs() - reach - 1)[outside] + (symbols[outside] < 0)
+        while len(excess):
+            rest = excess >> 7
+            byte = (excess & 127) + 128 * (rest > 0)
+            self._append(byte, torch.full_like(byte, self.tables.byte))
+            excess = rest[rest > 0]
+        self.check = _checksum(self.check, symbols, indexes)
+        return symbols
+
+    def _append(self, symbols: Tensor, indexes: Tensor) -> None:
+        self.symbols += symbols.flatten().tolist()
+        self.indexes += indexes.flatten().tolist()
+
+    def string(self) -> bytes:
+        """The check value of all symbols and tables, and the coded symbols."""
+        tables = self.tables
+        coded = RansEncoder().encode_with_indexes(
+            self.symbols, self.indexes, tables.cdfs, tables.lengths, tables.offsets
+        )
+        return self.check.to_bytes(_CHECK_BYTES, "little") + coded
+
+
+class SymbolReader:
+    """Reads what `SymbolWriter` wrote; `count` is the number of symbols in all.
+
+    Raises BitstreamError for what no writer wrote, at once, or at the latest in `finish`.
+    """
+
+    def __init__(self, string: bytes, tables: CodingTables, count: int):
+        coded = string[_CHECK_BYTES:]
+        state = int.from_bytes(coded[:_STATE_BYTES], "little")
+        # From this state on the coder takes a word (of 32 bits) for 32 bits of symbols, not one a symbol.
+        if len(coded) < _STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
+            raise BitstreamError("damaged: this is no range coder's stream")
+        self.tables, self.check = tables, 0
+        self.expected = int.from_bytes(string[:_CHECK_BYTES], "little")
+        self.decoder = RansDecoder()
+        self.decoder.set_stream(coded + bytes(longest(count)))
+
+    def take(self, indexes: Tensor) -> Tensor:
+        """The next symbols, int32, in the shape of `indexes`."""
+        flat = indexes.flatten()
+        symbols, reach = self._decode(flat), self.tables.reach[flat]
+        outside = (symbols > reach).nonzero().flatten()
+        if len(outside):
+            excess = self._decode_excess(len(outside), indexes.device)
+            magnitude = reach[outside] + 1 + (excess >> 1)
+            symbols[outside] = torch.where(excess % 2 > 0, -magnitude, magnitude)
+        symbols = symbols.view(indexes.shape)
+        self.check = _checksum(self.check, symbols, indexes)
+        return symbols
+
+    def _decode_excess(self, count: int, device: torch.device) -> Tensor:
+        excess = torch.zeros(count, dtype=torch.int32, device=device)
+        pending = torch.arange(count, device=device)
+        for shift in range(0, 7 * _EXCESS_BYTES, 7):
+            byte = self._decode(torch.full_like(pending, self.tables.byte))
+            excess[pending] += (byte & 127) << shift
+            pending = pending[byte > 127]
+            if not len(pending):
+                return excess
+        raise BitstreamError(_MISMATCH)
+
+    def _decode(self, indexes: Tensor) -> Tensor:
+        tables = self.tables
+        symbols = self.decoder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        return torch.from_numpy(np.array(symbols, dtype=np.int32)).to(indexes.device)
+
+    def finish(self) -> None:
+        """Raise BitstreamError unless all symbols and their tables are what the writer's were."""
+        if self.check != self.expected:
+            raise BitstreamError(_MISMATCH)
+
+
+def longest(count: int) -> int:
+    """Bytes that `count` symbols can take at most: 2 each, 1 for each byte of an excess, and 1 for rounding."""
+    return _STATE_BYTES + (2 + _EXCESS_BYTES + 1) * count
+
+
+def _checksum(check: int, symbols: Tensor, indexes: Tensor) -> int:
+    for tensor in (symbols, indexes.int()):
+        check = zlib.crc32(tensor.flatten().cpu().numpy().data, check)
+    return check

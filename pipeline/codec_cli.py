@@ -1,0 +1,215 @@
+"""The commands that use a codec: `hpcm compress`, `decompress`, `info` and `evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from modules.bitstream import ImageCodec
+    from pipeline.codec_files import Conversion
+    from pipeline.evaluation import ImageResult
+
+Checkpoint = Annotated[Path, typer.Option("--checkpoint", "-c", help="The codec: a stage's checkpoint.safetensors.")]
+Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them.")]
+Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write [default: beside].")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")]
+Item = TypeVar("Item")
+
+
+def compress(
+    pictures: Pictures,
+    checkpoint: Checkpoint,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+) -> None:
+    """Code images as `.hpcm` files. Each is decoded again before it is written, which gives its PSNR.
+
+    Images are stored the right way up (EXIF) and with their ICC profile. Transparency is laid on white and 16 bits
+    a channel become 8, with a message.
+    """
+    from pipeline import codec_files
+
+    conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite)
+    codec = _codec(checkpoint, device)
+    table = _table("file", "size", "bytes", "bits/pixel", "PSNR dB", "encode s", "decode s")
+
+    def convert(conversion: Conversion) -> Iterable[str]:
+        done = codec_files.compress_file(codec, conversion)
+        table.add_row(
+            str(conversion.target),
+            f"{done.width}×{done.height}",
+            f"{done.file_bytes}",
+            f"{done.bpp:.4f}",
+            f"{done.psnr_db:.2f}",
+            f"{done.encode_seconds:.2f}",
+            f"{done.decode_seconds:.2f}",
+        )
+        return done.changes
+
+    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
+
+
+def decompress(
+    files: Coded,
+    checkpoint: Checkpoint,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+) -> None:
+    """Decode `.hpcm` files to PNG, or to the format of the name given with --output."""
+    from pipeline import codec_files
+
+    conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
+    codec = _codec(checkpoint, device)
+    table = _table("file", "size")
+
+    def convert(conversion: Conversion) -> Iterable[str]:
+        coded = codec_files.decompress_file(codec, conversion)
+        table.add_row(str(conversion.target), f"{coded.width}×{coded.height}")
+        return ()
+
+    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
+
+
+def info(files: Coded) -> None:
+    """Check `.hpcm` files and say what they hold. Needs no checkpoint."""
+    from modules.bitstream import CodedImage
+    from pipeline.codec_files import SUFFIX, find
+
+    table = _table("file", "size", "bits/pixel", "bytes of y", "of z", "of ICC profile", "model")
+
+    def describe(path: Path) -> Iterable[str]:
+        coded = CodedImage.read(path)
+        bpp = 8 * path.stat().st_size / (coded.width * coded.height)
+        lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
+        table.add_row(str(path), f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
+        return ()
+
+    found = [path for _, path in find(files, (SUFFIX,))]
+    _end(table, _each([(path, path) for path in found], describe))
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="The codec: a stage's checkpoint.safetensors.")],
+    pictures: Pictures,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Encode and decode images for real: bits, PSNR, MS-SSIM and times, of each and on average.
+
+    The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` draws it.
+    """
+    from pipeline.checkpoints import read_metadata, write_json
+    from pipeline.codec_files import find, to_tensor
+    from pipeline.evaluation import Evaluation, code
+    from pipeline.photos import SUFFIXES, read_picture
+
+    found = find(pictures, SUFFIXES)
+    model = _codec(checkpoint, device).model
+    results: list[ImageResult] = []
+
+    def measure(item: tuple[str, Path]) -> Iterable[str]:
+        name, path = item
+        picture = read_picture(path)
+        results.append(code(model, name, to_tensor(picture), lmbda=0.0, metric="mse")[0])
+        return picture.changes
+
+    complete = _each([(path, (name, path)) for name, path in found], measure)
+    table = _table("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s")
+    if results:
+        evaluation = Evaluation(tuple(results))
+        for result in (*results, evaluation.mean):
+            table.add_row(*_cells(result))
+        if output:
+            write_json(output, evaluation.to_json(str(read_metadata(checkpoint).get("name", checkpoint.stem))))
+    _end(table, complete)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (compress, decompress, info, evaluate):
+        app.command()(command)
+
+
+def _codec(checkpoint: Path, device: str) -> ImageCodec:
+    from modules.bitstream import ImageCodec
+    from pipeline.checkpoints import CheckpointError, load_codec
+
+    model = load_codec(checkpoint)
+    try:
+        return ImageCodec(model.to(device))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint}: cannot go to {device}: {str(error).splitlines()[0]}") from error
+
+
+def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:
+    """Do `work` on every item and print the messages it returns, after the item's path.
+
+    A failure is printed, and the rest goes on; returns whether there was none.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from modules.rans import BitstreamError
+    from pipeline.photos import DataError
+
+    console, complete = _console(), True
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(items))
+        for path, item in items:
+            bar.update(task, description=path.name)
+            try:
+                for message in work(item):
+                    console.print(f"{path}: {message}", soft_wrap=True)
+            except (BitstreamError, DataError, OSError) as error:
+                complete = False
+                reason = str(error).removeprefix(f"{path}: ")
+                print(f"error: {path}: {reason}", file=sys.stderr)
+            bar.advance(task)
+    return complete
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _cells(result: ImageResult) -> list[str]:
+    quality = result.quality
+    return [
+        result.name,
+        f"{quality.bpp:.4f}",
+        f"{result.estimated_bpp:.4f}",
+        f"{quality.psnr_db:.2f}",
+        f"{quality.ms_ssim:.4f}" if quality.ms_ssim is not None else "–",
+        f"{result.encode_seconds:.2f}",
+        f"{result.decode_seconds:.2f}",
+    ]
+
+
+def _end(table: Table, complete: bool) -> None:
+    if table.row_count:
+        _console().print(table)
+    if not complete:
+        raise typer.Exit(1)

@@ -1,0 +1,146 @@
+"""Image files to `.hpcm` files and back."""
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modules.bitstream import CodedImage, ImageCodec
+from pipeline.evaluation import psnr_db
+from pipeline.photos import SUFFIXES, DataError, Picture, files_below, read_picture
+
+SUFFIX = ".hpcm"
+COMPRESSION = (SUFFIXES, SUFFIX)
+DECOMPRESSION = ((SUFFIX,), ".png")
+"""Suffixes to read, and the one to write."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file to read and the file to write."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What became of one picture: size of the file in bytes, PSNR in dB, times in seconds, changes at reading."""
+
+    width: int
+    height: int
+    file_bytes: int
+    psnr_db: float
+    encode_seconds: float
+    decode_seconds: float
+    changes: tuple[str, ...]
+
+    @property
+    def bpp(self) -> float:
+        """Bits per pixel of the whole file."""
+        return 8 * self.file_bytes / (self.width * self.height)
+
+
+def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """The files named, and those of these suffixes in and below the folders named, each with its relative name.
+
+    Raises DataError for a source that does not exist, and where a folder has none of them.
+    """
+    found = []
+    for source in sources:
+        if source.is_dir():
+            below = sorted(files_below(source, suffixes))
+            if not below:
+                raise DataError(f"{source}: no {' '.join(suffixes)} here or below")
+            found += below
+        elif source.exists():
+            found.append((source.name, source))
+        else:
+            raise DataError(f"{source}: no such file or folder")
+    return found
+
+
+def plan(
+    sources: Sequence[Path], output: Path | None, suffixes: tuple[tuple[str, ...], str], overwrite: bool
+) -> list[Conversion]:
+    """What to write for `sources`: beside each file, or in the folder `output`, or to the file `output`.
+
+    `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file where one file is given and `output` has a
+    suffix. Raises DataError where two conversions would write one file and, unless `overwrite`, where a file to be
+    written exists.
+    """
+    read, written = suffixes
+    found = find(sources, read)
+    if output and output.suffix and not output.is_dir() and len(sources) == 1 and not sources[0].is_dir():
+        conversions = [Conversion(found[0][1], output)]
+    elif output:
+        conversions = [Conversion(path, (output / name).with_suffix(written)) for name, path in found]
+    else:
+        conversions = [Conversion(path, path.with_suffix(written)) for _, path in found]
+    writers: dict[Path, Path] = {}
+    for conversion in conversions:
+        target = conversion.target
+        if target in writers:
+            raise DataError(f"{target}: both {writers[target]} and {conversion.source} would be written there")
+        if target.exists() and not overwrite:
+            raise DataError(f"{target}: exists; --overwrite replaces it")
+        writers[target] = conversion.source
+    return conversions
+
+
+def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:
+    """Write a picture as an `.hpcm` file, once its bytes have been decoded again.
+
+    Raises DataError for a picture that cannot be read, BitstreamError for one that cannot be coded, OSError.
+    """
+    picture = read_picture(conversion.source)
+    image = to_tensor(picture)
+    start = time.perf_counter()
+    data = codec.encode(image, picture.icc_profile).pack()
+    encoded = time.perf_counter()
+    x_hat = codec.decode(CodedImage.parse(data))
+    decoded = time.perf_counter()
+    write(conversion.target, data)
+    height, width = image.shape[2:]
+    times = encoded - start, decoded - encoded
+    return Compressed(width, height, len(data), psnr_db(image, to_8_bits(x_hat) / 255), *times, picture.changes)
+
+
+def decompress_file(codec: ImageCodec, conversion: Conversion) -> CodedImage:
+    """Decode an `.hpcm` file to a picture in the format of the target's suffix, with the ICC profile it came with.
+
+    Raises BitstreamError for a file that is damaged or another model's, DataError for an unknown suffix, OSError.
+    """
+    form = Image.registered_extensions().get(conversion.target.suffix.lower())
+    if form is None or conversion.target.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{conversion.target}: pictures are written as {' '.join(SUFFIXES)}")
+    coded = CodedImage.read(conversion.source)
+    pixels = to_8_bits(codec.decode(coded))[0].byte().permute(1, 2, 0).cpu().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format=form, icc_profile=coded.icc_profile or None)
+    write(conversion.target, file.getvalue())
+    return coded
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """Pixels as float32 (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(picture.pixels.transpose(2, 0, 1).astype(np.float32)[None] / 255)
+
+
+def to_8_bits(x_hat: Tensor) -> Tensor:
+    """A reconstruction in [0, 1] as whole numbers from 0 to 255, of the same shape and type."""
+    return (x_hat * 255).round()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file so that `path` holds either the whole of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,141 @@
+"""Mutations of coded images, and a tally of what the codec answers: `python tests/modules/fuzz_bitstream.py 100000`.
+
+Three targets: the file (checks on), the strings behind the checks (a mutated file with right checksums, and the
+comparison of symbols switched off, so that garbage runs through the whole decoder), and the range coder alone.
+"""
+
+import re
+import resource
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modules import HPCM, preset_config
+from modules.bitstream import BitstreamError, CodedImage, ImageCodec
+from modules.rans import CodingTables, SymbolReader
+
+HEADROOM = 2**30
+"""Bytes of memory that the fuzzed process may take beyond what it has when it begins."""
+
+
+def mini_codec(phase: int = 4) -> ImageCodec:
+    """A codec that decodes an image in milliseconds."""
+    rates = {"prior_hidden_rate": 1, "attn_hidden_rates": (1, 1, 1)}
+    return ImageCodec(HPCM(preset_config("tiny", phase, M=16, N=8, widths=(8, 8, 16), heads=4, **rates)))
+
+
+def mutate(data: bytes, random: np.random.Generator) -> bytes:
+    """`data` with one to three changes: bits, bytes, runs, cuts, insertions, or other bytes altogether."""
+    changed = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        at = int(random.integers(len(changed) + 1))
+        length = int(random.integers(1, 9))
+        kind = random.integers(8)
+        if kind == 0 and at < len(changed):
+            changed[at] ^= 1 << int(random.integers(8))
+        elif kind == 1:
+            changed[at : at + length] = random.bytes(min(length, len(changed) - at))
+        elif kind == 2:
+            changed[at : at + length] = bytes([255 * int(random.integers(2))]) * min(length, len(changed) - at)
+        elif kind == 3:
+            del changed[at:]
+        elif kind == 4:
+            del changed[at : at + length]
+        elif kind == 5:
+            changed[at:at] = random.bytes(length)
+        elif kind == 6:
+            changed += random.bytes(length)
+        else:
+            changed[:] = random.bytes(int(random.integers(200)))
+    return bytes(changed)
+
+
+def fuzz_file(coded: CodedImage, count: int, random: np.random.Generator) -> Counter[str]:
+    """Parse mutated files; the answer must be an error, or the image that was written."""
+    data, tally = coded.pack(), Counter[str]()
+    for _ in range(count):
+        try:
+            assert CodedImage.parse(mutate(data, random)) == coded
+            tally["file: unchanged"] += 1
+        except BitstreamError as error:
+            tally[f"file: {_kind(error)}"] += 1
+    return tally
+
+
+def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.random.Generator) -> Counter[str]:
+    """Decode mutated strings in files whose checksums are right; the answer is an error or an image.
+
+    With the comparison of symbols on, it is the image that was coded: what changed is the number of threads, or
+    bytes that nobody reads.
+    """
+    tally, finish, expected = Counter[str](), SymbolReader.finish, codec.decode(coded)
+    for number in range(count):
+        parts = {name: getattr(coded, name) for name in ("y", "z")}
+        for name in [("y",), ("z",), ("y", "z")][random.integers(3)]:
+            mutated = mutate(parts[name], random)
+            parts[name] = mutated + bytes(-(len(mutated) - (name == "y")) % 4)  # else not even the coder starts
+        forged = CodedImage(coded.identity, coded.height, coded.width, **parts)
+        SymbolReader.finish = (lambda _: None) if number % 2 else finish  # type: ignore[method-assign]
+        try:
+            x_hat = codec.decode(CodedImage.parse(forged.pack()))
+            assert x_hat.shape == expected.shape
+            assert number % 2 or torch.allclose(x_hat, expected, atol=1e-4)
+            tally["strings: any image, comparison off" if number % 2 else "strings: the image"] += 1
+        except BitstreamError as error:
+            tally[f"strings: {_kind(error)}"] += 1
+        finally:
+            SymbolReader.finish = finish  # type: ignore[method-assign]
+    return tally
+
+
+def fuzz_coder(tables: CodingTables, count: int, random: np.random.Generator) -> Counter[str]:
+    """Read symbols from any bytes."""
+    tally = Counter[str]()
+    for _ in range(count):
+        indexes = torch.from_numpy(random.integers(0, tables.byte, int(random.integers(1, 400))))
+        fill = [random.bytes, lambda length: b"\xff" * length, lambda length: bytes(length)][random.integers(3)]
+        string = random.bytes(4 * int(random.integers(6))) + fill(4 * int(random.integers(30)))
+        try:
+            reader = SymbolReader(string, tables, len(indexes))
+            assert reader.take(indexes).abs().max() < 2**30
+            reader.finish()
+            tally["coder: symbols"] += 1
+        except BitstreamError as error:
+            tally[f"coder: {_kind(error)}"] += 1
+    return tally
+
+
+def _kind(error: BitstreamError) -> str:
+    return re.split("[:;]|[0-9]", str(error))[0].strip()
+
+
+def fuzz(count: int, seed: int = 0) -> Counter[str]:
+    """`count` mutations, of which 60 % are of files, 10 % of strings and 30 % of what the coder reads."""
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    codec = mini_codec()
+    coded = codec.encode(torch.rand(1, 3, 40, 72), icc_profile=b"a profile")
+    tables = CodingTables.from_buffers(codec.model.quantized_cdf_y, codec.model.cdf_length_y, codec.model.offset_y)
+    tally = fuzz_file(coded, count * 6 // 10, random)
+    tally += fuzz_strings(codec, coded, count // 10, random)
+    return tally + fuzz_coder(tables, count * 3 // 10, random)
+
+
+def main() -> None:
+    """Fuzz under a limit of memory and print the tally."""
+    count = int(sys.argv[1])
+    torch.set_num_threads(1)
+    mini_codec().model.compress(torch.rand(1, 3, 8, 8))  # Threads and libraries are there before the limit is set.
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, used + HEADROOM))
+    tally = fuzz(count)
+    for outcome, times in sorted(tally.items()):
+        print(f"{times:8} {outcome}")
+    print(f"{tally.total():8} in all")
+
+
+if __name__ == "__main__":
+    main()

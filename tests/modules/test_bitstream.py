@@ -1,0 +1,147 @@
+"""The file format: what is written, what is refused and why, which model a file belongs to, and fuzzing."""
+
+import dataclasses
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import fuzz_bitstream
+import pytest
+import torch
+
+from modules import HPCM
+from modules.bitstream import HEADER_BYTES, BitstreamError, CodedImage, Header, ImageCodec, model_identity
+
+CODED = CodedImage(b"identity", 3, 5, z=b"the z", y=b"the y string", icc_profile=b"profile")
+
+
+@pytest.fixture(scope="module")
+def codec() -> ImageCodec:
+    torch.manual_seed(0)
+    return fuzz_bitstream.mini_codec()
+
+
+def test_the_bytes_are_the_documented_ones() -> None:
+    header = b"HPCM" + bytes([1, 0]) + b"identity" + struct.pack("<5I", 3, 5, 7, 5, 12)
+    body = b"profile" + b"the z" + b"the y string"
+    expected = header + struct.pack("<I", zlib.crc32(header)) + body + struct.pack("<I", zlib.crc32(body))
+    assert CODED.pack() == expected
+    assert CodedImage.parse(expected) == CODED
+
+
+def with_header(change: Callable[[bytearray], None]) -> bytes:
+    """A file whose header was changed and given its right checksum."""
+    data = bytearray(CODED.pack())
+    change(data)
+    data[34:38] = struct.pack("<I", zlib.crc32(data[:34]))
+    return bytes(data)
+
+
+def put(at: int, values: bytes) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        data[at : at + len(values)] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "truncated: 0 bytes"),
+        (b"HPCM", "truncated: 4 bytes, where the header alone has 38"),
+        (b"\x89PNG" + bytes(100), "not an HPCM file"),
+        (CODED.pack()[:-1], "truncated: 65 of 66 bytes"),
+        (CODED.pack()[:40], "truncated: 40 of 66 bytes"),
+        (CODED.pack() + b"xy", "extended: 2 bytes follow the image"),
+        (CODED.pack()[:-9] + b"?" + CODED.pack()[-8:], "damaged: the coded image"),
+        (CODED.pack()[:14] + b"?" + CODED.pack()[15:], "damaged: the header"),
+        (with_header(put(4, bytes([2]))), "format version 2; this program reads version 1"),
+        (with_header(put(5, bytes([1]))), "colour format 1"),
+        (with_header(put(14, struct.pack("<I", 0))), "5×0 pixels"),
+        (with_header(put(14, struct.pack("<2I", 2**31, 2**31))), "images have 1 to"),
+        (with_header(put(30, struct.pack("<I", 2**32 - 1))), "truncated: 66 of 4294967349 bytes"),
+    ],
+)
+def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
+    with pytest.raises(BitstreamError, match=message):
+        CodedImage.parse(data)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed() -> None:
+    data = CODED.pack()
+    broken = [data[:at] for at in range(len(data))]
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        broken.append(bytes(flipped))
+    for one in broken:
+        with pytest.raises(BitstreamError):
+            CodedImage.parse(one)
+
+
+def test_of_a_file_with_the_wrong_length_only_the_header_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.hpcm"
+    path.write_bytes(CODED.pack())
+    with path.open("r+b") as file:
+        file.truncate(2**42)
+    with pytest.raises(BitstreamError, match="extended"):
+        CodedImage.read(path)
+
+
+def test_a_file_of_another_model_is_not_decoded(codec: ImageCodec) -> None:
+    coded = codec.encode(torch.rand(1, 3, 8, 8))
+    assert codec.decode(coded).shape == (1, 3, 8, 8)
+    other = dataclasses.replace(coded, identity=b"somebody")
+    with pytest.raises(BitstreamError, match=f"made by another model: {b'somebody'.hex()}"):
+        codec.decode(other)
+
+
+def test_an_image_too_large_for_the_format_is_refused_before_coding(codec: ImageCodec) -> None:
+    with pytest.raises(BitstreamError, match="images have 1 to"):
+        codec.encode(torch.empty(1, 3, 2**14, 2**14, device="meta"))
+
+
+def test_identity_is_of_what_a_decoder_computes_with(codec: ImageCodec) -> None:
+    model = HPCM(codec.model.config)
+    model.load_state_dict(codec.model.state_dict())
+    assert model_identity(model) == codec.identity
+    empty = {name: torch.empty(0, dtype=t.dtype) for name, t in model.state_dict().items() if "table" in name}
+    model.load_state_dict({**model.state_dict(), **empty})
+    with torch.no_grad():
+        model.g_a.branch[0].weight += 1
+        model.h_a.branch[1].bias += 1
+    model.to(memory_format=torch.contiguous_format)
+    assert model_identity(model) == codec.identity
+    for parameter in (model.g_s.branch[0].weight, model.scales_hyper, model.y_spatial_prior_s3.branch_2[-1].bias):
+        before = model_identity(model)
+        with torch.no_grad():
+            parameter += 1e-6
+        assert model_identity(model) != before
+    wider = HPCM(dataclasses.replace(model.config, windows=(2, 4, 8)))
+    wider.load_state_dict(model.state_dict())
+    assert model_identity(wider) != model_identity(model)
+
+
+def test_header_has_its_documented_length() -> None:
+    assert len(Header(b"identity", 1, 1, 0, 0, 0).pack()) == HEADER_BYTES == 38
+
+
+def test_fuzzing() -> None:
+    tally = fuzz_bitstream.fuzz(600)
+    assert tally.total() == 600
+    for answer in ("truncated", "extended", "damaged", "not an HPCM file"):
+        assert tally[f"file: {answer}"] > 0
+    assert tally["strings: any image, comparison off"] > 0
+    assert tally["strings: the symbols do not match their check value"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fuzzing_at_length_under_a_memory_limit() -> None:
+    command = [sys.executable, fuzz_bitstream.__file__, "100000"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "100000 in all" in run.stdout

@@ -1,0 +1,194 @@
+"""Images through encoder and decoder: every phase, any size, other settings around them, CompressAI's own helpers."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from compressai.registry import MODELS
+from PIL import Image
+from torch import Tensor
+
+from modules import HPCM, preset_config
+from modules.rans import BitstreamError, CodingTables
+from modules.transforms import ImageTransform
+
+PHASES = range(5)
+
+
+@pytest.fixture(scope="module")
+def codecs() -> dict[int, HPCM]:
+    """The tiny preset with weights that leave large residuals, many of them beyond their tables."""
+    torch.manual_seed(2)
+    models = {}
+    for phase in PHASES:
+        model = models[phase] = HPCM.from_preset("tiny", phase).eval()
+        with torch.no_grad():
+            model.g_a.branch[-1].weight *= 30
+            model.h_a.branch[-1].weight *= 10
+            model.scales_hyper += torch.rand_like(model.scales_hyper)
+            model.means_hyper += torch.randn_like(model.means_hyper)
+        model.update()
+    return models
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def reconstruction(model: HPCM, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(image)["x_hat"].clamp(0, 1)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("size", [(1, 1), (129, 300)])
+def test_the_decoder_gives_the_encoders_reconstruction(
+    codecs: dict[int, HPCM], phase: int, size: tuple[int, int]
+) -> None:
+    model, image = codecs[phase], torch.rand(1, 3, *size)
+    coded = model.compress(image)
+    assert tuple(coded["shape"]) == size
+    decoded = model.decompress(coded["strings"], coded["shape"])["x_hat"]
+    assert torch.equal(decoded, reconstruction(model, image))
+
+
+def test_residuals_beyond_the_tables_were_among_them(codecs: dict[int, HPCM]) -> None:
+    model = codecs[0]
+    with torch.no_grad():
+        y = model.g_a(torch.rand(1, 3, 128, 128))
+    assert y.abs().max() > 10 * float(-model.offset_y.max())
+
+
+def test_a_batch_is_its_images(codecs: dict[int, HPCM], picture: Tensor) -> None:
+    model, images = codecs[4], torch.cat((picture, picture.flip(3), picture.flip(2)))[:, :, :90, :140]
+    coded = model.compress(images)
+    alone = [model.compress(image[None])["strings"] for image in images]
+    assert coded["strings"] == [[one[part][0] for one in alone] for part in (0, 1)]
+    decoded = model.decompress(coded["strings"], coded["shape"])["x_hat"]
+    assert torch.equal(decoded, torch.cat([reconstruction(model, image[None]) for image in images]))
+
+
+@pytest.mark.usefixtures("threads")
+def test_other_threads_and_precisions_around_them_change_nothing(codecs: dict[int, HPCM], picture: Tensor) -> None:
+    model = codecs[4]
+    torch.set_num_threads(2)
+    coded = model.compress(picture)
+    expected = reconstruction(model, picture)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = model.decompress(coded["strings"], coded["shape"])["x_hat"]
+        assert torch.get_num_threads() == 1
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert torch.equal(decoded, expected)
+
+
+def test_arithmetic_that_rounds_differently_is_noticed(codecs: dict[int, HPCM], picture: Tensor) -> None:
+    model = codecs[0]
+    coded = model.compress(picture)
+    elsewhere = model.y_spatial_prior_s3.register_forward_hook(lambda *call: call[-1] * (1 + 1e-4))
+    try:
+        with pytest.raises(BitstreamError, match="arithmetic rounds differently"):
+            model.decompress(coded["strings"], coded["shape"])
+    finally:
+        elsewhere.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_without_values_are_refused(codecs: dict[int, HPCM], value: float) -> None:
+    with pytest.raises(BitstreamError, match="not finite"):
+        codecs[0].compress(torch.full((1, 3, 8, 8), value))
+
+
+@pytest.mark.parametrize("string", [b"", b"\x01", bytes(40), b"\x00" + b"\xff" * 40, b"\xff" * 41])
+def test_strings_of_no_encoder_are_refused(codecs: dict[int, HPCM], string: bytes) -> None:
+    z = codecs[0].compress(torch.rand(1, 3, 8, 8))["strings"][1][0]
+    with pytest.raises(BitstreamError, match="damaged"):
+        codecs[0].decompress([[string], [z]], (8, 8))
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_tiles_make_up_the_whole_and_need_all_of_their_halo(unit: int) -> None:
+    config = preset_config("tiny", widths=(8, 8, 16), depths=(2, 1, 3))
+    model = HPCM(config).double()
+    transform: ImageTransform = model.g_a if unit == 16 else model.g_s
+    with torch.no_grad():
+        x = torch.randn(1, 3 if unit == 16 else config.M, 22 * unit, 9 * unit, dtype=torch.float64)
+        whole = transform(x)
+        transform.tile = 6
+        torch.testing.assert_close(transform(x), whole, rtol=0, atol=1e-12)
+        transform.halo -= 1
+        assert (transform(x) - whole).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_preset_and_phase_follow_from_the_weights(codecs: dict[int, HPCM], phase: int) -> None:
+    model = HPCM.from_state_dict(codecs[phase].state_dict())
+    assert model.config == preset_config("tiny", phase)
+    assert all(torch.equal(tensor, codecs[phase].state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_may_come_without_tables(codecs: dict[int, HPCM], picture: Tensor) -> None:
+    state = {name: t for name, t in codecs[2].state_dict().items() if name not in HPCM.coding_table_names()}
+    model = HPCM.from_state_dict(state).eval()
+    assert model.update()
+    assert model.compress(picture) == codecs[2].compress(picture)
+    model.load_state_dict(state)
+    assert len(model.quantized_cdf_y) == 0  # they were of the weights before
+
+
+@pytest.mark.parametrize("preset", ["base", "large", "phi-context"])
+def test_presets_follow_from_the_shapes(preset: str) -> None:
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in HPCM.from_preset(preset, 2).state_dict().items()}
+    nearest = HPCM.nearest_config(shapes)
+    if preset == "phi-context":  # which from Phase 2 on is Base
+        preset = "base"
+    assert nearest == preset_config(preset, 2)
+
+
+def test_weights_of_no_preset_are_named(codecs: dict[int, HPCM]) -> None:
+    state = {name: tensor for name, tensor in codecs[1].state_dict().items() if name != "h_s.branch.0.bias"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*h_s\.branch\.0\.bias"):
+        HPCM.from_state_dict(state)
+
+
+@pytest.mark.usefixtures("threads")
+def test_compressai_evaluates_the_model(codecs: dict[int, HPCM], tmp_path: Path) -> None:
+    from compressai.utils.eval_model import __main__ as eval_model
+
+    assert MODELS["hpcm"] is HPCM
+    eval_model.architectures["hpcm"] = HPCM
+    torch.save({"state_dict": codecs[3].state_dict()}, tmp_path / "codec.pth.tar")
+    model = eval_model.load_checkpoint("hpcm", False, str(tmp_path / "codec.pth.tar"))
+    image = torch.rand(3, 190, 170)
+    Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    found = eval_model.collect_images(str(tmp_path))
+    options = {"architecture": "hpcm", "half": False, "per_image": True}
+    real, estimated = (
+        eval_model.eval_model(model, tmp_path, tmp_path, found, estimate, "codec", "ans", **options)
+        for estimate in (False, True)
+    )
+    assert json.loads((tmp_path / "image-codec.json").read_text())["results"].keys() == real.keys()
+    assert real["psnr-rgb"] == pytest.approx(estimated["psnr-rgb"], abs=0.5)  # it pads with black
+    assert math.isfinite(real["ms-ssim-rgb"])
+    coded = codecs[3].compress(torch.nn.functional.pad(eval_model.read_image(found[0])[None], (11, 11, 1, 1)))
+    bits = 8 * sum(len(strings[0]) for strings in coded["strings"])
+    assert real["bpp"] == pytest.approx(bits / (190 * 170))
+
+
+def test_no_table_gives_mass_to_the_coders_own_escape(codecs: dict[int, HPCM]) -> None:
+    model = codecs[2]
+    tables = CodingTables.from_buffers(model.quantized_cdf_z, model.cdf_length_z, model.offset_z)
+    assert all(cdf[-1] == cdf[-2] == 2**16 for cdf in tables.cdfs)
+    assert all(len(cdf) == length for cdf, length in zip(tables.cdfs, tables.lengths, strict=True))
