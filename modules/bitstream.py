@@ -40,7 +40,7 @@ from modules.rans import BitstreamError
 MAGIC = b"HPCM"
 VERSION = 1
 RGB = 0
-MAX_PIXELS = 2**27
+MAX_PIXELS = 2**26
 """Images beyond this many pixels are neither written nor read: a damaged or forged size asks for no memory."""
 
 _HEADER = struct.Struct("<4sBB8sIIIII")
