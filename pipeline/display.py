@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -80,20 +81,11 @@ def plan_table(chain: Chain, plan: Sequence[Planned]) -> Table:
 
 
 def closing_table(chain: Chain) -> Table:
-    """One line per published stage: size, cost, quality, step-0 gap, time."""
-    table = Table(title=f"{chain.recipe}, λ = {chain.lmbda:g}", title_justify="left")
-    table.add_column("stage")
-    for column in (
-        "parameters",
-        "kMAC/pixel",
-        "bpp",
-        "PSNR dB",
-        "MS-SSIM",
-        "R-D loss",
-        "step-0 gap",
-        "training",
-    ):
-        table.add_column(column, justify="right")
+    """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
+    table = Table(title=f"{chain.recipe}, λ = {chain.lmbda:g}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    for column in ("params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min"):
+        table.add_column(column, justify="right", no_wrap=True)
     for job in chain.jobs:
         if job.record.is_file():
             table.add_row(job.stage.name, *_record_row(json.loads(job.record.read_text())))
@@ -103,12 +95,12 @@ def closing_table(chain: Chain) -> Table:
 def _record_row(record: dict[str, Any]) -> list[str]:
     quality, gap = record["quality"], record["facts"].get("step0_gap")
     return [
-        f"{record['parameters'] / 1e6:.2f} M",
+        f"{record['parameters'] / 1e6:.2f}M",
         f"{record['kmacs_per_pixel']:.1f}",
         f"{quality['bpp']:.4f}",
         f"{quality['psnr_db']:.2f}",
         f"{quality['ms_ssim']:.4f}" if quality["ms_ssim"] is not None else "–",
         f"{quality['rd_loss']:.4f}",
         f"{gap:+.4f}" if gap is not None else "–",
-        f"{record['training_seconds'] / 60:.1f} min" if record["steps"] else "–",
+        f"{record['training_seconds'] / 60:.1f}" if record["steps"] else "–",
     ]
