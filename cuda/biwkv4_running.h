@@ -3,20 +3,12 @@
 // bound of the fast kernels; in floats it is the benchmark's point of comparison.
 #pragma once
 
+#include "biwkv4_strip.h"
 #include "biwkv4_vector.h"
 
 #include "biwkv4_arithmetic.h"  // after the vector, whose `exponential` and `larger` it calls
 
 namespace biwkv {
-
-// One strip of neighbouring channels of one sequence.
-template <class Number>
-struct Strip {
-  const Number *k, *v, *grad_y;
-  Number *y, *grad_k, *grad_v;
-  int64_t length, k_time, v_time, grad_y_time, out_time;
-  int lanes;
-};
 
 template <class V, class Number>
 class RunningScan {
@@ -57,7 +49,7 @@ class RunningScan {
   // What a chunk's forward walk leaves for its gradients.
   struct Row {
     State before, after;
-    Output<V> out;
+    RunningOutput<V> out;
     V key, v, grad;
   };
 
