@@ -1,14 +1,21 @@
 // The CPU side of the Bi-WKV4 interface: types, tasks, threads, and the sums over the batch.
+#include <algorithm>
 #include <atomic>
+#include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "biwkv4_call.h"
 #include "biwkv4_running.h"
-#include "biwkv4_shifted.h"
+#include "biwkv4_shifted_backward.h"
+#include "biwkv4_shifted_forward.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 namespace biwkv {
@@ -113,155 +120,182 @@ void running(const BiwkvCall& call, bool backward) {
   if (backward) gradients.finish<Parameter>();
 }
 
-// A task of the fast kernels is a group of neighbouring strips over a segment of time: rows of whole cache lines that
-// the prefetchers follow. A sequence of one segment goes through all its phases while the cache holds it; of a longer
-// one, each phase is its own round of tasks.
-template <class Number>
+// Memory without a value: aligned, uninitialised, grown and never shrunk.
+class Buffer {
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > size) {
+      memory.reset();
+      memory.reset(::operator new(bytes, std::align_val_t{kVectorBytes}));
+      size = bytes;
+    }
+    return memory.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{kVectorBytes}); }
+  };
+  std::unique_ptr<void, Free> memory;
+  size_t size = 0;
+};
+
+// The fast kernels. A short sequence is a task a strip, through all its phases while the cache holds it. A long one is
+// cut into segments of time, each phase its own round of tasks; a task is then a group of neighbouring strips, whose
+// rows are whole runs of cache lines.
+template <class Number, bool backward>
 class Shifted {
  public:
   static constexpr int kWidth = Lanes<Floats>::count, kGroup = 4, kSegment = 16;  // a segment is 16 chunks
+  static constexpr int64_t kKept = backward ? 1024 : 2048;                        // longest sequence that is kept
 
-  Shifted(const BiwkvCall& call, bool backward)
+  explicit Shifted(const BiwkvCall& call)
       : call(call),
-        backward(backward),
         strips((call.channels + kWidth - 1) / kWidth),
-        groups((strips + kGroup - 1) / kGroup),
-        chunks(Scan::chunks_of(call.length)),
-        segments((chunks + kSegment - 1) / kSegment),
-        frames(call.batch * strips),
-        links(call.batch * strips * chunks),
-        gradient_links(backward ? call.batch * strips * chunks : 0),
-        parameters(call, strips, segments, kWidth) {}
+        chunks(chunks_of(call.length)),
+        segments(call.length <= kKept ? 1 : (chunks + kSegment - 1) / kSegment),
+        parameters(call, strips, segments, kWidth) {
+    const int64_t all = call.batch * strips;
+    const size_t of_frames = all * sizeof(Frame), of_chunks = all * chunks * sizeof(Chunk);
+    char* memory = static_cast<char*>(buffer.at_least(of_frames + of_chunks + all * chunks * sizeof(GradientChunk)));
+    frames = reinterpret_cast<Frame*>(memory);
+    links = reinterpret_cast<Chunk*>(memory + of_frames);
+    gradient_links = reinterpret_cast<GradientChunk*>(memory + of_frames + of_chunks);
+  }
 
   void run() {
-    const int64_t tasks = call.batch * groups;
-    if (segments == 1) {
-      run_tasks(call, tasks, [this](int64_t task) {
-        Group group(*this, task);
-        group.sum_keys(0);
-        group.join_keys();
-        if (!backward) return group.write_output(0);
-        group.sum_gradients(0);
-        group.join_gradients();
-        group.write_gradients(0);
-      });
-    } else {
-      const auto each_segment = [&](auto phase) {
-        run_tasks(call, tasks * segments, [&](int64_t task) { (Group(*this, task / segments).*phase)(task % segments); });
-      };
-      const auto each_group = [&](auto phase) {
-        run_tasks(call, tasks, [&](int64_t task) { (Group(*this, task).*phase)(); });
-      };
-      each_segment(&Group::sum_keys);
-      each_group(&Group::join_keys);
-      if (backward) {
-        each_segment(&Group::sum_gradients);
-        each_group(&Group::join_gradients);
-        each_segment(&Group::write_gradients);
-      } else {
-        each_segment(&Group::write_output);
-      }
-    }
+    segments == 1 ? run_kept() : run_segments();
     if (full) throw std::bad_alloc();
     if (backward) parameters.template finish<float>();
   }
 
  private:
-  using Scan = ShiftedScan<Number>;
+  using Scan = std::conditional_t<backward, ShiftedBackward<Number>, ShiftedForward<Number>>;
 
-  class Group {
-   public:
-    Group(Shifted& all, int64_t task) : all(all), b(task / all.groups), first(task % all.groups * kGroup) {
-      const BiwkvCall& call = all.call;
-      size = static_cast<int>(first + kGroup <= all.strips ? kGroup : all.strips - first);
-      for (int i = 0; i < size; ++i) {
-        const int64_t channel = (first + i) * kWidth, strip = b * all.strips + first + i;
-        const int lanes = lanes_at(call, channel, kWidth);
-        const Floats w = load<Floats>(static_cast<const float*>(call.w) + channel, lanes);
-        const Floats u = load<Floats>(static_cast<const float*>(call.u) + channel, lanes);
-        fits[i] = Scan::within_bound(w, u, call.length);
-        scans[i].open(strip_at<Number>(call, b, channel, lanes), w, u, &all.frames[strip],
-                      &all.links[strip * all.chunks], all.backward ? &all.gradient_links[strip * all.chunks] : nullptr);
+  void run_kept() {
+    run_tasks(call, call.batch * strips, [this](int64_t task) {
+      const int64_t b = task / strips, strip = task % strips;
+      Scan scan;
+      if (!open(scan, b, strip)) return beyond_bound(b, strip);
+      try {
+        thread_local Buffer kept;
+        void* memory = kept.at_least(Scan::kept_bytes(call.length));
+        if constexpr (backward) {
+          scan.run(memory, parameters.w_at(b, strip, 0), parameters.u_at(b, strip, 0));
+        } else {
+          scan.run(memory);
+        }
+      } catch (const std::bad_alloc&) {
+        full = true;
       }
-    }
+    });
+  }
 
-    void sum_keys(int64_t segment) {
-      each_chunk(segment, [this](Scan& scan, int64_t c, int) {
-        all.backward ? scan.template sum_keys<true>(c) : scan.template sum_keys<false>(c);
-      });
+  void run_segments() {
+    each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.sum_keys(c); });
+    each_strip([](Scan& scan) { scan.join_keys(); });
+    if constexpr (backward) {
+      each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.sum_gradients(c); });
+      each_strip([](Scan& scan) { scan.join_gradients(); });
+      each_chunk([](Scan& scan, int64_t c, double* to_w, double* to_u) { scan.write_gradients(c, to_w, to_u); });
+    } else {
+      each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.write_output(c); });
     }
-    void join_keys() {
-      for (int i = 0; i < size; ++i) if (fits[i]) scans[i].join_keys();
-    }
-    void write_output(int64_t segment) {
-      each_chunk(segment, [](Scan& scan, int64_t c, int) { scan.write_output(c); });
-      beyond_bound(segment);
-    }
-    void sum_gradients(int64_t segment) {
-      each_chunk(segment, [](Scan& scan, int64_t c, int) { scan.sum_gradients(c); });
-    }
-    void join_gradients() {
-      for (int i = 0; i < size; ++i) if (fits[i]) scans[i].join_gradients();
-    }
-    void write_gradients(int64_t segment) {
-      each_chunk(segment, [&](Scan& scan, int64_t c, int i) {
-        scan.write_gradients(c, all.parameters.w_at(b, first + i, segment), all.parameters.u_at(b, first + i, segment));
-      });
-      beyond_bound(segment);
-    }
+    run_tasks(call, call.batch * strips, [this](int64_t task) {
+      Scan scan;
+      if (!open(scan, task / strips, task % strips)) beyond_bound(task / strips, task % strips);
+    });
+  }
 
-   private:
-    template <class Phase>
-    void each_chunk(int64_t segment, const Phase& phase) {
-      const int64_t end = segment + 1 < all.segments ? (segment + 1) * kSegment : all.chunks;
-      for (int64_t c = segment * kSegment; c < end; ++c) {
-        for (int i = 0; i < size; ++i) if (fits[i]) phase(scans[i], c, i);
-      }
-    }
-
-    // The strips that the fast kernels leave, whole, by the task of the first segment.
-    void beyond_bound(int64_t segment) {
-      constexpr int half = Lanes<Doubles>::count;
-      for (int i = 0; i < size && segment == 0; ++i) {
-        for (int64_t at = 0; at < kWidth && !fits[i]; at += half) {
-          const int64_t channel = (first + i) * kWidth + at;
-          const int lanes = lanes_at(all.call, channel, half);
-          if (lanes <= 0) break;
-          try {
-            run_strip<Doubles, Number, float>(
-                all.call, b, channel, lanes, all.backward ? all.parameters.w_at(b, first + i, 0) + at : nullptr,
-                all.parameters.u_at(b, first + i, 0) + at);
-          } catch (const std::bad_alloc&) {
-            all.full = true;
-          }
+  template <class Phase>
+  void each_chunk(const Phase& phase) {
+    const int64_t groups = (strips + kGroup - 1) / kGroup;
+    run_tasks(call, call.batch * groups * segments, [&](int64_t task) {
+      const int64_t segment = task % segments, b = task / segments / groups, first = task / segments % groups * kGroup;
+      const int64_t last = std::min(chunks, (segment + 1) * kSegment);
+      const int size = static_cast<int>(std::min<int64_t>(kGroup, strips - first));
+      Scan scans[kGroup];
+      bool fits[kGroup];
+      for (int i = 0; i < size; ++i) fits[i] = open(scans[i], b, first + i);
+      for (int64_t c = segment * kSegment; c < last; ++c) {
+        for (int i = 0; i < size; ++i) {
+          if (!fits[i]) continue;
+          phase(scans[i], c, parameters.w_at(b, first + i, segment), parameters.u_at(b, first + i, segment));
         }
       }
-    }
+    });
+  }
 
-    Shifted& all;
-    int64_t b, first;
-    int size;
-    bool fits[kGroup];
-    Scan scans[kGroup];
-  };
+  template <class Phase>
+  void each_strip(const Phase& phase) {
+    run_tasks(call, call.batch * strips, [&](int64_t task) {
+      Scan scan;
+      if (open(scan, task / strips, task % strips)) phase(scan);
+    });
+  }
+
+  // False where the strip lies beyond the fast kernels' bound.
+  bool open(Scan& scan, int64_t b, int64_t strip) {
+    const int64_t channel = strip * kWidth, at = b * strips + strip;
+    const int lanes = lanes_at(call, channel, kWidth);
+    const Floats w = load<Floats>(static_cast<const float*>(call.w) + channel, lanes);
+    const Floats u = load<Floats>(static_cast<const float*>(call.u) + channel, lanes);
+    if (!within_bound(w, u, call.length)) return false;
+    scan.open(strip_at<Number>(call, b, channel, lanes), w, u, &frames[at], &links[at * chunks]);
+    if constexpr (backward) scan.attach(&gradient_links[at * chunks]);
+    return true;
+  }
+
+  void beyond_bound(int64_t b, int64_t strip) {
+    constexpr int half = Lanes<Doubles>::count;
+    for (int64_t at = 0; at < kWidth && strip * kWidth + at < call.channels; at += half) {
+      const int64_t channel = strip * kWidth + at;
+      try {
+        run_strip<Doubles, Number, float>(call, b, channel, lanes_at(call, channel, half),
+                                          backward ? parameters.w_at(b, strip, 0) + at : nullptr,
+                                          backward ? parameters.u_at(b, strip, 0) + at : nullptr);
+      } catch (const std::bad_alloc&) {
+        full = true;
+      }
+    }
+  }
 
   const BiwkvCall& call;
-  bool backward;
-  int64_t strips, groups, chunks, segments;
-  std::vector<Frame> frames;
-  std::vector<Chunk> links;
-  std::vector<GradientChunk> gradient_links;
+  int64_t strips, chunks, segments;
   ParameterGradients parameters;
+  Buffer buffer;
+  Frame* frames;
+  Chunk* links;
+  GradientChunk* gradient_links;
   std::atomic<bool> full{false};
 };
+
+// Large results come from the system as untouched pages; asking for huge ones saves most of the faults, which may cost
+// more than the kernel itself.
+void ask_for_huge_pages(void* result, size_t bytes) {
+#if defined(__linux__)
+  constexpr size_t page = 4096, least = size_t{4} << 20;
+  if (!result || bytes < least) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(result) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(result) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+template <class Number>
+void shifted(const BiwkvCall& call, bool backward) {
+  const size_t bytes = call.batch * call.length * call.channels * sizeof(Number);
+  for (void* result : {call.y, call.grad_k, call.grad_v}) ask_for_huge_pages(result, bytes);
+  backward ? Shifted<Number, true>(call).run() : Shifted<Number, false>(call).run();
+}
 
 int dispatch(const BiwkvCall* call, bool backward) {
   try {
     switch (call->type) {
       case BIWKV_FLOAT64: running<Doubles, double, double>(*call, backward); return BIWKV_OK;
-      case BIWKV_FLOAT32: Shifted<float>(*call, backward).run(); return BIWKV_OK;
-      case BIWKV_BFLOAT16: Shifted<Bfloat16>(*call, backward).run(); return BIWKV_OK;
-      case BIWKV_FLOAT16: Shifted<Float16>(*call, backward).run(); return BIWKV_OK;
+      case BIWKV_FLOAT32: shifted<float>(*call, backward); return BIWKV_OK;
+      case BIWKV_BFLOAT16: shifted<Bfloat16>(*call, backward); return BIWKV_OK;
+      case BIWKV_FLOAT16: shifted<Float16>(*call, backward); return BIWKV_OK;
     }
   } catch (const std::bad_alloc&) {
     return BIWKV_NO_MEMORY;

@@ -54,6 +54,9 @@ BIWKV_INLINE V splat(typename Lanes<V>::scalar value) {
 // NaN stays: a comparison with it is false, so the second argument is returned.
 template <class V>
 BIWKV_INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -61,7 +64,7 @@ BIWKV_INLINE V larger(V a, V b) {
 // Degree-6 minimax polynomial over [-ln2/2, ln2/2], relative error under 2e-9 before rounding.
 BIWKV_INLINE Floats exponential(Floats x) {
   const Floats low = splat<Floats>(-88.02f);
-  x = x < low ? low : x;
+  x = larger(low, x);
 #if defined(__AVX512F__)
   const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
 #else
@@ -85,7 +88,7 @@ BIWKV_INLINE Floats exponential(Floats x) {
 // The same for doubles, degree 11, error under 4e-16; zero below -708.
 BIWKV_INLINE Doubles exponential(Doubles x) {
   const Doubles low = splat<Doubles>(-708.9);
-  x = x < low ? low : x;
+  x = larger(low, x);
   const Doubles shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const Doubles n = shifted - 6755399441055744.0;
   const Doubles r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;

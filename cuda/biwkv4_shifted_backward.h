@@ -1,0 +1,193 @@
+// The backward pass of one strip under one shift (biwkv4_shifted.h). With v counted from the frame's centre throughout.
+#pragma once
+
+#include "biwkv4_shifted.h"
+
+namespace biwkv {
+
+template <class Number>
+class ShiftedBackward : public ShiftedScan<Number> {
+  using Base = ShiftedScan<Number>;
+  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::k_at,
+      Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s, Base::v_at;
+
+ public:
+  using V = Floats;
+  struct Row {
+    V x, v;          // weight and centred value
+    V a, b, bonus;   // grad / D, a y, and the part of grad_k that goes through the own term
+  };
+
+  static int64_t kept_bytes(int64_t length) { return chunks_of(length) * kRows * sizeof(Row); }
+
+  void attach(GradientChunk* gradients_) { gradients = gradients_; }
+
+  // All phases of a short sequence, the rows kept in `memory`.
+  void run(void* memory, double* grad_w, double* grad_u) {
+    Row* rows = static_cast<Row*>(memory);
+    for (int64_t c = 0; c < count; ++c) Base::find_max(c);
+    Base::find_shift();
+    for (int64_t c = 0; c < count; ++c) {
+      const Sum<V> sum = weigh(c, frame->shift, rows + c * kRows);
+      chunks[c].forth.d = sum.d, chunks[c].centre = sum.n / sum.d;
+    }
+    for (int half = 0; half < kHalves; ++half) find_centre(half);
+    for (int64_t c = 0; c < count; ++c) {
+      chunks[c].centre = frame->centre;
+      sum_keys(c, rows + c * kRows);
+    }
+    for (int half = 0; half < kHalves; ++half) Base::join_chunks(half);
+    for (int64_t c = 0; c < count; ++c) sum_gradients(c, rows + c * kRows);
+    join_gradients();
+    for (int64_t c = 0; c < count; ++c) write_gradients(c, rows + c * kRows, grad_w, grad_u);
+  }
+
+  // The phases of a long sequence: each over all chunks before the next begins.
+  void sum_keys(int64_t c) {
+    Row rows[kRows];
+    Base::find_max(c);
+    const Sum<V> sum = weigh(c, chunks[c].max, rows);
+    const V centre = sum.n / sum.d;
+    chunks[c].centre = centre == centre ? centre : V{};
+    sum_keys(c, rows);
+  }
+
+  void join_keys() {
+    Base::find_shift();
+    for (int half = 0; half < kHalves; ++half) {
+      Base::scale_chunks(half);
+      find_centre(half);
+      Base::join_chunks(half);
+    }
+  }
+
+  void sum_gradients(int64_t c) {
+    Row rows[kRows];
+    fill(c, rows);
+    sum_gradients(c, rows);
+  }
+
+  void join_gradients() {
+    for (int half = 0; half < kHalves; ++half) {
+      const Doubles skip = Base::skip(half);
+      Sum<Doubles> forth = {}, back = {};
+      for (int64_t c = 0; c < count; ++c) Base::pass_on(forth, skip, gradients[c].forth, Doubles{}, half);
+      for (int64_t c = count - 1; c >= 0; --c) Base::pass_on(back, skip, gradients[c].back, Doubles{}, half);
+    }
+  }
+
+  void write_gradients(int64_t c, double* grad_w, double* grad_u) {
+    Row rows[kRows];
+    fill(c, rows);
+    walk(c, rows);
+    write_gradients(c, rows, grad_w, grad_u);
+  }
+
+ private:
+  // Weights of a chunk, and the sums of x v and x without decay.
+  Sum<V> weigh(int64_t c, V shift, Row* rows) const {
+    const Number *k = k_at(c), *v = v_at(c);
+    Sum<V> sum = {};
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time, v += s.v_time) {
+      rows[t].x = exponential(load<V>(k, s.lanes) - shift);
+      sum = {sum.n + rows[t].x * load<V>(v, s.lanes), sum.d + rows[t].x};
+    }
+    return sum;
+  }
+
+  // A mean over the strip of the chunks' means; any weights would do that follow the keys'.
+  void find_centre(int half) {
+    Sum<Doubles> all = {};
+    for (int64_t c = 0; c < count; ++c) {
+      const Doubles d = half_of(chunks[c].forth.d, half), n = d * half_of(chunks[c].centre, half);
+      all = {all.n + (d > 0 ? n : Doubles{}), all.d + d};
+    }
+    const Doubles mean = all.n / all.d;
+    put_half(mean == mean ? mean : Doubles{}, frame->centre, half);
+  }
+
+  void sum_keys(int64_t c, Row* rows) {
+    const Number* v = v_at(c);
+    const V decay = this->decay, centre = chunks[c].centre;
+    Sum<V> forth = {}, back = {};
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
+      const V x = rows[t].x, centred = load<V>(v, s.lanes) - centre, xv = x * centred;
+      rows[t].v = centred;
+      forth = sum_push(forth, decay, xv, x);
+      back = {back.n + powers[t] * xv, back.d + powers[t] * x};
+    }
+    chunks[c].forth = forth, chunks[c].back = back;
+  }
+
+  // x and v of a chunk, in the strip's frame.
+  void fill(int64_t c, Row* rows) const {
+    const Number *k = k_at(c), *v = v_at(c), *grad_y = s.grad_y + begin(c) * s.grad_y_time;
+    const V shift = frame->shift, centre = frame->centre;
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time, v += s.v_time, grad_y += s.grad_y_time) {
+      __builtin_prefetch(k + kRows * s.k_time, 0, 2);
+      __builtin_prefetch(v + kRows * s.v_time, 0, 2);
+      __builtin_prefetch(grad_y + kRows * s.grad_y_time, 0, 2);
+      rows[t].x = exponential(load<V>(k, s.lanes) - shift), rows[t].v = load<V>(v, s.lanes) - centre;
+    }
+  }
+
+  // a, b and bonus of a chunk; returns its own sums of a and b.
+  GradientChunk walk(int64_t c, Row* rows) const {
+    Sum<V> later[kRows];
+    const V decay = this->decay, boost = this->boost;
+    Sum<V> sum = chunks[c].back;
+    for (int64_t t = rows_of(c) - 1; t >= 0; --t) {
+      later[t] = sum;
+      sum = sum_push(sum, decay, rows[t].x * rows[t].v, rows[t].x);
+    }
+    const Number* grad_y = s.grad_y + begin(c) * s.grad_y_time;
+    Sum<V> forth = {}, back = {};
+    sum = chunks[c].forth;
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, grad_y += s.grad_y_time) {
+      const V x = rows[t].x, v = rows[t].v, own = boost * x;
+      const Output<V> out = sum_output(sum, later[t], own, v);
+      const V a = load<V>(grad_y, s.lanes) * out.inverse, b = a * out.y;
+      rows[t].a = a, rows[t].b = b, rows[t].bonus = own * a * out.off;
+      sum = sum_push(sum, decay, x * v, x);
+      forth = sum_push(forth, decay, a, b);
+      back = {back.n + powers[t] * a, back.d + powers[t] * b};
+    }
+    return {forth, back};
+  }
+
+  void sum_gradients(int64_t c, Row* rows) { gradients[c] = walk(c, rows); }
+
+  void write_gradients(int64_t c, const Row* rows, double* grad_w, double* grad_u) {
+    struct {
+      Sum<V> keys, gradients;
+    } earlier[kRows];
+    const V decay = this->decay, boost = this->boost;
+    const int64_t end = rows_of(c);
+    Sum<V> keys = chunks[c].forth, sum = gradients[c].forth;
+    for (int64_t t = 0; t < end; ++t) {
+      earlier[t].keys = keys, earlier[t].gradients = sum;
+      keys = sum_push(keys, decay, rows[t].x * rows[t].v, rows[t].x);
+      sum = sum_push(sum, decay, rows[t].a, rows[t].b);
+    }
+    Number* grad_k = s.grad_k + (begin(c) + end - 1) * s.out_time;
+    Number* grad_v = s.grad_v + (begin(c) + end - 1) * s.out_time;
+    V to_w = {}, to_u = {};
+    keys = chunks[c].back, sum = gradients[c].back;
+    for (int64_t t = end - 1; t >= 0; --t, grad_k -= s.out_time, grad_v -= s.out_time) {
+      const V x = rows[t].x, v = rows[t].v, a = rows[t].a, bonus = rows[t].bonus;
+      const V n = earlier[t].gradients.n + sum.n, d = earlier[t].gradients.d + sum.d;
+      store(x * (v * n - d) + bonus, grad_k, s.lanes);
+      store(x * (n + boost * a), grad_v, s.lanes);
+      to_u += bonus;
+      to_w += flux(earlier[t].keys, sum) + flux(keys, earlier[t].gradients);
+      keys = sum_push(keys, decay, x * v, x);
+      sum = sum_push(sum, decay, a, rows[t].b);
+    }
+    to_w *= -decay;
+    for (int i = 0; i < Lanes<V>::count; ++i) grad_w[i] += to_w[i], grad_u[i] += to_u[i];
+  }
+
+  GradientChunk* gradients;
+};
+
+}  // namespace biwkv
