@@ -33,6 +33,13 @@ class FlushDenormals {
 #endif
 };
 
+// Stores past the caches keep no order of their own; other threads wait for this.
+void finish_past_cache() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
 // Runs task(i) for each i in [0, tasks) on PyTorch's threads. Tasks are cut by sizes alone, never by the number of
 // threads, so that results do not depend on it.
 template <class Task>
@@ -140,31 +147,101 @@ class Buffer {
   size_t size = 0;
 };
 
+// The channels beyond the last full strip, copied to and from strips of their own, so that the fast kernels see whole
+// vectors only.
+template <class Number>
+class Tail {
+ public:
+  static constexpr int kWidth = Lanes<Wide>::count;
+
+  Tail(const BiwkvCall& call, bool backward) : call(call), lanes(call.channels % kWidth) {
+    if (!lanes) return;
+    of_one = call.length * kWidth;
+    tensors = backward ? 5 : 3;
+    memory = static_cast<Number*>(buffer.at_least(tensors * call.batch * of_one * sizeof(Number)));
+  }
+
+  // Sends the strip's pointers to its copies.
+  void redirect(Strip<Number>& s, int64_t b) {
+    Number* at = memory + b * tensors * of_one;
+    s.k_time = s.v_time = s.grad_y_time = s.out_time = kWidth, s.past_cache = false;
+    s.k = at, s.v = at + of_one;
+    (tensors == 5 ? s.grad_k : s.y) = at + 2 * of_one;
+    if (tensors == 5) s.grad_v = at + 3 * of_one, s.grad_y = at + 4 * of_one;
+  }
+
+  void copy_in() {
+    each_sequence([this](Strip<Number> from, Strip<Number> to) {
+      copy(from.k, from.k_time, const_cast<Number*>(to.k), kWidth);
+      copy(from.v, from.v_time, const_cast<Number*>(to.v), kWidth);
+      if (call.grad_y) copy(from.grad_y, from.grad_y_time, const_cast<Number*>(to.grad_y), kWidth);
+    });
+  }
+
+  void copy_out() {
+    each_sequence([this](Strip<Number> to, Strip<Number> from) {
+      if (call.y) copy(from.y, kWidth, to.y, to.out_time);
+      if (call.grad_k) copy(from.grad_k, kWidth, to.grad_k, to.out_time);
+      if (call.grad_v) copy(from.grad_v, kWidth, to.grad_v, to.out_time);
+    });
+  }
+
+ private:
+  template <class Work>
+  void each_sequence(const Work& work) {
+    if (!lanes) return;
+    run_tasks(call, call.batch, [&](int64_t b) {
+      const Strip<Number> own = strip_at<Number>(call, b, call.channels - lanes, lanes);
+      Strip<Number> copy = own;
+      redirect(copy, b);
+      work(own, copy);
+    });
+  }
+
+  void copy(const Number* from, int64_t from_time, Number* to, int64_t to_time) const {
+    const int written = to_time == kWidth ? kWidth : lanes;
+    for (int64_t t = 0; t < call.length; ++t, from += from_time, to += to_time) {
+      for (int i = 0; i < written; ++i) to[i] = i < lanes ? from[i] : Number{};
+    }
+  }
+
+  const BiwkvCall& call;
+  int lanes, tensors = 0;
+  int64_t of_one = 0;
+  Buffer buffer;
+  Number* memory = nullptr;
+};
+
 // The fast kernels. A short sequence is a task a strip, through all its phases while the cache holds it. A long one is
 // cut into segments of time, each phase its own round of tasks; a task is then a group of neighbouring strips, whose
 // rows are whole runs of cache lines.
 template <class Number, bool backward>
 class Shifted {
  public:
-  static constexpr int kWidth = Lanes<Floats>::count, kGroup = 4, kSegment = 16;  // a segment is 16 chunks
-  static constexpr int64_t kKept = backward ? 1024 : 2048;                        // longest sequence that is kept
+  static constexpr int kWidth = Lanes<Wide>::count, kGroup = 4, kSegment = 32;  // a segment is 32 chunks
+  static constexpr int64_t kKept = backward ? 1024 : 2048;                      // longest sequence that is kept
 
   explicit Shifted(const BiwkvCall& call)
       : call(call),
         strips((call.channels + kWidth - 1) / kWidth),
         chunks(chunks_of(call.length)),
         segments(call.length <= kKept ? 1 : (chunks + kSegment - 1) / kSegment),
-        parameters(call, strips, segments, kWidth) {
+        parameters(call, strips, segments, kWidth),
+        tail(call, backward) {
     const int64_t all = call.batch * strips;
     const size_t of_frames = all * sizeof(Frame), of_chunks = all * chunks * sizeof(Chunk);
-    char* memory = static_cast<char*>(buffer.at_least(of_frames + of_chunks + all * chunks * sizeof(GradientChunk)));
+    const size_t of_gradients = backward ? all * chunks * sizeof(GradientChunk) : 0;
+    char* memory = static_cast<char*>(buffer.at_least(of_frames + of_chunks + of_gradients));
     frames = reinterpret_cast<Frame*>(memory);
     links = reinterpret_cast<Chunk*>(memory + of_frames);
     gradient_links = reinterpret_cast<GradientChunk*>(memory + of_frames + of_chunks);
   }
 
   void run() {
+    tail.copy_in();
     segments == 1 ? run_kept() : run_segments();
+    tail.copy_out();
+    run_beyond_bound();
     if (full) throw std::bad_alloc();
     if (backward) parameters.template finish<float>();
   }
@@ -176,7 +253,7 @@ class Shifted {
     run_tasks(call, call.batch * strips, [this](int64_t task) {
       const int64_t b = task / strips, strip = task % strips;
       Scan scan;
-      if (!open(scan, b, strip)) return beyond_bound(b, strip);
+      if (!open(scan, b, strip)) return;
       try {
         thread_local Buffer kept;
         void* memory = kept.at_least(Scan::kept_bytes(call.length));
@@ -201,10 +278,6 @@ class Shifted {
     } else {
       each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.write_output(c); });
     }
-    run_tasks(call, call.batch * strips, [this](int64_t task) {
-      Scan scan;
-      if (!open(scan, task / strips, task % strips)) beyond_bound(task / strips, task % strips);
-    });
   }
 
   template <class Phase>
@@ -220,9 +293,11 @@ class Shifted {
       for (int64_t c = segment * kSegment; c < last; ++c) {
         for (int i = 0; i < size; ++i) {
           if (!fits[i]) continue;
+          scans[i].look_ahead((c + 1) * kRows + kRows * i / size, -i * kWidth, size);
           phase(scans[i], c, parameters.w_at(b, first + i, segment), parameters.u_at(b, first + i, segment));
         }
       }
+      finish_past_cache();
     });
   }
 
@@ -238,31 +313,51 @@ class Shifted {
   bool open(Scan& scan, int64_t b, int64_t strip) {
     const int64_t channel = strip * kWidth, at = b * strips + strip;
     const int lanes = lanes_at(call, channel, kWidth);
-    const Floats w = load<Floats>(static_cast<const float*>(call.w) + channel, lanes);
-    const Floats u = load<Floats>(static_cast<const float*>(call.u) + channel, lanes);
-    if (!within_bound(w, u, call.length)) return false;
-    scan.open(strip_at<Number>(call, b, channel, lanes), w, u, &frames[at], &links[at * chunks]);
+    float w[kWidth] = {}, u[kWidth] = {};
+    std::copy_n(static_cast<const float*>(call.w) + channel, lanes, w);
+    std::copy_n(static_cast<const float*>(call.u) + channel, lanes, u);
+    if (!within_bound(w, u, lanes, call.length)) return false;
+    Strip<Number> s = strip_at<Number>(call, b, channel, kWidth);
+    s.past_cache = segments > 1 && whole_lines();
+    if (lanes < kWidth) tail.redirect(s, b);
+    scan.open(s, widen_two(w), widen_two(u), &frames[at], &links[at * chunks]);
     if constexpr (backward) scan.attach(&gradient_links[at * chunks]);
     return true;
   }
 
-  void beyond_bound(int64_t b, int64_t strip) {
+  bool whole_lines() const {
+    const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 != 0; };
+    return call.channels * sizeof(Number) % 64 == 0 && !misaligned(call.y) && !misaligned(call.grad_k) &&
+           !misaligned(call.grad_v);
+  }
+
+  // The strips that the fast kernels leave.
+  void run_beyond_bound() {
+    const float *all_w = static_cast<const float*>(call.w), *all_u = static_cast<const float*>(call.u);
+    if (within_bound(all_w, all_u, static_cast<int>(call.channels), call.length)) return;
     constexpr int half = Lanes<Doubles>::count;
-    for (int64_t at = 0; at < kWidth && strip * kWidth + at < call.channels; at += half) {
-      const int64_t channel = strip * kWidth + at;
-      try {
-        run_strip<Doubles, Number, float>(call, b, channel, lanes_at(call, channel, half),
-                                          backward ? parameters.w_at(b, strip, 0) + at : nullptr,
-                                          backward ? parameters.u_at(b, strip, 0) + at : nullptr);
-      } catch (const std::bad_alloc&) {
-        full = true;
+    run_tasks(call, call.batch * strips, [this](int64_t task) {
+      const int64_t b = task / strips, strip = task % strips;
+      const float *w = static_cast<const float*>(call.w) + strip * kWidth;
+      const float *u = static_cast<const float*>(call.u) + strip * kWidth;
+      if (within_bound(w, u, lanes_at(call, strip * kWidth, kWidth), call.length)) return;
+      for (int64_t at = 0; at < kWidth && strip * kWidth + at < call.channels; at += half) {
+        const int64_t channel = strip * kWidth + at;
+        try {
+          run_strip<Doubles, Number, float>(call, b, channel, lanes_at(call, channel, half),
+                                            backward ? parameters.w_at(b, strip, 0) + at : nullptr,
+                                            backward ? parameters.u_at(b, strip, 0) + at : nullptr);
+        } catch (const std::bad_alloc&) {
+          full = true;
+        }
       }
-    }
+    });
   }
 
   const BiwkvCall& call;
   int64_t strips, chunks, segments;
   ParameterGradients parameters;
+  Tail<Number> tail;
   Buffer buffer;
   Frame* frames;
   Chunk* links;

@@ -16,12 +16,12 @@
 
 namespace biwkv {
 
-constexpr int kRows = 64;  // positions of a chunk
+constexpr int kRows = 32;  // positions of a chunk
 
 inline int64_t chunks_of(int64_t length) { return (length + kRows - 1) / kRows; }
 
-inline bool within_bound(Floats w, Floats u, int64_t length) {
-  for (int i = 0; i < Lanes<Floats>::count; ++i) {
+inline bool within_bound(const float* w, const float* u, int lanes, int64_t length) {
+  for (int i = 0; i < lanes; ++i) {
     const float whole = w[i] * length;
     if (!(whole >= -20 && whole <= 60 && u[i] >= -20 && u[i] <= 20)) return false;
   }
@@ -30,47 +30,100 @@ inline bool within_bound(Floats w, Floats u, int64_t length) {
 
 // The sums of one chunk; once joined, the sums of all that comes before it (forth) and after it (back).
 struct Chunk {
-  Sum<Floats> forth, back;
-  Floats max;     // the chunk's own largest key
-  Floats centre;  // what the chunk's own sums subtract from v
+  Sum<Wide> forth, back;
+  Wide max;     // the chunk's own largest key
+  Wide centre;  // what the chunk's own sums subtract from v
 };
 
 struct GradientChunk {
-  Sum<Floats> forth, back;
+  Sum<Wide> forth, back;
 };
 
 // What all chunks of a strip share: weights are e^(k - shift); the backward pass counts v from `centre`, a mean of v by
 // weight, because v - y would otherwise cancel where one key outweighs all others.
 struct Frame {
-  Floats shift, centre;
+  Wide shift, centre;
 };
 
 // What the forward and the backward pass of one strip have in common.
 template <class Number>
 class ShiftedScan {
  public:
-  using V = Floats;
+  using V = Wide;
 
   void open(const Strip<Number>& strip, V w_, V u, Frame* frame_, Chunk* chunks_) {
     s = strip, w = w_, frame = frame_, chunks = chunks_;
     decay = exponential(-w), boost = exponential(u);
     count = chunks_of(s.length);
+    constexpr int exact = 8;  // powers from float64; the others from these, a rounding or eight away
+    V step;
     for (int half = 0; half < kHalves; ++half) {
       const Doubles factor = exponential(-half_of(w, half));
       Doubles power = splat<Doubles>(1);
-      for (V& p : powers) put_half(power, p, half), power *= factor;
+      for (int i = 0; i < exact; ++i) put_half(power, powers[i], half), power *= factor;
+      put_half(power, step, half);
     }
+    for (int i = exact; i < kRows; ++i) powers[i] = powers[i - exact] * step;
   }
 
-  void find_max(int64_t c) {
-    const Number *k = k_at(c), *v = v_at(c);
-    V max = splat<V>(-3.4e38f);  // above -inf: a chunk of nothing but -inf is zeros, not NaN
-    for (int64_t t = 0, rows = rows_of(c); t < rows; ++t, k += s.k_time, v += s.v_time) {
-      __builtin_prefetch(k + kRows * s.k_time, 0, 2);
-      __builtin_prefetch(v, 0, 2);
-      max = larger(max, load<V>(k, s.lanes));
+  // What this thread will work on next, to be fetched while it works on the present chunk: from `row` on and `channels`
+  // off this strip's own, whole rows of so many strips.
+  void look_ahead(int64_t row, int64_t channels, int strips) {
+    k_next.set(s.k + row * s.k_time + channels, s.k_time, strips);
+    v_next.set(s.v + row * s.v_time + channels, s.v_time, strips);
+    if (s.grad_y) grad_y_next.set(s.grad_y + row * s.grad_y_time + channels, s.grad_y_time, strips);
+  }
+
+
+ protected:
+  static constexpr int kLine = 64 / sizeof(Number);  // numbers in a cache line
+
+  // A walk over the cache lines of the next rows, a strip's width at a time and in the order of memory.
+  class Ahead {
+   public:
+    void set(const Number* first, int64_t time, int strips) {
+      at = first, step = time - strips * Lanes<V>::count, width = left = strips;
     }
+    void fetch() {
+      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 2);
+      at += Lanes<V>::count;
+      if (--left == 0) left = width, at += step;
+    }
+
+   private:
+    const Number* at = nullptr;
+    int64_t step = 0;
+    int width = 0, left = 0;
+  };
+
+  void fetch_to_write(Number* p) const {
+    if (s.past_cache) return;
+    for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(p + i, 1, 2);
+  }
+  void write(V x, Number* p) const { s.past_cache ? narrow_past_cache(x, p) : narrow_two(x, p); }
+
+  void find_max(int64_t c) {
+    const Number* k = k_at(c);
+    V max = {splat<Floats>(-3.4e38f), splat<Floats>(-3.4e38f)};  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time) max = larger(max, widen_two(k));
     chunks[c].max = max;
+  }
+
+  // The weights of a chunk, e^(k - shift).
+  template <class Row>
+  void weigh(int64_t c, V shift, Row* rows) const {
+    constexpr int step = 4;
+    const Number* k = k_at(c);
+    Ahead next = k_next;
+    const int64_t end = rows_of(c);
+    int64_t t = 0;
+    for (; t + step <= end; t += step, k += step * s.k_time) {
+      V x[step];
+      for (int i = 0; i < step; ++i) next.fetch(), x[i] = widen_two(k + i * s.k_time) - shift;
+      exponentials(x);
+      for (int i = 0; i < step; ++i) rows[t + i].x = x[i];
+    }
+    for (; t < end; ++t, k += s.k_time) rows[t].x = exponential(widen_two(k) - shift);
   }
 
   // Half of the whole decay on either side of the largest key: the weights' sums stay near one.
@@ -80,8 +133,7 @@ class ShiftedScan {
     frame->shift = max - w * (0.5f * s.length);
   }
 
- protected:
-  static constexpr int kHalves = 2, kHalf = Lanes<Doubles>::count;
+  static constexpr int kHalves = 4, kHalf = Lanes<Doubles>::count;
 
   static Doubles half_of(const V& x, int half) {
     return widen<Doubles>(reinterpret_cast<const float*>(&x) + half * kHalf);
@@ -126,6 +178,7 @@ class ShiftedScan {
   }
 
   Strip<Number> s;
+  Ahead k_next, v_next, grad_y_next;
   V w, decay, boost;
   Frame* frame;
   Chunk* chunks;

@@ -8,11 +8,11 @@ namespace biwkv {
 template <class Number>
 class ShiftedBackward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::k_at,
-      Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s, Base::v_at;
+  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s,
+      Base::v_at;
 
  public:
-  using V = Floats;
+  using V = Wide;
   struct Row {
     V x, v;          // weight and centred value
     V a, b, bonus;   // grad / D, a y, and the part of grad_k that goes through the own term
@@ -28,7 +28,8 @@ class ShiftedBackward : public ShiftedScan<Number> {
     for (int64_t c = 0; c < count; ++c) Base::find_max(c);
     Base::find_shift();
     for (int64_t c = 0; c < count; ++c) {
-      const Sum<V> sum = weigh(c, frame->shift, rows + c * kRows);
+      Base::look_ahead(begin(c), Lanes<V>::count, 1);
+      const Sum<V> sum = weigh_and_sum(c, frame->shift, rows + c * kRows);
       chunks[c].forth.d = sum.d, chunks[c].centre = sum.n / sum.d;
     }
     for (int half = 0; half < kHalves; ++half) find_centre(half);
@@ -37,7 +38,10 @@ class ShiftedBackward : public ShiftedScan<Number> {
       sum_keys(c, rows + c * kRows);
     }
     for (int half = 0; half < kHalves; ++half) Base::join_chunks(half);
-    for (int64_t c = 0; c < count; ++c) sum_gradients(c, rows + c * kRows);
+    for (int64_t c = 0; c < count; ++c) {
+      Base::look_ahead(begin(c), Lanes<V>::count, 1);
+      sum_gradients(c, rows + c * kRows);
+    }
     join_gradients();
     for (int64_t c = 0; c < count; ++c) write_gradients(c, rows + c * kRows, grad_w, grad_u);
   }
@@ -46,9 +50,12 @@ class ShiftedBackward : public ShiftedScan<Number> {
   void sum_keys(int64_t c) {
     Row rows[kRows];
     Base::find_max(c);
-    const Sum<V> sum = weigh(c, chunks[c].max, rows);
-    const V centre = sum.n / sum.d;
-    chunks[c].centre = centre == centre ? centre : V{};
+    const Sum<V> sum = weigh_and_sum(c, chunks[c].max, rows);
+    chunks[c].forth.d = sum.d, chunks[c].centre = sum.n / sum.d;
+    for (int half = 0; half < kHalves; ++half) {
+      const Doubles centre = half_of(chunks[c].centre, half);
+      put_half(centre == centre ? centre : Doubles{}, chunks[c].centre, half);
+    }
     sum_keys(c, rows);
   }
 
@@ -85,12 +92,14 @@ class ShiftedBackward : public ShiftedScan<Number> {
 
  private:
   // Weights of a chunk, and the sums of x v and x without decay.
-  Sum<V> weigh(int64_t c, V shift, Row* rows) const {
-    const Number *k = k_at(c), *v = v_at(c);
+  Sum<V> weigh_and_sum(int64_t c, V shift, Row* rows) const {
+    Base::weigh(c, shift, rows);
+    const Number* v = v_at(c);
+    auto next = Base::v_next;
     Sum<V> sum = {};
-    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time, v += s.v_time) {
-      rows[t].x = exponential(load<V>(k, s.lanes) - shift);
-      sum = {sum.n + rows[t].x * load<V>(v, s.lanes), sum.d + rows[t].x};
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
+      next.fetch();
+      sum = {sum.n + rows[t].x * widen_two(v), sum.d + rows[t].x};
     }
     return sum;
   }
@@ -111,7 +120,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
     const V decay = this->decay, centre = chunks[c].centre;
     Sum<V> forth = {}, back = {};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
-      const V x = rows[t].x, centred = load<V>(v, s.lanes) - centre, xv = x * centred;
+      const V x = rows[t].x, centred = widen_two(v) - centre, xv = x * centred;
       rows[t].v = centred;
       forth = sum_push(forth, decay, xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
@@ -121,13 +130,13 @@ class ShiftedBackward : public ShiftedScan<Number> {
 
   // x and v of a chunk, in the strip's frame.
   void fill(int64_t c, Row* rows) const {
-    const Number *k = k_at(c), *v = v_at(c), *grad_y = s.grad_y + begin(c) * s.grad_y_time;
-    const V shift = frame->shift, centre = frame->centre;
-    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time, v += s.v_time, grad_y += s.grad_y_time) {
-      __builtin_prefetch(k + kRows * s.k_time, 0, 2);
-      __builtin_prefetch(v + kRows * s.v_time, 0, 2);
-      __builtin_prefetch(grad_y + kRows * s.grad_y_time, 0, 2);
-      rows[t].x = exponential(load<V>(k, s.lanes) - shift), rows[t].v = load<V>(v, s.lanes) - centre;
+    Base::weigh(c, frame->shift, rows);
+    const Number* v = v_at(c);
+    auto next = Base::v_next;
+    const V centre = frame->centre;
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
+      next.fetch();
+      rows[t].v = widen_two(v) - centre;
     }
   }
 
@@ -141,12 +150,14 @@ class ShiftedBackward : public ShiftedScan<Number> {
       sum = sum_push(sum, decay, rows[t].x * rows[t].v, rows[t].x);
     }
     const Number* grad_y = s.grad_y + begin(c) * s.grad_y_time;
+    auto next = Base::grad_y_next;
     Sum<V> forth = {}, back = {};
     sum = chunks[c].forth;
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, grad_y += s.grad_y_time) {
+      next.fetch();
       const V x = rows[t].x, v = rows[t].v, own = boost * x;
       const Output<V> out = sum_output(sum, later[t], own, v);
-      const V a = load<V>(grad_y, s.lanes) * out.inverse, b = a * out.y;
+      const V a = widen_two(grad_y) * out.inverse, b = a * out.y;
       rows[t].a = a, rows[t].b = b, rows[t].bonus = own * a * out.off;
       sum = sum_push(sum, decay, x * v, x);
       forth = sum_push(forth, decay, a, b);
@@ -163,28 +174,34 @@ class ShiftedBackward : public ShiftedScan<Number> {
     } earlier[kRows];
     const V decay = this->decay, boost = this->boost;
     const int64_t end = rows_of(c);
+    Number* grad_k = s.grad_k + begin(c) * s.out_time;
+    Number* grad_v = s.grad_v + begin(c) * s.out_time;
     Sum<V> keys = chunks[c].forth, sum = gradients[c].forth;
-    for (int64_t t = 0; t < end; ++t) {
+    for (int64_t t = 0; t < end; ++t, grad_k += s.out_time, grad_v += s.out_time) {
+      Base::fetch_to_write(grad_k), Base::fetch_to_write(grad_v);
       earlier[t].keys = keys, earlier[t].gradients = sum;
       keys = sum_push(keys, decay, rows[t].x * rows[t].v, rows[t].x);
       sum = sum_push(sum, decay, rows[t].a, rows[t].b);
     }
-    Number* grad_k = s.grad_k + (begin(c) + end - 1) * s.out_time;
-    Number* grad_v = s.grad_v + (begin(c) + end - 1) * s.out_time;
     V to_w = {}, to_u = {};
     keys = chunks[c].back, sum = gradients[c].back;
-    for (int64_t t = end - 1; t >= 0; --t, grad_k -= s.out_time, grad_v -= s.out_time) {
+    for (int64_t t = end - 1; t >= 0; --t) {
+      grad_k -= s.out_time, grad_v -= s.out_time;
       const V x = rows[t].x, v = rows[t].v, a = rows[t].a, bonus = rows[t].bonus;
       const V n = earlier[t].gradients.n + sum.n, d = earlier[t].gradients.d + sum.d;
-      store(x * (v * n - d) + bonus, grad_k, s.lanes);
-      store(x * (n + boost * a), grad_v, s.lanes);
+      Base::write(x * (v * n - d) + bonus, grad_k);
+      Base::write(x * (n + boost * a), grad_v);
       to_u += bonus;
       to_w += flux(earlier[t].keys, sum) + flux(keys, earlier[t].gradients);
       keys = sum_push(keys, decay, x * v, x);
       sum = sum_push(sum, decay, a, rows[t].b);
     }
-    to_w *= -decay;
-    for (int i = 0; i < Lanes<V>::count; ++i) grad_w[i] += to_w[i], grad_u[i] += to_u[i];
+    to_w = -(to_w * decay);
+    for (int half = 0; half < kHalves; ++half) {
+      double *w_at = grad_w + half * Base::kHalf, *u_at = grad_u + half * Base::kHalf;
+      narrow(widen<Doubles>(w_at) + half_of(to_w, half), w_at);
+      narrow(widen<Doubles>(u_at) + half_of(to_u, half), u_at);
+    }
   }
 
   GradientChunk* gradients;

@@ -8,12 +8,14 @@ namespace biwkv {
 template <class Number>
 class ShiftedForward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::k_at, Base::powers, Base::rows_of,
+  using Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::powers, Base::rows_of,
       Base::s, Base::v_at;
 
  public:
-  using V = Floats;
-  using Row = Sum<V>;  // x v and x of one position
+  using V = Wide;
+  struct Row {
+    V x, xv;
+  };
 
   // Memory that a strip which keeps its weights needs.
   static int64_t kept_bytes(int64_t length) { return chunks_of(length) * kRows * sizeof(Row); }
@@ -23,7 +25,7 @@ class ShiftedForward : public ShiftedScan<Number> {
     Row* rows = static_cast<Row*>(memory);
     for (int64_t c = 0; c < count; ++c) Base::find_max(c);
     Base::find_shift();
-    for (int64_t c = 0; c < count; ++c) sum_keys(c, frame->shift, rows + c * kRows);
+    for (int64_t c = 0; c < count; ++c) Base::look_ahead(c * kRows, Lanes<V>::count, 1), sum_keys(c, frame->shift, rows + c * kRows);
     frame->centre = V{};
     for (int half = 0; half < Base::kHalves; ++half) Base::join_chunks(half);
     for (int64_t c = 0; c < count; ++c) write_output(c, rows + c * kRows);
@@ -44,25 +46,27 @@ class ShiftedForward : public ShiftedScan<Number> {
 
   void write_output(int64_t c) {
     Row rows[kRows];
-    const V shift = frame->shift;
-    const Number *k = k_at(c), *v = v_at(c);
-    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time, v += s.v_time) {
-      __builtin_prefetch(k + kRows * s.k_time, 0, 2);
-      __builtin_prefetch(v + kRows * s.v_time, 0, 2);
-      const V x = exponential(load<V>(k, s.lanes) - shift);
-      rows[t] = {x * load<V>(v, s.lanes), x};
+    const Number* v = v_at(c);
+    auto next = Base::v_next;
+    Base::weigh(c, frame->shift, rows);
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
+      next.fetch();
+      rows[t].xv = rows[t].x * widen_two(v);
     }
     write_output(c, rows);
   }
 
  private:
   void sum_keys(int64_t c, V shift, Row* rows) {
-    const Number *k = k_at(c), *v = v_at(c);
+    Base::weigh(c, shift, rows);
+    const Number* v = v_at(c);
+    auto next = Base::v_next;
     const V decay = this->decay;
     Sum<V> forth = {}, back = {};
-    for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time, v += s.v_time) {
-      const V x = exponential(load<V>(k, s.lanes) - shift), xv = x * load<V>(v, s.lanes);
-      rows[t] = {xv, x};
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
+      next.fetch();
+      const V x = rows[t].x, xv = x * widen_two(v);
+      rows[t].xv = xv;
       forth = sum_push(forth, decay, xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
     }
@@ -74,16 +78,16 @@ class ShiftedForward : public ShiftedScan<Number> {
     const V decay = this->decay, boost = this->boost;
     const int64_t end = rows_of(c), out_time = s.out_time;
     Number* y = s.y + c * kRows * out_time;
-    const int lanes = s.lanes;
     Sum<V> sum = chunks[c].back;
     for (int64_t t = end - 1; t >= 0; --t) {
-      later[t] = {sum.n + boost * rows[t].n, sum.d + boost * rows[t].d};
-      sum = sum_push(sum, decay, rows[t].n, rows[t].d);
+      Base::fetch_to_write(y + t * out_time);
+      later[t] = {sum.n + boost * rows[t].xv, sum.d + boost * rows[t].x};
+      sum = sum_push(sum, decay, rows[t].xv, rows[t].x);
     }
     sum = chunks[c].forth;
     for (int64_t t = 0; t < end; ++t, y += out_time) {
-      store((sum.n + later[t].n) / (sum.d + later[t].d), y, lanes);
-      sum = sum_push(sum, decay, rows[t].n, rows[t].d);
+      Base::write((sum.n + later[t].n) / (sum.d + later[t].d), y);
+      sum = sum_push(sum, decay, rows[t].xv, rows[t].x);
     }
   }
 };

@@ -13,6 +13,7 @@ struct Strip {
   Number *y, *grad_k, *grad_v;
   int64_t length, k_time, v_time, grad_y_time, out_time;
   int lanes;
+  bool past_cache;  // results are whole cache lines, and too large to stay in the cache
 };
 
 template <class Number>
@@ -26,7 +27,7 @@ Strip<Number> strip_at(const BiwkvCall& call, int64_t b, int64_t channel, int la
   s.grad_k = static_cast<Number*>(call.grad_k) + (call.grad_k ? out : 0);
   s.grad_v = static_cast<Number*>(call.grad_v) + (call.grad_v ? out : 0);
   s.length = call.length, s.k_time = call.k_time, s.v_time = call.v_time, s.grad_y_time = call.grad_y_time;
-  s.out_time = call.channels, s.lanes = lanes;
+  s.out_time = call.channels, s.lanes = lanes, s.past_cache = false;
   return s;
 }
 

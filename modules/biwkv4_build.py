@@ -62,7 +62,7 @@ def build_cpu() -> Path:
     return _build(
         "cpu",
         "biwkv4_cpu.cpp",
-        (*compiler.split(), *CPU_FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized", tuning),
+        (*compiler.split(), *CPU_FLAGS, "-ffp-contract=fast", tuning),
         _cpu_identity(),
     )
 
