@@ -6,7 +6,8 @@
 //
 // Each chunk's own sums (sum_keys), the channel's frame, the sums before and after each chunk (join_keys), and then each
 // chunk again from these: the same phases as on the CPU, in the same arithmetic, at -60 <= w T <= 60 and |u| <= 20. A
-// channel beyond that bound is filled with NaN: it cannot be noticed on the host without waiting for the device.
+// channel beyond that bound is filled with NaN: it cannot be noticed on the host without waiting for the device. Below
+// w T = -6, where the CPU turns to float64, dL/dw loses digits (four are left at -60).
 #pragma once
 
 #include <cmath>
@@ -133,6 +134,7 @@ BIWKV_DEVICE void walk(const Cell<Number, true>& cell, int block, Block& rows, S
     rows.a[i] = a, rows.b[i] = b;
     rows.grad_k[i] = x * (v * earlier.n - earlier.d) + bonus, rows.grad_v[i] = x * earlier.n + own * a;
     rows.keys[i] = before;
+    if (!inside) continue;  // a decay below one, again and again, would end in infinity times zero
     before = sum_push(before, cell.decay, x * v, x);
     earlier = sum_push(earlier, cell.decay, a, b);
   }
@@ -143,7 +145,7 @@ BIWKV_DEVICE void walk(const Cell<Number, true>& cell, int block, Block& rows, S
 template <class Number, bool backward>
 BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
   const Cell<Number, backward> cell(all, b, chunk, channel);
-  float max = -3.4e38f;  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+  float max = -3.40282347e38f;  // above -inf: a chunk of nothing but -inf is zeros, not NaN
 #pragma unroll 8
   for (int row = 0; row < cell.rows; ++row) max = larger(max, cell.k(row));
   float centre = 0.0f;
@@ -175,7 +177,7 @@ BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk,
 // The channel's shift and centre, from its chunks'.
 template <class Number, bool backward>
 BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t channel) {
-  float max = -3.4e38f;
+  float max = -3.40282347e38f;
 #pragma unroll 8
   for (int64_t c = 0; c < all.chunks; ++c) max = larger(max, Cell<Number, backward>(all, b, c, channel).field(kMax));
   // Half of the decay on either side of the largest key; less for a growth, which keys far below it may yet use.
@@ -259,6 +261,7 @@ BIWKV_DEVICE void sum_gradients(const Tensors<Number>& all, int64_t b, int64_t c
     walk(cell, block, rows, before, after[block], forth, to_w, to_u);
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
+      if (block * kBlock + i >= cell.rows) continue;
       back = {back.n + power * rows.a[i], back.d + power * rows.b[i]};
       power *= cell.decay;
     }

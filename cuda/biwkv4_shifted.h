@@ -5,8 +5,9 @@
 // A strip either keeps its weights between phases (short sequences: one exponential an element, all in cache) or
 // computes them again from k (long ones: two of them forward, three backward, and as many readings of k and v).
 //
-// Bound: -20 <= w T <= 60 and |u| <= 20. Within it a key that underflows after the shift weighs less than e^-27 of any
-// sum that it enters, and no sum or gradient leaves float32's range. Beyond it biwkv4_running.h takes over.
+// Bound: -6 <= w T <= 60 and |u| <= 20. Within it a key that underflows after the shift weighs less than e^-27 of any
+// sum that it enters, no sum or gradient leaves float32's range, and dL/dw, which cancels the more the faster weights
+// grow with distance, keeps its five digits. Beyond it biwkv4_running.h takes over.
 #pragma once
 
 #include "biwkv4_strip.h"
@@ -23,7 +24,7 @@ inline int64_t chunks_of(int64_t length) { return (length + kRows - 1) / kRows; 
 inline bool within_bound(const float* w, const float* u, int lanes, int64_t length) {
   for (int i = 0; i < lanes; ++i) {
     const float whole = w[i] * length;
-    if (!(whole >= -20 && whole <= 60 && u[i] >= -20 && u[i] <= 20)) return false;
+    if (!(whole >= -6 && whole <= 60 && u[i] >= -20 && u[i] <= 20)) return false;
   }
   return true;
 }
@@ -55,15 +56,17 @@ class ShiftedScan {
     s = strip, w = w_, frame = frame_, chunks = chunks_;
     decay = exponential(-w), boost = exponential(u);
     count = chunks_of(s.length);
-    constexpr int exact = 8;  // powers from float64; the others from these, a rounding or eight away
-    V step;
+    // Not decay, rounded, each time: 32 equal roundings would add up. Their products are the powers' roundings.
     for (int half = 0; half < kHalves; ++half) {
-      const Doubles factor = exponential(-half_of(w, half));
-      Doubles power = splat<Doubles>(1);
-      for (int i = 0; i < exact; ++i) put_half(power, powers[i], half), power *= factor;
-      put_half(power, step, half);
+      const Doubles factor = exponential(-half_of(w, half)), inverse = exponential(half_of(w, half));
+      Doubles power = splat<Doubles>(1), correction = power;
+      for (int i = 0; i < kRows; ++i) {
+        put_half(power, powers[i], half);
+        power *= factor;
+        put_half(factor * correction, decays[i], half);
+        correction *= factor * (2 - half_of(decays[i], half) * inverse) * inverse;
+      }
     }
-    for (int i = exact; i < kRows; ++i) powers[i] = powers[i - exact] * step;
   }
 
   // What this thread will work on next, to be fetched while it works on the present chunk: from `row` on and `channels`
@@ -104,7 +107,7 @@ class ShiftedScan {
 
   void find_max(int64_t c) {
     const Number* k = k_at(c);
-    V max = {splat<Floats>(-3.4e38f), splat<Floats>(-3.4e38f)};  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+    V max = {splat<Floats>(-3.40282347e38f), splat<Floats>(-3.40282347e38f)};  // above -inf: a chunk of nothing but -inf is zeros, not NaN
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time) max = larger(max, widen_two(k));
     chunks[c].max = max;
   }
@@ -184,6 +187,7 @@ class ShiftedScan {
   Chunk* chunks;
   int64_t count;
   V powers[kRows];  // decay^t
+  V decays[kRows];  // the decay from row t to its neighbour
 };
 
 }  // namespace biwkv

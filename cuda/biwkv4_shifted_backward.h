@@ -8,7 +8,7 @@ namespace biwkv {
 template <class Number>
 class ShiftedBackward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s,
+  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::decays, Base::frame, Base::half_of, Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s,
       Base::v_at;
 
  public:
@@ -117,12 +117,12 @@ class ShiftedBackward : public ShiftedScan<Number> {
 
   void sum_keys(int64_t c, Row* rows) {
     const Number* v = v_at(c);
-    const V decay = this->decay, centre = chunks[c].centre;
+    const V centre = chunks[c].centre;
     Sum<V> forth = {}, back = {};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
       const V x = rows[t].x, centred = widen_two(v) - centre, xv = x * centred;
       rows[t].v = centred;
-      forth = sum_push(forth, decay, xv, x);
+      forth = sum_push(forth, decays[t], xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
     }
     chunks[c].forth = forth, chunks[c].back = back;
@@ -143,11 +143,11 @@ class ShiftedBackward : public ShiftedScan<Number> {
   // a, b and bonus of a chunk; returns its own sums of a and b.
   GradientChunk walk(int64_t c, Row* rows) const {
     Sum<V> later[kRows];
-    const V decay = this->decay, boost = this->boost;
+    const V boost = this->boost;
     Sum<V> sum = chunks[c].back;
     for (int64_t t = rows_of(c) - 1; t >= 0; --t) {
       later[t] = sum;
-      sum = sum_push(sum, decay, rows[t].x * rows[t].v, rows[t].x);
+      sum = sum_push(sum, decays[t], rows[t].x * rows[t].v, rows[t].x);
     }
     const Number* grad_y = s.grad_y + begin(c) * s.grad_y_time;
     auto next = Base::grad_y_next;
@@ -159,8 +159,8 @@ class ShiftedBackward : public ShiftedScan<Number> {
       const Output<V> out = sum_output(sum, later[t], own, v);
       const V a = widen_two(grad_y) * out.inverse, b = a * out.y;
       rows[t].a = a, rows[t].b = b, rows[t].bonus = own * a * out.off;
-      sum = sum_push(sum, decay, x * v, x);
-      forth = sum_push(forth, decay, a, b);
+      sum = sum_push(sum, decays[t], x * v, x);
+      forth = sum_push(forth, decays[t], a, b);
       back = {back.n + powers[t] * a, back.d + powers[t] * b};
     }
     return {forth, back};
@@ -172,7 +172,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
     struct {
       Sum<V> keys, gradients;
     } earlier[kRows];
-    const V decay = this->decay, boost = this->boost;
+    const V boost = this->boost;
     const int64_t end = rows_of(c);
     Number* grad_k = s.grad_k + begin(c) * s.out_time;
     Number* grad_v = s.grad_v + begin(c) * s.out_time;
@@ -180,8 +180,8 @@ class ShiftedBackward : public ShiftedScan<Number> {
     for (int64_t t = 0; t < end; ++t, grad_k += s.out_time, grad_v += s.out_time) {
       Base::fetch_to_write(grad_k), Base::fetch_to_write(grad_v);
       earlier[t].keys = keys, earlier[t].gradients = sum;
-      keys = sum_push(keys, decay, rows[t].x * rows[t].v, rows[t].x);
-      sum = sum_push(sum, decay, rows[t].a, rows[t].b);
+      keys = sum_push(keys, decays[t], rows[t].x * rows[t].v, rows[t].x);
+      sum = sum_push(sum, decays[t], rows[t].a, rows[t].b);
     }
     V to_w = {}, to_u = {};
     keys = chunks[c].back, sum = gradients[c].back;
@@ -193,8 +193,8 @@ class ShiftedBackward : public ShiftedScan<Number> {
       Base::write(x * (n + boost * a), grad_v);
       to_u += bonus;
       to_w += flux(earlier[t].keys, sum) + flux(keys, earlier[t].gradients);
-      keys = sum_push(keys, decay, x * v, x);
-      sum = sum_push(sum, decay, a, rows[t].b);
+      keys = sum_push(keys, decays[t], x * v, x);
+      sum = sum_push(sum, decays[t], a, rows[t].b);
     }
     to_w = -(to_w * decay);
     for (int half = 0; half < kHalves; ++half) {

@@ -8,7 +8,7 @@ namespace biwkv {
 template <class Number>
 class ShiftedForward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::powers, Base::rows_of,
+  using Base::boost, Base::chunks, Base::count, Base::decay, Base::decays, Base::frame, Base::powers, Base::rows_of,
       Base::s, Base::v_at;
 
  public:
@@ -61,13 +61,12 @@ class ShiftedForward : public ShiftedScan<Number> {
     Base::weigh(c, shift, rows);
     const Number* v = v_at(c);
     auto next = Base::v_next;
-    const V decay = this->decay;
     Sum<V> forth = {}, back = {};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
       next.fetch();
       const V x = rows[t].x, xv = x * widen_two(v);
       rows[t].xv = xv;
-      forth = sum_push(forth, decay, xv, x);
+      forth = sum_push(forth, decays[t], xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
     }
     chunks[c].forth = forth, chunks[c].back = back, chunks[c].centre = V{};
@@ -75,19 +74,19 @@ class ShiftedForward : public ShiftedScan<Number> {
 
   void write_output(int64_t c, const Row* rows) {
     Sum<V> later[kRows];  // the own term and all that comes after
-    const V decay = this->decay, boost = this->boost;
+    const V boost = this->boost;
     const int64_t end = rows_of(c), out_time = s.out_time;
     Number* y = s.y + c * kRows * out_time;
     Sum<V> sum = chunks[c].back;
     for (int64_t t = end - 1; t >= 0; --t) {
       Base::fetch_to_write(y + t * out_time);
       later[t] = {sum.n + boost * rows[t].xv, sum.d + boost * rows[t].x};
-      sum = sum_push(sum, decay, rows[t].xv, rows[t].x);
+      sum = sum_push(sum, decays[t], rows[t].xv, rows[t].x);
     }
     sum = chunks[c].forth;
     for (int64_t t = 0; t < end; ++t, y += out_time) {
       Base::write((sum.n + later[t].n) / (sum.d + later[t].d), y);
-      sum = sum_push(sum, decay, rows[t].xv, rows[t].x);
+      sum = sum_push(sum, decays[t], rows[t].xv, rows[t].x);
     }
   }
 };
