@@ -17,6 +17,38 @@
 
 namespace biwkv {
 
+// ---- with one shift of the keys for a whole channel: one exponential an element -----------------------------------
+
+template <class V>
+struct Sum {
+  V n, d;  // over keys and values: of x v and x; over gradients: of a and b
+};
+
+template <class V>
+BIWKV_SHARED Sum<V> sum_push(const Sum<V>& sum, V decay, V n, V d) {
+  return {sum.n * decay + n, sum.d * decay + d};
+}
+
+template <class V>
+struct Output {
+  V y;        // the weighted mean of v
+  V inverse;  // 1 / D, D its total weight
+  V off;      // v_t - y_t, free of cancellation where v_t holds nearly all the weight
+};
+
+template <class V>
+BIWKV_SHARED Output<V> sum_output(const Sum<V>& prefix, const Sum<V>& suffix, V own, V v) {
+  const V n = prefix.n + suffix.n, d = prefix.d + suffix.d;
+  const V inverse = 1 / (d + own);
+  return {(n + own * v) * inverse, inverse, (v * d - n) * inverse};
+}
+
+// The part of dL/dw that crosses position t, over -decay.
+template <class V>
+BIWKV_SHARED V flux(const Sum<V>& keys, const Sum<V>& gradients) {
+  return keys.n * gradients.n - keys.d * gradients.d;
+}
+
 // ---- with a running maximum: any finite w, u, k; slower (two exponentials for each sum and step) -----------------
 
 template <class V>
@@ -40,15 +72,15 @@ BIWKV_SHARED Running<V> running_join(const Running<V>& aged, const Running<V>& s
 }
 
 template <class V>
-struct Output {
-  V y;        // the weighted mean of v
-  V d, m;     // its denominator is d e^m
-  V own;      // the weight of v_t in y_t
-  V off;      // v_t - y_t, free of cancellation where v_t holds nearly all the weight
+struct RunningOutput {
+  V y;     // the weighted mean of v
+  V d, m;  // its total weight is d e^m
+  V own;   // the weight of v_t in y_t
+  V off;   // v_t - y_t
 };
 
 template <class V>
-BIWKV_SHARED Output<V> running_output(const Running<V>& prefix, const Running<V>& suffix, V own_key, V v) {
+BIWKV_SHARED RunningOutput<V> running_output(const Running<V>& prefix, const Running<V>& suffix, V own_key, V v) {
   const V m = larger(larger(prefix.m, suffix.m), own_key);
   const V of_prefix = exponential(prefix.m - m), of_suffix = exponential(suffix.m - m);
   const V own = exponential(own_key - m);

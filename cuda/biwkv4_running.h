@@ -3,20 +3,12 @@
 // bound of the fast kernels; in floats it is the benchmark's point of comparison.
 #pragma once
 
+#include "biwkv4_strip.h"
 #include "biwkv4_vector.h"
 
 #include "biwkv4_arithmetic.h"  // after the vector, whose `exponential` and `larger` it calls
 
 namespace biwkv {
-
-// One strip of neighbouring channels of one sequence.
-template <class Number>
-struct Strip {
-  const Number *k, *v, *grad_y;
-  Number *y, *grad_k, *grad_v;
-  int64_t length, k_time, v_time, grad_y_time, out_time;
-  int lanes;
-};
 
 template <class V, class Number>
 class RunningScan {
@@ -26,6 +18,9 @@ class RunningScan {
 
   RunningScan(const Strip<Number>& strip, V w, V u, State* states) : s(strip), w(w), u(u) {
     chunks = chunks_of(strip.length);
+    // Keys count from the largest, or those of -1e30 would swallow the decay.
+    top = load<V>(s.k, s.lanes);
+    for (int64_t t = 1; t < s.length; ++t) top = larger(load<V>(s.k + t * s.k_time, s.lanes), top);
     prefix = states, suffix = states + chunks, grad_prefix = states + 2 * chunks, grad_suffix = states + 3 * chunks;
   }
 
@@ -57,7 +52,7 @@ class RunningScan {
   // What a chunk's forward walk leaves for its gradients.
   struct Row {
     State before, after;
-    Output<V> out;
+    RunningOutput<V> out;
     V key, v, grad;
   };
 
@@ -66,7 +61,7 @@ class RunningScan {
   static State nothing() { return {V{}, V{}, splat<V>(sizeof(one()[0]) == 8 ? -1e300 : -1e30)}; }
   int64_t begin(int64_t c) const { return c * kChunk; }
   int64_t end(int64_t c) const { return c + 1 < chunks ? (c + 1) * kChunk : s.length; }
-  V load_k(int64_t t) const { return load<V>(s.k + t * s.k_time, s.lanes); }
+  V load_k(int64_t t) const { return load<V>(s.k + t * s.k_time, s.lanes) - top; }
   V load_v(int64_t t) const { return load<V>(s.v + t * s.v_time, s.lanes); }
 
   void scan_back(int64_t c, State* after) const {
@@ -159,7 +154,7 @@ class RunningScan {
   }
 
   Strip<Number> s;
-  V w, u;
+  V w, u, top;
   int64_t chunks;
   State *prefix, *suffix, *grad_prefix, *grad_suffix;
 };

@@ -54,38 +54,88 @@ BIWKV_INLINE V splat(typename Lanes<V>::scalar value) {
 // NaN stays: a comparison with it is false, so the second argument is returned.
 template <class V>
 BIWKV_INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
   return a > b ? a : b;
 }
 
-// e^x for x up to 88. Below -87.7 the result is zero (never a denormal, whose arithmetic is slow on some CPUs).
-// Degree-6 minimax polynomial over [-ln2/2, ln2/2], relative error under 2e-9 before rounding.
-BIWKV_INLINE Floats exponential(Floats x) {
+// e^x, in place, for x up to 88. Below -87.7 the result is zero (never a denormal, whose arithmetic is slow on some
+// CPUs). Degree-6 minimax polynomial over [-ln2/2, ln2/2], relative error under 2e-9 before rounding. Several at a time,
+// step by step: one alone is a chain of some fifty cycles, of which too few fit in a core's scheduler.
+template <int count>
+BIWKV_INLINE void exponentials(Floats (&x)[count]) {
   const Floats low = splat<Floats>(-88.02f);
-  x = x < low ? low : x;
+  Floats n[count], p[count];
 #if defined(__AVX512F__)
-  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+  for (int i = 0; i < count; ++i) x[i] = larger(low, x[i]);
+  for (int i = 0; i < count; ++i) n[i] = (Floats)_mm512_roundscale_ps((__m512)(x[i] * 1.44269504f), 8);
+  for (int i = 0; i < count; ++i) x[i] -= n[i] * 0.693147182f;
 #else
-  const Floats shifted = x * 1.44269504f + 12582912.0f;
-  const Floats n = shifted - 12582912.0f;
+  Floats shifted[count];
+  for (int i = 0; i < count; ++i) x[i] = larger(low, x[i]);
+  for (int i = 0; i < count; ++i) shifted[i] = x[i] * 1.44269504f + 12582912.0f;
+  for (int i = 0; i < count; ++i) x[i] -= (shifted[i] - 12582912.0f) * 0.693147182f;
 #endif
-  const Floats r = x - n * 0.693147182f;
-  Floats p = r * 0.0013836794532834854f + 0.008374856784939766f;
-  p = p * r + 0.041668228805065155f;
-  p = p * r + 0.16666419804096222f;
-  p = p * r + 0.49999991059303284f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  for (int i = 0; i < count; ++i) p[i] = x[i] * 0.0013836794532834854f + 0.008374856784939766f;
+  for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 0.041668228805065155f;
+  for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 0.16666419804096222f;
+  for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 0.49999991059303284f;
+  for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 1.0f;
+  for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 1.0f;
 #if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+  for (int i = 0; i < count; ++i) x[i] = (Floats)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
 #else
-  return p * (Floats)(((Ints)shifted + 127) << 23);
+  for (int i = 0; i < count; ++i) x[i] = p[i] * (Floats)(((Ints)shifted[i] + 127) << 23);
 #endif
+}
+
+// e^x, alone.
+BIWKV_INLINE Floats exponential(Floats x) {
+  Floats only[1] = {x};
+  exponentials(only);
+  return only[0];
+}
+
+// Two registers side by side: a recurrence waits four cycles for its last sum, in which a core can do the work of two.
+struct Wide {
+  Floats a, b;
+};
+
+template <>
+struct Lanes<Wide> {
+  using scalar = float;
+  static constexpr int count = 2 * Lanes<Floats>::count;
+};
+
+BIWKV_INLINE Wide operator+(Wide x, Wide y) { return {x.a + y.a, x.b + y.b}; }
+BIWKV_INLINE Wide operator-(Wide x, Wide y) { return {x.a - y.a, x.b - y.b}; }
+BIWKV_INLINE Wide operator*(Wide x, Wide y) { return {x.a * y.a, x.b * y.b}; }
+BIWKV_INLINE Wide operator/(Wide x, Wide y) { return {x.a / y.a, x.b / y.b}; }
+BIWKV_INLINE Wide operator*(Wide x, float y) { return {x.a * y, x.b * y}; }
+BIWKV_INLINE Wide operator/(float x, Wide y) { return {x / y.a, x / y.b}; }
+BIWKV_INLINE Wide operator-(Wide x) { return {-x.a, -x.b}; }
+BIWKV_INLINE void operator+=(Wide& x, Wide y) { x = x + y; }
+BIWKV_INLINE Wide larger(Wide x, Wide y) { return {larger(x.a, y.a), larger(x.b, y.b)}; }
+
+template <int count>
+BIWKV_INLINE void exponentials(Wide (&x)[count]) {
+  Floats all[2 * count];
+  for (int i = 0; i < count; ++i) all[2 * i] = x[i].a, all[2 * i + 1] = x[i].b;
+  exponentials(all);
+  for (int i = 0; i < count; ++i) x[i] = {all[2 * i], all[2 * i + 1]};
+}
+
+BIWKV_INLINE Wide exponential(Wide x) {
+  Wide only[1] = {x};
+  exponentials(only);
+  return only[0];
 }
 
 // The same for doubles, degree 11, error under 4e-16; zero below -708.
 BIWKV_INLINE Doubles exponential(Doubles x) {
   const Doubles low = splat<Doubles>(-708.9);
-  x = x < low ? low : x;
+  x = larger(low, x);
   const Doubles shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const Doubles n = shifted - 6755399441055744.0;
   const Doubles r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
@@ -190,6 +240,31 @@ BIWKV_INLINE void narrow(V x, Number* p) {
   typedef Number Raw __attribute__((vector_size(Lanes<V>::count * sizeof(Number))));
   const Raw raw = __builtin_convertvector(x, Raw);
   std::memcpy(p, &raw, sizeof raw);
+}
+
+template <class Number>
+BIWKV_INLINE Wide widen_two(const Number* p) {
+  return {widen<Floats>(p), widen<Floats>(p + Lanes<Floats>::count)};
+}
+
+template <class Number>
+BIWKV_INLINE void narrow_two(Wide x, Number* p) {
+  narrow(x.a, p);
+  narrow(x.b, p + Lanes<Floats>::count);
+}
+
+// Past the caches, where that exists: whole lines of a result too large to stay in them need not be read first.
+template <class Number>
+BIWKV_INLINE void narrow_past_cache(Wide x, Number* p) {
+#if defined(__AVX512F__)
+  alignas(64) Number line[Lanes<Wide>::count];
+  narrow_two(x, line);
+  for (size_t i = 0; i < sizeof line / 64; ++i) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, reinterpret_cast<__m512i*>(line)[i]);
+  }
+#else
+  narrow_two(x, p);
+#endif
 }
 
 // `lanes` is the vector's width, or fewer at the last channels of a tensor; the lanes beyond read as zero.

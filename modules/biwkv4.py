@@ -1,7 +1,6 @@
 """Bi-WKV4: bidirectional WKV attention in linear time (Vision-RWKV, Duan et al., 2024), as one op."""
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -22,9 +21,11 @@ def biwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Autocast leaves the arguments alone: k and v come in its dtype from linear layers, w and u in float32.
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
     """
-    _check(w, u, k, v)
     work = _work_dtype(k.dtype)
-    y: Tensor = torch.ops.hpcm.biwkv4.default(w.to(work), u.to(work), k, v)
+    if w.dtype != work or u.dtype != work:
+        _check(w, u, k, v)
+        w, u = w.to(work), u.to(work)
+    y: Tensor = torch.ops.hpcm.biwkv4.default(w, u, k, v)
     return y
 
 
@@ -36,10 +37,11 @@ def biwkv4_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     dtype = k.dtype
     w, u, k, v = (x.to(_work_dtype(dtype)) for x in (w, u, k, v))
+    k = k - k.detach().amax(1, keepdim=True)  # the mean stays, and keys of 1e30 do not swallow the decay
     k = k.clamp(min=torch.finfo(k.dtype).min / 4)  # of −inf the differences below would be NaN
     before = _all_before(w, k, v)
-    after = tuple(x.flip(1) for x in _all_before(w, k.flip(1), v.flip(1)))
-    return _join(_join(before, after), (u + k, v))[1].to(dtype)
+    log, mean = _all_before(w, k.flip(1), v.flip(1))
+    return _join(_join(before, (log.flip(1), mean.flip(1))), (u + k, v))[1].to(dtype)
 
 
 LogMean = tuple[Tensor, Tensor]
@@ -88,11 +90,23 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_op(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
-    """What the op itself asks beyond `_check`: compiled graphs and others call it without the face."""
+    """What the op itself asks: compiled graphs and others call it without the face."""
+    channels, work, device = k.shape[2:], _work_dtype(k.dtype), k.device
+    fits = k.dim() == 3 and v.shape == k.shape and w.shape == channels and u.shape == channels
+    same = v.dtype == k.dtype and v.device == device and w.device == device and u.device == device
+    if (
+        fits
+        and same
+        and w.dtype == work
+        and u.dtype == work
+        and k.dtype in biwkv4_build.TYPES
+        and not (work == torch.float64 and k.is_cuda)
+    ):
+        return
     _check(w, u, k, v)
     for name, x in (("w", w), ("u", u)):
-        if x.dtype != _work_dtype(k.dtype):
-            raise TypeError(f"hpcm::biwkv4: {name} must be {_work_dtype(k.dtype)}, not {x.dtype}")
+        if x.dtype != work:
+            raise TypeError(f"hpcm::biwkv4: {name} must be {work}, not {x.dtype}")
 
 
 _library = torch.library.Library("hpcm", "FRAGMENT")
@@ -103,8 +117,11 @@ _library.define(
     " -> (Tensor grad_w, Tensor grad_u, Tensor grad_k, Tensor grad_v)",
     tags=_tags,
 )
-_parallel_for = functools.cache(biwkv4_build.parallel_for)
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _kernels(k: Tensor) -> Kernels | None:
+    return biwkv4_build.cuda_kernels() if k.is_cuda else biwkv4_build.cpu_kernels()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -112,7 +129,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def _fill(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Call:
+def _describe(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Call:
     batch, length, channels = k.shape
     return Call(
         batch, length, channels, biwkv4_build.TYPES[k.dtype],
@@ -121,40 +138,48 @@ def _fill(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Call:
     )  # fmt: skip
 
 
-def _run(kernels: Kernels, call: Call, backward: bool) -> None:
-    status = (kernels.backward if backward else kernels.forward)(ctypes.byref(call))  # type: ignore[arg-type]
+def _run(kernels: Kernels, call: Call, k: Tensor, backward: bool) -> None:
+    function = kernels.backward if backward else kernels.forward
+    if kernels.workspace is None:
+        call.runner = kernels.runner
+        status = function(ctypes.byref(call))
+    else:
+        with torch.cuda.device(k.device):
+            size = kernels.workspace(ctypes.byref(call), int(backward))
+            memory = torch.empty(size, dtype=torch.uint8, device=k.device)
+            call.workspace, call.runner = memory.data_ptr(), torch.cuda.current_stream().cuda_stream
+            status = function(ctypes.byref(call))
     if status == 1:
         raise MemoryError("biwkv4: not enough memory for the sums of the chunks")
     if status:
-        raise RuntimeError(f"biwkv4: the kernel failed with status {status}")
+        raise RuntimeError(f"biwkv4: {kernels.explain(status)}")
 
 
-def _forward_cpu(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _check_op(w, u, k, v)
-    kernels = biwkv4_build.cpu_kernels()
-    if kernels is None:
+    if (kernels := _kernels(k)) is None:
         return _forward_reference(w, u, k, v)
     w, u, k, v = w.contiguous(), u.contiguous(), _rows(k), _rows(v)
-    y = torch.empty(k.shape, dtype=k.dtype)
+    y = k.new_empty(k.shape)
     if y.numel():
-        call = _fill(w, u, k, v)
-        call.y, call.runner = y.data_ptr(), _parallel_for()
-        _run(kernels, call, backward=False)
+        call = _describe(w, u, k, v)
+        call.y = y.data_ptr()
+        _run(kernels, call, k, backward=False)
     return y
 
 
-def _backward_cpu(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
+def _backward(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
     _check_op(w, u, k, v)
-    kernels = biwkv4_build.cpu_kernels()
-    if kernels is None:
+    if (kernels := _kernels(k)) is None:
         return _backward_reference(grad_y, w, u, k, v)
     w, u, k, v, grad_y = w.contiguous(), u.contiguous(), _rows(k), _rows(v), _rows(grad_y)
+    if not k.numel():
+        return torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(k), torch.zeros_like(v)
     gradients = _empty_gradients(w, k)
-    call = _fill(w, u, k, v)
+    call = _describe(w, u, k, v)
     call.grad_y, call.grad_y_batch, call.grad_y_time = grad_y.data_ptr(), grad_y.stride(0), grad_y.stride(1)
     call.grad_w, call.grad_u, call.grad_k, call.grad_v = (x.data_ptr() for x in gradients)
-    call.runner = _parallel_for()
-    _run(kernels, call, backward=True)
+    _run(kernels, call, k, backward=True)
     return gradients
 
 
@@ -172,7 +197,7 @@ def _backward_reference(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tens
 
 
 def _empty_gradients(w: Tensor, k: Tensor) -> Gradients:
-    return (*(w.new_empty(w.shape) for _ in "wu"), *(k.new_empty(k.shape) for _ in "kv"))  # type: ignore[return-value]
+    return w.new_empty(w.shape), w.new_empty(w.shape), k.new_empty(k.shape), k.new_empty(k.shape)
 
 
 def _forward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -184,21 +209,22 @@ def _backward_fake(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -
     return _empty_gradients(w, k)
 
 
-def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, grad_y: Tensor) -> Gradients:  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad_y: Tensor) -> Gradients:
     gradients: Gradients = torch.ops.hpcm.biwkv4_backward.default(grad_y, *ctx.saved_tensors)
     return gradients
 
 
-def _differentiate_twice(ctx, *grads: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _differentiate_twice(ctx, *grads: Tensor) -> None:
     raise NotImplementedError("biwkv4 is differentiable once; for second derivatives use biwkv4_reference")
 
 
-_library.impl("biwkv4", _forward_cpu, "CPU")
-_library.impl("biwkv4_backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("biwkv4", _forward, _device)
+    _library.impl("biwkv4_backward", _backward, _device)
 torch.library.register_fake("hpcm::biwkv4", _forward_fake, lib=_library)
 torch.library.register_fake("hpcm::biwkv4_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("hpcm::biwkv4", _differentiate, setup_context=_save_inputs, lib=_library)
@@ -206,12 +232,12 @@ torch.library.register_autograd("hpcm::biwkv4_backward", _differentiate_twice, l
 
 
 @register_flop_formula(torch.ops.hpcm.biwkv4)
-def _forward_flops(w, u, k, v, *, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _forward_flops(w, u, k, v, *, out_shape=None, **kwargs) -> int:
     """An element: two sums in two directions, own term, exponential, division (k: its shape)."""
     return 14 * k[0] * k[1] * k[2]
 
 
 @register_flop_formula(torch.ops.hpcm.biwkv4_backward)
-def _backward_flops(grad_y, w, u, k, v, *, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _backward_flops(grad_y, w, u, k, v, *, out_shape=None, **kwargs) -> int:
     """The forward's sums again, as many over the gradients, and the four products that they enter."""
     return 40 * k[0] * k[1] * k[2]

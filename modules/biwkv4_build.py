@@ -1,4 +1,7 @@
-"""Build and load the Bi-WKV4 kernels of `cuda/`: by ninja, on first use, cached by all that shapes them."""
+"""Build and load the Bi-WKV4 kernels of `cuda/`: by ninja, on first use, cached by all that shapes them.
+
+`python -m modules.biwkv4_build` builds ahead what this machine can use.
+"""
 
 import ctypes
 import fcntl
@@ -6,21 +9,24 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SOURCES = Path(__file__).resolve().parent.parent / "cuda"
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-CPU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+COMMON_FLAGS = ("-O3", "-std=c++17", "-shared")
+CPU_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+CUDA_FLAGS = ("-Xcompiler", "-fPIC", "-cudart", "static", "--threads", "0")
 
 
 class BuildError(RuntimeError):
@@ -43,38 +49,58 @@ class Call(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernels:
-    """A loaded library: each function takes a `Call` and returns a status, 0 for success."""
+    """A loaded library: each function takes a pointer to a `Call`; a status of 0 is success."""
 
-    forward: Callable[[Call], int]
-    backward: Callable[[Call], int]
+    forward: Callable[..., int]
+    backward: Callable[..., int]
+    runner: int = 0  # CPU: address of PyTorch's own parallel loop, 0 for one thread
+    workspace: Callable[..., int] | None = None  # CUDA: bytes that a call needs on the device
+    running_maximum: Callable[..., int] | None = None  # CPU, float32: the public kernels' manner, to compare
+    explain: Callable[[int], str] = lambda status: f"status {status}"
 
 
 @functools.cache
 def cpu_kernels() -> Kernels | None:
     """The CPU kernels, built if need be; None, after one warning with the cause, if they cannot be."""
-    return _or_warning(lambda: _load(build_cpu()))
+    return _or_warning(lambda: _load_cpu(build_cpu()))
+
+
+@functools.cache
+def cuda_kernels() -> Kernels | None:
+    """The CUDA kernels for the GPUs present, likewise."""
+    return _or_warning(lambda: _load_cuda(build_cuda()))
 
 
 def build_cpu() -> Path:
     """The CPU library's path, built now unless cached. Raises BuildError with the compiler's message."""
-    compiler = os.environ.get("CXX") or _first_of("c++", "g++", "clang++")
+    compiler = os.environ.get("CXX", "").split() or [_first_of("c++", "g++", "clang++")]
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return _build(
-        "cpu",
-        "biwkv4_cpu.cpp",
-        (*compiler.split(), *CPU_FLAGS, "-ffp-contract=fast", tuning),
-        _cpu_identity(),
-    )
+    return _build("cpu", "biwkv4_cpu.cpp", [*compiler, *COMMON_FLAGS, *CPU_FLAGS, tuning], _cpu_identity())
 
 
-def parallel_for() -> int:
-    """Address of PyTorch's own parallel loop, so that the kernels use its threads; 0 if it has none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        function = ctypes.CDLL(str(library)).torch_parallel_for
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+def build_cuda() -> Path:
+    """The CUDA library's path, for `TORCH_CUDA_ARCH_LIST` or the GPUs present, built now unless cached."""
+    roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    nvcc = _first_of("nvcc", folders=[f"{root}/bin" for root in [*roots, "/usr/local/cuda"] if root])
+    return _build("cuda", "biwkv4_cuda.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's flags for the architectures to build for."""
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        wanted = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", listed)
+        if not wanted:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} names no architecture such as 8.0 or 9.0+PTX")
+    else:
+        devices = range(torch.cuda.device_count())
+        wanted = sorted({(*map(str, torch.cuda.get_device_capability(i)), "") for i in devices})
+        if not wanted:
+            raise BuildError("there is no GPU to build for, and TORCH_CUDA_ARCH_LIST is not set")
+    flags = []
+    for major, minor, ptx in wanted:
+        codes = [f"sm_{major}{minor}"] + ([f"compute_{major}{minor}"] if ptx else [])
+        flags += [f"-gencode=arch=compute_{major}{minor},code={code}" for code in codes]
+    return flags
 
 
 def _or_warning(load: Callable[[], Kernels]) -> Kernels | None:
@@ -85,17 +111,50 @@ def _or_warning(load: Callable[[], Kernels]) -> Kernels | None:
         return None
 
 
-def _load(library: Path) -> Kernels:
+def _load(library: Path) -> Any:
     loaded = ctypes.CDLL(str(library))
     for name in ("biwkv4_forward", "biwkv4_backward"):
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_int
-    return Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward)
+        getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
+    return loaded
+
+
+def _load_cpu(library: Path) -> Kernels:
+    loaded = _load(library)
+    loaded.biwkv4_running_maximum.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
+    return Kernels(
+        loaded.biwkv4_forward,
+        loaded.biwkv4_backward,
+        runner=_parallel_for(),
+        running_maximum=loaded.biwkv4_running_maximum,
+    )
+
+
+def _load_cuda(library: Path) -> Kernels:
+    loaded = _load(library)
+    loaded.biwkv4_workspace.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
+    loaded.biwkv4_workspace.restype = ctypes.c_int64
+    loaded.biwkv4_error.restype = ctypes.c_char_p
+    return Kernels(
+        loaded.biwkv4_forward,
+        loaded.biwkv4_backward,
+        workspace=loaded.biwkv4_workspace,
+        explain=lambda status: loaded.biwkv4_error(status).decode(),
+    )
+
+
+def _parallel_for() -> int:
+    """PyTorch's own loop over threads, so that the kernels follow torch.set_num_threads and add no pool."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).torch_parallel_for
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Path:
     """Compile one source into a library of the cache; processes that ask at once wait for the first."""
-    texts = [p.read_bytes() for p in sorted(SOURCES.glob("*.*"))]
+    texts = [path.read_bytes() for path in [SOURCES / source, *sorted(SOURCES.glob("*.h"))] if path.exists()]
     if not texts:
         raise BuildError(f"the sources are not at {SOURCES}")
     version = _run([command[0], "--version"])
@@ -105,7 +164,7 @@ def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Pat
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with (library.parent / f"{library.stem}.lock").open("w") as lock:
+    with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _run_ninja(source, command, library)
@@ -116,7 +175,7 @@ def _run_ninja(source: str, command: Sequence[str], library: Path) -> None:
     """Build beside the cache's entry, then rename: a killed build leaves nothing that could be loaded."""
     ninja = _first_of("ninja")
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f"{library.stem}_") as folder:
-        escaped = str(SOURCES / source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        escaped = re.sub(r"([$ :])", r"$\1", str(SOURCES / source))
         rule = f"rule library\n  command = {' '.join(command)} $in -o $out\n"
         (Path(folder) / "build.ninja").write_text(f"{rule}build {library.name}: library {escaped}\n")
         _run([ninja, "-C", folder])
@@ -133,9 +192,9 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _first_of(*programs: str) -> str:
-    # The environment's own folder first: ninja comes with it, and it need not be activated.
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+def _first_of(*programs: str, folders: Sequence[str] = ()) -> str:
+    # The environment's own folder too: ninja comes with it, and it need not have been activated.
+    path = os.pathsep.join([*folders, sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = next((where for program in programs if (where := shutil.which(program, path=path))), None)
     if found is None:
         raise BuildError(f"none of {', '.join(programs)} is on PATH")
@@ -158,4 +217,6 @@ def _cpu_identity() -> str:
 
 
 if __name__ == "__main__":
-    print(build_cpu(), file=sys.stderr)
+    print(build_cpu())
+    if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        print(build_cuda())

@@ -1,0 +1,193 @@
+// The CUDA side of the Bi-WKV4 interface: number types, launches, and slices that stay in the L2 cache.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "biwkv4_call.h"
+
+#define BIWKV_DEVICE __device__ __forceinline__
+
+namespace biwkv {
+
+BIWKV_DEVICE float number(float x) { return x; }
+BIWKV_DEVICE float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+BIWKV_DEVICE float number(__half x) { return __half2float(x); }
+BIWKV_DEVICE void put_number(float* p, float x) { *p = x; }
+BIWKV_DEVICE void put_number(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+BIWKV_DEVICE void put_number(__half* p, float x) { *p = __float2half_rn(x); }
+
+// NaN stays, as on the CPU.
+BIWKV_DEVICE float larger(float a, float b) { return a > b ? a : b; }
+
+// The hardware's 2^x, with the rounding of x log2(e) made good: it alone would cost 4e-6 at x = -60.
+BIWKV_DEVICE float exponential(float x) {
+  constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
+  x = x < -200.0f ? -200.0f : x;
+  const float scaled = x * log2e;
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(scaled));
+  const float lost = fmaf(x, log2e, -scaled) * ln2;
+  return fmaf(power, lost, power);
+}
+BIWKV_DEVICE double exponential(double x) { return exp(x); }
+
+}  // namespace biwkv
+
+#include "biwkv4_kernels.h"  // after what it calls
+
+namespace biwkv {
+namespace {
+
+constexpr int kThreads = 128;
+
+// The sequences and channels of one launch.
+struct Slice {
+  int64_t batch, batches, channel, channels;
+};
+
+template <class Number, class Phase>
+__global__ void __launch_bounds__(kThreads) each_cell(Tensors<Number> all, Slice slice, Phase phase) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < slice.channels) phase(all, slice.batch + blockIdx.z, static_cast<int64_t>(blockIdx.y), slice.channel + at);
+}
+
+template <class Number, bool backward>
+struct SumKeys {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
+    sum_keys<Number, backward>(all, b, chunk, channel);
+  }
+};
+template <class Number, bool backward>
+struct FindFrame {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t, int64_t channel) const {
+    find_frame<Number, backward>(all, b, channel);
+  }
+};
+template <class Number, bool backward>
+struct JoinKeys {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) const {
+    join_keys<Number, backward>(all, b, channel, side != 0);
+  }
+};
+template <class Number>
+struct WriteOutput {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
+    write_output(all, b, chunk, channel);
+  }
+};
+template <class Number>
+struct SumGradients {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
+    sum_gradients(all, b, chunk, channel);
+  }
+};
+template <class Number>
+struct JoinGradients {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) const {
+    join_gradients(all, b, channel, side != 0);
+  }
+};
+template <class Number>
+struct WriteGradients {
+  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
+    write_gradients(all, b, chunk, channel);
+  }
+};
+template <class Number>
+struct SumParameters {
+  __device__ void operator()(const Tensors<Number>& all, int64_t, int64_t, int64_t channel) const {
+    sum_parameters(all, channel);
+  }
+};
+
+template <class Number, class Phase>
+void launch(const Tensors<Number>& all, const Slice& slice, int64_t rows, Phase phase, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((slice.channels + kThreads - 1) / kThreads), static_cast<unsigned>(rows),
+                  static_cast<unsigned>(slice.batches));
+  each_cell<<<grid, kThreads, 0, stream>>>(all, slice, phase);
+}
+
+template <class Number, bool backward>
+void run_slice(const Tensors<Number>& all, const Slice& slice, cudaStream_t stream) {
+  launch(all, slice, all.chunks, SumKeys<Number, backward>{}, stream);
+  launch(all, slice, 1, FindFrame<Number, backward>{}, stream);
+  launch(all, slice, 2, JoinKeys<Number, backward>{}, stream);
+  if constexpr (backward) {
+    launch(all, slice, all.chunks, SumGradients<Number>{}, stream);
+    launch(all, slice, 2, JoinGradients<Number>{}, stream);
+    launch(all, slice, all.chunks, WriteGradients<Number>{}, stream);
+  } else {
+    launch(all, slice, all.chunks, WriteOutput<Number>{}, stream);
+  }
+}
+
+// So much of k, v and grad_y at a time that the later phases find it in the L2 cache, yet enough to fill the device.
+template <class Number, bool backward>
+void run(const Tensors<Number>& all, cudaStream_t stream) {
+  int device = 0, cache = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t of_channel = all.length * static_cast<int64_t>(sizeof(Number)) * (backward ? 3 : 2);
+  const int64_t fits = cache / 2 / of_channel, fills = processors * 1024LL / all.chunks + 1;
+  const int64_t columns = std::max<int64_t>(std::max(fits, fills), kThreads);  // pairs of sequence and channel
+  const int64_t batches = std::min<int64_t>(std::max<int64_t>(columns / all.channels, 1), 65535);
+  const int64_t channels = batches > 1 || columns >= all.channels ? all.channels : columns / kThreads * kThreads;
+  for (int64_t b = 0; b < all.batch; b += batches) {
+    for (int64_t c = 0; c < all.channels; c += channels) {
+      run_slice<Number, backward>(
+          all, {b, std::min(batches, all.batch - b), c, std::min(channels, all.channels - c)}, stream);
+    }
+  }
+  if constexpr (backward) launch(all, {0, 1, 0, all.channels}, 1, SumParameters<Number>{}, stream);
+}
+
+int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
+
+template <class Number>
+int run_as(const BiwkvCall& call, bool backward) {
+  Tensors<Number> all;
+  all.w = static_cast<const float*>(call.w), all.u = static_cast<const float*>(call.u);
+  all.k = static_cast<const Number*>(call.k), all.v = static_cast<const Number*>(call.v);
+  all.grad_y = static_cast<const Number*>(call.grad_y), all.y = static_cast<Number*>(call.y);
+  all.grad_k = static_cast<Number*>(call.grad_k), all.grad_v = static_cast<Number*>(call.grad_v);
+  all.grad_w = static_cast<float*>(call.grad_w), all.grad_u = static_cast<float*>(call.grad_u);
+  all.k_batch = call.k_batch, all.k_time = call.k_time, all.v_batch = call.v_batch, all.v_time = call.v_time;
+  all.grad_y_batch = call.grad_y_batch, all.grad_y_time = call.grad_y_time;
+  all.batch = call.batch, all.length = call.length, all.channels = call.channels;
+  all.chunks = chunks_of(call.length), all.fields = static_cast<float*>(call.workspace);
+  const auto stream = static_cast<cudaStream_t>(call.runner);
+  backward ? run<Number, true>(all, stream) : run<Number, false>(all, stream);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? BIWKV_OK : BIWKV_CUDA_ERROR + error;
+}
+
+int dispatch(const BiwkvCall* call, bool backward) {
+  switch (call->type) {
+    case BIWKV_FLOAT32: return run_as<float>(*call, backward);
+    case BIWKV_BFLOAT16: return run_as<__nv_bfloat16>(*call, backward);
+    case BIWKV_FLOAT16: return run_as<__half>(*call, backward);
+  }
+  return BIWKV_BAD_TYPE;
+}
+
+}  // namespace
+}  // namespace biwkv
+
+extern "C" {
+
+int biwkv4_forward(const BiwkvCall* call) { return biwkv::dispatch(call, false); }
+
+int biwkv4_backward(const BiwkvCall* call) { return biwkv::dispatch(call, true); }
+
+// Bytes of workspace that a call needs.
+int64_t biwkv4_workspace(const BiwkvCall* call, int backward) {
+  using namespace biwkv;
+  const int64_t fields = backward ? kBackwardFields : kForwardFields;
+  return (fields * chunks_of(call->length) + 2) * call->batch * call->channels * static_cast<int64_t>(sizeof(float));
+}
+
+const char* biwkv4_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status - BIWKV_CUDA_ERROR)); }
+}

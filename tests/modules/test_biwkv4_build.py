@@ -1,0 +1,93 @@
+"""How the Bi-WKV4 kernels are built: cached, safely at once; else a warning and the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules import biwkv4_build
+from modules.biwkv4 import biwkv4, biwkv4_reference
+
+ROOT = Path(__file__).parents[2]
+CALL = "import torch; from modules.biwkv4 import biwkv4; x = torch.ones(1, 3, 2); w = torch.zeros(2); "
+
+
+def run(code: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
+    counter = tmp_path / "builds"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo build >> "{counter}"\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
+    processes = [run(CALL + "print(biwkv4(w, w, x, x).sum().item())", **environment) for _ in range(3)]
+    for process in processes:
+        out, error = process.communicate()
+        assert (out, process.returncode) == ("6.0\n", 0), error
+        assert "slow" not in error
+    assert counter.read_text() == "build\n"
+    folder = tmp_path / "cache" / "hpcm_biwkv4"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".so"]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "cause"), [("/nowhere/c++", "does not run"), ("false", "failed"), ("sh -c exit", "")]
+)
+def test_no_build_is_one_warning_and_the_reference(tmp_path: Path, compiler: str, cause: str) -> None:
+    code = CALL + "k = x.clone().requires_grad_(); [biwkv4(w, w, k, x).sum().backward() for _ in range(3)]"
+    code += "; print(k.grad.abs().max().item() < 1e-6, biwkv4(w, w, x, x).sum().item())"
+    process = run(code, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX=compiler)
+    out, error = process.communicate()
+    assert (out, process.returncode) == ("True 6.0\n", 0), error
+    assert error.count("RuntimeWarning: Bi-WKV4 runs as its slow PyTorch reference") == 1
+    assert cause in error
+
+
+def test_without_kernels_the_op_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(biwkv4_build, "cpu_kernels", lambda: None)
+    w, u = torch.randn(4), torch.randn(4)
+    leaves = [x.requires_grad_() for x in (w, u, torch.randn(2, 11, 4), torch.randn(2, 11, 4))]
+    results = []
+    for op in (biwkv4, biwkv4_reference):
+        y = op(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_cache_knows_what_shapes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(biwkv4_build, "_run_ninja", lambda source, command, library: library.touch())
+    first = biwkv4_build.build_cpu()
+    assert biwkv4_build.build_cpu() == first
+    monkeypatch.setattr(biwkv4_build, "CPU_FLAGS", (*biwkv4_build.CPU_FLAGS, "-g"))
+    second = biwkv4_build.build_cpu()
+    monkeypatch.setattr(biwkv4_build, "_cpu_identity", lambda: "another machine")
+    third = biwkv4_build.build_cpu()
+    monkeypatch.setattr(torch, "__version__", "0")
+    assert len({first, second, third, biwkv4_build.build_cpu()}) == 4
+
+
+def test_architectures_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0 9.0a+PTX")
+    assert biwkv4_build.cuda_architectures() == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
+    with pytest.raises(biwkv4_build.BuildError, match="Ampere"):
+        biwkv4_build.cuda_architectures()

@@ -1,0 +1,133 @@
+"""The CUDA side of the Bi-WKV4 op: its source and its phases without a GPU, everything with one."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules import biwkv4, biwkv4_build
+from tests.modules.test_biwkv4 import KEYS, NAMES, actual, assert_close, draw, expected
+
+SOURCES = biwkv4_build.SOURCES
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_source_compiles_without_spills(tmp_path: Path) -> None:
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        "--threads",
+        "0",
+        "-c",
+        str(SOURCES / "biwkv4_cuda.cu"),
+    ]
+    command += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (75, 80, 90)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "o")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    assert len(spills) >= 3 * 3 * 8  # architectures, number types, phases
+    assert set(spills) == {("0", "0", "0")}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> biwkv4_build.Kernels:
+    """The GPU's phases, run by the CPU a thread after another; they stand in for the CPU kernels."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
+    source = Path(__file__).with_name("biwkv4_emulation.cpp")
+    command = [
+        compiler,
+        "-O2",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        f"-I{SOURCES}",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    return biwkv4_build.Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 63, 64, 65, 200, 1500])
+def test_phases_match_brute_force(length: int, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
+    (w, u, k, v), grad_y = draw((2, length, 3), decay=2.0)
+    k = torch.stack([k, v], dim=2).flatten(2)[..., :3]  # a view with a stride
+    assert_close(actual((w, u, k, v), grad_y), expected((w, u, k, v), grad_y), 1e-5)
+
+
+@pytest.mark.parametrize("whole", [-60.0, -5.0, 0.0, 60.0])
+@pytest.mark.parametrize("keys", KEYS)
+def test_phases_stand_extremes(keys: str, whole: float, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
+    (w, u, k, v), grad_y = draw((1, 500, 2))
+    inputs = (torch.full_like(w, whole / 500), u, KEYS[keys](k), v)
+    for name, a, e in zip(NAMES, actual(inputs, grad_y), expected(inputs, grad_y), strict=True):
+        # dL/dw cancels where weights grow with distance, and the GPU does not turn to float64 there.
+        bound, floor = (1e-3, 1e-6) if name == "dw" and whole < -10 else (2e-5, 1e-9)
+        assert a.isfinite().all(), name
+        assert (a.double() - e).abs().max() <= max(bound * e.abs().max().item(), floor), name
+
+
+def test_beyond_the_bound_is_nan(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
+    (w, u, k, v), grad_y = draw((1, 100, 3))
+    w[1] = 2.0
+    for result in actual((w, u, k, v), grad_y):
+        assert result[..., 1].isnan().all()
+        assert result[..., [0, 2]].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 65, 5), (3, 1000, 130), (1, 8160, 32)])
+def test_gpu_matches_brute_force(shape, dtype: torch.dtype) -> None:
+    inputs, grad_y = draw(shape, dtype, decay=1.5)
+    results = actual(tuple(x.cuda() for x in inputs), grad_y.cuda())
+    assert_close([x.cpu() for x in results], actual(inputs, grad_y), 1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_is_deterministic_and_reads_views() -> None:
+    (w, u, _, _), grad_y = draw((2, 3000, 64))
+    fused = torch.randn(2, 3000, 192, device="cuda")
+    k, v = fused[..., :64], fused[..., 64:128]
+    results = [actual((w.cuda(), u.cuda(), k, v), grad_y.cuda()) for _ in range(3)]
+    results.append(actual((w.cuda(), u.cuda(), k.contiguous(), v.contiguous()), grad_y.cuda()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_slices_change_no_bit() -> None:
+    (w, u, k, v), grad_y = draw((40, 4096, 96), torch.bfloat16)
+    inputs = tuple(x.cuda() for x in (w, u, k, v))
+    y, _, _, dk, dv = actual(inputs, grad_y.cuda())
+    one = actual((inputs[0], inputs[1], inputs[2][7:8], inputs[3][7:8]), grad_y[7:8].cuda())
+    assert all(torch.equal(a[7:8], b) for a, b in zip((y, dk, dv), (one[0], one[3], one[4]), strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_opcheck_and_errors() -> None:
+    (w, u, k, v), _ = draw((2, 9, 4))
+    inputs = [x.cuda().requires_grad_() for x in (w, u, k, v)]
+    torch.library.opcheck(torch.ops.hpcm.biwkv4.default, inputs)
+    with pytest.raises(ValueError, match="w must be on"):
+        biwkv4.biwkv4(w, *inputs[1:])
+    with pytest.raises(TypeError, match="k must be"):
+        biwkv4.biwkv4(*(x.double() for x in inputs))
