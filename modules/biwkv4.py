@@ -55,9 +55,7 @@ def _join(a: LogMean, b: LogMean) -> LogMean:
 def _all_before(w: Tensor, k: Tensor, v: Tensor) -> LogMean:
     """Log-weight and mean, both (B, T, C), of the positions i < t, weighted by e^{−(t−1−i)·w + k_i}."""
     log, mean, span = k, v, 1
-    while (
-        span < k.shape[1]
-    ):  # each position knows of the last `span` up to itself, and learns of as many more
+    while span < k.shape[1]:  # each position knows of the last `span` up to itself, and learns of as many more
         earlier = log[:, :-span] - span * w, mean[:, :-span]
         more = _join(earlier, (log[:, span:], mean[:, span:]))
         log, mean = (torch.cat([x[:, :span], y], 1) for x, y in zip((log, mean), more, strict=True))

@@ -61,9 +61,7 @@ def dense(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = torch.arange(k.shape[1], device=k.device)
     gap = (t[:, None] - t).abs()[..., None]
     bias = torch.where(gap == 0, u, -(gap - 1) * w)
-    return torch.cat(
-        [torch.einsum("tic,ic->tc", (bias + x).softmax(1), y)[None] for x, y in zip(k, v, strict=True)]
-    )
+    return torch.cat([torch.einsum("tic,ic->tc", (bias + x).softmax(1), y)[None] for x, y in zip(k, v, strict=True)])
 
 
 def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float) -> Row:
@@ -93,9 +91,7 @@ def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
     return Row(size, str(dtype).removeprefix("torch."), **_interleave(contenders, device, seconds))
 
 
-def _running_maximum(
-    kernels: biwkv4_build.Kernels, inputs: Sequence[Tensor], grad_y: Tensor | None
-) -> list[Tensor]:
+def _running_maximum(kernels: biwkv4_build.Kernels, inputs: Sequence[Tensor], grad_y: Tensor | None) -> list[Tensor]:
     """The public kernels' algorithm on the same tensors, allocations and threads included, as the op has them."""
     assert kernels.running_maximum is not None
     call = op._describe(*inputs)
@@ -115,9 +111,7 @@ def _running_maximum(
     return results
 
 
-def _interleave(
-    contenders: dict[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, float]:
+def _interleave(contenders: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
     """Median time of each contender; they take turns: what else the machine does meets all of them."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
@@ -144,9 +138,7 @@ def _machine(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-    ]
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
@@ -172,9 +164,7 @@ def _print(rows: Sequence[Row], device: str, console: Console) -> None:
             f"{row.running_both / row.both:.1f}" if row.running_both else "–",
         )
     console.print(table)
-    console.print(
-        "Last four columns: that contender's time over the op's, forward (both: forward + backward)."
-    )
+    console.print("Last four columns: that contender's time over the op's, forward (both: forward + backward).")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,19 @@ def audit(runs: Runs = Path("runs")) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="What to measure: biwkv4.")] = "biwkv4",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
+    from pipeline.bench import bench_biwkv4
+
+    if what != "biwkv4":
+        raise typer.BadParameter(f"{what!r}: there is biwkv4")
+    bench_biwkv4(device=device)
+
+
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="An official HPCM checkpoint, such as HPCM-Base_0.013.pth.tar.")],

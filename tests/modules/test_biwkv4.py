@@ -139,9 +139,7 @@ def test_extremes(keys: str, whole: float, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 50, 2500])
-@pytest.mark.parametrize(
-    ("whole", "boost"), [(300.0, 0.0), (-300.0, 0.0), (1e4, 0.0), (5.0, 90.0), (5.0, -90.0)]
-)
+@pytest.mark.parametrize(("whole", "boost"), [(300.0, 0.0), (-300.0, 0.0), (1e4, 0.0), (5.0, 90.0), (5.0, -90.0)])
 def test_beyond_the_fast_kernels_bound(whole: float, boost: float, length: int) -> None:
     (w, u, k, v), grad_y = draw((1, length, 35))
     w[3], u[33] = whole / length, boost

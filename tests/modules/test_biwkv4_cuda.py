@@ -32,9 +32,7 @@ def test_source_compiles_without_spills(tmp_path: Path) -> None:
     done = subprocess.run([*command, "-o", str(tmp_path / "o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    spills = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
-    )
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(spills) >= 3 * 3 * 8  # architectures, number types, phases
     assert set(spills) == {("0", "0", "0")}
 

@@ -22,9 +22,7 @@ def draw(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor
 def test_opcheck(dtype: torch.dtype, needed: bool) -> None:
     inputs = [x.requires_grad_(needed) for x in draw(dtype)]
     torch.library.opcheck(torch.ops.hpcm.biwkv4.default, inputs)
-    torch.library.opcheck(
-        torch.ops.hpcm.biwkv4_backward.default, [torch.randn(2, 9, 6).to(dtype), *draw(dtype)]
-    )
+    torch.library.opcheck(torch.ops.hpcm.biwkv4_backward.default, [torch.randn(2, 9, 6).to(dtype), *draw(dtype)])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
