@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Waiting OpenMP threads sleep: see pipeline/__init__.py.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(VAL)") \
 	$(if $(LAMBDA),--lmbda $(LAMBDA)) $(if $(BASELINE),--baseline "$(BASELINE)") $(ARGS)
 
