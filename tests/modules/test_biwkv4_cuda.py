@@ -77,7 +77,7 @@ def test_phases_stand_extremes(keys: str, whole: float, emulated, monkeypatch: p
     inputs = (torch.full_like(w, whole / 500), u, KEYS[keys](k), v)
     for name, a, e in zip(NAMES, actual(inputs, grad_y), expected(inputs, grad_y), strict=True):
         # dL/dw cancels where weights grow with distance, and the GPU does not turn to float64 there.
-        bound, floor = (1e-3, 1e-6) if name == "dw" and whole < -10 else (2e-5, 1e-9)
+        bound, floor = (1e-3, 1e-6) if name == "dw" and whole < -10 else (2e-5, 1e-8)
         assert a.isfinite().all(), name
         assert (a.double() - e).abs().max() <= max(bound * e.abs().max().item(), floor), name
 

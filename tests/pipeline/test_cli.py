@@ -1,5 +1,6 @@
 """What a person at the shell meets: errors of one screen, exit codes, kills and several processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -132,8 +133,12 @@ def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int,
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed in {phase} at step {stood}" in resumed.stdout
 
-    client, (_, baseline, phase1) = runs_of(chain)
-    assert [baseline.info.status, phase1.info.status] == ["FINISHED", "FINISHED"]
+    client, found = runs_of(chain)
+    identity = json.loads((chain.folder / "chain.json").read_text())["identity"]
+    own = [run for run in found if run.data.tags["hpcm.key"].startswith(f"{identity}/")]
+    assert [run.data.tags["hpcm.stage"] for run in own] == ["baseline", "phase1"]
+    assert {run.info.status for run in own} == {"FINISHED"}
+    phase1 = own[-1]
     for key, steps in steps_of(client, phase1).items():
         assert steps == sorted(set(steps)), key
     first_step = {"frozen": 2, "unfrozen": 8}[phase]
