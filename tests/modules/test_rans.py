@@ -67,6 +67,14 @@ def test_a_stream_is_as_long_as_its_information(tables: CodingTables) -> None:
     assert abs(coded - estimate) < 0.005 * estimate + 64
 
 
+def test_the_nearest_scale_by_ratio_has_the_table() -> None:
+    table = scale_table()
+    scales = torch.logspace(-3, 3, 5000)
+    distance = (scales[:, None].log() - table.log()).abs()
+    chosen = distance.gather(1, table_index(scales, table).long()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distance.amin(1), rtol=0, atol=1e-5)
+
+
 def words_read(stream: bytes, indexes: list[int], tables: CodingTables) -> int:
     """32-bit words that the coder takes for these symbols and their excesses, the stream followed by zeros."""
     words = np.frombuffer(stream, dtype="<u4").tolist()
