@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig
+from pipeline.faults import fault
 from pipeline.transfer import state_digest
 
 FORMAT = "hpcm-checkpoint-1"
@@ -35,32 +37,50 @@ class Checkpoint:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint so that `path` holds either the whole of it or what was there before.
 
-    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) is added.
+    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) is added. Raises CheckpointError.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
-    save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
-    flush(partial)
-    partial.replace(path)
-    flush(path.parent)
+    with _replacing(path) as partial:
+        # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
+        save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with the same guarantee as `write`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place once it is whole and on disk."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    flush(partial)
-    partial.replace(path)
-    flush(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        flush(partial)
+        fault("write.partial")
+        partial.replace(path)
+        fault("write.renamed")
+        flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(
+            f"{path}: cannot be written: {error}.\n"
+            "  What was saved before is kept. Make room, then give the same command again."
+        ) from error
 
 
 def text_digest(text: str) -> str:
     """SHA-256 of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inputs_digest(inputs: Mapping[str, str]) -> str:
+    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
+    return text_digest(json.dumps(inputs, sort_keys=True))[:16]
 
 
 def flush(path: Path) -> None:

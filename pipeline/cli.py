@@ -150,7 +150,8 @@ def main() -> None:
     from pipeline.chain import ChainError
     from pipeline.checkpoints import CheckpointError
     from pipeline.freezing import SelectionError
-    from pipeline.interruption import Interrupted
+    from pipeline.interruption import Interrupted, Told
+    from pipeline.lock import FolderInUse
     from pipeline.photos import DataError
     from pipeline.recipe import RecipeError
     from pipeline.stage import StageError
@@ -158,13 +159,16 @@ def main() -> None:
     from pipeline.transfer import TransferError
 
     known = (
-        ChainError, CheckpointError, DataError, RecipeError, SelectionError, StageError, TrainingError, TransferError,
+        ChainError, CheckpointError, DataError, FolderInUse, RecipeError, SelectionError, StageError, TrainingError,
+        TransferError,
     )  # fmt: skip
     try:
         app()
     except known as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Told as stop:
+        sys.exit(stop.exit_code)
     except Interrupted as stop:
         print(f"{stop}; saved. The same command continues from there.", file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -1,12 +1,13 @@
-"""Signals: the first asks for a save after the current step, a second ends the process at once."""
+"""Signals and processes: the first signal asks for a save after the current step, a second ends the process at once."""
 
-import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -18,6 +19,14 @@ class Interrupted(Exception):
         self.signum = signal.SIGTERM if signum == signal.SIGUSR1 else signum
         self.exit_code = 128 + self.signum
         super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+
+class Told(Exception):
+    """The first process stopped and said why; this one stops with the same `exit_code`."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__("the first process stopped")
 
 
 class Interruption:
@@ -40,6 +49,22 @@ class Interruption:
         if self.signum:
             raise Interrupted(self.signum)
 
+    def alone(self, work: Callable[[], None]) -> None:
+        """Let the first process do something that all wait for; where it raises, all stop."""
+        error: BaseException | None = None
+        if self.accelerator.is_main_process:
+            try:
+                work()
+            except BaseException as problem:
+                error = problem
+        if self.accelerator.num_processes > 1:
+            told = [getattr(error, "exit_code", 1) if error else 0]
+            broadcast_object_list(told)
+            if told[0] and error is None:
+                raise Told(told[0])
+        if error is not None:
+            raise error
+
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
@@ -52,6 +77,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum:
-            os._exit(Interrupted(signum).exit_code)
         self.signum = signum
+        # To the system's own handling, which does not wait until a long operation returns to Python.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)

@@ -55,7 +55,7 @@ def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]
         assert {path.name for path in job.folder.iterdir()} >= {
             "stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "reconstructions",
         }  # fmt: skip
-        assert list((job.folder / "state").iterdir()) == []
+        assert not (job.folder / "state").exists()
     assert [planned.status for planned in chain.plan()] == ["done"] * 5
 
 
@@ -86,7 +86,7 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
 
     class Moments(Notes):
         def phase(self, phase: Phase, done: int) -> None:
-            state = sorted((chain.folder / "phase2" / "state").glob("phase-*"))
+            state = sorted((chain.folder / "phase2" / "state").glob("*/phase-*"))
             if state:
                 moments[phase.name] = read(state[-1])
 
@@ -137,7 +137,9 @@ def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: 
     client, (_, _, phase1) = runs_of(chain)
     assert phase1.info.status == "FINISHED"
     attempts = [value for key, value in sorted(phase1.data.tags.items()) if key.startswith("hpcm.attempt.")]
-    assert attempts == ["started", "resumed in frozen at step 2", "resumed in unfrozen at step 3"]
+    assert attempts == [
+        "started; stopped by SIGTERM", "resumed in frozen at step 2; stopped by SIGINT", "resumed in unfrozen at step 3",
+    ]  # fmt: skip
     expected = next(run for run in runs_of(reference)[1] if run.data.tags.get("hpcm.stage") == "phase1")
     assert steps_of(client, phase1) == steps_of(runs_of(reference)[0], expected)
     for key, value in expected.data.metrics.items():
@@ -210,7 +212,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 4, signal.SIGTERM))
-    newest = sorted((chain.folder / "baseline" / "state").iterdir())[-1]
+    newest = sorted((chain.folder / "baseline" / "state").glob("*/phase-*"))[-1]
     content = bytearray(newest.read_bytes())
     content[-1] ^= 255
     newest.write_bytes(content)
