@@ -41,9 +41,8 @@ class Outbox:
         folder.mkdir(parents=True, exist_ok=True)
         self._changed = threading.Condition()
         self._closing = self._abandoned = False
-        self._sent, self._size = _offset(self.sent_path), _cut_torn_line(self.journal)
-        if self._sent > self._size:
-            self._sent = 0
+        self._size = _cut_torn_line(self.journal)
+        self._sent = _offset(self.sent_path, self.journal)
         self._opened: dict[str, dict[str, Any]] = {}
         self.last_step: dict[tuple[str, str], int] = {}
         """The last step said of each run and metric, as far as the journal goes back."""
@@ -130,7 +129,7 @@ class Outbox:
                     self._send(entry)
                 except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise.
                     failures += 1
-                    self._client, self._runs = None, {}  # The store decides what of it arrived.
+                    self._runs = {}  # To be opened again: the store decides what of this arrived.
                     if not (failures > 1 and _is_refusal(error)):
                         self._pause(error, failures)
                         break
@@ -224,9 +223,11 @@ def _entries(journal: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
             yield file.tell(), json.loads(line)
 
 
-def _offset(path: Path) -> int:
+def _offset(path: Path, journal: Path) -> int:
+    """How much of the journal is noted as sent; 0 where the note does not fit it."""
     try:
-        return int(path.read_text())
+        sent = int(path.read_text())
+        return sent if journal.read_bytes()[:sent].endswith(b"\n") and sent <= journal.stat().st_size else 0
     except (OSError, ValueError):
         return 0
 

@@ -109,17 +109,19 @@ class Store:
     """Where runs are kept: a database and a folder beside the runs unless MLFLOW_TRACKING_URI names another."""
 
     uri: str
-    artifacts: str | None
+    artifacts: str | None = None
+    database: Path | None = None
 
     @classmethod
     def default(cls, runs: Path) -> "Store":
         """The store of a folder of runs."""
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri:
-            return cls(uri, None)
+            return cls(uri)
         runs = runs.absolute()
         runs.mkdir(parents=True, exist_ok=True)
-        return cls(f"sqlite:///{runs / 'mlflow.db'}", (runs / "mlartifacts").as_uri())
+        database = runs / "mlflow.db"
+        return cls(f"sqlite:///{database}", (runs / "mlartifacts").as_uri(), database)
 
     def client(self) -> "MlflowClient":
         """A client; creates the store and the experiment where they are missing."""
@@ -131,6 +133,11 @@ class Store:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        if self.database is not None and not self.database.exists():
+            # Beside its place: a database whose tables are half made, because a kill came between, is of no use again.
+            partial = self.database.with_name(f"mlflow-{os.getpid()}.partial")
+            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments()
+            partial.replace(self.database)
         client = MlflowClient(tracking_uri=self.uri)
         if client.get_experiment_by_name(EXPERIMENT) is None:
             client.create_experiment(EXPERIMENT, artifact_location=self.artifacts)
