@@ -73,7 +73,7 @@ class Chain:
 
         Raises FolderInUse where another process runs a chain in the same folder.
         """
-        with ExitStack() as exits:
+        with workplace.interruption.noticing_lost_processes(), ExitStack() as exits:
             workplace.alone(lambda: self._enter(workplace, exits))
             try:
                 self._run_stages(workplace)

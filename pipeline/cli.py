@@ -1,8 +1,11 @@
 """The command `hpcm`."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +32,9 @@ Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.saf
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
 
+SYNC_PATIENCE = 120.0
+"""Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
+
 
 def _chain(stage: str, recipe: str, overrides: list[str], baseline: Path | None, runs: Path) -> "Chain":
     from pipeline.chain import Chain
@@ -54,6 +60,9 @@ def run(
     settings: Settings = None,
     runs: Runs = Path("runs"),
     accept_anyway: Annotated[bool, typer.Option(help="Publish stages that miss their limits.")] = False,
+    force: Annotated[bool, typer.Option(help="Build the stage again though it is current.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Begin again what was cut off, instead of resuming it.")] = False,
+    yes: Annotated[bool, typer.Option(help="Do not ask before --force and --fresh move or delete anything.")] = False,
 ) -> None:
     """Build a stage and everything before it: run what is missing, resume what was cut off.
 
@@ -61,14 +70,17 @@ def run(
     Several processes: `accelerate launch --num_processes 2 -m pipeline.cli run phase4`.
     """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from pipeline.display import ProgressWatcher, closing_table, console, plan_table
     from pipeline.interruption import Interruption
-    from pipeline.job import Workplace
+    from pipeline.job import StartOver, Workplace
     from pipeline.trainer import Watcher
 
     chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
-    accelerator = Accelerator(mixed_precision=chain.precision)
+    # The others wait while the first process evaluates, which can take long; that one of them has died, they notice.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(mixed_precision=chain.precision, kwargs_handlers=[patient])
     main = accelerator.is_main_process
     if main:
         console.print(plan_table(chain, chain.plan()))
@@ -76,9 +88,45 @@ def run(
         Interruption(accelerator) as interruption,
         ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
     ):
-        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
+        start_over = StartOver(force, fresh, partial(_confirm, yes))
+        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway, start_over))
     if main:
         console.print(closing_table(chain))
+
+
+def _confirm(yes: bool, consequences: list[str]) -> None:
+    """Say what will be moved and deleted, and ask; raises ChainError where nobody agrees."""
+    from pipeline.chain import ChainError
+    from pipeline.display import console
+
+    for line in consequences:
+        console.print(line)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ChainError("nothing was changed: there is no terminal to ask at; give --yes if this is meant")
+    if not typer.confirm("Go on?"):
+        raise ChainError("nothing was changed")
+
+
+@app.command()
+def sync(runs: Runs = Path("runs")) -> None:
+    """Send what waits for MLflow since it could not be reached; exits 1 where something still waits."""
+    from pipeline.display import console
+    from pipeline.lock import held
+    from pipeline.outbox import Outbox
+    from pipeline.tracking import Store
+
+    folders = sorted(path.parent for path in runs.glob("*/*/outbox/journal.jsonl"))
+    for folder in folders:
+        with held(folder.parent):
+            outbox = Outbox(folder, Store.default(runs), console.print)
+            console.print(f"{folder.parent}: {outbox.waiting} entries to send to {outbox.store.uri}")
+            outbox.close(SYNC_PATIENCE)
+    if not folders:
+        console.print(f"nothing waits in {runs}")
+    if any(folder.exists() for folder in folders):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -150,7 +198,7 @@ def main() -> None:
     from pipeline.chain import ChainError
     from pipeline.checkpoints import CheckpointError
     from pipeline.freezing import SelectionError
-    from pipeline.interruption import Interrupted, Told
+    from pipeline.interruption import Interrupted, LostProcess, Told
     from pipeline.lock import FolderInUse
     from pipeline.photos import DataError
     from pipeline.recipe import RecipeError
@@ -167,6 +215,9 @@ def main() -> None:
     except known as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # The processes' own farewell would wait for the one that is gone.
     except Told as stop:
         sys.exit(stop.exit_code)
     except Interrupted as stop:

@@ -1,7 +1,8 @@
 """Signals and processes: the first signal asks for a save after the current step, a second ends the process at once."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,6 +28,10 @@ class Told(Exception):
     def __init__(self, exit_code: int):
         self.exit_code = exit_code
         super().__init__("the first process stopped")
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone."""
 
 
 class Interruption:
@@ -65,6 +70,20 @@ class Interruption:
         if error is not None:
             raise error
 
+    @contextmanager
+    def noticing_lost_processes(self) -> Iterator[None]:
+        """Raise LostProcess for what torch raises when another process of the run has died."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError of NCCL is one, and Gloo raises nothing more exact.
+            if self.accelerator.num_processes == 1 or not _tells_of_a_lost_process(error):
+                raise
+            index, count = self.accelerator.process_index, self.accelerator.num_processes
+            raise LostProcess(
+                f"process {index + 1} of {count} stops, because another one is gone ({str(error).strip()[:160]}).\n"
+                "  The last saved state is kept; the same command, with any number of processes, goes on from there."
+            ) from error
+
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
@@ -81,3 +100,9 @@ class Interruption:
         # To the system's own handling, which does not wait until a long operation returns to Python.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or any(
+        sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
+    )

@@ -5,17 +5,21 @@ Processes are forked from one that has everything imported, so that an attempt c
 
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
-from mini import mini_chain, run_chain
+import torch
+from mini import FOLDER
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+import pipeline.cli
+import pipeline.display
 import pipeline.stage  # noqa: F401 (imported for the processes that are forked)
 from pipeline.chain import Chain
-from pipeline.interruption import Interrupted, Told
 from pipeline.tracking import EXPERIMENT, Store
 
 KILLED = -9
@@ -23,29 +27,64 @@ KILLED = -9
 
 def attempt(
     runs: Path, stage: str, settings: Sequence[str] = (), environment: Mapping[str, str] | None = None
-) -> multiprocessing.process.BaseProcess:
-    """Start a process that runs the mini chain to a stage; HPCM_FAULT in its environment says where it dies."""
+) -> Process:
+    """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
+
+    What it prints goes to the file that LOG names; with DOUBLE it computes in float64.
+    """
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     context.set_forkserver_preload(["kills"])
-    process = context.Process(target=_run, args=(runs, stage, settings, dict(environment or {})))
+    command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    process = context.Process(target=_run, args=(command, dict(environment or {})))
     process.start()
     return process
 
 
-def exit_code(process: multiprocessing.process.BaseProcess, timeout: float = 240) -> int:
+def attempts(
+    runs: Path, stage: str, settings: Sequence[str], environments: Sequence[Mapping[str, str]]
+) -> list[Process]:
+    """Start as many processes, which train together, as there are environments."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(len(environments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        attempt(runs, stage, settings, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment})
+        for rank, environment in enumerate(environments)
+    ]
+
+
+def exit_code(process: Process, timeout: float = 240) -> int:
     """Wait for the end of a process; one that hangs is an error."""
     process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
 
 
-def _run(runs: Path, stage: str, settings: Sequence[str], environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)
-    try:
-        run_chain(mini_chain(runs, stage, settings))
-    except (Interrupted, Told) as stop:
-        sys.exit(stop.exit_code)
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
+    from pipeline.cli import main
+
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "LOG": os.devnull, **environment})
+    log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if "DOUBLE" in os.environ:
+        _compute_in_double()
+    sys.argv = command
+    main()
+
+
+def _compute_in_double() -> None:
+    """Train in float64, where the order of a sum practically never decides how a latent is rounded."""
+    from pipeline import data
+
+    in_single = data._to_tensor
+    data._to_tensor = lambda image: in_single(image).double()
+    torch.set_default_dtype(torch.float64)
 
 
 def stage_runs(chain: Chain) -> tuple[MlflowClient, dict[str, list[Run]]]:

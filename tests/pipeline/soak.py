@@ -86,8 +86,8 @@ class Soak:
         """Print the tally."""
         places = ", ".join(f"{place} {count}" for place, count in sorted(self.kills.items()))
         print(
-            f"{sum(self.kills.values())} kills ({places}), {self.starts} starts, {self.chains} chains: of {self.stages} "
-            f"stages, files and metrics as never touched except: {'; '.join(self.different) or 'none'}",
+            f"{sum(self.kills.values())} kills ({places}), {self.starts} starts, {self.chains} chains: "
+            f"of {self.stages} stages, other files or metrics than untouched: {'; '.join(self.different) or 'none'}",
             flush=True,
         )
 

@@ -138,8 +138,10 @@ def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: 
     assert phase1.info.status == "FINISHED"
     attempts = [value for key, value in sorted(phase1.data.tags.items()) if key.startswith("hpcm.attempt.")]
     assert attempts == [
-        "started; stopped by SIGTERM", "resumed in frozen at step 2; stopped by SIGINT", "resumed in unfrozen at step 3",
-    ]  # fmt: skip
+        "started; stopped by SIGTERM",
+        "resumed in frozen at step 2; stopped by SIGINT",
+        "resumed in unfrozen at step 3",
+    ]
     expected = next(run for run in runs_of(reference)[1] if run.data.tags.get("hpcm.stage") == "phase1")
     assert steps_of(client, phase1) == steps_of(runs_of(reference)[0], expected)
     for key, value in expected.data.metrics.items():
