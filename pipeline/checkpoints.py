@@ -37,10 +37,12 @@ class Checkpoint:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint so that `path` holds either the whole of it or what was there before.
 
-    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) is added. Raises CheckpointError.
+    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) and `seal` (over the rest) are
+    added. Raises CheckpointError.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
+    fields["seal"] = _seal(fields)
     with _replacing(path) as partial:
         # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
         save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
@@ -93,11 +95,15 @@ def flush(path: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read what `write` wrote; raises CheckpointError for anything else, and where the digest disagrees."""
+    """Read what `write` wrote; raises CheckpointError for anything else, and where a digest disagrees."""
     metadata = read_metadata(path)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if state_digest(tensors) != metadata["digest"]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        digest = state_digest(tensors)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if digest != metadata["digest"]:
         raise CheckpointError(f"{path}: the weights do not match their digest; the file is damaged")
     return Checkpoint(tensors, metadata)
 
@@ -109,14 +115,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: not a checkpoint of this pipeline (format {metadata.get('format')!r}); "
+            f"{path}: not a checkpoint of this pipeline; "
             f"bring official weights in with `hpcm import {path} baseline.safetensors`"
         )
+    if metadata.pop("seal", None) != _seal(metadata):
+        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
     return metadata
+
+
+def _seal(metadata: Mapping[str, Any]) -> str:
+    return text_digest(json.dumps(metadata, sort_keys=True))
 
 
 def load_codec(path: Path | str) -> HPCM:
@@ -127,10 +139,26 @@ def load_codec(path: Path | str) -> HPCM:
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
-    model = HPCM(HPCMConfig.from_dict(checkpoint.metadata["config"]))
+    config = _codec_config(checkpoint, path)
+    model = HPCM(config)
     load_weights(model, checkpoint.tensors, path)
     model.update()
     return model.eval()
+
+
+def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
+    """The configuration, once it is known that what it describes is no larger than the file."""
+    try:
+        config = HPCMConfig.from_dict(checkpoint.metadata["config"])
+        blocks = [*config.depths, *sum(config.prior_depths, ()), config.fusion_blocks, *config.prior_blocks]
+        if max(blocks) > len(checkpoint.tensors):
+            raise ValueError("more blocks than the file has tensors")
+        with torch.device("meta"):
+            sketch = HPCM(config)
+    except Exception as error:  # Of values that no codec has, nearly anything.
+        raise CheckpointError(f"{path}: its configuration is of no codec ({error})") from error
+    _check_fit(sketch, checkpoint.tensors, path)
+    return config
 
 
 def codec_tensors(model: HPCM) -> dict[str, Tensor]:
@@ -140,6 +168,11 @@ def codec_tensors(model: HPCM) -> dict[str, Tensor]:
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Load `tensors` into `model`, every one and nothing else; raises CheckpointError naming what does not fit."""
+    _check_fit(model, tensors, source)
+    model.load_state_dict(tensors)
+
+
+def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     expected = codec_tensors(model)
     problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
@@ -147,6 +180,8 @@ def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str)
             problems.append(f"unexpected {name} {list(tensor.shape)}")
         elif tensor.shape != expected[name].shape:
             problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
+        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            problems.append(f"not plain  {name}: a sparse, quantised or empty form of a tensor")
         elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             problems.append(f"not finite {name}: NaN, infinite or integer values")
     if problems:
@@ -154,7 +189,6 @@ def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str)
         raise CheckpointError(
             "\n  ".join([f"{source}: {len(problems)} tensors do not fit the codec:", *problems[:12], *more])
         )
-    model.load_state_dict(tensors)
 
 
 def import_official(source: Path) -> HPCM:
@@ -172,7 +206,9 @@ def import_official(source: Path) -> HPCM:
             "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}

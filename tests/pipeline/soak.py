@@ -21,8 +21,8 @@ from kills import KILLED, attempt, differences, exit_code  # (after the path is 
 from mini import mini_chain
 
 PLACES = {
-    "step": 14, "write.partial": 20, "write.renamed": 20, "phase": 3, "stage": 2, "evaluation": 6,
-    "publish.checkpoint": 1, "publish.record": 1, "outbox": 40,
+    "step": 6, "write.partial": 6, "write.renamed": 6, "phase": 2, "stage": 1, "evaluation": 3,
+    "publish.checkpoint": 1, "publish.record": 1, "outbox": 15,
 }  # fmt: skip
 """Where to kill, and at which pass of the place at the latest."""
 
@@ -71,13 +71,15 @@ class Soak:
             process = attempt(runs, self.stage, settings, fault)
             self.starts += 1
             if place == "at random" and not enough:
-                process.join(self.draw.uniform(0, self.longest / 2))
+                process.join(self.draw.uniform(0, self.longest / 4))
                 process.kill()
             code = exit_code(process, 1200)
             if code == 0:
                 return
             if code == KILLED:
                 self.kills[place] += 1
+                if sum(self.kills.values()) % 10 == 0:
+                    self.tell()
             else:
                 self.different.append(f"chain {self.chains}: exit code {code}")
                 return

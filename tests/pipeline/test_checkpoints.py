@@ -129,7 +129,7 @@ def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:
 def test_foreign_safetensors_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline .*hpcm import"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline; .*hpcm import"):
         load_codec(path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_codec(tmp_path / "nowhere.safetensors")
