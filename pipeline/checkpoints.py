@@ -18,7 +18,9 @@ from modules import HPCM, HPCMConfig
 from pipeline.faults import fault
 from pipeline.transfer import state_digest
 
-FORMAT = "hpcm-checkpoint-1"
+FORMAT = "hpcm-checkpoint-2"
+UNSEALED = "hpcm-checkpoint-1"
+"""Written before the metadata had a digest of their own."""
 METADATA_KEY = "hpcm"
 
 
@@ -117,12 +119,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") not in (FORMAT, UNSEALED):
         raise CheckpointError(
             f"{path}: not a checkpoint of this pipeline; "
             f"bring official weights in with `hpcm import {path} baseline.safetensors`"
         )
-    if metadata.pop("seal", None) != _seal(metadata):
+    seal = metadata.pop("seal", None)
+    if seal != (_seal(metadata) if metadata["format"] == FORMAT else None):
         raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
     return metadata
 

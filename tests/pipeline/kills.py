@@ -19,7 +19,9 @@ from mlflow.entities import Run
 import pipeline.cli
 import pipeline.display
 import pipeline.stage  # noqa: F401 (imported for the processes that are forked)
+from modules import Noise
 from pipeline.chain import Chain
+from pipeline.objectives import RateDistortion
 from pipeline.tracking import EXPERIMENT, Store
 
 KILLED = -9
@@ -30,7 +32,8 @@ def attempt(
 ) -> Process:
     """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
 
-    What it prints goes to the file that LOG names; with DOUBLE it computes in float64.
+    What it prints goes to the file that LOG names; with DOUBLE it computes in float64, with POISON
+    a loss is NaN.
     """
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -74,6 +77,8 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
     os.dup2(log, 2)
     if "DOUBLE" in os.environ:
         _compute_in_double()
+    if "POISON" in os.environ:
+        _poison(int(os.environ["POISON"]))
     sys.argv = command
     main()
 
@@ -85,6 +90,17 @@ def _compute_in_double() -> None:
     in_single = data._to_tensor
     data._to_tensor = lambda image: in_single(image).double()
     torch.set_default_dtype(torch.float64)
+
+
+def _poison(step: int) -> None:
+    """Make the loss of a step NaN, in this process alone."""
+    forward, calls = RateDistortion.forward, iter(range(1, 10**6))
+
+    def spoilt(self: RateDistortion, images: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
+        values = forward(self, images, noise)
+        return {**values, "loss": values["loss"] * (float("nan") if next(calls) == step else 1.0)}
+
+    RateDistortion.forward = spoilt  # type: ignore[method-assign]
 
 
 def stage_runs(chain: Chain) -> tuple[MlflowClient, dict[str, list[Run]]]:

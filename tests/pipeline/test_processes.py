@@ -5,6 +5,7 @@ where a latent thereby falls on the other side of a half and is rounded to the n
 it, once in thirteen steps of a Phase 1), as it does between two machines.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -76,6 +77,16 @@ def test_a_killed_process_ends_the_others_with_a_message(killed: int, tmp_path: 
     assert codes[1 - killed] == 1
     printed = (tmp_path / f"log-{1 - killed}").read_text()
     assert f"error: process {2 - killed} of 2 stops, because another one is gone" in printed
+
+
+def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
+    assert train(tmp_path, "baseline", EVERY_STEP, [{}, {"POISON": "3"}]) == [0, 0]
+    chain = mini_chain(tmp_path, "baseline")
+    assert json.loads(chain.jobs[0].record.read_text())["skipped_steps"] == 1
+    client, found = stage_runs(chain)
+    logged = history(client, found["baseline"][0])
+    assert logged["train/scratch/skipped_steps"] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
+    assert [step for step, _ in logged["train/scratch/loss"]] == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.slow
