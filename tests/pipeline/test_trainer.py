@@ -1,5 +1,6 @@
 """What a training step does when numbers go wrong, and under the optional ways to run it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from pipeline.state import Progress, StateFolder, TrainingState
 from pipeline.tracking import Run
 from pipeline.trainer import Migration, Trainer, TrainingError, _schedule_factor
 from pipeline.transfer import Ledger
+
+
+@pytest.fixture(autouse=True)
+def _forget_precision() -> Iterator[None]:
+    """Leave no trace of a precision: Accelerate keeps it for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Metrics(Run):
