@@ -170,6 +170,7 @@ class StageRun:
             self.workplace.interruption.stop_if_asked()
             fault("evaluation")
             yield image
+        self.workplace.interruption.stop_if_asked()
 
     def _validate(self, child: HPCM, phase: Phase, progress: Progress) -> None:
         def measure() -> None:
