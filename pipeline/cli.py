@@ -21,6 +21,9 @@ app = typer.Typer(
     help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench, name="bench")
+
 RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
 DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
 ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
@@ -115,17 +118,12 @@ def audit(runs: Runs = Path("runs")) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="What to measure: biwkv4.")] = "biwkv4",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
+@bench.command("biwkv4")
+def bench_biwkv4(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
-    from pipeline.bench import bench_biwkv4
+    from pipeline import bench
 
-    if what != "biwkv4":
-        raise typer.BadParameter(f"{what!r}: there is biwkv4")
-    bench_biwkv4(device=device)
+    bench.bench_biwkv4(device=device)
 
 
 @app.command("import")
@@ -142,7 +140,7 @@ def import_(
     console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
-codec_cli.register(app)
+codec_cli.register(app, bench)
 
 
 def main() -> None:

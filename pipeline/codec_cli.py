@@ -1,7 +1,8 @@
-"""The commands that use a codec: `hpcm compress`, `decompress`, `info` and `evaluate`."""
+"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `evaluate` and `bench codec`."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -136,10 +137,35 @@ def evaluate(
     _end(table, complete)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
+def bench_codec(
+    preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny; untrained.")] = "base",
+    phase: Annotated[int, typer.Option(help="0 (Baseline) to 4.")] = 0,
+    size: Annotated[str, typer.Option(help="Width and height of the image in pixels.")] = "768x512",
+    rounds: Annotated[int, typer.Option(help="Times to measure; 0 for memory alone.")] = 5,
+    device: Device = "cpu",
+) -> None:
+    """Measure encoding and decoding against the matrix products in them alone, and peak memory."""
+    import torch
+
+    from modules import HPCM
+    from pipeline import bench_codec
+
+    torch.manual_seed(0)
+    if not (match := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", size)):
+        raise typer.BadParameter(f"{size!r}: give width and height, as in 768x512")
+    try:
+        model = HPCM.from_preset(preset, phase).eval()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    model.update()
+    bench_codec.bench_codec(model.to(device), (int(match[1]), int(match[2])), rounds)
+
+
+def register(app: typer.Typer, bench: typer.Typer) -> None:
+    """Add the commands to the command line, and the measurement to its own."""
     for command in (compress, decompress, info, evaluate):
         app.command()(command)
+    bench.command("codec")(bench_codec)
 
 
 def _codec(checkpoint: Path, device: str) -> ImageCodec:
