@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import codec_cli
+
+# A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
+warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
 
 if TYPE_CHECKING:
     from pipeline.chain import Chain
