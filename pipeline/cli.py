@@ -146,6 +146,19 @@ def import_(
     console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A stage's checkpoint.safetensors.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+) -> None:
+    """Write a checkpoint in half precision, to ship it: half the size, and loaded like any other."""
+    from pipeline.display import console
+    from pipeline.export import export_half
+
+    export_half(source, target)
+    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
+
+
 codec_cli.register(app)
 
 
