@@ -42,7 +42,7 @@ MAGIC = b"HPCM"
 VERSION = 1
 RGB = 0
 MAX_PIXELS = 2**26
-"""Images beyond this many pixels are neither written nor read: a damaged or forged size asks for no memory."""
+"""Images beyond this many pixels are neither written nor read: it bounds what a forged size can ask for."""
 
 _HEADER = struct.Struct("<4sBB8sIIIII")
 _CHECK = struct.Struct("<I")

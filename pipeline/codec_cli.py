@@ -48,7 +48,7 @@ def compress(
     def convert(conversion: Conversion) -> Iterable[str]:
         done = codec_files.compress_file(codec, conversion)
         table.add_row(
-            str(conversion.target),
+            conversion.name,
             f"{done.width}×{done.height}",
             f"{done.file_bytes}",
             f"{done.bpp:.4f}",
@@ -77,7 +77,7 @@ def decompress(
 
     def convert(conversion: Conversion) -> Iterable[str]:
         coded = codec_files.decompress_file(codec, conversion)
-        table.add_row(str(conversion.target), f"{coded.width}×{coded.height}")
+        table.add_row(conversion.name, f"{coded.width}×{coded.height}")
         return ()
 
     _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
@@ -88,17 +88,17 @@ def info(files: Coded) -> None:
     from modules.bitstream import CodedImage
     from pipeline.codec_files import SUFFIX, find
 
-    table = _table("file", "size", "bits/pixel", "bytes of y", "of z", "of ICC profile", "model")
+    table = _table("file", "size", "bits/pixel", "y", "z", "ICC bytes", "model")
 
-    def describe(path: Path) -> Iterable[str]:
+    def describe(item: tuple[str, Path]) -> Iterable[str]:
+        name, path = item
         coded = CodedImage.read(path)
         bpp = 8 * path.stat().st_size / (coded.width * coded.height)
         lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
-        table.add_row(str(path), f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
+        table.add_row(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
         return ()
 
-    found = [path for _, path in find(files, (SUFFIX,))]
-    _end(table, _each([(path, path) for path in found], describe))
+    _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
 
 
 def evaluate(
@@ -213,11 +213,12 @@ def _console() -> Console:
 
 
 def _table(*columns: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     return table
 
 

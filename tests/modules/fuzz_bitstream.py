@@ -1,4 +1,4 @@
-"""Mutations of coded images, and a tally of what the codec answers: `python tests/modules/fuzz_bitstream.py 100000`.
+"""Mutations of coded images, and a tally of what the codec answers: `make fuzz`, minutes.
 
 Three targets: the file (checks on), the strings behind the checks (a mutated file with right checksums, and the
 comparison of symbols switched off, so that garbage runs through the whole decoder), and the range coder alone.
