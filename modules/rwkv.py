@@ -4,6 +4,8 @@ After Vision-RWKV (Duan et al., 2024) and Restore-RWKV (Yang et al., 2024), as L
 them into image compression. Images stay (B, C, H, W) in channels-last memory, whose tokens (B, T = H·W, C) are a view.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from modules.biwkv4 import biwkv4
 from modules.priors import SpatialPrior
 
 _TOKENS_AT_ONCE = 4096
-"""The hidden layer of a channel mix exists for so many positions at a time: for all of a large image it is the peak."""
+"""Layers that mix no positions run on so many at a time: of a large image, their inner tensors would be the peak."""
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -22,6 +24,18 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _image(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+    """`mix` of tokens, each (B, T, C), which sees every position by itself, some positions at a time."""
+    if tokens[0].shape[1] <= _TOKENS_AT_ONCE:
+        return mix(*tokens)
+    parts = zip(*(x.split(_TOKENS_AT_ONCE, dim=1) for x in tokens), strict=True)
+    return torch.cat([mix(*part) for part in parts], dim=1)
+
+
+def _width(rate: float, channels: int) -> int:
+    return max(1, round(rate * channels))
 
 
 class OmniShift(nn.Module):
@@ -51,59 +65,64 @@ class OmniShift(nn.Module):
 
 
 class SpatialMix(nn.Module):
-    """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)), with k, v and r linear in the shifted input."""
+    """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)), with k, v and r linear in the shifted input, `rate`·C wide."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, rate: float = 1):
         super().__init__()
+        width = _width(rate, channels)
         self.omni_shift = OmniShift(channels)
-        self.key = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(channels, channels, bias=False)
-        self.receptance = nn.Linear(channels, channels, bias=False)
-        self.output = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, width, bias=False)
+        self.value = nn.Linear(channels, width, bias=False)
+        self.receptance = nn.Linear(channels, width, bias=False)
+        self.output = nn.Linear(width, channels, bias=False)
         # From attention over the whole image to about a sixteenth of it.
-        self.decay = nn.Parameter(16 * torch.linspace(0, 1, channels) ** 2)
-        self.boost = nn.Parameter(torch.zeros(channels))
+        self.decay = nn.Parameter(16 * torch.linspace(0, 1, width) ** 2)
+        self.boost = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
         tokens = _tokens(self.omni_shift(x))
         length = tokens.shape[1]
-        k, v, r = self.key(tokens), self.value(tokens), self.receptance(tokens)
-        attended = biwkv4(self.decay / length, self.boost / length, k, v)
-        return self.output(torch.sigmoid(r) * attended)
+        attended = biwkv4(self.decay / length, self.boost / length, self.key(tokens), self.value(tokens))
+        return _by_parts(self._gate, tokens, attended)
+
+    def _gate(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        return self.output(torch.sigmoid(self.receptance(tokens)) * attended)
 
 
 class ChannelMix(nn.Module):
     """σ(receptance(x̃)) ⊙ value(relu(key(x̃))²), x̃ the shifted input; the hidden width is `hidden_rate`·C."""
 
-    def __init__(self, channels: int, hidden_rate: int):
+    def __init__(self, channels: int, hidden_rate: float):
         super().__init__()
+        width = _width(hidden_rate, channels)
         self.omni_shift = OmniShift(channels)
-        self.key = nn.Linear(channels, hidden_rate * channels, bias=False)
+        self.key = nn.Linear(channels, width, bias=False)
         self.receptance = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(hidden_rate * channels, channels, bias=False)
+        self.value = nn.Linear(width, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
-        parts = _tokens(self.omni_shift(x)).split(_TOKENS_AT_ONCE, dim=1)
-        return torch.cat(
-            [torch.sigmoid(self.receptance(p)) * self.value(F.relu(self.key(p)).square()) for p in parts], 1
-        )
+        return _by_parts(self._mix, _tokens(self.omni_shift(x)))
+
+    def _mix(self, tokens: Tensor) -> Tensor:
+        return torch.sigmoid(self.receptance(tokens)) * self.value(F.relu(self.key(tokens)).square())
 
 
 class RWKVBlock(nn.Module):
     """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + γ₂ ⊙ ln2(channel_mix(x)); with γ = 0 the identity.
 
+    `hidden_rate` and `mix_rate`, by C, are the inner widths of the channel mix and of the spatial mix.
     `use_checkpoint` recomputes the block in the backward pass instead of keeping its activations.
     """
 
     use_checkpoint = False
 
-    def __init__(self, channels: int, hidden_rate: int):
+    def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
         super().__init__()
         self.ln1 = nn.LayerNorm(channels)
         self.ln2 = nn.LayerNorm(channels)
-        self.spatial_mix = SpatialMix(channels)
+        self.spatial_mix = SpatialMix(channels, mix_rate)
         self.channel_mix = ChannelMix(channels, hidden_rate)
         self.gamma1 = nn.Parameter(torch.ones(channels))
         self.gamma2 = nn.Parameter(torch.ones(channels))
@@ -150,10 +169,10 @@ class RWKVComponent(nn.Module):
 class RWKVContextCell(RWKVComponent):
     """The cross-attention's successor: the next context from the prior's output x and the context h."""
 
-    def __init__(self, channels: int, hidden_rate: int):
+    def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
         super().__init__()
         self.input_proj = nn.Conv2d(2 * channels, channels, 1)
-        self.block = RWKVBlock(channels, hidden_rate)
+        self.block = RWKVBlock(channels, hidden_rate, mix_rate)
         self.output_proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
@@ -173,9 +192,9 @@ class RWKVContextCell(RWKVComponent):
 class RWKVFusionNet(RWKVComponent):
     """The 1×1 context fusion's successor between two scales: RWKV blocks, then the 1×1."""
 
-    def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: int = 4):
+    def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: float = 4, mix_rate: float = 1):
         super().__init__()
-        self.blocks = nn.Sequential(*(RWKVBlock(channels, hidden_rate) for _ in range(num_blocks)))
+        self.blocks = nn.Sequential(*(RWKVBlock(channels, hidden_rate, mix_rate) for _ in range(num_blocks)))
         self.out_proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,22 +203,41 @@ class RWKVFusionNet(RWKVComponent):
 
 
 class RWKVSpatialPrior(RWKVComponent, SpatialPrior):
-    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M."""
+    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M.
 
-    def __init__(self, M: int, depths: tuple[int, int], hidden_rate: int):
-        first, second = ([RWKVSpatialPriorBlock(3 * M, hidden_rate) for _ in range(depth)] for depth in depths)
+    `depths` counts the blocks of branch_1 and branch_2.
+    """
+
+    def __init__(self, M: int, depths: tuple[int, int], hidden_rate: float, mix_rate: float = 1):
+        first, second = (
+            [RWKVSpatialPriorBlock(3 * M, hidden_rate, mix_rate) for _ in range(depth)] for depth in depths
+        )
         super().__init__(first, second, M)
 
 
 class RWKVSpatialPrior_S1_S2(RWKVSpatialPrior):
-    """The prior of the two coarse scales: `num_rwkv_blocks` blocks in branch_1, one in branch_2."""
+    """The prior of the two coarse scales: `num_rwkv_blocks` blocks in branch_1, `num_last_blocks` in branch_2."""
 
-    def __init__(self, M: int, num_rwkv_blocks: int = 2, hidden_rate: int = 4):
-        super().__init__(M, (num_rwkv_blocks, 1), hidden_rate)
+    def __init__(
+        self,
+        M: int,
+        num_rwkv_blocks: int = 2,
+        hidden_rate: float = 4,
+        num_last_blocks: int = 1,
+        mix_rate: float = 1,
+    ):
+        super().__init__(M, (num_rwkv_blocks, num_last_blocks), hidden_rate, mix_rate)
 
 
 class RWKVSpatialPrior_S3(RWKVSpatialPrior):
-    """The prior of the finest scale: `num_rwkv_blocks` blocks in branch_1, two in branch_2."""
+    """The prior of the finest scale: `num_rwkv_blocks` blocks in branch_1, `num_last_blocks` in branch_2."""
 
-    def __init__(self, M: int, num_rwkv_blocks: int = 3, hidden_rate: int = 4):
-        super().__init__(M, (num_rwkv_blocks, 2), hidden_rate)
+    def __init__(
+        self,
+        M: int,
+        num_rwkv_blocks: int = 3,
+        hidden_rate: float = 4,
+        num_last_blocks: int = 2,
+        mix_rate: float = 1,
+    ):
+        super().__init__(M, (num_rwkv_blocks, num_last_blocks), hidden_rate, mix_rate)

@@ -153,7 +153,8 @@ def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
     """The configuration, once it is known that what it describes is no larger than the file."""
     try:
         config = HPCMConfig.from_dict(checkpoint.metadata["config"])
-        blocks = [*config.depths, *sum(config.prior_depths, ()), config.fusion_blocks, *config.prior_blocks]
+        blocks = [*config.depths, *sum(config.prior_depths, ()), config.fusion_blocks]
+        blocks += [*config.prior_blocks, *config.prior_last_blocks]
         if max(blocks) > len(checkpoint.tensors):
             raise ValueError("more blocks than the file has tensors")
         with torch.device("meta"):

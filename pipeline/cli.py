@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import codec_cli
+
+# A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
+warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
 
 if TYPE_CHECKING:
     from pipeline.chain import Chain
@@ -23,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
 )
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench, name="bench")
 
 RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
 DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
@@ -163,17 +170,12 @@ def audit(runs: Runs = Path("runs")) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="What to measure: biwkv4.")] = "biwkv4",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
+@bench.command("biwkv4")
+def bench_biwkv4(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
-    from pipeline.bench import bench_biwkv4
+    from pipeline import bench
 
-    if what != "biwkv4":
-        raise typer.BadParameter(f"{what!r}: there is biwkv4")
-    bench_biwkv4(device=device)
+    bench.bench_biwkv4(device=device)
 
 
 @app.command("import")
@@ -190,7 +192,20 @@ def import_(
     console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
-codec_cli.register(app)
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A stage's checkpoint.safetensors.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+) -> None:
+    """Write a checkpoint in half precision, to ship it: half the size, and loaded like any other."""
+    from pipeline.display import console
+    from pipeline.export import export_half
+
+    export_half(source, target)
+    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
+
+
+codec_cli.register(app, bench)
 
 
 def main() -> None:
