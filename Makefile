@@ -41,7 +41,7 @@ plan: $(READY) ## say what stage4 would run, and why
 	$(BIN)/hpcm plan phase4 $(CHAIN)
 
 audit: $(READY) ## say what each stage changed, and verify the files
-	$(BIN)/hpcm audit
+	$(BIN)/hpcm audit $(ARGS)
 
 ui: $(READY) ## open MLflow's pages on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}

@@ -38,19 +38,31 @@ class Planned:
 
 
 class Chain:
-    """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>/<stage>."""
+    """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>[-seed-<s>]/<stage>.
 
-    def __init__(self, recipe: str, stages: Sequence[Stage], runs: Path, baseline: Path | None = None):
+    The seed is the root's: chains of other seeds than 0 lie beside the first one, as those of other λ do. The root
+    is taken from the file `baseline`, or trained from the weights in the file `start`, where one is given.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        stages: Sequence[Stage],
+        runs: Path,
+        baseline: Path | None = None,
+        start: Path | None = None,
+    ):
         if len({stage.precision for stage in stages}) > 1:
             raise ChainError("all stages of a chain must have the same precision: it is a property of the processes")
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
-        self.folder = runs / recipe / f"lmbda-{self.lmbda:g}"
+        self.seed = stages[0].seed
+        self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.jobs = []
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
-            imported = baseline if stage.parent is None else None
-            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, imported))
+            files = (None, None) if stage.parent else (baseline, start)
+            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, *files))
 
     def plan(self) -> list[Planned]:
         """Where every stage stands, root first; raises what reading its inputs raises."""
@@ -86,7 +98,7 @@ class Chain:
         if workplace.is_main:
             inputs = checkpoints.text_digest(json.dumps(planned.job.inputs(), sort_keys=True))
             key = f"{self._identity()}/{planned.name}/{inputs[:16]}"
-            tags = {"hpcm.recipe": self.recipe, "hpcm.stage": planned.name, "hpcm.lmbda": f"{self.lmbda:g}"}
+            tags = {**self._tags(), "hpcm.stage": planned.name}
             run = Store.default(self.runs).open_run(key, f"{self.recipe} {planned.name}", chain_run, tags)
         try:
             StageRun(planned.job, workplace, run).execute()
@@ -98,10 +110,13 @@ class Chain:
     def _open(self, workplace: Workplace) -> Run:
         if not workplace.is_main:
             return Run()
-        name = f"{self.recipe} λ={self.lmbda:g}"
-        run = Store.default(self.runs).open_run(self._identity(), name, tags={"hpcm.recipe": self.recipe})
+        name = f"{self.recipe} λ={self.lmbda:g}" + (f" seed {self.seed}" if self.seed else "")
+        run = Store.default(self.runs).open_run(self._identity(), name, tags=self._tags())
         run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [job.stage.name for job in self.jobs]})
         return run
+
+    def _tags(self) -> dict[str, str]:
+        return {"hpcm.recipe": self.recipe, "hpcm.lmbda": f"{self.lmbda:g}", "hpcm.seed": str(self.seed)}
 
     def _identity(self) -> str:
         """What the chain's runs are found by, drawn once for its folder."""

@@ -1,6 +1,5 @@
 """The command `hpcm`."""
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import codec_cli
+from pipeline import codec_cli, evidence_cli
+from pipeline.options import AcceptAnyway, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 if TYPE_CHECKING:
     from pipeline.chain import Chain
@@ -21,26 +21,19 @@ app = typer.Typer(
     help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
 )
 
-RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
-DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
-ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
 Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
-Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
+Start = Annotated[Path | None, typer.Option(help="Train the first stage from this codec's weights.")]
 
 
-def _chain(stage: str, recipe: str, overrides: list[str], baseline: Path | None, runs: Path) -> "Chain":
+def _chain(
+    stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
+) -> "Chain":
     from pipeline.chain import Chain
     from pipeline.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    return Chain(loaded.name, loaded.chain(stage), runs, baseline)
-
-
-def _overrides(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
-    given = {"data.train": data, "data.val": val, "lmbda": lmbda}
-    return [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(settings or [])]
+    return Chain(loaded.name, loaded.chain(stage), runs, *files)
 
 
 @app.command()
@@ -51,9 +44,10 @@ def run(
     val: ValFolder = None,
     lmbda: Lmbda = None,
     baseline: Baseline = None,
+    start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
-    accept_anyway: Annotated[bool, typer.Option(help="Publish stages that miss their limits.")] = False,
+    accept_anyway: AcceptAnyway = False,
 ) -> None:
     """Build a stage and everything before it: run what is missing, resume what was cut off.
 
@@ -67,7 +61,7 @@ def run(
     from pipeline.job import Workplace
     from pipeline.trainer import Watcher
 
-    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
     accelerator = Accelerator(mixed_precision=chain.precision)
     main = accelerator.is_main_process
     if main:
@@ -89,30 +83,15 @@ def plan(
     val: ValFolder = None,
     lmbda: Lmbda = None,
     baseline: Baseline = None,
+    start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Say what `run` would do, and why."""
     from pipeline.display import console, plan_table
 
-    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
     console.print(plan_table(chain, chain.plan()))
-
-
-@app.command()
-def audit(runs: Runs = Path("runs")) -> None:
-    """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
-    from pipeline.audit import audit as audit_runs
-    from pipeline.audit import audit_table
-    from pipeline.display import console
-
-    chains = audit_runs(runs)
-    for chain in chains:
-        console.print(audit_table(chain))
-    if not chains:
-        console.print(f"no chains yet in {runs}")
-    if not all(stage.sound for chain in chains for stage in chain.stages):
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -143,6 +122,7 @@ def import_(
 
 
 codec_cli.register(app)
+evidence_cli.register(app)
 
 
 def main() -> None:
