@@ -133,12 +133,14 @@ def main() -> None:
     from pipeline.interruption import Interrupted
     from pipeline.photos import DataError
     from pipeline.recipe import RecipeError
+    from pipeline.report import ReportError
     from pipeline.stage import StageError
     from pipeline.trainer import TrainingError
     from pipeline.transfer import TransferError
 
     known = (
-        ChainError, CheckpointError, DataError, RecipeError, SelectionError, StageError, TrainingError, TransferError,
+        ChainError, CheckpointError, DataError, RecipeError, ReportError, SelectionError, StageError, TrainingError,
+        TransferError,
     )  # fmt: skip
     try:
         app()

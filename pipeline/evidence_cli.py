@@ -159,14 +159,31 @@ def _draw_curves(sweep: Sweep) -> None:
     wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for _, chains in sweep.chains() for chain in chains}
     found = [chain for chain in records.chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
     curves = rate_distortion.curves(found)
-    console.print(rate_distortion.points_grid("whole validation images, real bitstreams", curves).rich())
+    console.print(rate_distortion.points_grid("Real bitstreams of whole validation images", curves).rich())
     console.print(rate_distortion.deltas_grid(curves).rich())
     path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
     save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
     console.print(f"drawn in {path}", soft_wrap=True)
 
 
+def report(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write [default: report in --runs].")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in the store].")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write one self-contained HTML page, and its figures as PNG, from MLflow's store alone."""
+    from pipeline.display import console
+    from pipeline.report import write
+
+    page = write(runs, output or runs / "report", recipe or ())
+    console.print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (audit, compare, rd_curve):
+    for command in (audit, compare, rd_curve, report):
         app.command()(command)

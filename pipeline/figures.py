@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
@@ -47,9 +47,9 @@ def codec_colours(names: Sequence[str]) -> dict[str, str]:
     return colours
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
+def save(figure: Figure, target: Path | IO[bytes], kind: str = "png") -> None:
+    """Write a figure as `png` or `svg`; the same figure gives the same bytes."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(target, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})

@@ -70,7 +70,7 @@ def reference_of(name: str, names: Iterable[str]) -> str | None:
     names = set(names)
     if name == "baseline" or name.startswith("control"):
         return None
-    digits = re.search(r"\d+$", name)
+    digits = re.search(r"\d+", name)
     control = f"control{digits[0]}" if digits else "control"
     return next((reference for reference in (control, "baseline") if reference in names), None)
 
@@ -140,7 +140,7 @@ def points_grid(title: str, found: Mapping[str, Curve]) -> Grid:
 def deltas_grid(found: Mapping[str, Curve]) -> Grid:
     """BD-rate and BD-PSNR of every stage, or why there is none."""
     grid = Grid(
-        "against the reference (Bjøntegaard, pchip)",
+        "Against the reference (Bjøntegaard, pchip)",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )
