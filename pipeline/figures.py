@@ -31,7 +31,7 @@ def new_figure(rows: int, columns: int = 1, height: float = 3.2) -> tuple[Figure
 
 
 def codec_colours(names: Sequence[str]) -> dict[str, str]:
-    """Black for a Baseline, greys for what was only trained longer, and a colour each for phases and others."""
+    """Black for a Baseline, greys for its controls, the darker the later, and a colour each for phases and others."""
     palette = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
     colours, others = {}, iter(palette[5:])
     for name in names:
@@ -41,7 +41,8 @@ def codec_colours(names: Sequence[str]) -> dict[str, str]:
         elif name == "baseline":
             colours[name] = "#111111"
         elif name.startswith("control"):
-            colours[name] = "#8a8a8a"
+            step = int(name[-1]) if name[-1].isdecimal() else 3
+            colours[name] = to_hex((0.85 - 0.1 * min(step, 5),) * 3)
         else:
             colours[name] = next(others, "#b0b0b0")
     return colours

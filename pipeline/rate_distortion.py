@@ -140,7 +140,7 @@ def points_grid(title: str, found: Mapping[str, Curve]) -> Grid:
 def deltas_grid(found: Mapping[str, Curve]) -> Grid:
     """BD-rate and BD-PSNR of every stage, or why there is none."""
     grid = Grid(
-        "Against the reference (Bjøntegaard, pchip)",
+        "Bjøntegaard against the reference, by pchip; – where curves fold back or do not overlap",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )

@@ -27,7 +27,8 @@ def quality_grid(chains: Sequence[ChainRecord]) -> Grid:
 def migration_grid(chains: Sequence[ChainRecord]) -> Grid:
     """Loss against the parent's, estimated on the validation images: before the first step and after each phase."""
     groups = [group for group in _groups(chains) if group[2][0].parent_loss is not None]
-    phases = list(dict.fromkeys(phase.name for _, _, stages in groups for stage in stages for phase in stage.phases))
+    longest_first = sorted((stage.phases for _, _, stages in groups for stage in stages), key=len, reverse=True)
+    phases = list(dict.fromkeys(phase.name for schedule in longest_first for phase in schedule))
     grid = Grid(
         "Loss against the parent's",
         ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in phases), "step, frozen : unfrozen"),

@@ -51,15 +51,17 @@ class Sweep:
         return [Chain(recipe.name, recipe.chain(target), self.runs, start=start) for target in targets]
 
     def grid(self) -> Grid:
-        """What is done and what is left: a row for each λ, a column for each stage."""
-        rows = {lmbda: {p.name: p for chain in chains for p in self._stand(chain)} for lmbda, chains in self.chains()}
-        names = list(dict.fromkeys(name for planned in rows.values() for name in planned))
-        grid = Grid(f"{Path(self.recipe).name}, λ by λ", ("λ", *names, "steps left"))
-        for lmbda, planned in rows.items():
-            left = sum(
-                sum(phase.steps for phase in p.job.stage.schedule) for p in planned.values() if p.status != "done"
-            )
-            grid.add(f"{lmbda:g}", *(_cell(planned[name]) for name in names), f"{left:,}" if left else "–")
+        """What is done and what is left: a row for each stage, a column for each λ in the order of running."""
+        columns = {
+            lmbda: {p.name: p for chain in chains for p in self._stand(chain)} for lmbda, chains in self.chains()
+        }
+        names = dict.fromkeys(name for planned in columns.values() for name in planned)
+        grid = Grid(f"{Path(self.recipe).name}, λ by λ", ("stage", *(f"{lmbda:g}" for lmbda in columns)))
+        for name in names:
+            grid.add(name, *(_cell(planned[name]) for planned in columns.values()))
+        left = [[p.job.stage for p in planned.values() if p.status != "done"] for planned in columns.values()]
+        steps = [sum(phase.steps for stage in stages for phase in stage.schedule) for stages in left]
+        grid.add("steps left", *(f"{count:,}" if count else "–" for count in steps))
         return grid
 
     def _stand(self, chain: Chain) -> list[Planned]:

@@ -106,8 +106,8 @@ def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes],
     shutil.copytree(finished[0].runs, runs)
     done = CliRunner().invoke(app, sweep(runs, "--plan"))
     assert done.exit_code == 0, done.output
-    assert "0.013 done done –" in words(done.output)
-    assert "0.05 – – 19" in words(done.output)
+    for row in ("stage 0.013 0.05", "baseline done –", "phase1 done –", "steps left – 19"):
+        assert row in words(done.output)
     assert not (runs / "mini" / "lmbda-0.05").exists()
 
     before = (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns
@@ -118,7 +118,7 @@ def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes],
     found = curves(Records(runs).chains())
     assert list(found) == STAGES
     assert [point.lmbda for point in found["phase1"]] == [0.013, 0.05]
-    assert "0.05 done done –" in words(CliRunner().invoke(app, sweep(runs, "--plan")).output)
+    assert "phase1 done done steps left – –" in words(CliRunner().invoke(app, sweep(runs, "--plan")).output)
 
 
 def test_later_points_start_from_a_neighbour(runs: Path) -> None:
