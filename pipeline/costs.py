@@ -25,6 +25,7 @@ from pipeline.freezing import set_trainable
 from pipeline.objectives import RateDistortion, training_noise
 from pipeline.photos import find_images, read_image
 from pipeline.timing import timed
+from pipeline.transfer import new_components
 
 CODING = ("forward", "encode", "decode")
 TRAINING = ("frozen", "unfrozen")
@@ -68,12 +69,17 @@ class Contender:
         return sum(parameter.numel() for parameter in _on_meta(self.config).parameters())
 
     def new_names(self) -> frozenset[str]:
-        """Parameters that no tensor of the parent has name and shape of; none where there is no parent."""
+        """What a frozen phase trains: parameters that the parent has not, and all of components that it has not."""
         if self.parent is None:
             return frozenset()
-        theirs = {name: tensor.shape for name, tensor in _on_meta(self.parent).named_parameters()}
-        ours = _on_meta(self.config).named_parameters()
-        return frozenset(name for name, tensor in ours if theirs.get(name) != tensor.shape)
+        child, parent = _on_meta(self.config), _on_meta(self.parent)
+        components = tuple(f"{name}." for name in new_components(parent, child))
+        theirs = {name: tensor.shape for name, tensor in parent.named_parameters()}
+        return frozenset(
+            name
+            for name, tensor in child.named_parameters()
+            if theirs.get(name) != tensor.shape or name.startswith(components)
+        )
 
 
 def _on_meta(config: HPCMConfig) -> HPCM:

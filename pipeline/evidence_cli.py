@@ -160,7 +160,7 @@ def _draw_curves(sweep: Sweep) -> None:
     found = [chain for chain in records.chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
     curves = rate_distortion.curves(found)
     console.print(rate_distortion.points_grid("Real bitstreams of whole validation images", curves).rich())
-    console.print(rate_distortion.deltas_grid(curves).rich())
+    console.print(rate_distortion.deltas_grid(curves, rate_distortion.references(found)).rich())
     path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
     save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
     console.print(f"drawn in {path}", soft_wrap=True)

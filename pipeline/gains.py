@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline import rate_distortion
 from pipeline.comparison import Comparison
 from pipeline.evaluation import Quality
-from pipeline.rate_distortion import Delta, reference_of
-from pipeline.records import ChainRecord, Spread, StageRecord
+from pipeline.rate_distortion import Delta
+from pipeline.records import ChainRecord, Spread
 
 EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
     "time": ((-25, -15), (-45, -30), (-50, -35), (-55, -40)),
@@ -30,6 +31,8 @@ class Gain:
 
     stage: str
     reference: str
+    fair: bool
+    """Whether the reference has had as many steps of training."""
     lmbda: float
     bpp: Spread
     psnr_db: Spread
@@ -64,33 +67,33 @@ class Claim:
 
 def gains(chains: Sequence[ChainRecord]) -> list[Gain]:
     """Every stage that has a reference, λ by λ."""
-    names = list(dict.fromkeys(name for chain in chains for name in chain.published))
+    references = rate_distortion.references(chains)
     found = []
     for lmbda in sorted({chain.lmbda for chain in chains}):
-        published = [chain.published for chain in chains if chain.lmbda == lmbda]
-        for name in names:
-            reference = reference_of(name, names)
-            pairs = [(p[name], p[reference]) for p in published if name in p and reference in p] if reference else []
-            if pairs and reference:
-                found.append(_gain(name, reference, lmbda, pairs))
+        for name, reference in references.items():
+            both = [c for c in chains if c.lmbda == lmbda and {name, reference} <= c.published.keys()]
+            if both:
+                found.append(_gain(name, reference, both))
     return found
 
 
-def _gain(name: str, reference: str, lmbda: float, pairs: Sequence[tuple[StageRecord, StageRecord]]) -> Gain:
-    qualities = [(ours.quality, theirs.quality) for ours, theirs in pairs]
+def _gain(name: str, reference: str, chains: Sequence[ChainRecord]) -> Gain:
+    pairs = [(chain.published[name].quality, chain.published[reference].quality) for chain in chains]
 
     def over_seeds(value: Callable[..., float]) -> Spread:
-        spread = Spread.of([value(*pair) for pair in qualities])
+        spread = Spread.of([value(*pair) for pair in pairs])
         assert spread is not None  # there is a pair
         return spread
 
     return Gain(
-        name, reference, lmbda,
+        name, reference,
+        all(chain.total_steps(name) == chain.total_steps(reference) for chain in chains),
+        chains[0].lmbda,
         over_seeds(lambda a, b: a.bpp - b.bpp),
         over_seeds(lambda a, b: a.psnr_db - b.psnr_db),
         over_seeds(lambda a, b: a.rd_loss - b.rd_loss),
         over_seeds(lambda a, b: 100 * (a.rd_loss - b.rd_loss) / b.bpp),
-        over_seeds(_psnr_at_equal_rate) if pairs[0][1].parameters.get("metric") == "mse" else None,
+        over_seeds(_psnr_at_equal_rate) if chains[0].published[name].parameters.get("metric") == "mse" else None,
     )  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def claims(phase_gains: Sequence[Gain], deltas: Mapping[str, Delta], comparison:
         at = f"at λ = {next(iter(best.values())).lmbda:g}"
         rows[f"rate, {at}"] = lambda n: best[n].rate_percent if n in best else None
         rows[f"psnr, {at}"] = lambda n: best[n].psnr_at_equal_rate if n in best else None
-    controlled = {gain.stage for gain in phase_gains if gain.reference != "baseline"}
+    controlled = {gain.stage for gain in phase_gains if gain.fair}
     order = {"time": 0, "memory": 1, "rate": 2, "psnr": 3}
     return [
         Claim(

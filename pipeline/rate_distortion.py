@@ -1,6 +1,5 @@
 """Rate–distortion curves from MLflow's records, and what a curve gains on another (Bjøntegaard)."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,17 +61,15 @@ def curves(chains: Iterable[ChainRecord]) -> dict[str, Curve]:
     }
 
 
-def reference_of(name: str, names: Iterable[str]) -> str | None:
-    """What a stage is judged against: `control4` for `phase4` where there is one, else `baseline`.
-
-    None for these themselves, and where there is neither.
-    """
-    names = set(names)
-    if name == "baseline" or name.startswith("control"):
-        return None
-    digits = re.search(r"\d+", name)
-    control = f"control{digits[0]}" if digits else "control"
-    return next((reference for reference in (control, "baseline") if reference in names), None)
+def references(chains: Iterable[ChainRecord]) -> dict[str, str]:
+    """Every stage that has a reference, with its name; chains of one recipe agree on it."""
+    found: dict[str, str] = {}
+    for chain in chains:
+        for name in chain.published:
+            reference = chain.reference(name)
+            if reference is not None:
+                found.setdefault(name, reference)
+    return found
 
 
 def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
@@ -111,16 +108,14 @@ def _ms_ssim_db(quality: Quality) -> float | None:
     return None if quality.ms_ssim is None else -10 * float(np.log10(max(1 - quality.ms_ssim, 1e-10)))
 
 
-def deltas(found: Mapping[str, Curve]) -> dict[str, Delta]:
+def deltas(found: Mapping[str, Curve], references: Mapping[str, str]) -> dict[str, Delta]:
     """Every stage against its reference, where two λ or more allow it."""
     result = {}
-    for name, curve in found.items():
-        reference = reference_of(name, found)
-        if reference is not None:
-            try:
-                result[name] = delta(curve, found[reference], reference)
-            except ValueError:
-                continue
+    for name, reference in references.items():
+        try:
+            result[name] = delta(found[name], found[reference], reference)
+        except ValueError:
+            continue
     return result
 
 
@@ -137,19 +132,16 @@ def points_grid(title: str, found: Mapping[str, Curve]) -> Grid:
     return grid
 
 
-def deltas_grid(found: Mapping[str, Curve]) -> Grid:
+def deltas_grid(found: Mapping[str, Curve], references: Mapping[str, str]) -> Grid:
     """BD-rate and BD-PSNR of every stage, or why there is none."""
     grid = Grid(
         "Bjøntegaard against the reference, by pchip; – where curves fold back or do not overlap",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )
-    for name, curve in found.items():
-        reference = reference_of(name, found)
-        if reference is None:
-            continue
+    for name, reference in references.items():
         try:
-            d = delta(curve, found[reference], reference)
+            d = delta(found[name], found[reference], reference)
         except ValueError as error:
             grid.add(name, str(error), "–", "–", "–", "–")
             continue

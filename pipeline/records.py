@@ -144,6 +144,26 @@ class ChainRecord:
             place(name)
         return ordered
 
+    def total_steps(self, name: str) -> int:
+        """Training steps of a published stage and of all it grew from."""
+        stage = self.published[name]
+        before = self.total_steps(stage.parent) if stage.parent in self.published else 0
+        return before + stage.steps
+
+    def reference(self, name: str) -> str | None:
+        """What a stage is judged against: the Baseline's components with as many steps of training in all.
+
+        Such a stage is a control. Where the chain has none it is the root, which has had fewer steps; None for what
+        has the Baseline's components itself.
+        """
+        stages = self.published
+        if stages[name].model_phase == 0:
+            return None
+        plain = [other for other, stage in stages.items() if stage.model_phase == 0]
+        equal = [other for other in plain if self.total_steps(other) == self.total_steps(name)]
+        roots = [other for other in plain if stages[other].parent is None]
+        return next(iter(equal + roots), None)
+
 
 class Records:
     """The MLflow store of a folder of runs, for reading."""

@@ -110,9 +110,9 @@ def _section(
         tuple(_facts(records, chains)),
         drawn.add(f"{recipe}-rate-distortion", figure),
         len({chain.lmbda for chain in chains}) > 1,
-        rate_distortion.deltas_grid(curves),
+        rate_distortion.deltas_grid(curves, rate_distortion.references(chains)),
         _claims(chains, curves, costs),
-        any(name.startswith("control") for name in curves),
+        any(gain.fair for gain in gains(chains)),
         report_tables.quality_grid(chains),
         report_tables.migration_grid(chains),
         tuple(
@@ -162,8 +162,9 @@ def _claims(
     fitting = [
         cost for (title, _), cost in costs.items() if title in (preset, "checkpoints") and "phase4" in cost.codecs
     ]
+    deltas = rate_distortion.deltas(curves, rate_distortion.references(chains))
     found: dict[str, list[Claim]] = {}
-    for claim in claims(gains(chains), rate_distortion.deltas(curves), fitting[-1] if fitting else None):
+    for claim in claims(gains(chains), deltas, fitting[-1] if fitting else None):
         found.setdefault(claim.quantity, []).append(claim)
     return {quantity: row for quantity, row in found.items() if any(claim.measured for claim in row)}
 

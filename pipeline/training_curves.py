@@ -18,7 +18,7 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
     for axis, (key, label) in zip(axes, MEASURES, strict=True):
         shown: list[float] = []
         for name, stage in chain.published.items():
-            start = _start(chain, stage)
+            start = chain.total_steps(name) - stage.steps
             for number, curve in enumerate(_pieces(records, stage, key)):
                 steps, values = [start + step for step, _ in curve], [value for _, value in curve]
                 style = "--" if name.startswith("control") else "-"
@@ -35,12 +35,6 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
     return figure
-
-
-def _start(chain: ChainRecord, stage: StageRecord) -> int:
-    """Steps of all ancestors."""
-    parent = chain.published.get(stage.parent or "")
-    return _start(chain, parent) + parent.steps if parent else 0
 
 
 def _pieces(records: Records, stage: StageRecord, key: str) -> Sequence[Curve]:

@@ -18,9 +18,9 @@ from pipeline.chain import Chain
 from pipeline.cli import app
 from pipeline.comparison import Comparison, Cost, Peak
 from pipeline.gains import Claim, claims, gains
-from pipeline.rate_distortion import curves, deltas
+from pipeline.rate_distortion import curves, deltas, references
 from pipeline.reconstructions import DARKEST, error_map, sights
-from pipeline.records import ChainRecord, Records, Spread, StageRecord
+from pipeline.records import ChainRecord, PhaseRecord, Records, Spread, StageRecord
 from pipeline.report import ReportError, write
 from pipeline.report_tables import quality_grid
 
@@ -28,13 +28,15 @@ LMBDA_SCALE = 255**2
 
 
 def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | None = "baseline") -> StageRecord:
-    """A published stage with this quality, its loss following from it."""
+    """A published stage of 10 steps with this quality, its loss following from it."""
     loss = bpp + lmbda * LMBDA_SCALE * 10 ** (-psnr_db / 10)
+    phase = name[-1] if name.startswith("phase") else "4" if name == "lean" else "0"
     return StageRecord(
         name, "FINISHED", 1,
-        {"parent": str(parent), "metric": "mse"},
+        {"parent": str(parent), "metric": "mse", "model.phase": phase},
         {"final/bpp": bpp, "final/psnr_db": psnr_db, "final/rd_loss": loss},
-        {"hpcm.stage": name, "hpcm.checkpoint_digest": name}, (),
+        {"hpcm.stage": name, "hpcm.checkpoint_digest": name},
+        (PhaseRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),
     )  # fmt: skip
 
 
@@ -51,6 +53,22 @@ def made() -> list[ChainRecord]:
         phase4 = stage("phase4", lmbda, bpp * (0.95 if seed == 0 else 0.93), psnr)
         chains.append(chain(lmbda, seed, stage("baseline", lmbda, bpp * 1.1, psnr, None), control, phase4))
     return chains
+
+
+def test_each_stage_is_judged_against_what_had_as_many_steps() -> None:
+    parents = {
+        "baseline": None, "control1": "baseline", "control2": "control1", "phase1": "baseline", "phase2": "phase1",
+        "phase3": "phase2", "lean": "baseline",
+    }  # fmt: skip
+    whole = chain(0.013, 0, *(stage(name, 0.013, 0.5, 32, parent) for name, parent in parents.items()))
+    assert next(iter(whole.published)) == "baseline"
+    assert {name: whole.reference(name) for name in parents} == {
+        "baseline": None, "control1": None, "control2": None, "phase1": "control1", "phase2": "control2",
+        "phase3": "baseline", "lean": "control1",
+    }  # fmt: skip
+    assert {gain.stage: gain.fair for gain in gains([whole])} == {
+        "phase1": True, "phase2": True, "phase3": False, "lean": True,
+    }  # fmt: skip
 
 
 def test_gains_are_paired_by_seed(made: list[ChainRecord]) -> None:
@@ -89,7 +107,9 @@ def cost_of(ratio: float) -> Comparison:
 
 
 def test_claims_stand_beside_what_was_measured(made: list[ChainRecord]) -> None:
-    found = {(c.quantity, c.phase): c for c in claims(gains(made), deltas(curves(made)), cost_of(0.7))}
+    found = {
+        (c.quantity, c.phase): c for c in claims(gains(made), deltas(curves(made), references(made)), cost_of(0.7))
+    }
     phase4 = {quantity: claim for (quantity, phase), claim in found.items() if phase == 4}
     time = phase4["time, encode and decode"]
     assert time.expected == (-55, -40)
