@@ -31,28 +31,33 @@ def grids(comparison: Comparison) -> Iterable[Grid]:
 
 
 def _times(comparison: Comparison, size: str) -> Grid:
-    grid = Grid(f"{size}: seconds (× {comparison.codecs[0]})", ("codec", *CODING, *TRAINING))
+    measured = {cost.activity for cost in comparison.costs if cost.size == size}
+    activities = [activity for activity in (*CODING, *TRAINING) if activity in measured]
+    grid = Grid(f"{size}: seconds (× {comparison.codecs[0]})", ("codec", *activities))
     for codec in comparison.codecs:
-        costs = [comparison.cost(codec, size, activity) for activity in (*CODING, *TRAINING)]
-        cells = [
-            "–" if cost is None else f"{cost.seconds:.3f}" + (f" ({cost.ratio:.2f})" if cost.ratio else "")
-            for cost in costs
-        ]
-        grid.add(codec, *cells)
+        costs = [comparison.cost(codec, size, activity) for activity in activities]
+        grid.add(codec, *("–" if c is None else f"{c.seconds:.3f}{_times_first(c.ratio)}" for c in costs))
     return grid
 
 
 def _memory(comparison: Comparison, size: str) -> Grid:
     first = comparison.codecs[0]
-    grid = Grid(f"{size}: peak memory in MiB (× {first})", ("codec", "encode and decode", *TRAINING))
+    measured = {peak.activity for peak in comparison.peaks if peak.size == size}
+    activities = [activity for activity in MEMORY if activity in measured]
+    headings = ["encode and decode" if activity == "decode" else activity for activity in activities]
+    grid = Grid(f"{size}: peak memory in MiB (× {first})", ("codec", *headings))
     for codec in comparison.codecs:
         cells = []
-        for activity in MEMORY:
+        for activity in activities:
             found, reference = comparison.peak(codec, size, activity), comparison.peak(first, size, activity)
-            ratio = f" ({found / reference:.2f})" if found and reference else ""
-            cells.append(number(found and found / 2**20, ".0f") + ratio)
+            ratio = found / reference if found and reference else None
+            cells.append(number(found and found / 2**20, ".0f") + _times_first(ratio))
         grid.add(codec, *cells)
     return grid
+
+
+def _times_first(ratio: float | None) -> str:
+    return "" if ratio is None else f" ({ratio:.2f})"
 
 
 def draw(comparison: Comparison) -> Figure:

@@ -9,7 +9,7 @@ from pipeline import rate_distortion
 from pipeline.comparison import Comparison
 from pipeline.evaluation import Quality
 from pipeline.rate_distortion import Delta
-from pipeline.records import ChainRecord, Spread
+from pipeline.records import ChainRecord
 
 EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
     "time": ((-25, -15), (-45, -30), (-50, -35), (-55, -40)),
@@ -19,6 +19,27 @@ EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
 }
 """What the design expects of Phases 1 to 4 against the Baseline, in per cent and dB; its authors never measured it."""
 COMPARED_AT = "512×768"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A value over seeds: mean, standard deviation (None for one) and how many."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        """Of at least one value; None of none."""
+        if not values:
+            return None
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    def text(self, form: str) -> str:
+        """`+0.012 ± 0.003`, the deviation in the same form without its sign."""
+        shown = format(self.mean, form)
+        return shown if self.deviation is None else f"{shown} ± {format(self.deviation, form.lstrip('+'))}"
 
 
 @dataclass(frozen=True)
@@ -111,11 +132,12 @@ def claims(phase_gains: Sequence[Gain], deltas: Mapping[str, Delta], comparison:
     most seeds; time and memory are those of a comparison at 512×768, or at its largest size.
     """
     best = _most_seeds(phase_gains)
+    size = f" at {_size(comparison)}" if comparison else ""
     rows: dict[str, Callable[[int], Spread | None]] = {
-        "time, encode and decode": lambda n: _time(comparison, n, ("encode", "decode")),
-        "time, training step": lambda n: _time(comparison, n, ("unfrozen",)),
-        "memory, encode and decode": lambda n: _memory(comparison, n, "decode"),
-        "memory, training step": lambda n: _memory(comparison, n, "unfrozen"),
+        f"time, encode and decode{size}": lambda n: _time(comparison, n, ("encode", "decode")),
+        f"time, training step{size}": lambda n: _time(comparison, n, ("unfrozen",)),
+        f"memory, encode and decode{size}": lambda n: _memory(comparison, n, "decode"),
+        f"memory, training step{size}": lambda n: _memory(comparison, n, "unfrozen"),
     }
     if deltas:
         rows["rate, BD over all λ"] = lambda n: _single(deltas.get(f"phase{n}"), "bd_rate")

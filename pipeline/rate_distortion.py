@@ -49,16 +49,26 @@ class Delta:
 
 
 def curves(chains: Iterable[ChainRecord]) -> dict[str, Curve]:
-    """The curve of every stage name that these chains published, lowest λ first; parents before children."""
-    found: dict[str, dict[float, list[Quality]]] = {}
+    """The curve of every stage name that these chains published, lowest λ first; parents before children.
+
+    Of seeds that only some of the λ have, none counts: their luck would be a kink.
+    """
+    found: dict[str, dict[float, dict[int, Quality]]] = {}
     for chain in chains:
         for name, stage in chain.published.items():
             assert stage.quality is not None  # published stages have one
-            found.setdefault(name, {}).setdefault(chain.lmbda, []).append(stage.quality)
-    return {
-        name: [Point(lmbda, mean_quality(group), len(group)) for lmbda, group in sorted(points.items())]
-        for name, points in found.items()
+            found.setdefault(name, {}).setdefault(chain.lmbda, {})[chain.seed] = stage.quality
+    return {name: _curve(points) for name, points in found.items()}
+
+
+def _curve(points: Mapping[float, Mapping[int, Quality]]) -> Curve:
+    """One curve from qualities by λ and seed."""
+    shared = set.intersection(*(set(seeds) for seeds in points.values()))
+    chosen = {
+        lmbda: [quality for seed, quality in seeds.items() if seed in shared or not shared]
+        for lmbda, seeds in points.items()
     }
+    return [Point(lmbda, mean_quality(chosen[lmbda]), len(chosen[lmbda])) for lmbda in sorted(chosen)]
 
 
 def references(chains: Iterable[ChainRecord]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What MLflow holds of chains, stages and comparisons, read back."""
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -285,24 +284,3 @@ def _seconds(start: int, means: Curve) -> float | None:
     """Time of a phase that begins after step `start`, from the mean step times logged on the way."""
     steps = [start, *(step for step, _ in means)]
     return sum((b - a) * mean for (a, b), (_, mean) in zip(pairwise(steps), means, strict=True)) if means else None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A value over seeds: mean, standard deviation (None for one) and how many."""
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread | None":
-        """Of at least one value; None of none."""
-        if not values:
-            return None
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-    def text(self, form: str) -> str:
-        """`+0.012 ± 0.003`, the deviation in the same form without its sign."""
-        shown = format(self.mean, form)
-        return shown if self.deviation is None else f"{shown} ± {format(self.deviation, form.lstrip('+'))}"

@@ -2,25 +2,25 @@
 
 from collections.abc import Callable, Sequence
 
-from pipeline.gains import gains
+from pipeline.gains import Spread, gains
 from pipeline.grids import Grid
-from pipeline.records import ChainRecord, Spread, StageRecord
+from pipeline.records import ChainRecord, StageRecord
 
 
 def quality_grid(chains: Sequence[ChainRecord]) -> Grid:
     """Every stage at every λ, mean ± standard deviation over seeds, and its gain on its reference."""
     grid = Grid(
         "Real bitstreams of whole validation images",
-        ("λ", "stage", "seeds", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "against", "Δ loss", "rate at equal PSNR %"),
-        left=2,
+        ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "bpp", "PSNR dB", "MS-SSIM"),
+        left=3,
     )
     found = {(gain.lmbda, gain.stage): gain for gain in gains(chains)}
     for lmbda, name, stages in _groups(chains):
         gain = found.get((lmbda, name))
         cells = [_over(stages, _quality(key), form) for key, form in
-                 (("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"), ("rd_loss", ".4f"))]  # fmt: skip
-        against = (gain.reference, gain.loss.text("+.4f"), gain.rate_percent.text("+.2f")) if gain else ("–",) * 3
-        grid.add(f"{lmbda:g}", name, str(len(stages)), *cells, *against)
+                 (("rd_loss", ".4f"), ("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"))]  # fmt: skip
+        change = (gain.loss.text("+.4f"), gain.rate_percent.text("+.2f")) if gain else ("–", "–")
+        grid.add(f"{lmbda:g}", name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
     return grid
 
 

@@ -60,7 +60,9 @@ def test_tables_show_ratios_to_the_first(measured: Comparison) -> None:
     assert [row[0] for row in sizes.rows] == ["phase0", "phase4"]
     assert sizes.rows[0][-1] == "1.00"
     assert "(1.00)" in times[0].rows[0][1]
+    assert times[0].columns == ("codec", "forward", "encode", "decode", "frozen", "unfrozen")
     assert times[0].rows[0][4] == "–"
+    assert times[1].columns == ("codec", "forward", "encode", "decode")
     assert [grid.title.split(":")[0] for grid in times] == ["128×128", "128×192"]
 
 

@@ -17,10 +17,10 @@ from pipeline import comparison
 from pipeline.chain import Chain
 from pipeline.cli import app
 from pipeline.comparison import Comparison, Cost, Peak
-from pipeline.gains import Claim, claims, gains
+from pipeline.gains import Claim, Spread, claims, gains
 from pipeline.rate_distortion import curves, deltas, references
 from pipeline.reconstructions import DARKEST, error_map, sights
-from pipeline.records import ChainRecord, PhaseRecord, Records, Spread, StageRecord
+from pipeline.records import ChainRecord, PhaseRecord, Records, StageRecord
 from pipeline.report import ReportError, write
 from pipeline.report_tables import quality_grid
 
@@ -111,18 +111,18 @@ def test_claims_stand_beside_what_was_measured(made: list[ChainRecord]) -> None:
         (c.quantity, c.phase): c for c in claims(gains(made), deltas(curves(made), references(made)), cost_of(0.7))
     }
     phase4 = {quantity: claim for (quantity, phase), claim in found.items() if phase == 4}
-    time = phase4["time, encode and decode"]
+    time = phase4["time, encode and decode at 512×768"]
     assert time.expected == (-55, -40)
     assert time.measured == Spread(pytest.approx(-30), pytest.approx(0), 3)
     assert time.holds is False
-    assert phase4["memory, training step"].measured == Spread(-50, None, 1)
-    assert phase4["memory, training step"].holds is True
+    assert phase4["memory, training step at 512×768"].measured == Spread(-50, None, 1)
+    assert phase4["memory, training step at 512×768"].holds is True
     assert phase4["rate, at λ = 0.013"].measured == Spread(pytest.approx(-6), pytest.approx(math.sqrt(2)), 2)
     assert phase4["rate, BD over all λ"].holds is True
     assert phase4["rate, BD over all λ"].measured.mean == pytest.approx(-5.5, abs=0.5)
     assert phase4["psnr, at λ = 0.013"].measured.mean > 0
-    assert found["time, training step", 1].measured is None
-    assert found["time, training step", 1].holds is None
+    assert found["time, training step at 512×768", 1].measured is None
+    assert found["time, training step at 512×768", 1].holds is None
 
 
 def test_what_had_fewer_steps_is_no_fair_reference() -> None:
@@ -135,10 +135,17 @@ def test_what_had_fewer_steps_is_no_fair_reference() -> None:
 
 def test_the_stage_table_has_error_bars(made: list[ChainRecord]) -> None:
     rows = {(row[0], row[1]): row for row in quality_grid(made).rows}
-    assert rows["0.013", "phase4"][2] == "2"
-    assert rows["0.013", "phase4"][-1] == "-6.00 ± 1.41"
-    assert rows["0.0018", "phase4"][-1] == "-5.00"
-    assert rows["0.013", "control4"][-1] == "–"
+    assert rows["0.013", "phase4"][2:4] == ("control4", "2")
+    assert rows["0.013", "phase4"][5] == "-6.00 ± 1.41"
+    assert rows["0.0018", "phase4"][5] == "-5.00"
+    assert rows["0.013", "control4"][5] == "–"
+
+
+def test_curves_are_of_the_seeds_that_every_point_has(made: list[ChainRecord]) -> None:
+    points = curves(made)["phase4"]
+    assert [(point.lmbda, point.seeds) for point in points] == [(0.0018, 1), (0.013, 1)]
+    assert points[1].quality.bpp == pytest.approx(0.475)
+    assert [point.seeds for point in curves(made[1:])["phase4"]] == [2]
 
 
 def test_an_error_map_ends_where_it_says() -> None:
