@@ -17,7 +17,7 @@ def grids(chain: ChainAudit) -> Iterable[Grid]:
     for stage in chain.stages:
         results.add(*_result_cells(stage))
         record = stage.record
-        trained = "\n".join(map(phase_text, record.phases)) if record.steps else "–"
+        trained = "\n".join(map(phase_text, record.phases)) or "taken from a file"
         story.add(record.name, record.tags.get("hpcm.ledger", "–").replace(", ", "\n"), trained, _history(stage))
     yield results
     yield story

@@ -191,8 +191,8 @@ def parse_size(text: str) -> Size:
     return int(height), int(width)
 
 
-def keep(comparison: Comparison, runs: Path, folder: Path) -> None:
-    """Log to MLflow, in a run of its own kind: figures as metrics, and the files of `folder`, JSON among them."""
+def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None = None) -> None:
+    """Write JSON into a folder; log it to MLflow in a run of its own kind, with figures as metrics and the drawing."""
     checkpoints.write_json(folder / FILE, comparison.to_json())
     name = f"compare {comparison.title} on {comparison.device}"
     run = Store.default(runs).open_run(uuid.uuid4().hex, name, tags={KIND_TAG: KIND})
@@ -205,7 +205,7 @@ def keep(comparison: Comparison, runs: Path, folder: Path) -> None:
     metrics |= {f"{codec}/parameters": count for codec, count in comparison.parameters.items()}
     metrics |= {f"{codec}/kmacs_per_pixel": count for codec, count in comparison.kmacs_per_pixel.items()}
     run.metrics(metrics, 0)
-    for path in sorted(folder.iterdir()):
+    for path in filter(None, (folder / FILE, drawing)):
         run.artifact(path)
     run.end("FINISHED")
 

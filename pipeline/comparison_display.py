@@ -1,13 +1,12 @@
 """A comparison as tables and as a drawing."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from pipeline.comparison import COUNTED_AT, Comparison, size_name
 from pipeline.costs import CODING, MEMORY, TRAINING
-from pipeline.figures import codec_colours, new_figure, save
+from pipeline.figures import codec_colours, new_figure
 from pipeline.grids import Grid, number
 
 
@@ -101,8 +100,3 @@ def _ratios(comparison: Comparison, size: str) -> tuple[list[str], list[dict[str
             peaks = {codec: comparison.peak(codec, size, activity) for codec in comparison.codecs}
             groups.append({codec: peak / reference for codec, peak in peaks.items() if peak})
     return labels, groups
-
-
-def save_drawing(comparison: Comparison, path: Path) -> None:
-    """Draw into a PNG."""
-    save(draw(comparison), path)

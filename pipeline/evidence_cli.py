@@ -63,6 +63,7 @@ def compare(
     """
     from pipeline import comparison, comparison_display
     from pipeline.display import console
+    from pipeline.figures import save
 
     try:
         contenders = comparison.of_checkpoints(checkpoints) if checkpoints else comparison.of_preset(preset)
@@ -78,9 +79,9 @@ def compare(
     for grid in comparison_display.grids(found):
         console.print(grid.rich())
     folder = output or runs / "comparisons" / f"{title}-{device.replace(':', '')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    comparison_display.save_drawing(found, folder / "comparison.png")
-    comparison.keep(found, runs, folder)
+    drawing = folder / "comparison.png"
+    save(comparison_display.draw(found), drawing)
+    comparison.keep(found, runs, folder, drawing)
     console.print(f"written to {folder} and to MLflow", soft_wrap=True)
 
 
@@ -117,10 +118,10 @@ def rd_curve(
     overrides = tuple(overrides_of(data, val, None, settings))
     lmbdas = tuple(lmbda or sweep.LMBDAS)
     wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, neighbour)
-    console.print(wanted.grid().rich())
     if plan:
-        return
-    _run_sweep(wanted, accept_anyway)
+        console.print(wanted.grid().rich())
+    else:
+        _run_sweep(wanted, accept_anyway)
 
 
 def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
@@ -131,10 +132,12 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
     from pipeline.job import Workplace
     from pipeline.trainer import Watcher
 
-    accelerator: Accelerator | None = None
-    for lmbda, chains in sweep.chains():
-        accelerator = accelerator or Accelerator(mixed_precision=chains[0].precision)
-        main = accelerator.is_main_process
+    todo = list(sweep.chains())
+    accelerator = Accelerator(mixed_precision=todo[0][1][0].precision)
+    main = accelerator.is_main_process
+    if main:
+        console.print(sweep.grid().rich())
+    for lmbda, chains in todo:
         for chain in chains:
             if main:
                 console.print(f"λ = {lmbda:g}, to {chain.jobs[-1].stage.name}")
@@ -145,7 +148,7 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
                 chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
         if main:
             console.print(sweep.grid().rich())
-    if accelerator is not None and accelerator.is_main_process:
+    if main:
         _draw_curves(sweep)
 
 
@@ -157,7 +160,7 @@ def _draw_curves(sweep: Sweep) -> None:
 
     records = Records(sweep.runs)
     wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for _, chains in sweep.chains() for chain in chains}
-    found = [chain for chain in records.chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
+    found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
     curves = rate_distortion.curves(found)
     console.print(rate_distortion.points_grid("Real bitstreams of whole validation images", curves).rich())
     console.print(rate_distortion.deltas_grid(curves, rate_distortion.references(found)).rich())

@@ -72,13 +72,13 @@ def _curve(points: Mapping[float, Mapping[int, Quality]]) -> Curve:
 
 
 def references(chains: Iterable[ChainRecord]) -> dict[str, str]:
-    """Every stage that has a reference, with its name; chains of one recipe agree on it."""
+    """What every stage that has a reference is judged against: a control where any chain has one."""
     found: dict[str, str] = {}
     for chain in chains:
         for name in chain.published:
             reference = chain.reference(name)
-            if reference is not None:
-                found.setdefault(name, reference)
+            if reference is not None and (name not in found or chain.published[reference].parent is not None):
+                found[name] = reference
     return found
 
 

@@ -51,6 +51,7 @@ class StageRecord:
     """The last value of each."""
     tags: dict[str, str]
     phases: tuple[PhaseRecord, ...]
+    """Empty for a root that was taken from a file."""
 
     @property
     def name(self) -> str:
@@ -196,6 +197,14 @@ class Records:
         chains = [run for run in self._runs if run.info.run_id in stages]
         return [self._chain(run, stages[run.info.run_id]) for run in reversed(chains)]
 
+    def published_chains(self) -> list[ChainRecord]:
+        """Those that have published a stage; of several of one recipe, λ and seed, the newest."""
+        newest: dict[tuple[str, float, int], ChainRecord] = {}
+        for chain in self.chains():
+            if chain.published:
+                newest.setdefault((chain.recipe, chain.lmbda, chain.seed), chain)
+        return list(newest.values())
+
     def artifacts_of_kind(self, kind: str, path: str) -> list[Path]:
         """This artifact of every run of a kind, such as `comparison`, oldest run first."""
         runs = [run for run in self._runs if run.data.tags.get(KIND_TAG) == kind]
@@ -239,7 +248,7 @@ class Records:
 
     def _stage(self, run: "Run") -> StageRecord:
         data = run.data
-        phases = self._phases(run)
+        phases = () if "hpcm.input.baseline" in data.tags else self._phases(run)
         return StageRecord(
             run.info.run_id, run.info.status, run.info.end_time or 0,
             dict(data.params), dict(data.metrics), dict(data.tags), phases,

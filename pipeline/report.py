@@ -65,7 +65,7 @@ def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     `recipes` names those to report on, in their order; none for all in the store.
     """
     records = Records(runs)
-    chains = [chain for chain in records.chains() if chain.published]
+    chains = records.published_chains()
     there = sorted({chain.recipe for chain in chains}, key=lambda recipe: -_stages_of(chains, recipe))
     unknown = [recipe for recipe in recipes if recipe not in there]
     if unknown or not there:

@@ -147,6 +147,14 @@ def test_interruptions_are_told(runs: Path) -> None:
     assert "resumed in scratch at step 4" in list(grids(audited))[1].markdown()
 
 
+def test_a_root_taken_from_a_file_was_not_trained(finished: tuple[Chain, Notes], runs: Path) -> None:
+    run_chain(mini_chain(runs, "baseline", baseline=finished[0].jobs[0].checkpoint))
+    (audited,) = audit(runs)
+    assert audited.stages[0].sound
+    assert audited.record.total_steps("baseline") == 0
+    assert "taken from a file" in list(grids(audited))[1].markdown()
+
+
 def test_nothing_yet(runs: Path) -> None:
     done = CliRunner().invoke(app, ["audit", "--runs", str(runs)])
     assert done.exit_code == 0
