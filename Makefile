@@ -13,7 +13,7 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(LAMBDA),--lmbda $(LAMBDA)) $(if $(BASELINE),--baseline "$(BASELINE)") $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu check clean
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu fuzz check clean
 
 help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/stage2.*/, "…", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-all: $(READY) ## run the slow tests too
 
 test-gpu: $(READY) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: $(READY) ## give the decoder 100 000 damaged files and streams, under a memory limit
+	$(BIN)/python tests/modules/fuzz_bitstream.py 100000
 
 check: $(READY) ## lint, format, types
 	$(BIN)/ruff check .

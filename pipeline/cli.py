@@ -25,6 +25,9 @@ app = typer.Typer(
     help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench, name="bench")
+
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
 Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
 Start = Annotated[Path | None, typer.Option(help="Train the first stage from this codec's weights.")]
@@ -98,17 +101,12 @@ def plan(
     console.print(plan_table(chain, chain.plan()))
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="What to measure: biwkv4.")] = "biwkv4",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
+@bench.command("biwkv4")
+def bench_biwkv4(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
-    from pipeline.bench import bench_biwkv4
+    from pipeline import bench
 
-    if what != "biwkv4":
-        raise typer.BadParameter(f"{what!r}: there is biwkv4")
-    bench_biwkv4(device=device)
+    bench.bench_biwkv4(device=device)
 
 
 @app.command("import")
@@ -138,7 +136,7 @@ def export(
     console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
 
 
-codec_cli.register(app)
+codec_cli.register(app, bench)
 evidence_cli.register(app)
 
 
