@@ -15,6 +15,7 @@ from modules import HPCMConfig, preset_config
 from pipeline import checkpoints
 from pipeline.costs import CODING, MEMORY, TRAINING, Contender, Note, Size, measure_memory, measure_times
 from pipeline.evaluation import macs_per_pixel
+from pipeline.recipe import Recipe
 from pipeline.records import KIND_TAG
 from pipeline.timing import machine
 from pipeline.tracking import Store
@@ -105,6 +106,23 @@ def of_preset(preset: str) -> list[Contender]:
         Contender(name, config, None, parents[phase])
         for phase, (name, config) in enumerate(zip(PHASES, configs, strict=True))
     ]
+
+
+def of_recipe(recipe: Recipe) -> list[Contender]:
+    """The codecs of a recipe's stages, untrained, parents first; of equal ones, such as controls, the first.
+
+    Raises ValueError for model settings that no codec has.
+    """
+    found: dict[HPCMConfig, Contender] = {}
+    configs = {
+        name: preset_config(stage.model.preset, stage.model.phase, **stage.model.overrides)
+        for name, stage in recipe.stages.items()
+    }
+    for target in recipe.stages:
+        for stage in recipe.chain(target):
+            parent = configs[stage.parent] if stage.parent else None
+            found.setdefault(configs[stage.name], Contender(stage.name, configs[stage.name], None, parent))
+    return list(found.values())
 
 
 def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:

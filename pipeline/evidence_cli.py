@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import typer
 from pipeline.options import AcceptAnyway, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 if TYPE_CHECKING:
+    from pipeline.costs import Contender
     from pipeline.sweep import Sweep
 
 
@@ -44,6 +46,8 @@ def compare(
         list[Path] | None, typer.Argument(help="Published codecs, the one to compare with first [default: --preset].")
     ] = None,
     preset: Annotated[str, typer.Option(help="Every phase of this preset, untrained: tiny, base or large.")] = "tiny",
+    recipe: Annotated[str | None, typer.Option(help="Instead, every stage of this recipe, untrained.")] = None,
+    settings: Settings = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     size: Annotated[
         list[str] | None,
@@ -66,23 +70,37 @@ def compare(
     from pipeline.figures import save
 
     try:
-        contenders = comparison.of_checkpoints(checkpoints) if checkpoints else comparison.of_preset(preset)
+        title, contenders = _contenders(checkpoints, recipe, settings, preset)
         sizes, train_sizes = (
             tuple(map(comparison.parse_size, given or default))
             for given, default in ((size, ("256x256", "512x768", "1024x1536")), (train_size, ("256x256", "512x768")))
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    title = "checkpoints" if checkpoints else preset
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
     found = comparison.compare(title, contenders, plan, device, lambda line: console.print(f"  {line}"))
     for grid in comparison_display.grids(found):
         console.print(grid.rich())
-    folder = output or runs / "comparisons" / f"{title}-{device.replace(':', '')}"
+    folder = output or runs / "comparisons" / re.sub(r"[^\w.-]+", "-", f"{title}-{device}")
     drawing = folder / "comparison.png"
     save(comparison_display.draw(found), drawing)
     comparison.keep(found, runs, folder, drawing)
     console.print(f"written to {folder} and to MLflow", soft_wrap=True)
+
+
+def _contenders(
+    checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str
+) -> tuple[str, list[Contender]]:
+    """What to call the comparison, and whom to compare."""
+    from pipeline import comparison
+    from pipeline.recipe import load_recipe
+
+    if checkpoints:
+        return "checkpoints", comparison.of_checkpoints(checkpoints)
+    if recipe:
+        loaded = load_recipe(recipe, settings or ())
+        return " ".join([loaded.name, *(settings or ())]), comparison.of_recipe(loaded)
+    return preset, comparison.of_preset(preset)
 
 
 def rd_curve(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -159,9 +160,8 @@ def _claims(
     if not names & {f"phase{n}" for n in range(1, 5)}:
         return {}
     preset = next(iter(chains[0].published.values())).parameters["model.preset"]
-    fitting = [
-        cost for (title, _), cost in costs.items() if title in (preset, "checkpoints") and "phase4" in cost.codecs
-    ]
+    titles = (preset, chains[0].recipe, "checkpoints")
+    fitting = [cost for (title, _), cost in costs.items() if title in titles and "phase4" in cost.codecs]
     deltas = rate_distortion.deltas(curves, rate_distortion.references(chains))
     found: dict[str, list[Claim]] = {}
     for claim in claims(gains(chains), deltas, fitting[-1] if fitting else None):
@@ -184,7 +184,7 @@ class _Drawn:
 
     def add(self, name: str, figure: Figure) -> str:
         """Keep a figure; returns it as a data URI."""
-        save(figure, self._folder / f"{name.replace(':', '')}.png")
+        save(figure, self._folder / (re.sub(r"[^\w.-]+", "-", name) + ".png"))
         file = io.BytesIO()
         save(figure, file, "svg")
         return _data_uri(file.getvalue(), "svg+xml")

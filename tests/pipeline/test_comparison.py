@@ -10,6 +10,7 @@ import torch
 from mini import Notes, mini_codec
 from typer.testing import CliRunner
 
+from modules import preset_config
 from pipeline import comparison
 from pipeline.chain import Chain
 from pipeline.checkpoints import CheckpointError, load_codec
@@ -17,6 +18,7 @@ from pipeline.cli import app
 from pipeline.comparison import Comparison, Contender, Plan
 from pipeline.comparison_display import grids
 from pipeline.costs import Subject, measure_memory, photograph
+from pipeline.recipe import load_recipe
 from pipeline.records import Records
 
 
@@ -114,6 +116,19 @@ def test_checkpoints_find_their_parents(finished: tuple[Chain, Notes], tmp_path:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(CheckpointError, match="a second codec named 'baseline'"):
         comparison.of_checkpoints([paths[0], paths[0]])
+
+
+def test_a_recipe_gives_each_codec_once() -> None:
+    found = comparison.of_recipe(load_recipe("evidence"))
+    names = [contender.name for contender in found]
+    assert names[0] == "baseline"
+    assert {"phase1", "phase4"} <= set(names)
+    assert not any(name.startswith("control") for name in names)
+    by_name = {contender.name: contender for contender in found}
+    assert by_name["phase2"].parent == by_name["phase1"].config
+    larger = comparison.of_recipe(load_recipe("evidence", ["model.preset=base"]))
+    assert [contender.name for contender in larger] == names
+    assert larger[0].config == preset_config("base")
 
 
 def test_the_command_leaves_files_and_an_mlflow_run(finished: tuple[Chain, Notes], runs: Path) -> None:
