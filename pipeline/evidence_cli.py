@@ -65,10 +65,14 @@ def compare(
 
     Written to MLflow as well, where `hpcm report` finds it.
     """
+    import torch
+
     from pipeline import comparison, comparison_display
     from pipeline.display import console
     from pipeline.figures import save
 
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device {device}: PyTorch finds no CUDA device here")
     try:
         title, contenders = _contenders(checkpoints, recipe, settings, preset)
         sizes, train_sizes = (

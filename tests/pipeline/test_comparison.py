@@ -144,7 +144,14 @@ def test_the_command_leaves_files_and_an_mlflow_run(finished: tuple[Chain, Notes
     assert Records(runs).chains() == []
 
 
-def test_a_size_that_is_none_is_named() -> None:
-    done = CliRunner().invoke(app, ["compare", "--size", "512"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--size", "512", "HEIGHTxWIDTH"), ("--preset", "huge", "unknown preset"), ("--device", "cuda", "no CUDA device")],
+)
+def test_what_cannot_be_measured_is_named(
+    option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(app, ["compare", option, value])
     assert done.exit_code == 2
-    assert "HEIGHTxWIDTH" in done.output
+    assert message in done.output
