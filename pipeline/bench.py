@@ -1,12 +1,9 @@
 """`hpcm bench biwkv4`: the op against its reference, a dense form, a running-maximum scan and a plain copy."""
 
 import ctypes
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from modules import biwkv4 as op
 from modules import biwkv4_build
+from pipeline.timing import machine, timed
 
 SIZES = ((1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192))
 GPU_SIZES = ((8, 4096, 960),)
@@ -116,34 +114,16 @@ def _interleave(contenders: dict[str, Callable[[], object]], device: torch.devic
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():  # builds, allocations, caches
-        _time(contender, device)
+        timed(contender, device)
     while running := [name for name in contenders if spent[name] < seconds and len(samples[name]) < 200]:
         for name in running:
-            samples[name].append(_time(contenders[name], device))
+            samples[name].append(timed(contenders[name], device))
             spent[name] += samples[name][-1]
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _time(contender: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    contender()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def _machine(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def _print(rows: Sequence[Row], device: str, console: Console) -> None:
-    table = Table(title=f"Bi-WKV4 in {rows[0].dtype} on {_machine(device)}")
+    table = Table(title=f"Bi-WKV4 in {rows[0].dtype} on {machine(device)}")
     for heading in ("B, T, C", "copy", "GB/s", "forward", "× copy", "fwd + bwd", "× copy", "ns/element"):
         table.add_column(heading, justify="right")
     for heading in ("reference", "dense", "running max", "both"):

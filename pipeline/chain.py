@@ -14,16 +14,14 @@ from pipeline.faults import fault
 from pipeline.interruption import Interrupted, Told
 from pipeline.job import StageJob, Workplace
 from pipeline.lock import held
-from pipeline.outbox import Outbox
+from pipeline.outbox import PATIENCE, Outbox
 from pipeline.schema import Stage
 from pipeline.stage import StageRun
 from pipeline.tracking import EndState, Run, Store
 
 Status = Literal["done", "cut off", "stale", "missing"]
-PATIENCE = 30.0
-"""Seconds that a chain at its end waits for MLflow to take what was said to it."""
 PATIENCE_INTERRUPTED = 10.0
-"""The same when a signal asks it to stop."""
+"""Seconds that a chain waits for MLflow to take what was said to it, when a signal asks it to stop."""
 
 
 class ChainError(Exception):
@@ -45,19 +43,31 @@ class Planned:
 
 
 class Chain:
-    """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>/<stage>."""
+    """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>[-seed-<s>]/<stage>.
 
-    def __init__(self, recipe: str, stages: Sequence[Stage], runs: Path, baseline: Path | None = None):
+    The seed is the root's: chains of other seeds than 0 lie beside the first one, as those of other λ do. The root
+    is taken from the file `baseline`, or trained from the weights in the file `start`, where one is given.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        stages: Sequence[Stage],
+        runs: Path,
+        baseline: Path | None = None,
+        start: Path | None = None,
+    ):
         if len({stage.precision for stage in stages}) > 1:
             raise ChainError("all stages of a chain must have the same precision: it is a property of the processes")
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
-        self.folder = runs / recipe / f"lmbda-{self.lmbda:g}"
+        self.seed = stages[0].seed
+        self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.jobs = []
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
-            imported = baseline if stage.parent is None else None
-            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, imported))
+            files = (None, None) if stage.parent else (baseline, start)
+            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, *files))
         self.outbox: Outbox | None = None
 
     def plan(self) -> list[Planned]:
@@ -82,7 +92,7 @@ class Chain:
                     self.outbox.close(PATIENCE_INTERRUPTED if _end_state(error) == "KILLED" else PATIENCE)
                 raise
             if self.outbox is not None:
-                self.outbox.close(PATIENCE)
+                self.outbox.close()
 
     def _enter(self, workplace: Workplace, exits: ExitStack) -> None:
         exits.enter_context(held(self.folder))
@@ -127,8 +137,8 @@ class Chain:
     def _chain_run(self) -> Run:
         if self.outbox is None:
             return Run()
-        name = f"{self.recipe} λ={self.lmbda:g}"
-        run = self.outbox.run(self._facts()["identity"], name, tags={"hpcm.recipe": self.recipe})
+        name = f"{self.recipe} λ={self.lmbda:g}" + (f" seed {self.seed}" if self.seed else "")
+        run = self.outbox.run(self._facts()["identity"], name, tags=self._tags())
         run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [job.stage.name for job in self.jobs]})
         return run
 
@@ -137,8 +147,11 @@ class Chain:
             return Run()
         rebuilt = self._facts()["rebuilt"].get(planned.name, 0)
         key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.job.inputs())}"
-        tags = {"hpcm.recipe": self.recipe, "hpcm.stage": planned.name, "hpcm.lmbda": f"{self.lmbda:g}"}
+        tags = {**self._tags(), "hpcm.stage": planned.name}
         return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
+
+    def _tags(self) -> dict[str, str]:
+        return {"hpcm.recipe": self.recipe, "hpcm.lmbda": f"{self.lmbda:g}", "hpcm.seed": str(self.seed)}
 
     def _facts(self) -> dict[str, Any]:
         """`identity`: what the chain's runs are found by; `rebuilt`: how often each stage began anew."""

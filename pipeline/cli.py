@@ -1,18 +1,17 @@
 """The command `hpcm`."""
 
-import json
 import os
 import sys
 import warnings
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import codec_cli
+from pipeline import codec_cli, evidence_cli
+from pipeline.options import AcceptAnyway, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 # A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
@@ -31,29 +30,22 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 app.add_typer(bench, name="bench")
 
-RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
-DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
-ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
 Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
-Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
+Start = Annotated[Path | None, typer.Option(help="Train the first stage from this codec's weights.")]
 
 SYNC_PATIENCE = 120.0
 """Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
 
 
-def _chain(stage: str, recipe: str, overrides: list[str], baseline: Path | None, runs: Path) -> "Chain":
+def _chain(
+    stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
+) -> "Chain":
     from pipeline.chain import Chain
     from pipeline.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    return Chain(loaded.name, loaded.chain(stage), runs, baseline)
-
-
-def _overrides(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
-    given = {"data.train": data, "data.val": val, "lmbda": lmbda}
-    return [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(settings or [])]
+    return Chain(loaded.name, loaded.chain(stage), runs, *files)
 
 
 @app.command()
@@ -64,9 +56,10 @@ def run(
     val: ValFolder = None,
     lmbda: Lmbda = None,
     baseline: Baseline = None,
+    start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
-    accept_anyway: Annotated[bool, typer.Option(help="Publish stages that miss their limits.")] = False,
+    accept_anyway: AcceptAnyway = False,
     force: Annotated[bool, typer.Option(help="Build the stage again though it is current.")] = False,
     fresh: Annotated[bool, typer.Option(help="Begin again what was cut off, instead of resuming it.")] = False,
     yes: Annotated[bool, typer.Option(help="Do not ask before --force and --fresh move or delete anything.")] = False,
@@ -76,18 +69,13 @@ def run(
     The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
     Several processes: `accelerate launch --num_processes 2 -m pipeline.cli run phase4`.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
     from pipeline.display import ProgressWatcher, closing_table, console, plan_table
-    from pipeline.interruption import Interruption
+    from pipeline.interruption import Interruption, processes
     from pipeline.job import StartOver, Workplace
     from pipeline.trainer import Watcher
 
-    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
-    # The others wait while the first process evaluates, which can take long; that one of them has died, they notice.
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    accelerator = Accelerator(mixed_precision=chain.precision, kwargs_handlers=[patient])
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    accelerator = processes(chain.precision)
     main = accelerator.is_main_process
     if main:
         console.print(plan_table(chain, chain.plan()))
@@ -144,30 +132,15 @@ def plan(
     val: ValFolder = None,
     lmbda: Lmbda = None,
     baseline: Baseline = None,
+    start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Say what `run` would do, and why."""
     from pipeline.display import console, plan_table
 
-    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
     console.print(plan_table(chain, chain.plan()))
-
-
-@app.command()
-def audit(runs: Runs = Path("runs")) -> None:
-    """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
-    from pipeline.audit import audit as audit_runs
-    from pipeline.audit import audit_table
-    from pipeline.display import console
-
-    chains = audit_runs(runs)
-    for chain in chains:
-        console.print(audit_table(chain))
-    if not chains:
-        console.print(f"no chains yet in {runs}")
-    if not all(stage.sound for chain in chains for stage in chain.stages):
-        raise typer.Exit(1)
 
 
 @bench.command("biwkv4")
@@ -206,6 +179,7 @@ def export(
 
 
 codec_cli.register(app, bench)
+evidence_cli.register(app)
 
 
 def main() -> None:
@@ -217,12 +191,14 @@ def main() -> None:
     from pipeline.lock import FolderInUse
     from pipeline.photos import DataError
     from pipeline.recipe import RecipeError
+    from pipeline.report import ReportError
     from pipeline.stage import StageError
     from pipeline.trainer import TrainingError
     from pipeline.transfer import TransferError
 
     known = (
-        ChainError, CheckpointError, DataError, FolderInUse, RecipeError, SelectionError, StageError, TrainingError,
+        ChainError, CheckpointError, DataError, FolderInUse, RecipeError, ReportError, SelectionError, StageError,
+        TrainingError,
         TransferError,
     )  # fmt: skip
     try:

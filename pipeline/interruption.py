@@ -3,12 +3,13 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -32,6 +33,13 @@ class Told(Exception):
 
 class LostProcess(Exception):
     """Another process of the run is gone."""
+
+
+def processes(precision: str) -> Accelerator:
+    """The processes of this run, as `accelerate launch` started them, or the one."""
+    # The others wait while the first evaluates, which can take long; that one of them has died, they notice.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
 
 
 class Interruption:

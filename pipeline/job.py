@@ -59,12 +59,16 @@ class Workplace:
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage and its place: settings, the parent's checkpoint (None for a root), a file in place of training."""
+    """One stage and its place: settings and the parent's checkpoint (None for a root).
+
+    A root may be taken from a file (`imported`), or be trained from a file's weights instead of random ones (`start`).
+    """
 
     stage: Stage
     folder: Path
     parent: Path | None
     imported: Path | None = None
+    start: Path | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -108,12 +112,17 @@ class StageJob:
     def inputs(self) -> dict[str, str]:
         """Digests of all that the result is made from, by name; the parent must be published."""
         if self.imported is not None:
-            if not self.imported.is_file():
-                raise CheckpointError(f"{self.imported}: no such file (given as baseline)")
-            content = hashlib.sha256(self.imported.read_bytes()).hexdigest()
-            return {"baseline": content, "model": repr(self.config)}
+            return {"baseline": _file_digest(self.imported, "baseline"), "model": repr(self.config)}
         photos, _ = self.photos()
         found = {"recipe": self.stage.digest(), "training images": photos.digest, "code version": CODE_VERSION}
+        if self.start is not None:
+            found["start"] = _file_digest(self.start, "start")
         if self.parent is not None:
             found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
         return found
+
+
+def _file_digest(path: Path, given_as: str) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file (given as {given_as})")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,6 +23,8 @@ from pipeline.tracking import EndState, Run, Store, StoredRun, open_run
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+PATIENCE = 30.0
+"""Seconds that whoever closes an outbox waits for MLflow to take what was said to it."""
 LONGEST_PAUSE = 30.0
 """Seconds between attempts to reach a store that does not answer."""
 
@@ -95,7 +97,7 @@ class Outbox:
                 shutil.copy2(file, name)
         return kept
 
-    def close(self, patience: float) -> None:
+    def close(self, patience: float = PATIENCE) -> None:
         """Send what waits, for at most `patience` seconds; what then still waits is said and stays."""
         with self._changed:
             self._closing = True

@@ -27,7 +27,7 @@ from pipeline.evaluation import (
 )
 from pipeline.faults import fault
 from pipeline.job import CODE_VERSION, StageJob, Workplace
-from pipeline.schema import Phase
+from pipeline.schema import Phase, Transfer
 from pipeline.state import Progress, TrainingState
 from pipeline.tracking import Run
 from pipeline.trainer import Migration, Trainer
@@ -125,7 +125,9 @@ class StageRun:
         """Transfer, and compare child and parent before the first step."""
         child.to(self.device)
         facts: dict[str, Any] = {}
-        if self.parent is None:
+        if self.job.start is not None:
+            ledger = transfer_weights(self._import(self.job.start).to(self.device), child, Transfer())
+        elif self.parent is None:
             ledger = Ledger.of_root(child)
         else:
             ledger = transfer_weights(self.parent.to(self.device), child, self.stage.transfer)

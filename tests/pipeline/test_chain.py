@@ -12,7 +12,6 @@ from mini import Notes, mini_chain, run_chain
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline.audit import audit
 from pipeline.chain import Chain
 from pipeline.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
 from pipeline.interruption import Interrupted
@@ -174,6 +173,16 @@ def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[C
     assert [planned.status for planned in chain.plan()] == ["done"] * 3
 
 
+def test_chains_of_other_seeds_lie_beside_the_first(finished: tuple[Chain, Notes]) -> None:
+    chain = mini_chain(finished[0].runs, "phase1", ["seed=3"])
+    assert chain.folder.name == "lmbda-0.013-seed-3"
+    assert [planned.status for planned in chain.plan()] == ["missing", "missing"]
+    # A stage's own seed is a setting like others: it makes that stage stale.
+    chain = mini_chain(finished[0].runs, "phase1", ["phase1.seed=3"])
+    assert chain.folder == finished[0].folder
+    assert [planned.status for planned in chain.plan()] == ["done", "stale"]
+
+
 def test_settings_without_influence_keep_a_stage_current(finished: tuple[Chain, Notes]) -> None:
     chain = mini_chain(
         finished[0].runs, "phase4", ["log_every=7", "accept.psnr_drop=9.0", "gradient_checkpointing=true"]
@@ -233,25 +242,3 @@ def test_an_empty_folder_is_an_error(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty"):
         mini_chain(runs, "baseline", [f"data.train={tmp_path / 'empty'}"]).plan()
-
-
-def test_audit_verifies_files_against_the_record(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    shutil.copytree(finished[0].runs, tmp_path / "runs")
-    (chain,) = audit(finished[0].runs)
-    assert [stage.name for stage in chain.stages] == STAGES
-    assert all(stage.sound and stage.files == "verified" for stage in chain.stages)
-    assert list(chain.stages[1].phases()) == [
-        "align 2 steps (new 0.001)", "frozen 6 steps (new 0.001)", "unfrozen 5 steps (default 0.001, rwkv 0.001)",
-    ]  # fmt: skip
-
-
-def test_audit_tells_of_a_changed_file(runs: Path) -> None:
-    chain = mini_chain(runs, "baseline")
-    run_chain(chain)
-    checkpoint = chain.jobs[0].checkpoint
-    content = bytearray(checkpoint.read_bytes())
-    content[-1] ^= 255
-    checkpoint.write_bytes(content)
-    (audited,) = audit(runs)
-    assert not audited.stages[0].sound
-    assert "do not match their digest" in audited.stages[0].files
