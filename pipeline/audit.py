@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError
 from pipeline.records import ChainRecord, Records, StageRecord
+from pipeline.tracking import KEY_TAG
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _check_record(path: Path, stage: StageRecord) -> list[str]:
     """The stage's own record beside its checkpoint, by which the chain knows what is done."""
     try:
         record = json.loads(path.read_text())
-        same = record["digest"] == stage.digest and record["mlflow_run"] in (None, stage.run_id)
+        same = record["digest"] == stage.digest and record["mlflow_key"] == stage.tags.get(KEY_TAG)
     except FileNotFoundError:
         return [f"{path}: no such file"]
     except (OSError, ValueError, KeyError) as error:
