@@ -106,7 +106,7 @@ class StageRecord:
 
     @property
     def attempts(self) -> list[str]:
-        """How each attempt began, oldest first."""
+        """How each attempt began and, where it was noted, what ended it; oldest first."""
         return [value for key, value in sorted(self.tags.items()) if key.startswith("hpcm.attempt.")]
 
 

@@ -44,7 +44,7 @@ class StageRun:
     def __init__(self, job: StageJob, workplace: Workplace, run: Run):
         self.job, self.workplace, self.run = job, workplace, run
         self.stage = job.stage
-        self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(time.time())}"
+        self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
         self.inputs = job.inputs()
         self.train_photos, self.val_photos = job.photos()
         self.states = job.states

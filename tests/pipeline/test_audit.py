@@ -142,7 +142,7 @@ def test_interruptions_are_told(runs: Path) -> None:
     assert (stage.sound, stage.files, stage.record.state) == (True, "not published", "KILLED")
     run_chain(chain)
     (audited,) = audit(runs)
-    assert audited.stages[0].record.attempts == ["started", "resumed in scratch at step 4"]
+    assert audited.stages[0].record.attempts == ["started; stopped by SIGTERM", "resumed in scratch at step 4"]
     assert to_json([audited])[0]["stages"][0]["attempts"] == audited.stages[0].record.attempts
     assert "resumed in scratch at step 4" in list(grids(audited))[1].markdown()
 
