@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from pipeline.codec_files import Conversion
     from pipeline.evaluation import ImageResult
 
-Checkpoint = Annotated[Path, typer.Option("--checkpoint", "-c", help="The codec: a stage's checkpoint.safetensors.")]
+SHIPPED = Path(__file__).resolve().parent.parent / "stages" / "evidence" / "weights" / "baseline.safetensors"
+"""The codec that comes along; its model card lies beside it."""
+
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="The codec: a stage's checkpoint.safetensors.",
+        show_default="the one that comes along",
+    ),
+]
 Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them.")]
 Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write [default: beside].")]
@@ -29,7 +40,7 @@ Item = TypeVar("Item")
 
 def compress(
     pictures: Pictures,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = SHIPPED,
     output: Output = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
@@ -63,7 +74,7 @@ def compress(
 
 def decompress(
     files: Coded,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = SHIPPED,
     output: Output = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
