@@ -62,7 +62,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors lets only the owner read it, whatever the umask says.
         flush(partial)
         fault("write.partial")
         partial.replace(path)

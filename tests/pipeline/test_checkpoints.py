@@ -45,6 +45,12 @@ def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+def test_others_may_read_a_checkpoint_as_far_as_the_umask_allows(published: tuple[Path, HPCM], tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert published[0].stat().st_mode == ordinary.stat().st_mode
+
+
 def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
     published: tuple[Path, HPCM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
