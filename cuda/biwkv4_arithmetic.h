@@ -9,6 +9,8 @@
 // i and t, so  dL/dw = -decay sum_s [F.n S.a - F.d S.b + G.n P.a - G.d P.b]_s  with no second set of sums.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define BIWKV_SHARED __host__ __device__ __forceinline__
 #else
@@ -16,6 +18,14 @@
 #endif
 
 namespace biwkv {
+
+// Where one shift of a channel's keys serves in float32. Within this bound a key that underflows after the shift weighs
+// less than e^-27 of any sum that it enters, no sum or gradient leaves float32's range, and dL/dw, which cancels the more
+// the faster weights grow with distance, keeps its five digits. Beyond it a running maximum in float64 takes over.
+BIWKV_SHARED bool within_bound(float w, float u, int64_t length) {
+  const float whole = w * length;
+  return whole >= -5.5f && whole <= 60.0f && u >= -20.0f && u <= 20.0f;  // false for NaN
+}
 
 // ---- with one shift of the keys for a whole channel: one exponential an element -----------------------------------
 

@@ -119,13 +119,19 @@ def audit(runs: Runs = Path("runs")) -> None:
 def bench(
     what: Annotated[str, typer.Argument(help="What to measure: biwkv4.")] = "biwkv4",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
+    import torch
+
     from pipeline.bench import bench_biwkv4
 
     if what != "biwkv4":
         raise typer.BadParameter(f"{what!r}: there is biwkv4")
-    bench_biwkv4(device=device)
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"{dtype!r}: there are {', '.join(dtypes)}")
+    bench_biwkv4(dtype=dtypes[dtype], device=device)
 
 
 @app.command("import")
