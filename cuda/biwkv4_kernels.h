@@ -33,8 +33,10 @@ struct Tensors {
 enum Field { kMax, kForwardFields, kCentre = kForwardFields, kPartW, kPartU, kBackwardFields };
 enum StateField { kForth, kBack, kForwardStates, kGradForth = kForwardStates, kGradBack, kBackwardStates };
 
+constexpr int kWidest = 5;  // numbers of a state
+
 BIWKV_SHARED constexpr int64_t fields_of(bool backward) {
-  return backward ? kBackwardFields + 3 * kBackwardStates : kForwardFields + 3 * kForwardStates;
+  return kWidest * (backward ? kBackwardStates : kForwardStates) + (backward ? kBackwardFields : kForwardFields);
 }
 
 // One channel of one chunk.

@@ -30,8 +30,9 @@ struct OneShift {
 
   BIWKV_DEVICE OneShift(float w, float u, float shift) : boost(exponential(u)), shift(shift) {
     const float less_one = expm1f(-w);
-    decay = 1.0f + less_one;
-    drift = kBlock * (less_one - (decay - 1.0f)) / decay;
+    const bool slow = less_one > -0.5f;  // of a fast decay's powers few count
+    decay = slow ? 1.0f + less_one : exponential(-w);
+    drift = slow ? kBlock * (less_one - (decay - 1.0f)) / decay : 0.0f;
   }
 
   // Half of the whole decay on either side of the largest key: the weights' sums stay near one.
@@ -100,7 +101,7 @@ struct RunningMaximum {
     Real a, b, m;  // a and b times e^-m
   };
   using Out = RunningOutput<Real>;
-  static constexpr int kWidth = 3;
+  static constexpr int kWidth = 5;  // n and d each as a float and what it rounds off, and m
   static constexpr int kUnrollBlocks = 1, kUnrollRows = sizeof(Real) == 4 ? kBlock : 1;  // or registers would spill
   static constexpr bool kCentred = false;
 
@@ -160,16 +161,19 @@ struct RunningMaximum {
   static BIWKV_DEVICE Joined moved(const Joined& own, double by, double) {
     return {own.n, own.d, own.m + by};
   }
-  static BIWKV_DEVICE State get(const float (&from)[kWidth]) { return {from[0], from[1], from[2]}; }
+  static BIWKV_DEVICE State get(const float (&from)[kWidth]) { 
+    return {Real(from[0]) + Real(from[1]), Real(from[2]) + Real(from[3]), Real(from[4])};
+  }
   static BIWKV_DEVICE Joined widen(const State& own) { return {own.n, own.d, own.m}; }
   static BIWKV_DEVICE Joined none_joined() { return {0, 0, no_weight()}; }
   // The maximum goes to a float, and what that rounds off to the sums.
   template <class S>
   static BIWKV_DEVICE void put(const S& sum, float (&to)[kWidth]) {
     const double m = larger(static_cast<double>(no_weight()), static_cast<double>(sum.m));
-    to[2] = static_cast<float>(m);
-    const auto rest = exponential(m - to[2]);
-    to[0] = static_cast<float>(sum.n * rest), to[1] = static_cast<float>(sum.d * rest);
+    to[4] = static_cast<float>(m);
+    const double rest = exponential(m - static_cast<double>(to[4])), n = sum.n * rest, d = sum.d * rest;
+    to[0] = static_cast<float>(n), to[1] = static_cast<float>(n - static_cast<double>(to[0]));
+    to[2] = static_cast<float>(d), to[3] = static_cast<float>(d - static_cast<double>(to[2]));
   }
 };
 

@@ -89,7 +89,7 @@ def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: the copy takes no fresh pages from the system, whose zeros cost time, nor may others."""
+    """Have glibc reuse freed memory, so that no contender waits for fresh pages; the copy takes none."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -150,7 +150,7 @@ def _print(rows: Sequence[Row], device: str, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "Forward, both (with backward): time over the copy's. Of the copy's GB/s: forward and backward, each by the bytes "
+        "Forward, both (with backward): time over the copy's. Of copy's GB/s: both passes, each by the bytes "
         "it must move. Last four: that contender's time over the op's, forward and, for the running maximum, both."
     )
 
