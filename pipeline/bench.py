@@ -62,7 +62,8 @@ def dense(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = torch.arange(k.shape[1], device=k.device)
     gap = (t[:, None] - t).abs()[..., None]
     bias = torch.where(gap == 0, u, -(gap - 1) * w)
-    return torch.cat([torch.einsum("tic,ic->tc", (bias + x).softmax(1), y)[None] for x, y in zip(k, v, strict=True)])
+    pairs = zip(k.float(), v.float(), strict=True)
+    return torch.stack([torch.einsum("tic,ic->tc", (bias + x).softmax(1), y) for x, y in pairs]).to(k.dtype)
 
 
 def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float) -> Row:
