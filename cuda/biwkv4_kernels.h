@@ -231,11 +231,11 @@ BIWKV_DEVICE void join(const Tensors<Number>& all, int64_t b, int64_t channel, b
   auto sum = Weights::none_joined();
   for (int64_t i = 0; i < all.chunks; i += kBlock) {
     typename Weights::Joined states[kBlock];
-#pragma unroll Weights::kUnrollRows
+#pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       if (i + j < all.chunks) states[j] = own(chunk(i + j), which);
     }
-#pragma unroll Weights::kUnrollRows
+#pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       if (i + j >= all.chunks) break;
       chunk(i + j).put(which, sum);
