@@ -86,7 +86,7 @@ struct OneBlock {
 
 // All phases for the channels beyond the bound. One launch, whose blocks mostly find nothing to do.
 template <class Number, bool backward>
-__global__ void __launch_bounds__(kWarp * kWorkers) each_beyond(Tensors<Number> all) {
+__global__ void __launch_bounds__(kWarp * kWorkers, 1) each_beyond(Tensors<Number> all) {
   const int64_t groups = (all.channels + kWarp - 1) / kWarp, channel = blockIdx.x % groups * kWarp + threadIdx.x;
   const bool beyond = channel < all.channels && all.beyond(channel);
   if (!__syncthreads_or(beyond)) return;
