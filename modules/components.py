@@ -13,14 +13,14 @@ def attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module | No
     if kind == "none":
         return None
     if kind == "rwkv":
-        return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale])
+        return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale], config.mix_rate)
     return CrossAttentionCell(2 * config.M, config.heads, config.windows[scale])
 
 
 def fusion(kind: Fusion, config: HPCMConfig) -> nn.Module:
     """What fuses the contexts of two scales."""
     if kind == "rwkv":
-        return RWKVFusionNet(2 * config.M, config.fusion_blocks, config.fusion_hidden_rate)
+        return RWKVFusionNet(2 * config.M, config.fusion_blocks, config.fusion_hidden_rate, config.mix_rate)
     return nn.Conv2d(2 * config.M, 2 * config.M, 1)
 
 
@@ -29,4 +29,5 @@ def prior(kind: Prior, config: HPCMConfig, scale: int) -> nn.Module:
     if kind == "dwconv":
         return DWConvSpatialPrior(config.M, config.prior_depths[scale])
     rwkv_prior = (RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3)[scale]
-    return rwkv_prior(config.M, config.prior_blocks[scale], config.prior_hidden_rate)
+    depths = config.prior_blocks[scale], config.prior_last_blocks[scale]
+    return rwkv_prior(config.M, depths[0], config.prior_hidden_rate, depths[1], config.mix_rate)

@@ -33,15 +33,19 @@ class HPCMConfig:
     y_spatial_prior_s1_s2: Prior = "dwconv"
     y_spatial_prior_s3: Prior = "dwconv"
 
-    attn_hidden_rates: tuple[int, int, int] = (2, 3, 4)
+    attn_hidden_rates: tuple[float, float, float] = (2, 3, 4)
     fusion_blocks: int = 1
-    fusion_hidden_rate: int = 4
+    fusion_hidden_rate: float = 4
     prior_blocks: tuple[int, int] = (2, 3)
     """RWKV blocks in branch_1, of the priors of s1 and s2, and of s3."""
-    prior_hidden_rate: int = 4
+    prior_last_blocks: tuple[int, int] = (1, 2)
+    """The same in branch_2."""
+    prior_hidden_rate: float = 4
+    mix_rate: float = 1
+    """Channels of keys, values and receptances in every RWKV block, by the block's own."""
 
     def __post_init__(self) -> None:
-        for name in ("widths", "depths", "windows", "attn_hidden_rates", "prior_blocks"):
+        for name in ("widths", "depths", "windows", "attn_hidden_rates", "prior_blocks", "prior_last_blocks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         first, second = self.prior_depths
         object.__setattr__(self, "prior_depths", (tuple(first), tuple(second)))

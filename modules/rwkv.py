@@ -24,6 +24,10 @@ def _image(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
+def _width(rate: float, channels: int) -> int:
+    return max(1, round(rate * channels))
+
+
 class OmniShift(nn.Module):
     """α₀·x + α₁·dw1×1(x) + α₂·dw3×3(x) + α₃·dw5×5(x), computed as the one 5×5 depth-wise kernel they sum to.
 
@@ -51,18 +55,19 @@ class OmniShift(nn.Module):
 
 
 class SpatialMix(nn.Module):
-    """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)), with k, v and r linear in the shifted input."""
+    """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)), with k, v and r linear in the shifted input, `rate`·C wide."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, rate: float = 1):
         super().__init__()
+        width = _width(rate, channels)
         self.omni_shift = OmniShift(channels)
-        self.key = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(channels, channels, bias=False)
-        self.receptance = nn.Linear(channels, channels, bias=False)
-        self.output = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, width, bias=False)
+        self.value = nn.Linear(channels, width, bias=False)
+        self.receptance = nn.Linear(channels, width, bias=False)
+        self.output = nn.Linear(width, channels, bias=False)
         # From attention over the whole image to about a sixteenth of it.
-        self.decay = nn.Parameter(16 * torch.linspace(0, 1, channels) ** 2)
-        self.boost = nn.Parameter(torch.zeros(channels))
+        self.decay = nn.Parameter(16 * torch.linspace(0, 1, width) ** 2)
+        self.boost = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
@@ -76,12 +81,13 @@ class SpatialMix(nn.Module):
 class ChannelMix(nn.Module):
     """σ(receptance(x̃)) ⊙ value(relu(key(x̃))²), x̃ the shifted input; the hidden width is `hidden_rate`·C."""
 
-    def __init__(self, channels: int, hidden_rate: int):
+    def __init__(self, channels: int, hidden_rate: float):
         super().__init__()
+        width = _width(hidden_rate, channels)
         self.omni_shift = OmniShift(channels)
-        self.key = nn.Linear(channels, hidden_rate * channels, bias=False)
+        self.key = nn.Linear(channels, width, bias=False)
         self.receptance = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(hidden_rate * channels, channels, bias=False)
+        self.value = nn.Linear(width, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
@@ -94,16 +100,17 @@ class ChannelMix(nn.Module):
 class RWKVBlock(nn.Module):
     """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + γ₂ ⊙ ln2(channel_mix(x)); with γ = 0 the identity.
 
+    `hidden_rate` and `mix_rate`, by C, are the inner widths of the channel mix and of the spatial mix.
     `use_checkpoint` recomputes the block in the backward pass instead of keeping its activations.
     """
 
     use_checkpoint = False
 
-    def __init__(self, channels: int, hidden_rate: int):
+    def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
         super().__init__()
         self.ln1 = nn.LayerNorm(channels)
         self.ln2 = nn.LayerNorm(channels)
-        self.spatial_mix = SpatialMix(channels)
+        self.spatial_mix = SpatialMix(channels, mix_rate)
         self.channel_mix = ChannelMix(channels, hidden_rate)
         self.gamma1 = nn.Parameter(torch.ones(channels))
         self.gamma2 = nn.Parameter(torch.ones(channels))
@@ -150,10 +157,10 @@ class RWKVComponent(nn.Module):
 class RWKVContextCell(RWKVComponent):
     """The cross-attention's successor: the next context from the prior's output x and the context h."""
 
-    def __init__(self, channels: int, hidden_rate: int):
+    def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
         super().__init__()
         self.input_proj = nn.Conv2d(2 * channels, channels, 1)
-        self.block = RWKVBlock(channels, hidden_rate)
+        self.block = RWKVBlock(channels, hidden_rate, mix_rate)
         self.output_proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
@@ -173,9 +180,9 @@ class RWKVContextCell(RWKVComponent):
 class RWKVFusionNet(RWKVComponent):
     """The 1×1 context fusion's successor between two scales: RWKV blocks, then the 1×1."""
 
-    def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: int = 4):
+    def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: float = 4, mix_rate: float = 1):
         super().__init__()
-        self.blocks = nn.Sequential(*(RWKVBlock(channels, hidden_rate) for _ in range(num_blocks)))
+        self.blocks = nn.Sequential(*(RWKVBlock(channels, hidden_rate, mix_rate) for _ in range(num_blocks)))
         self.out_proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,22 +191,41 @@ class RWKVFusionNet(RWKVComponent):
 
 
 class RWKVSpatialPrior(RWKVComponent, SpatialPrior):
-    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M."""
+    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M.
 
-    def __init__(self, M: int, depths: tuple[int, int], hidden_rate: int):
-        first, second = ([RWKVSpatialPriorBlock(3 * M, hidden_rate) for _ in range(depth)] for depth in depths)
+    `depths` counts the blocks of branch_1 and branch_2.
+    """
+
+    def __init__(self, M: int, depths: tuple[int, int], hidden_rate: float, mix_rate: float = 1):
+        first, second = (
+            [RWKVSpatialPriorBlock(3 * M, hidden_rate, mix_rate) for _ in range(depth)] for depth in depths
+        )
         super().__init__(first, second, M)
 
 
 class RWKVSpatialPrior_S1_S2(RWKVSpatialPrior):
-    """The prior of the two coarse scales: `num_rwkv_blocks` blocks in branch_1, one in branch_2."""
+    """The prior of the two coarse scales: `num_rwkv_blocks` blocks in branch_1, `num_last_blocks` in branch_2."""
 
-    def __init__(self, M: int, num_rwkv_blocks: int = 2, hidden_rate: int = 4):
-        super().__init__(M, (num_rwkv_blocks, 1), hidden_rate)
+    def __init__(
+        self,
+        M: int,
+        num_rwkv_blocks: int = 2,
+        hidden_rate: float = 4,
+        num_last_blocks: int = 1,
+        mix_rate: float = 1,
+    ):
+        super().__init__(M, (num_rwkv_blocks, num_last_blocks), hidden_rate, mix_rate)
 
 
 class RWKVSpatialPrior_S3(RWKVSpatialPrior):
-    """The prior of the finest scale: `num_rwkv_blocks` blocks in branch_1, two in branch_2."""
+    """The prior of the finest scale: `num_rwkv_blocks` blocks in branch_1, `num_last_blocks` in branch_2."""
 
-    def __init__(self, M: int, num_rwkv_blocks: int = 3, hidden_rate: int = 4):
-        super().__init__(M, (num_rwkv_blocks, 2), hidden_rate)
+    def __init__(
+        self,
+        M: int,
+        num_rwkv_blocks: int = 3,
+        hidden_rate: float = 4,
+        num_last_blocks: int = 2,
+        mix_rate: float = 1,
+    ):
+        super().__init__(M, (num_rwkv_blocks, num_last_blocks), hidden_rate, mix_rate)

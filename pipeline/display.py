@@ -82,7 +82,8 @@ def plan_table(chain: Chain, plan: Sequence[Planned]) -> Table:
 
 def closing_table(chain: Chain) -> Table:
     """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
-    table = Table(title=f"{chain.recipe}, λ = {chain.lmbda:g}", title_justify="left", box=box.SIMPLE_HEAD)
+    title = f"{chain.recipe}, λ = {chain.lmbda:g}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("stage", no_wrap=True)
     for column in ("params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -15,7 +15,7 @@ class SelectionError(Exception):
 
 
 def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]) -> frozenset[str]:
-    """Names of the parameters that `train` selects: `all`, `new` (what was not copied), or glob patterns."""
+    """Names of the parameters that `train` selects: `all`, `new` (the ledger's new tensors), or glob patterns."""
     names = [name for name, _ in model.named_parameters()]
     if train == "all":
         return frozenset(names)

@@ -107,7 +107,7 @@ class Phase(Section):
 
     name: Word
     train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
-    """`new`: what was not copied from the parent."""
+    """`new`: what was not copied from the parent, and all of a component that the parent does not have."""
     objective: Literal["rate-distortion", "align"]
     """`align`: the new components alone, on their inputs and outputs in the parent."""
     steps: Count

@@ -32,7 +32,7 @@ class Migration:
     components: tuple[str, ...]
     """RWKV components that the parent does not have."""
     new: frozenset[str]
-    """Tensors that were not copied."""
+    """The tensors that a frozen phase trains."""
 
 
 class Watcher:

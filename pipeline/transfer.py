@@ -22,12 +22,16 @@ class TransferError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its name in the child (in the parent, if dropped), the name it came from, its digest afterwards."""
+    """One tensor: its name in the child (in the parent, if dropped), the name it came from, its digest afterwards.
+
+    `new` is what a frozen phase trains: all that was not copied, and all of a component that the parent does not have.
+    """
 
     name: str
     source: str | None
     shape: tuple[int, ...]
     kind: Class
+    new: bool
     digest: str
 
 
@@ -39,8 +43,8 @@ class Ledger:
 
     @property
     def new(self) -> frozenset[str]:
-        """Names of the child's tensors that were not copied: what a frozen phase trains."""
-        return frozenset(entry.name for entry in self.entries if entry.kind in ("renamed", "initialised"))
+        """Names of the child's tensors that a frozen phase trains."""
+        return frozenset(entry.name for entry in self.entries if entry.new)
 
     def counts(self) -> dict[str, int]:
         """Number of tensors per class."""
@@ -51,7 +55,7 @@ class Ledger:
         """The ledger of a model that has no parent: everything is initialised."""
         return cls(
             tuple(
-                Entry(name, None, tuple(tensor.shape), "initialised", tensor_digest(tensor))
+                Entry(name, None, tuple(tensor.shape), "initialised", True, tensor_digest(tensor))
                 for name, tensor in sorted(_tensors(model).items())
             )
         )
@@ -82,8 +86,9 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
                 f"{name} has shape {list(ours[name].shape)} in the child but {list(theirs[source].shape)} "
                 f"as {source} in the parent: the stage's model settings must agree where it keeps a component"
             )
+    components = new_components(parent, child)
     if rules.initialisation == "function-preserving":
-        for name in new_components(parent, child):
+        for name in components:
             child.rwkv_components()[name].start_as_identity()
     with torch.no_grad():
         for name, source in sources.items():
@@ -93,9 +98,10 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     for name, tensor in ours.items():
         origin = sources.get(name)
         kind: Class = "initialised" if origin is None else "copied" if origin == name else "renamed"
-        entries.append(Entry(name, origin, tuple(tensor.shape), kind, tensor_digest(tensor)))
+        new = kind != "copied" or name.startswith(tuple(f"{component}." for component in components))
+        entries.append(Entry(name, origin, tuple(tensor.shape), kind, new, tensor_digest(tensor)))
     for name in theirs.keys() - set(sources.values()):
-        entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", tensor_digest(theirs[name])))
+        entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", False, tensor_digest(theirs[name])))
     return Ledger(tuple(sorted(entries, key=lambda entry: entry.name)))
 
 

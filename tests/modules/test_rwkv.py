@@ -71,6 +71,13 @@ def test_spatial_mix_is_its_formula(x: Tensor) -> None:
     torch.testing.assert_close(mix(x), mix.output(torch.sigmoid(mix.receptance(t)) * attended))
 
 
+def test_rates_are_widths_by_the_channels() -> None:
+    block = RWKVBlock(24, hidden_rate=0.5, mix_rate=0.25)
+    assert block.channel_mix.key.weight.shape == (12, 24)
+    assert block.spatial_mix.output.weight.shape == (24, 6)
+    assert block.spatial_mix.decay.shape == (6,)
+
+
 def test_channel_mix_is_its_formula(x: Tensor) -> None:
     mix = randomised(ChannelMix(CHANNELS, hidden_rate=3))
     t = tokens(shifted(mix.omni_shift, x))
@@ -95,6 +102,10 @@ COMPONENTS: dict[str, tuple[Callable[[], RWKVComponent], tuple[int, ...]]] = {
     "fusion net": (lambda: RWKVFusionNet(CHANNELS, num_blocks=2), (CHANNELS,)),
     "prior s1 s2": (lambda: RWKVSpatialPrior_S1_S2(8, hidden_rate=2), (24,)),
     "prior s3": (lambda: RWKVSpatialPrior_S3(8, hidden_rate=2), (24,)),
+    "narrow prior s3": (
+        lambda: RWKVSpatialPrior_S3(8, num_rwkv_blocks=1, hidden_rate=0.5, num_last_blocks=0, mix_rate=0.25),
+        (24,),
+    ),
 }
 
 

@@ -57,7 +57,7 @@ def refusal(folder: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "base", "large"])
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
 def test_shipped_recipes_go_from_baseline_to_phase_4(name: str) -> None:
     chain = load_recipe(name).chain("phase4")
     assert [stage.name for stage in chain] == ["baseline", "phase1", "phase2", "phase3", "phase4"]
@@ -235,7 +235,7 @@ def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:
         Stage.model_validate(stage.model_dump() | {"parent": None})
 
 
-@pytest.mark.parametrize("name", ["tiny", "base", "large"])
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
 def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
     for stage in load_recipe(name).stages.values():
         text = stage.to_yaml()
