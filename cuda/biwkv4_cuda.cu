@@ -22,6 +22,8 @@ BIWKV_DEVICE void put_number(__half* p, float x) { *p = __float2half_rn(x); }
 BIWKV_DEVICE float larger(float a, float b) { return a > b ? a : b; }
 BIWKV_DEVICE double larger(double a, double b) { return a > b ? a : b; }
 
+BIWKV_DEVICE float reciprocal(float x) { return 1.0f / x; }
+
 // The hardware's 2^x, with the rounding of x log2(e) made good: it alone would cost 4e-6 at x = -60.
 BIWKV_DEVICE float exponential(float x) {
   constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;

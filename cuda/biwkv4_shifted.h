@@ -53,14 +53,17 @@ class ShiftedScan {
     decay = exponential(-w), boost = exponential(u);
     count = chunks_of(s.length);
     // Not decay, rounded, each time: 32 equal roundings would add up. Their products are the powers' roundings.
+    Doubles factor[kHalves], inverse[kHalves], power[kHalves], correction[kHalves];
     for (int half = 0; half < kHalves; ++half) {
-      const Doubles factor = exponential(-half_of(w, half)), inverse = exponential(half_of(w, half));
-      Doubles power = splat<Doubles>(1), correction = power;
-      for (int i = 0; i < kRows; ++i) {
-        put_half(power, powers[i], half);
-        power *= factor;
-        put_half(factor * correction, decays[i], half);
-        correction *= factor * (2 - half_of(decays[i], half) * inverse) * inverse;
+      factor[half] = exponential(-half_of(w, half)), inverse[half] = exponential(half_of(w, half));
+      power[half] = correction[half] = splat<Doubles>(1);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int half = 0; half < kHalves; ++half) {  // four chains of products that do not wait for one another
+        put_half(power[half], powers[i], half);
+        power[half] *= factor[half];
+        put_half(factor[half] * correction[half], decays[i], half);
+        correction[half] *= factor[half] * (2 - half_of(decays[i], half) * inverse[half]) * inverse[half];
       }
     }
   }
@@ -83,7 +86,7 @@ class ShiftedScan {
       at = first, step = time - strips * Lanes<V>::count, width = left = strips;
     }
     void fetch() {
-      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 2);
+      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 3);
       at += Lanes<V>::count;
       if (--left == 0) left = width, at += step;
     }

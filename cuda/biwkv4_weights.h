@@ -1,6 +1,6 @@
 // How a GPU's sums keep their weights within range: two ways behind the same names, for the phases of biwkv4_kernels.h.
 //
-// Whoever includes this defines BIWKV_DEVICE, number(), put_number(), exponential() and larger() beforehand.
+// Whoever includes this defines beforehand BIWKV_DEVICE, number(), put_number(), exponential(), reciprocal(), larger().
 #pragma once
 
 #include <cmath>
@@ -161,7 +161,7 @@ struct RunningMaximum {
   static BIWKV_DEVICE Joined moved(const Joined& own, double by, double) {
     return {own.n, own.d, own.m + by};
   }
-  static BIWKV_DEVICE State get(const float (&from)[kWidth]) { 
+  static BIWKV_DEVICE State get(const float (&from)[kWidth]) {
     return {Real(from[0]) + Real(from[1]), Real(from[2]) + Real(from[3]), Real(from[4])};
   }
   static BIWKV_DEVICE Joined widen(const State& own) { return {own.n, own.d, own.m}; }

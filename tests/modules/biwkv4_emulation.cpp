@@ -13,6 +13,7 @@ inline float number(float x) { return x; }
 inline void put_number(float* p, float x) { *p = x; }
 inline float larger(float a, float b) { return a > b ? a : b; }
 inline double larger(double a, double b) { return a > b ? a : b; }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float exponential(float x) { return x < -87.3f ? 0.0f : std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 

@@ -130,21 +130,21 @@ def extreme(keys: str, whole: float, length: int) -> tuple[Inputs, Tensor]:
     return (torch.full_like(w, whole / length), u, KEYS[keys](k), v), grad_y
 
 
-def assert_within(results: list[Tensor], truth: list[Tensor], bounds: dict[str, float]) -> None:
-    """Each finite and within a relative 1e-5, or its own bound."""
+def assert_within(results: list[Tensor], truth: list[Tensor]) -> None:
+    """Each finite and within a relative 1e-5."""
     floor = 1e-9  # against terms of order one or more that cancel: a hundredth of their rounding in float32
     for name, a, e in zip(NAMES, results, truth, strict=True):
         assert a.isfinite().all(), name
-        limit = max(bounds.get(name, 1e-5) * e.abs().max().item(), floor)
+        limit = max(1e-5 * e.abs().max().item(), floor)
         assert (a.double() - e).abs().max().item() <= limit, name
 
 
 @pytest.mark.parametrize("length", [1, 2, 65, 500, 2100])
-@pytest.mark.parametrize("whole", [-60.0, -5.5, 1.0, 60.0])
+@pytest.mark.parametrize("whole", [-60.0, -3.0, 1.0, 60.0])
 @pytest.mark.parametrize("keys", KEYS)
 def test_extremes(keys: str, whole: float, length: int) -> None:
     inputs, grad_y = extreme(keys, whole, length)
-    assert_within(actual(inputs, grad_y), expected(inputs, grad_y), {})
+    assert_within(actual(inputs, grad_y), expected(inputs, grad_y))
 
 
 BEYOND = [(300.0, 0.0), (-300.0, 0.0), (1e4, 0.0), (5.0, 90.0), (5.0, -90.0)]

@@ -62,14 +62,12 @@ def test_phases_match_brute_force(length: int, emulated, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("length", [1, 65, 500])
-@pytest.mark.parametrize("whole", [-60.0, -5.5, 0.0, 60.0])
+@pytest.mark.parametrize("whole", [-60.0, -3.0, 0.0, 60.0])
 @pytest.mark.parametrize("keys", KEYS)
 def test_phases_stand_extremes(keys: str, whole: float, length: int, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
     inputs, grad_y = extreme(keys, whole, length)
-    # At the bound dL/dw cancels most, and the GPU's chunks are twice the CPU's: 2.9e-5.
-    bounds = {"dw": 4e-5} if whole == -5.5 else {}
-    assert_within(actual(inputs, grad_y), expected(inputs, grad_y), bounds)
+    assert_within(actual(inputs, grad_y), expected(inputs, grad_y))
 
 
 @pytest.mark.parametrize("length", [1, 100, 700])
