@@ -13,7 +13,8 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(LAMBDA),--lmbda $(LAMBDA)) $(if $(BASELINE),--baseline "$(BASELINE)") $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit ui test test-all test-gpu check clean
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu fuzz soak \
+	check clean
 
 help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/stage2.*/, "…", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +42,10 @@ plan: $(READY) ## say what stage4 would run, and why
 	$(BIN)/hpcm plan phase4 $(CHAIN)
 
 audit: $(READY) ## say what each stage changed, and verify the files
-	$(BIN)/hpcm audit
+	$(BIN)/hpcm audit $(ARGS)
+
+report: $(READY) ## write runs/report/report.html from MLflow's store
+	$(BIN)/hpcm report $(ARGS)
 
 ui: $(READY) ## open MLflow's pages on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}
@@ -56,6 +60,12 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
+
+soak: $(READY) ## kill and restart a small chain KILLS=100 times; compare with one never touched
+	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)
+
+fuzz: $(READY) ## give the decoder 100 000 damaged files and streams, under a memory limit
+	$(BIN)/python tests/modules/fuzz_bitstream.py 100000
 
 check: $(READY) ## lint, format, types; where nvcc is, compile the CUDA source for three architectures
 	$(BIN)/ruff check .

@@ -35,13 +35,14 @@ from typing import BinaryIO
 from torch import Tensor
 
 from modules.codec import HPCM
+from modules.config import HPCMConfig
 from modules.rans import BitstreamError
 
 MAGIC = b"HPCM"
 VERSION = 1
 RGB = 0
 MAX_PIXELS = 2**26
-"""Images beyond this many pixels are neither written nor read: a damaged or forged size asks for no memory."""
+"""Images beyond this many pixels are neither written nor read: it bounds what a forged size can ask for."""
 
 _HEADER = struct.Struct("<4sBB8sIIIII")
 _CHECK = struct.Struct("<I")
@@ -157,8 +158,13 @@ class ImageCodec:
 
 
 def model_identity(model: HPCM) -> bytes:
-    """8 bytes that name what a decoder computes with: configuration and weights, but for those of g_a and h_a."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    """8 bytes that name what a decoder computes with: configuration and weights, but for those of g_a and h_a.
+
+    Settings at their defaults do not count, so that one added later leaves the identities of today.
+    """
+    defaults = HPCMConfig().to_dict()
+    settings = {name: value for name, value in model.config.to_dict().items() if value != defaults[name]}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.split(".")[0] not in {"g_a", "h_a", *model.coding_table_names()}:
             digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -1,11 +1,16 @@
 """What a codec is made of: sizes, and the kind of each context component. A preset and a phase name one."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Attention = Literal["cross-attention", "rwkv", "none"]
 Fusion = Literal["conv", "rwkv"]
 Prior = Literal["dwconv", "rwkv"]
+_KINDS = {
+    ("attn_s1", "attn_s2", "attn_s3"): Attention,
+    ("context_net",): Fusion,
+    ("y_spatial_prior_s1_s2", "y_spatial_prior_s3"): Prior,
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,13 @@ class HPCMConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         first, second = self.prior_depths
         object.__setattr__(self, "prior_depths", (tuple(first), tuple(second)))
+        for names, kinds in _KINDS.items():
+            for name in names:
+                if getattr(self, name) not in get_args(kinds):
+                    raise ValueError(f"{name} = {getattr(self, name)!r}: there are {', '.join(get_args(kinds))}")
         if self.M % 8:
             raise ValueError(f"M = {self.M} must be a multiple of 8: the hierarchy codes channels in eighths")
-        if "cross-attention" in self.attentions and 2 * self.M % self.heads:
+        if "cross-attention" in self.attentions and (self.heads < 1 or 2 * self.M % self.heads):
             raise ValueError(f"2M = {2 * self.M} channels do not divide into {self.heads} attention heads")
 
     @property

@@ -62,8 +62,8 @@ class SymbolWriter:
 
     def __init__(self, tables: CodingTables):
         self.tables = tables
-        self.symbols: list[int] = []
-        self.indexes: list[int] = []
+        self.symbols: list[Tensor] = []
+        self.indexes: list[Tensor] = []
         self.check = 0
 
     def put(self, values: Tensor, indexes: Tensor) -> Tensor:
@@ -87,15 +87,14 @@ class SymbolWriter:
         return symbols
 
     def _append(self, symbols: Tensor, indexes: Tensor) -> None:
-        self.symbols += symbols.flatten().tolist()
-        self.indexes += indexes.flatten().tolist()
+        self.symbols.append(symbols.flatten())
+        self.indexes.append(indexes.flatten().int())
 
     def string(self) -> bytes:
         """The check value of all symbols and tables, and the coded symbols."""
         tables = self.tables
-        coded = RansEncoder().encode_with_indexes(
-            self.symbols, self.indexes, tables.cdfs, tables.lengths, tables.offsets
-        )
+        symbols, indexes = torch.cat(self.symbols).tolist(), torch.cat(self.indexes).tolist()
+        coded = RansEncoder().encode_with_indexes(symbols, indexes, tables.cdfs, tables.lengths, tables.offsets)
         return self.check.to_bytes(_CHECK_BYTES, "little") + coded
 
 

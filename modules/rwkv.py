@@ -4,6 +4,8 @@ After Vision-RWKV (Duan et al., 2024) and Restore-RWKV (Yang et al., 2024), as L
 them into image compression. Images stay (B, C, H, W) in channels-last memory, whose tokens (B, T = H·W, C) are a view.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from modules.biwkv4 import biwkv4
 from modules.priors import SpatialPrior
 
 _TOKENS_AT_ONCE = 4096
-"""The hidden layer of a channel mix exists for so many positions at a time: for all of a large image it is the peak."""
+"""Layers that mix no positions run on so many at a time: of a large image, their inner tensors would be the peak."""
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -22,6 +24,14 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _image(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+    """`mix` of tokens, each (B, T, C), which sees every position by itself, some positions at a time."""
+    if tokens[0].shape[1] <= _TOKENS_AT_ONCE:
+        return mix(*tokens)
+    parts = zip(*(x.split(_TOKENS_AT_ONCE, dim=1) for x in tokens), strict=True)
+    return torch.cat([mix(*part) for part in parts], dim=1)
 
 
 def _width(rate: float, channels: int) -> int:
@@ -73,9 +83,11 @@ class SpatialMix(nn.Module):
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
         tokens = _tokens(self.omni_shift(x))
         length = tokens.shape[1]
-        k, v, r = self.key(tokens), self.value(tokens), self.receptance(tokens)
-        attended = biwkv4(self.decay / length, self.boost / length, k, v)
-        return self.output(torch.sigmoid(r) * attended)
+        attended = biwkv4(self.decay / length, self.boost / length, self.key(tokens), self.value(tokens))
+        return _by_parts(self._gate, tokens, attended)
+
+    def _gate(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        return self.output(torch.sigmoid(self.receptance(tokens)) * attended)
 
 
 class ChannelMix(nn.Module):
@@ -91,10 +103,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""
-        parts = _tokens(self.omni_shift(x)).split(_TOKENS_AT_ONCE, dim=1)
-        return torch.cat(
-            [torch.sigmoid(self.receptance(p)) * self.value(F.relu(self.key(p)).square()) for p in parts], 1
-        )
+        return _by_parts(self._mix, _tokens(self.omni_shift(x)))
+
+    def _mix(self, tokens: Tensor) -> Tensor:
+        return torch.sigmoid(self.receptance(tokens)) * self.value(F.relu(self.key(tokens)).square())
 
 
 class RWKVBlock(nn.Module):

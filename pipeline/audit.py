@@ -1,140 +1,122 @@
-"""What each stage changed, from MLflow's records, checked against the files."""
+"""Whether the files of every stage are what MLflow recorded."""
 
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
 
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError
-from pipeline.tracking import EXPERIMENT, Store
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
+from pipeline.records import ChainRecord, Records, StageRecord
+from pipeline.tracking import KEY_TAG
 
 
 @dataclass(frozen=True)
 class StageAudit:
-    """One stage run: its record, and whether the file it published is still the one that was recorded."""
+    """A stage's record and what the look at its files found."""
 
-    name: str
-    state: str
-    parameters: dict[str, str]
-    metrics: dict[str, float]
-    tags: dict[str, str]
+    record: StageRecord
     files: str
-    """`verified`, `not published`, or what is wrong."""
+    """`verified`, `superseded` (the files moved aside, verified there), or `not published`."""
+    problems: tuple[str, ...]
 
     @property
     def sound(self) -> bool:
         """Whether files and record agree."""
-        return self.files in ("verified", "not published", "superseded")
-
-    @property
-    def attempts(self) -> list[str]:
-        """How each attempt began, oldest first."""
-        return [value for key, value in sorted(self.tags.items()) if key.startswith("hpcm.attempt.")]
-
-    def phases(self) -> Iterator[str]:
-        """Each phase with steps and learning rates."""
-        names = sorted({key.split(".")[1] for key in self.parameters if key.startswith("schedule.")})
-        for name in names:
-            prefix = f"schedule.{name}."
-            rates = [
-                f"{key.removeprefix(prefix + 'lr.')} {value}"
-                for key, value in self.parameters.items()
-                if key.startswith(prefix + "lr.")
-            ]
-            yield f"{name} {self.parameters[prefix + 'steps']} steps ({', '.join(rates)})"
+        return not self.problems
 
 
 @dataclass(frozen=True)
 class ChainAudit:
-    """One chain of stages, in the order they were run."""
+    """One chain, its stages in the order in which they were begun."""
 
-    name: str
-    state: str
+    record: ChainRecord
     stages: tuple[StageAudit, ...]
 
 
 def audit(runs: Path) -> list[ChainAudit]:
-    """Every chain in the store of this folder of runs, newest first."""
-    client = Store.default(runs).client()
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None  # the client sees to it
-    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=1000)
-    chains = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    """Read every chain in the store of this folder of runs, newest first, and check its files."""
+    records = Records(runs)
     return [
-        ChainAudit(
-            run.info.run_name,
-            run.info.status,
-            tuple(
-                _audit_stage(stage) for stage in found if stage.data.tags.get("mlflow.parentRunId") == run.info.run_id
-            ),
-        )
-        for run in reversed(chains)
+        ChainAudit(chain, tuple(_check(records, chain, stage) for stage in chain.stages)) for chain in records.chains()
     ]
 
 
-def _audit_stage(run: "Run") -> StageAudit:
-    tags = dict(run.data.tags)
-    return StageAudit(
-        tags.get("hpcm.stage", run.info.run_name),
-        run.info.status,
-        dict(run.data.params),
-        dict(run.data.metrics),
-        tags,
-        _check_files(tags),
-    )
+def _check(records: Records, chain: ChainRecord, stage: StageRecord) -> StageAudit:
+    if stage.digest is None:
+        return StageAudit(stage, "not published", ())
+    published = Path(stage.tags["hpcm.checkpoint"])
+    aside = _set_aside(published, stage)
+    path = aside or published
+    problems = [*_check_checkpoint(path, stage), *_check_record(path.with_name("record.json"), stage)]
+    problems += _check_kept_copy(records, stage)
+    problems += _check_parent(chain, stage)
+    files = "superseded" if aside else "verified"
+    return StageAudit(stage, files if not problems else "not as recorded", tuple(problems))
 
 
-def _check_files(tags: dict[str, str]) -> str:
-    digest = tags.get("hpcm.checkpoint_digest")
-    if digest is None:
-        return "not published"
-    path = Path(tags["hpcm.checkpoint"])
+def _set_aside(published: Path, stage: StageRecord) -> Path | None:
+    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place."""
+    assert stage.digest is not None
+    pattern = f"{published.parent.name}-{stage.digest[:12]}*"
+    folders = sorted((published.parent.parent / "superseded").glob(pattern))
+    if not folders or _digest(published) == stage.digest:
+        return None
+    return folders[-1] / published.name
+
+
+def _digest(path: Path) -> str | None:
     try:
-        if checkpoints.read(path).metadata["digest"] == digest:
-            return "verified"
+        return str(checkpoints.read_metadata(path)["digest"])
+    except CheckpointError:
+        return None
+
+
+def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:
+    try:
+        metadata = checkpoints.read(path).metadata
     except CheckpointError as error:
-        return str(error)
-    # A stale stage's successor lies in its place; the old files were moved aside.
-    kept = path.parent.parent / "superseded" / f"{path.parent.name}-{digest[:12]}" / path.name
-    return "superseded" if kept.is_file() else f"{path}: not the checkpoint that was recorded ({digest[:12]}…)"
+        return [str(error)]
+    if metadata["digest"] != stage.digest:
+        return [f"{path}: not the checkpoint that was recorded ({stage.digest[:12] if stage.digest else '–'}…)"]
+    problems = []
+    recorded = {key: stage.tags.get(f"hpcm.input.{key.replace(' ', '_')}") for key in metadata.get("inputs", {})}
+    problems += [
+        f"{path}: made from another {key} than recorded"
+        for key, value in metadata.get("inputs", {}).items()
+        if recorded[key] != value
+    ]
+    if stage.quality is not None and metadata.get("quality") != vars(stage.quality):
+        problems.append(f"{path}: its quality is not the recorded one")
+    return problems
 
 
-def audit_table(chain: ChainAudit) -> Table:
-    """One line per stage."""
-    table = Table(title=f"{chain.name} ({chain.state})", title_justify="left", show_lines=True)
-    for column in (
-        "stage",
-        "tensors",
-        "phases (learning rates)",
-        "R-D loss: parent → step 0 → end",
-        "bpp",
-        "PSNR dB",
-    ):
-        table.add_column(column)
-    for column in ("attempts", "acceptance", "checkpoint"):
-        table.add_column(column)
-    for stage in chain.stages:
-        metrics = stage.metrics
-        losses = [_number(metrics.get("val/parent/rd_loss")), _number(stage.tags.get("hpcm.step0_loss"))]
-        table.add_row(
-            f"{stage.name}\n{stage.state}",
-            stage.tags.get("hpcm.ledger", "–").replace(", ", "\n"),
-            "\n".join(stage.phases()),
-            " → ".join([*losses, _number(metrics.get("final/rd_loss"))]),
-            _number(metrics.get("final/bpp")),
-            _number(metrics.get("final/psnr_db")),
-            "\n".join(stage.attempts),
-            stage.tags.get("hpcm.acceptance", "–"),
-            stage.files,
-        )
-    return table
+def _check_record(path: Path, stage: StageRecord) -> list[str]:
+    """The stage's own record beside its checkpoint, by which the chain knows what is done."""
+    try:
+        record = json.loads(path.read_text())
+        same = record["digest"] == stage.digest and record["mlflow_key"] == stage.tags.get(KEY_TAG)
+    except FileNotFoundError:
+        return [f"{path}: no such file"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{path}: unreadable ({error})"]
+    return [] if same else [f"{path}: names another checkpoint or MLflow run"]
 
 
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{float(value):.4f}"
+def _check_kept_copy(records: Records, stage: StageRecord) -> list[str]:
+    """The copy that MLflow keeps as an artifact."""
+    try:
+        copy = records.artifact(stage.run_id, "checkpoint.safetensors")
+        digest = checkpoints.read(copy).metadata["digest"]
+    except (CheckpointError, OSError) as error:
+        return [f"MLflow's copy: {error}"]
+    except Exception as error:  # MLflow's stores raise what their backends raise.
+        return [f"MLflow's copy cannot be fetched: {type(error).__name__}: {error}"]
+    return [] if digest == stage.digest else ["MLflow's copy is not the checkpoint that was recorded"]
+
+
+def _check_parent(chain: ChainRecord, stage: StageRecord) -> list[str]:
+    """The digest of the parent must be one that the chain's record knows."""
+    digest = stage.tags.get("hpcm.input.parent")
+    if digest is None or any(other.digest == digest for other in chain.stages if other.name == stage.parent):
+        return []
+    return [f"its parent {digest[:12]}… is not a {stage.parent} of this chain"]

@@ -3,10 +3,8 @@
 import ctypes
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -14,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from modules.biwkv4 import biwkv4, biwkv4_reference, running_maximum
+from pipeline.timing import machine, timed
 
 SIZES = ((1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192))
 GPU_SIZES = ((8, 4096, 960),)
@@ -102,34 +101,16 @@ def _interleave(contenders: dict[str, Callable[[], object]], device: torch.devic
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():  # builds, allocations, caches
-        _time(contender, device)
+        timed(contender, device)
     while running := [name for name in contenders if spent[name] < seconds and len(samples[name]) < 200]:
         for name in running:
-            samples[name].append(_time(contenders[name], device))
+            samples[name].append(timed(contenders[name], device))
             spent[name] += samples[name][-1]
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _time(contender: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    contender()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def _machine(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def _print(rows: Sequence[Row], device: str, console: Console) -> None:
-    table = Table(title=f"Bi-WKV4 in {rows[0].dtype} on {_machine(device)}")
+    table = Table(title=f"Bi-WKV4 in {rows[0].dtype} on {machine(device)}")
     for heading in ("B, T, C", "copy µs", "GB/s", "forward", "both", "of copy's GB/s", "ns/element"):
         table.add_column(heading, justify="right")
     for heading in ("reference", "dense", "running", "both"):

@@ -3,24 +3,29 @@
 import json
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError
-from pipeline.interruption import Interrupted
+from pipeline.faults import fault
+from pipeline.interruption import Interrupted, Told
 from pipeline.job import StageJob, Workplace
+from pipeline.lock import held
+from pipeline.outbox import PATIENCE, Outbox
 from pipeline.schema import Stage
 from pipeline.stage import StageRun
-from pipeline.state import StateFolder
 from pipeline.tracking import EndState, Run, Store
 
 Status = Literal["done", "cut off", "stale", "missing"]
+PATIENCE_INTERRUPTED = 10.0
+"""Seconds that a chain waits for MLflow to take what was said to it, when a signal asks it to stop."""
 
 
 class ChainError(Exception):
-    """Stages that cannot be run together."""
+    """Stages that cannot be run together, or not so."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,32 @@ class Planned:
 
 
 class Chain:
-    """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>/<stage>."""
+    """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>[-seed-<s>]/<stage>.
 
-    def __init__(self, recipe: str, stages: Sequence[Stage], runs: Path, baseline: Path | None = None):
+    The seed is the root's: chains of other seeds than 0 lie beside the first one, as those of other λ do. The root
+    is taken from the file `baseline`, or trained from the weights in the file `start`, where one is given.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        stages: Sequence[Stage],
+        runs: Path,
+        baseline: Path | None = None,
+        start: Path | None = None,
+    ):
         if len({stage.precision for stage in stages}) > 1:
             raise ChainError("all stages of a chain must have the same precision: it is a property of the processes")
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
-        self.folder = runs / recipe / f"lmbda-{self.lmbda:g}"
+        self.seed = stages[0].seed
+        self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.jobs = []
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
-            imported = baseline if stage.parent is None else None
-            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, imported))
+            files = (None, None) if stage.parent else (baseline, start)
+            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, *files))
+        self.outbox: Outbox | None = None
 
     def plan(self) -> list[Planned]:
         """Where every stage stands, root first; raises what reading its inputs raises."""
@@ -61,58 +79,130 @@ class Chain:
         return planned
 
     def run(self, workplace: Workplace) -> None:
-        """Run what is missing, cut off or stale; raises what stops a stage, the state being kept."""
+        """Run what is missing, cut off or stale; raises what stops a stage, the state being kept.
+
+        Raises FolderInUse where another process runs a chain in the same folder.
+        """
+        with workplace.interruption.noticing_lost_processes(), ExitStack() as exits:
+            workplace.alone(lambda: self._enter(workplace, exits))
+            try:
+                self._run_stages(workplace)
+            except BaseException as error:
+                if self.outbox is not None:
+                    self.outbox.close(PATIENCE_INTERRUPTED if _end_state(error) == "KILLED" else PATIENCE)
+                raise
+            if self.outbox is not None:
+                self.outbox.close()
+
+    def _enter(self, workplace: Workplace, exits: ExitStack) -> None:
+        exits.enter_context(held(self.folder))
+        self._start_over(workplace)
+        self.outbox = Outbox(self.folder / "outbox", Store.default(self.runs), workplace.watcher.note)
+
+    def _run_stages(self, workplace: Workplace) -> None:
         plan = self.plan()
         workplace.wait_for_everyone()
-        chain_run = self._open(workplace)
+        chain_run = self._chain_run()
         try:
             for number, planned in enumerate(plan):
+                if signum := workplace.interruption.agreed():
+                    raise Interrupted(signum)
                 # A stage that waited for its parent can be told only now.
                 self._run_stage(_stand(planned.job, None) if number else planned, workplace, chain_run)
         except BaseException as error:
-            chain_run.end(_end_state(error))
+            with suppress(CheckpointError):
+                chain_run.end(_end_state(error))
             raise
         chain_run.end("FINISHED")
 
     def _run_stage(self, planned: Planned, workplace: Workplace, chain_run: Run) -> None:
+        workplace.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
         if planned.status == "done":
-            workplace.watcher.note(f"{planned.name}: done")
+            if workplace.is_main:
+                planned.job.forget_states()  # which a kill after publication left behind
             return
-        workplace.watcher.note(f"{planned.name}: {planned.reason}")
-        if workplace.is_main and planned.status == "stale":
-            _set_aside(planned.job)
-        workplace.wait_for_everyone()
-        run: Run = Run()
-        if workplace.is_main:
-            inputs = checkpoints.text_digest(json.dumps(planned.job.inputs(), sort_keys=True))
-            key = f"{self._identity()}/{planned.name}/{inputs[:16]}"
-            tags = {"hpcm.recipe": self.recipe, "hpcm.stage": planned.name, "hpcm.lmbda": f"{self.lmbda:g}"}
-            run = Store.default(self.runs).open_run(key, f"{self.recipe} {planned.name}", chain_run, tags)
+        if planned.status == "stale":
+            workplace.alone(lambda: self._set_aside(planned.job))
+        fault("stage")
+        run = self._stage_run(planned, chain_run)
+        stage_run = StageRun(planned.job, workplace, run)
         try:
-            StageRun(planned.job, workplace, run).execute()
+            stage_run.execute()
         except BaseException as error:
-            run.tags({"hpcm.ended_by": f"{type(error).__name__}: {error}"[:500]})
-            run.end(_end_state(error))
+            with suppress(CheckpointError):
+                stage_run.note_end(error)
+                run.end(_end_state(error))
             raise
 
-    def _open(self, workplace: Workplace) -> Run:
-        if not workplace.is_main:
+    def _chain_run(self) -> Run:
+        if self.outbox is None:
             return Run()
-        name = f"{self.recipe} λ={self.lmbda:g}"
-        run = Store.default(self.runs).open_run(self._identity(), name, tags={"hpcm.recipe": self.recipe})
+        name = f"{self.recipe} λ={self.lmbda:g}" + (f" seed {self.seed}" if self.seed else "")
+        run = self.outbox.run(self._facts()["identity"], name, tags=self._tags())
         run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [job.stage.name for job in self.jobs]})
         return run
 
-    def _identity(self) -> str:
-        """What the chain's runs are found by, drawn once for its folder."""
+    def _stage_run(self, planned: Planned, chain_run: Run) -> Run:
+        if self.outbox is None:
+            return Run()
+        rebuilt = self._facts()["rebuilt"].get(planned.name, 0)
+        key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.job.inputs())}"
+        tags = {**self._tags(), "hpcm.stage": planned.name}
+        return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
+
+    def _tags(self) -> dict[str, str]:
+        return {"hpcm.recipe": self.recipe, "hpcm.lmbda": f"{self.lmbda:g}", "hpcm.seed": str(self.seed)}
+
+    def _facts(self) -> dict[str, Any]:
+        """`identity`: what the chain's runs are found by; `rebuilt`: how often each stage began anew."""
         path = self.folder / "chain.json"
         if not path.exists():
-            checkpoints.write_json(path, {"identity": uuid.uuid4().hex})
-        return str(json.loads(path.read_text())["identity"])
+            checkpoints.write_json(path, {"identity": uuid.uuid4().hex, "rebuilt": {}})
+        try:
+            facts = json.loads(path.read_text())
+            return {"identity": str(facts["identity"]), "rebuilt": dict(facts.get("rebuilt", {}))}
+        except (ValueError, TypeError, LookupError) as error:
+            raise ChainError(f"{path}: damaged; delete it, and MLflow gets new runs for this chain") from error
+
+    def _begin_anew(self, job: StageJob) -> None:
+        """Give the stage a new run in MLflow: the old one keeps what it was told."""
+        facts = self._facts()
+        rebuilt = {**facts["rebuilt"], job.stage.name: facts["rebuilt"].get(job.stage.name, 0) + 1}
+        checkpoints.write_json(self.folder / "chain.json", {**facts, "rebuilt": rebuilt})
+
+    def _start_over(self, workplace: Workplace) -> None:
+        """Make way for what a person wants built anew; asks first."""
+        wish, target = workplace.start_over, self.jobs[-1]
+        published = [target] if wish.force and target.record.is_file() else []
+        begun = [job for job in self.jobs if wish.fresh and job.is_begun]
+        consequences = [
+            *(f"{job.stage.name}: what is published moves to {self.folder / 'superseded'}" for job in published),
+            *(f"{job.stage.name}: the training that was cut off is deleted" for job in begun),
+        ]
+        if consequences:
+            wish.confirm(consequences)
+        for job in begun:
+            self._begin_anew(job)
+            job.forget_states()
+        for job in published:
+            self._set_aside(job)
+
+    def _set_aside(self, job: StageJob) -> None:
+        """Move what a stage published out of the way: nothing that was won is deleted."""
+        self._begin_anew(job)
+        digest = _record(job).get("digest", "damaged")
+        target = self.folder / "superseded" / f"{job.stage.name}-{digest[:12]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{job.stage.name}-{digest[:12]}-{number}")
+        job.folder.rename(target)
+        fault("set-aside")
 
 
 def _end_state(error: BaseException) -> EndState:
-    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | Told) else "FAILED"
 
 
 def _stand(job: StageJob, before: Planned | None) -> Planned:
@@ -128,37 +218,41 @@ def _stand(job: StageJob, before: Planned | None) -> Planned:
         if not changed:
             return Planned(job, "done", "current")
         return Planned(job, "stale", f"stale: {changed}")
-    state, _passed_over = StateFolder(job.folder / "state", inputs).newest()
-    if state is None:
-        return Planned(job, "missing", "not built yet")
-    phases = [*(phase.name for phase in job.stage.schedule), "evaluation"]
-    return Planned(job, "cut off", f"cut off in {phases[state.progress.phase]} at step {state.progress.step}")
+    state, _passed_over = job.states.newest()
+    if state is not None:
+        phases = [*(phase.name for phase in job.stage.schedule), "evaluation"]
+        return Planned(job, "cut off", f"cut off in {phases[state.progress.phase]} at step {state.progress.step}")
+    other = job.states.other_form()
+    passed = f"; a training that was cut off is passed over: {_differences(other, inputs)}" if other else ""
+    return Planned(job, "missing", f"not built yet{passed}")
+
+
+def _record(job: StageJob) -> dict[str, Any]:
+    """What was recorded of a published stage; empty where the file is damaged."""
+    try:
+        record = json.loads(job.record.read_text())
+        return record if isinstance(record, dict) else {}
+    except (ValueError, OSError):
+        return {}
 
 
 def _changes(job: StageJob, inputs: dict[str, str]) -> str:
     """Why a published stage is not current, or an empty string."""
-    record: dict[str, Any] = json.loads(job.record.read_text())
+    record = _record(job)
+    if not {"digest", "inputs"} <= record.keys():
+        return f"{job.record} is damaged"
     try:
         digest = checkpoints.read_metadata(job.checkpoint)["digest"]
     except CheckpointError as error:
         return str(error)
     if digest != record["digest"]:
         return "the checkpoint is not the one that was recorded"
-    known = record["inputs"]
+    return _differences(record["inputs"], inputs)
+
+
+def _differences(known: dict[str, str], inputs: dict[str, str]) -> str:
     return ", ".join(
         f"{name} changed" if name in known and name in inputs else f"{name} is {'new' if name in inputs else 'gone'}"
         for name in sorted(known.keys() | inputs.keys())
         if known.get(name) != inputs.get(name)
     )
-
-
-def _set_aside(job: StageJob) -> None:
-    """Move what a stale stage published out of the way: nothing that was won is deleted."""
-    digest = json.loads(job.record.read_text())["digest"]
-    target = job.folder.parent / "superseded" / f"{job.stage.name}-{digest[:12]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    number = 0
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{job.stage.name}-{digest[:12]}-{number}")
-    job.folder.rename(target)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig
+from pipeline.faults import fault
 from pipeline.transfer import state_digest
 
-FORMAT = "hpcm-checkpoint-1"
+FORMAT = "hpcm-checkpoint-2"
+UNSEALED = "hpcm-checkpoint-1"
+"""Written before the metadata had a digest of their own."""
 METADATA_KEY = "hpcm"
 
 
@@ -35,32 +39,52 @@ class Checkpoint:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint so that `path` holds either the whole of it or what was there before.
 
-    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) is added.
+    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) and `seal` (over the rest) are
+    added. Raises CheckpointError.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
-    save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
-    flush(partial)
-    partial.replace(path)
-    flush(path.parent)
+    fields["seal"] = _seal(fields)
+    with _replacing(path) as partial:
+        # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
+        save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with the same guarantee as `write`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place once it is whole and on disk."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    flush(partial)
-    partial.replace(path)
-    flush(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        flush(partial)
+        fault("write.partial")
+        partial.replace(path)
+        fault("write.renamed")
+        flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(
+            f"{path}: cannot be written: {error}.\n"
+            "  What was saved before is kept. Make room, then give the same command again."
+        ) from error
 
 
 def text_digest(text: str) -> str:
     """SHA-256 of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inputs_digest(inputs: Mapping[str, str]) -> str:
+    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
+    return text_digest(json.dumps(inputs, sort_keys=True))[:16]
 
 
 def flush(path: Path) -> None:
@@ -73,11 +97,15 @@ def flush(path: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read what `write` wrote; raises CheckpointError for anything else, and where the digest disagrees."""
+    """Read what `write` wrote; raises CheckpointError for anything else, and where a digest disagrees."""
     metadata = read_metadata(path)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if state_digest(tensors) != metadata["digest"]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        digest = state_digest(tensors)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if digest != metadata["digest"]:
         raise CheckpointError(f"{path}: the weights do not match their digest; the file is damaged")
     return Checkpoint(tensors, metadata)
 
@@ -89,14 +117,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") not in (FORMAT, UNSEALED):
         raise CheckpointError(
-            f"{path}: not a checkpoint of this pipeline (format {metadata.get('format')!r}); "
+            f"{path}: not a checkpoint of this pipeline; "
             f"bring official weights in with `hpcm import {path} baseline.safetensors`"
         )
+    seal = metadata.pop("seal", None)
+    if seal != (_seal(metadata) if metadata["format"] == FORMAT else None):
+        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
     return metadata
+
+
+def _seal(metadata: Mapping[str, Any]) -> str:
+    return text_digest(json.dumps(metadata, sort_keys=True))
 
 
 def load_codec(path: Path | str) -> HPCM:
@@ -107,10 +142,27 @@ def load_codec(path: Path | str) -> HPCM:
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
-    model = HPCM(HPCMConfig.from_dict(checkpoint.metadata["config"]))
+    config = _codec_config(checkpoint, path)
+    model = HPCM(config)
     load_weights(model, checkpoint.tensors, path)
     model.update()
     return model.eval()
+
+
+def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
+    """The configuration, once it is known that what it describes is no larger than the file."""
+    try:
+        config = HPCMConfig.from_dict(checkpoint.metadata["config"])
+        blocks = [*config.depths, *sum(config.prior_depths, ()), config.fusion_blocks]
+        blocks += [*config.prior_blocks, *config.prior_last_blocks]
+        if max(blocks) > len(checkpoint.tensors):
+            raise ValueError("more blocks than the file has tensors")
+        with torch.device("meta"):
+            sketch = HPCM(config)
+    except Exception as error:  # Of values that no codec has, nearly anything.
+        raise CheckpointError(f"{path}: its configuration is of no codec ({error})") from error
+    _check_fit(sketch, checkpoint.tensors, path)
+    return config
 
 
 def codec_tensors(model: HPCM) -> dict[str, Tensor]:
@@ -120,6 +172,11 @@ def codec_tensors(model: HPCM) -> dict[str, Tensor]:
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Load `tensors` into `model`, every one and nothing else; raises CheckpointError naming what does not fit."""
+    _check_fit(model, tensors, source)
+    model.load_state_dict(tensors)
+
+
+def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     expected = codec_tensors(model)
     problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
@@ -127,6 +184,8 @@ def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str)
             problems.append(f"unexpected {name} {list(tensor.shape)}")
         elif tensor.shape != expected[name].shape:
             problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
+        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            problems.append(f"not plain  {name}: a sparse, quantised or empty form of a tensor")
         elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             problems.append(f"not finite {name}: NaN, infinite or integer values")
     if problems:
@@ -134,7 +193,6 @@ def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str)
         raise CheckpointError(
             "\n  ".join([f"{source}: {len(problems)} tensors do not fit the codec:", *problems[:12], *more])
         )
-    model.load_state_dict(tensors)
 
 
 def import_official(source: Path) -> HPCM:
@@ -152,7 +210,9 @@ def import_official(source: Path) -> HPCM:
             "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}

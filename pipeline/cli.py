@@ -1,15 +1,17 @@
 """The command `hpcm`."""
 
-import json
+import os
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import codec_cli
+from pipeline import codec_cli, evidence_cli
+from pipeline.options import AcceptAnyway, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 # A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
@@ -25,26 +27,25 @@ app = typer.Typer(
     help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
 )
 
-RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
-DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
-ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench, name="bench")
+
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
 Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
-Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
+Start = Annotated[Path | None, typer.Option(help="Train the first stage from this codec's weights.")]
+
+SYNC_PATIENCE = 120.0
+"""Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
 
 
-def _chain(stage: str, recipe: str, overrides: list[str], baseline: Path | None, runs: Path) -> "Chain":
+def _chain(
+    stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
+) -> "Chain":
     from pipeline.chain import Chain
     from pipeline.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    return Chain(loaded.name, loaded.chain(stage), runs, baseline)
-
-
-def _overrides(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
-    given = {"data.train": data, "data.val": val, "lmbda": lmbda}
-    return [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(settings or [])]
+    return Chain(loaded.name, loaded.chain(stage), runs, *files)
 
 
 @app.command()
@@ -55,24 +56,26 @@ def run(
     val: ValFolder = None,
     lmbda: Lmbda = None,
     baseline: Baseline = None,
+    start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
-    accept_anyway: Annotated[bool, typer.Option(help="Publish stages that miss their limits.")] = False,
+    accept_anyway: AcceptAnyway = False,
+    force: Annotated[bool, typer.Option(help="Build the stage again though it is current.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Begin again what was cut off, instead of resuming it.")] = False,
+    yes: Annotated[bool, typer.Option(help="Do not ask before --force and --fresh move or delete anything.")] = False,
 ) -> None:
     """Build a stage and everything before it: run what is missing, resume what was cut off.
 
     The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
     Several processes: `accelerate launch --num_processes 2 -m pipeline.cli run phase4`.
     """
-    from accelerate import Accelerator
-
     from pipeline.display import ProgressWatcher, closing_table, console, plan_table
-    from pipeline.interruption import Interruption
-    from pipeline.job import Workplace
+    from pipeline.interruption import Interruption, processes
+    from pipeline.job import StartOver, Workplace
     from pipeline.trainer import Watcher
 
-    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
-    accelerator = Accelerator(mixed_precision=chain.precision)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    accelerator = processes(chain.precision)
     main = accelerator.is_main_process
     if main:
         console.print(plan_table(chain, chain.plan()))
@@ -80,9 +83,45 @@ def run(
         Interruption(accelerator) as interruption,
         ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
     ):
-        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
+        start_over = StartOver(force, fresh, partial(_confirm, yes))
+        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway, start_over))
     if main:
         console.print(closing_table(chain))
+
+
+def _confirm(yes: bool, consequences: list[str]) -> None:
+    """Say what will be moved and deleted, and ask; raises ChainError where nobody agrees."""
+    from pipeline.chain import ChainError
+    from pipeline.display import console
+
+    for line in consequences:
+        console.print(line)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ChainError("nothing was changed: there is no terminal to ask at; give --yes if this is meant")
+    if not typer.confirm("Go on?"):
+        raise ChainError("nothing was changed")
+
+
+@app.command()
+def sync(runs: Runs = Path("runs")) -> None:
+    """Send what waits for MLflow since it could not be reached; exits 1 where something still waits."""
+    from pipeline.display import console
+    from pipeline.lock import held
+    from pipeline.outbox import Outbox
+    from pipeline.tracking import Store
+
+    folders = sorted(path.parent for path in runs.glob("*/*/outbox/journal.jsonl"))
+    for folder in folders:
+        with held(folder.parent):
+            outbox = Outbox(folder, Store.default(runs), console.print)
+            console.print(f"{folder.parent}: {outbox.waiting} entries to send to {outbox.store.uri}")
+            outbox.close(SYNC_PATIENCE)
+    if not folders:
+        console.print(f"nothing waits in {runs}")
+    if any(folder.exists() for folder in folders):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -93,49 +132,31 @@ def plan(
     val: ValFolder = None,
     lmbda: Lmbda = None,
     baseline: Baseline = None,
+    start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Say what `run` would do, and why."""
     from pipeline.display import console, plan_table
 
-    chain = _chain(stage, recipe, _overrides(data, val, lmbda, settings), baseline, runs)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
     console.print(plan_table(chain, chain.plan()))
 
 
-@app.command()
-def audit(runs: Runs = Path("runs")) -> None:
-    """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
-    from pipeline.audit import audit as audit_runs
-    from pipeline.audit import audit_table
-    from pipeline.display import console
-
-    chains = audit_runs(runs)
-    for chain in chains:
-        console.print(audit_table(chain))
-    if not chains:
-        console.print(f"no chains yet in {runs}")
-    if not all(stage.sound for chain in chains for stage in chain.stages):
-        raise typer.Exit(1)
-
-
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="What to measure: biwkv4.")] = "biwkv4",
+@bench.command("biwkv4")
+def bench_biwkv4(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
     import torch
 
-    from pipeline.bench import bench_biwkv4
+    from pipeline import bench
 
-    if what != "biwkv4":
-        raise typer.BadParameter(f"{what!r}: there is biwkv4")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise typer.BadParameter(f"{dtype!r}: there are {', '.join(dtypes)}")
-    bench_biwkv4(dtype=dtypes[dtype], device=device)
+    bench.bench_biwkv4(dtype=dtypes[dtype], device=device)
 
 
 @app.command("import")
@@ -165,7 +186,8 @@ def export(
     console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
 
 
-codec_cli.register(app)
+codec_cli.register(app, bench)
+evidence_cli.register(app)
 
 
 def main() -> None:
@@ -173,21 +195,30 @@ def main() -> None:
     from pipeline.chain import ChainError
     from pipeline.checkpoints import CheckpointError
     from pipeline.freezing import SelectionError
-    from pipeline.interruption import Interrupted
+    from pipeline.interruption import Interrupted, LostProcess, Told
+    from pipeline.lock import FolderInUse
     from pipeline.photos import DataError
     from pipeline.recipe import RecipeError
+    from pipeline.report import ReportError
     from pipeline.stage import StageError
     from pipeline.trainer import TrainingError
     from pipeline.transfer import TransferError
 
     known = (
-        ChainError, CheckpointError, DataError, RecipeError, SelectionError, StageError, TrainingError, TransferError,
+        ChainError, CheckpointError, DataError, FolderInUse, RecipeError, ReportError, SelectionError, StageError,
+        TrainingError,
+        TransferError,
     )  # fmt: skip
     try:
         app()
     except known as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # The processes' own farewell would wait for the one that is gone.
+    except Told as stop:
+        sys.exit(stop.exit_code)
     except Interrupted as stop:
         print(f"{stop}; saved. The same command continues from there.", file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -1,7 +1,8 @@
-"""The commands that use a codec: `hpcm compress`, `decompress`, `info` and `evaluate`."""
+"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `evaluate` and `bench codec`."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def compress(
     def convert(conversion: Conversion) -> Iterable[str]:
         done = codec_files.compress_file(codec, conversion)
         table.add_row(
-            str(conversion.target),
+            conversion.name,
             f"{done.width}×{done.height}",
             f"{done.file_bytes}",
             f"{done.bpp:.4f}",
@@ -76,7 +77,7 @@ def decompress(
 
     def convert(conversion: Conversion) -> Iterable[str]:
         coded = codec_files.decompress_file(codec, conversion)
-        table.add_row(str(conversion.target), f"{coded.width}×{coded.height}")
+        table.add_row(conversion.name, f"{coded.width}×{coded.height}")
         return ()
 
     _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
@@ -87,17 +88,17 @@ def info(files: Coded) -> None:
     from modules.bitstream import CodedImage
     from pipeline.codec_files import SUFFIX, find
 
-    table = _table("file", "size", "bits/pixel", "bytes of y", "of z", "of ICC profile", "model")
+    table = _table("file", "size", "bits/pixel", "y", "z", "ICC bytes", "model")
 
-    def describe(path: Path) -> Iterable[str]:
+    def describe(item: tuple[str, Path]) -> Iterable[str]:
+        name, path = item
         coded = CodedImage.read(path)
         bpp = 8 * path.stat().st_size / (coded.width * coded.height)
         lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
-        table.add_row(str(path), f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
+        table.add_row(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
         return ()
 
-    found = [path for _, path in find(files, (SUFFIX,))]
-    _end(table, _each([(path, path) for path in found], describe))
+    _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
 
 
 def evaluate(
@@ -136,10 +137,35 @@ def evaluate(
     _end(table, complete)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
+def bench_codec(
+    preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny; untrained.")] = "base",
+    phase: Annotated[int, typer.Option(help="0 (Baseline) to 4.")] = 0,
+    size: Annotated[str, typer.Option(help="Width and height of the image in pixels.")] = "768x512",
+    rounds: Annotated[int, typer.Option(help="Times to measure; 0 for memory alone.")] = 5,
+    device: Device = "cpu",
+) -> None:
+    """Measure encoding and decoding against the matrix products in them alone, and peak memory."""
+    import torch
+
+    from modules import HPCM
+    from pipeline import bench_codec
+
+    torch.manual_seed(0)
+    if not (match := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", size)):
+        raise typer.BadParameter(f"{size!r}: give width and height, as in 768x512")
+    try:
+        model = HPCM.from_preset(preset, phase).eval()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    model.update()
+    bench_codec.bench_codec(model.to(device), (int(match[1]), int(match[2])), rounds)
+
+
+def register(app: typer.Typer, bench: typer.Typer) -> None:
+    """Add the commands to the command line, and the measurement to its own."""
     for command in (compress, decompress, info, evaluate):
         app.command()(command)
+    bench.command("codec")(bench_codec)
 
 
 def _codec(checkpoint: Path, device: str) -> ImageCodec:
@@ -187,11 +213,12 @@ def _console() -> Console:
 
 
 def _table(*columns: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     return table
 
 

@@ -23,10 +23,11 @@ DECOMPRESSION = ((SUFFIX,), ".png")
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file to read and the file to write."""
+    """A file to read and the file to write; `name` is the latter's in the folder that is written to."""
 
     source: Path
     target: Path
+    name: str
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,19 @@ def plan(
     """What to write for `sources`: beside each file, or in the folder `output`, or to the file `output`.
 
     `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file where one file is given and `output` has a
-    suffix. Raises DataError where two conversions would write one file and, unless `overwrite`, where a file to be
-    written exists.
+    suffix. Raises DataError for an `output` that cannot be meant, where two conversions would write one file and,
+    unless `overwrite`, where a file to be written exists.
     """
     read, written = suffixes
     found = find(sources, read)
     if output and output.suffix and not output.is_dir() and len(sources) == 1 and not sources[0].is_dir():
-        conversions = [Conversion(found[0][1], output)]
-    elif output:
-        conversions = [Conversion(path, (output / name).with_suffix(written)) for name, path in found]
+        if written == SUFFIX != output.suffix.lower():
+            raise DataError(f"{output}: a coded image is named *{SUFFIX}; an existing folder may have any name")
+        conversions = [Conversion(found[0][1], output, output.name)]
+    elif output and output.suffix.lower() == written and not output.is_dir():
+        raise DataError(f"{output}: this names one file, for {len(found)}; give a folder")
     else:
-        conversions = [Conversion(path, path.with_suffix(written)) for _, path in found]
+        conversions = [_beside(path, Path(name).with_suffix(written), output) for name, path in found]
     writers: dict[Path, Path] = {}
     for conversion in conversions:
         target = conversion.target
@@ -92,6 +95,10 @@ def plan(
             raise DataError(f"{target}: exists; --overwrite replaces it")
         writers[target] = conversion.source
     return conversions
+
+
+def _beside(source: Path, name: Path, folder: Path | None) -> Conversion:
+    return Conversion(source, folder / name if folder else source.with_name(name.name), name.as_posix())
 
 
 def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:

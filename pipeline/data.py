@@ -124,6 +124,8 @@ def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0
         crops,
         batch_sampler=batches,
         num_workers=workers,
+        # Children of the trainer's own notice when it is killed, and end; a fork server's would stay.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_stand_apart,
         # Without its own, the loader draws from the global generator, and a resumed run would draw once more.

@@ -1,7 +1,7 @@
 """What a codec achieves on whole images: quality estimated for a curve, or with real bitstreams for the record."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _mse(image: Tensor, x_hat: Tensor) -> float:
 
 
 @torch.no_grad()
-def estimate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: str) -> Quality:
+def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str) -> Quality:
     """Mean quality by the model's own likelihoods, without a bitstream; the model's mode is left as it was."""
     qualities = []
     for _, image in images:
@@ -137,7 +137,7 @@ def estimate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: st
     return mean_quality(qualities)
 
 
-def evaluate(model: HPCM, images: Sequence[NamedImage], lmbda: float, metric: str) -> tuple[Evaluation, list[Tensor]]:
+def evaluate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str) -> tuple[Evaluation, list[Tensor]]:
     """Encode and decode every image for real; returns results and reconstructions (1, 3, H, W)."""
     model.update(force=True)
     coded = [code(model, name, image, lmbda, metric) for name, image in images]

@@ -1,12 +1,15 @@
-"""Signals: the first asks for a save after the current step, a second ends the process at once."""
+"""Signals and processes: the first signal asks for a save after the current step, a second ends the process at once."""
 
-import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -18,6 +21,25 @@ class Interrupted(Exception):
         self.signum = signal.SIGTERM if signum == signal.SIGUSR1 else signum
         self.exit_code = 128 + self.signum
         super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+
+class Told(Exception):
+    """The first process stopped and said why; this one stops with the same `exit_code`."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__("the first process stopped")
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone."""
+
+
+def processes(precision: str) -> Accelerator:
+    """The processes of this run, as `accelerate launch` started them, or the one."""
+    # The others wait while the first evaluates, which can take long; that one of them has died, they notice.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
 
 
 class Interruption:
@@ -40,6 +62,36 @@ class Interruption:
         if self.signum:
             raise Interrupted(self.signum)
 
+    def alone(self, work: Callable[[], None]) -> None:
+        """Let the first process do something that all wait for; where it raises, all stop."""
+        error: BaseException | None = None
+        if self.accelerator.is_main_process:
+            try:
+                work()
+            except BaseException as problem:
+                error = problem
+        if self.accelerator.num_processes > 1:
+            told = [getattr(error, "exit_code", 1) if error else 0]
+            broadcast_object_list(told)
+            if told[0] and error is None:
+                raise Told(told[0])
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def noticing_lost_processes(self) -> Iterator[None]:
+        """Raise LostProcess for what torch raises when another process of the run has died."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError of NCCL is one, and Gloo raises nothing more exact.
+            if self.accelerator.num_processes == 1 or not _tells_of_a_lost_process(error):
+                raise
+            index, count = self.accelerator.process_index, self.accelerator.num_processes
+            raise LostProcess(
+                f"process {index + 1} of {count} stops, because another one is gone ({str(error).strip()[:160]}).\n"
+                "  The last saved state is kept; the same command, with any number of processes, goes on from there."
+            ) from error
+
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
@@ -52,6 +104,13 @@ class Interruption:
             signal.signal(number, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum:
-            os._exit(Interrupted(signum).exit_code)
         self.signum = signum
+        # To the system's own handling, which does not wait until a long operation returns to Python.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or any(
+        sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
+    )

@@ -1,6 +1,8 @@
 """What a stage is made from and where: settings, place, parent, digests."""
 
 import hashlib
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,23 @@ from pipeline.interruption import Interruption
 from pipeline.photos import Photos, find_images
 from pipeline.recipe import RecipeError
 from pipeline.schema import Stage
+from pipeline.state import StateFolder
 from pipeline.trainer import Watcher
+
+CODE_VERSION = "1"
+"""Counted up with every change that lets the same recipe give other weights: what was built before is then stale."""
+
+
+@dataclass(frozen=True)
+class StartOver:
+    """What a person wants built anew though it need not be, and how to ask whether that is meant."""
+
+    force: bool = False
+    """Build the chain's last stage again though it is current."""
+    fresh: bool = False
+    """Begin again what was cut off in training."""
+    confirm: Callable[[list[str]], None] = lambda consequences: None
+    """Raises what stops the run where the person does not agree."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,7 @@ class Workplace:
     interruption: Interruption
     watcher: Watcher = field(default_factory=Watcher)
     accept_anyway: bool = False
+    start_over: StartOver = field(default_factory=StartOver)
 
     @property
     def is_main(self) -> bool:
@@ -33,15 +52,23 @@ class Workplace:
         """Let no process run ahead of what another writes."""
         self.interruption.accelerator.wait_for_everyone()
 
+    def alone(self, work: Callable[[], None]) -> None:
+        """Let the first process do something that all wait for; where it raises, all stop."""
+        self.interruption.alone(work)
+
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage and its place: settings, the parent's checkpoint (None for a root), a file in place of training."""
+    """One stage and its place: settings and the parent's checkpoint (None for a root).
+
+    A root may be taken from a file (`imported`), or be trained from a file's weights instead of random ones (`start`).
+    """
 
     stage: Stage
     folder: Path
     parent: Path | None
     imported: Path | None = None
+    start: Path | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -62,6 +89,20 @@ class StageJob:
         except ValueError as error:
             raise RecipeError(f"{self.stage.name}: model: {error}") from error
 
+    @property
+    def states(self) -> StateFolder:
+        """Where the stage's training states lie; the parent must be published."""
+        return StateFolder(self.folder / "state", self.inputs())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a training of the stage, in whatever form, was cut off."""
+        return not self.record.is_file() and any((self.folder / "state").glob("*/*"))
+
+    def forget_states(self) -> None:
+        """Delete the training states of every form: the stage is published, or begins anew."""
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
     def photos(self) -> tuple[Photos, Photos]:
         """Training and validation images; raises DataError."""
         data = self.stage.data
@@ -71,11 +112,17 @@ class StageJob:
     def inputs(self) -> dict[str, str]:
         """Digests of all that the result is made from, by name; the parent must be published."""
         if self.imported is not None:
-            if not self.imported.is_file():
-                raise CheckpointError(f"{self.imported}: no such file (given as baseline)")
-            content = hashlib.sha256(self.imported.read_bytes()).hexdigest()
-            return {"baseline": content, "model": repr(self.config)}
-        found = {"recipe": self.stage.digest(), "training images": self.photos()[0].digest}
+            return {"baseline": _file_digest(self.imported, "baseline"), "model": repr(self.config)}
+        photos, _ = self.photos()
+        found = {"recipe": self.stage.digest(), "training images": photos.digest, "code version": CODE_VERSION}
+        if self.start is not None:
+            found["start"] = _file_digest(self.start, "start")
         if self.parent is not None:
             found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
         return found
+
+
+def _file_digest(path: Path, given_as: str) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file (given as {given_as})")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,6 +1,7 @@
 """The life of a stage: transfer, schedule, evaluation, acceptance, publication (DESIGN, "A stage")."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +25,13 @@ from pipeline.evaluation import (
     plot_rate_distortion,
     save_comparison,
 )
-from pipeline.job import StageJob, Workplace
-from pipeline.schema import Phase
-from pipeline.state import Progress, StateFolder, TrainingState
+from pipeline.faults import fault
+from pipeline.job import CODE_VERSION, StageJob, Workplace
+from pipeline.schema import Phase, Transfer
+from pipeline.state import Progress, TrainingState
 from pipeline.tracking import Run
 from pipeline.trainer import Migration, Trainer
 from pipeline.transfer import Ledger, new_components, transfer_weights
-
-CODE_VERSION = "0.1.0"
 
 
 class StageError(Exception):
@@ -43,10 +43,11 @@ class StageRun:
 
     def __init__(self, job: StageJob, workplace: Workplace, run: Run):
         self.job, self.workplace, self.run = job, workplace, run
-        self.stage, self.started = job.stage, time.time()
+        self.stage = job.stage
+        self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
         self.inputs = job.inputs()
         self.train_photos, self.val_photos = job.photos()
-        self.states = StateFolder(job.folder / "state", self.inputs)
+        self.states = job.states
         self.parent = checkpoints.load_codec(job.parent) if job.parent else None
         self.device = workplace.interruption.accelerator.device
 
@@ -62,9 +63,12 @@ class StageRun:
             child, state = self._import(self.job.imported), TrainingState(Progress(), {}, {}, {})
         else:
             child, state = self._train()
-        if self.workplace.is_main:
-            self._finish(child.eval().requires_grad_(False), state)
-        self.workplace.wait_for_everyone()
+        self.workplace.alone(lambda: self._finish(child.eval().requires_grad_(False), state))
+
+    def note_end(self, error: BaseException) -> None:
+        """Say with the attempt what ended it."""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        self.run.tags({self._attempt_tag: f"{self._attempt}; {reason}"})
 
     def _describe(self) -> None:
         self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.job.config.to_dict()})
@@ -99,7 +103,6 @@ class StageRun:
         self.workplace.wait_for_everyone()
         if state is None:
             state = self._begin(child)
-            self.workplace.wait_for_everyone()
         ledger = Ledger.from_json(state.facts["ledger"])
         self._note_start(state, ledger)
         components = tuple(new_components(self.parent, child)) if self.parent else ()
@@ -122,24 +125,25 @@ class StageRun:
         """Transfer, and compare child and parent before the first step."""
         child.to(self.device)
         facts: dict[str, Any] = {}
-        if self.parent is None:
+        if self.job.start is not None:
+            ledger = transfer_weights(self._import(self.job.start).to(self.device), child, Transfer())
+        elif self.parent is None:
             ledger = Ledger.of_root(child)
         else:
             ledger = transfer_weights(self.parent.to(self.device), child, self.stage.transfer)
-            if self.workplace.is_main:
-                before = self._estimate(self.parent)
-                after = self._estimate(child)
-                facts = {
-                    "parent": asdict(before),
-                    "step0": asdict(after),
-                    "step0_gap": after.rd_loss - before.rd_loss,
-                }
-                self.run.metrics(before.metrics("val/parent"), 0)
-                self.run.metrics({**after.metrics("val"), "val/step0_gap": facts["step0_gap"]}, 0)
         facts["ledger"] = ledger.to_json()
         state = TrainingState(Progress(), codec_tensors(child), {}, facts)
-        if self.workplace.is_main:
+
+        def compare_and_save() -> None:
+            if self.parent is not None:
+                before, after = self._estimate(self.parent), self._estimate(child)
+                gap = after.rd_loss - before.rd_loss
+                facts.update(parent=asdict(before), step0=asdict(after), step0_gap=gap)
+                self.run.metrics(before.metrics("val/parent"), 0)
+                self.run.metrics({**after.metrics("val"), "val/step0_gap": gap}, 0)
             self.states.save(state)
+
+        self.workplace.alone(compare_and_save)
         return state
 
     def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
@@ -155,17 +159,23 @@ class StageRun:
         progress = state.progress
         if progress.stage_step or progress.phase:
             at = [phase.name for phase in self.stage.schedule] + ["evaluation"]
-            line = f"resumed in {at[progress.phase]} at step {progress.step}"
-            self.workplace.watcher.note(line)
-            self.run.tags({f"hpcm.attempt.{int(self.started)}": line})
-        else:
-            self.run.tags({f"hpcm.attempt.{int(self.started)}": "started"})
+            self._attempt = f"resumed in {at[progress.phase]} at step {progress.step}"
+            self.workplace.watcher.note(self._attempt)
+        self.run.tags({self._attempt_tag: self._attempt})
 
     def _estimate(self, model: HPCM) -> Quality:
-        return estimate(model, self.images, self.stage.lmbda, self.stage.metric)
+        return estimate(model, self._heeding(self.images), self.stage.lmbda, self.stage.metric)
+
+    def _heeding(self, images: list[NamedImage]) -> Iterator[NamedImage]:
+        """The images, with an ear for signals in between."""
+        for image in images:
+            self.workplace.interruption.stop_if_asked()
+            fault("evaluation")
+            yield image
+        self.workplace.interruption.stop_if_asked()
 
     def _validate(self, child: HPCM, phase: Phase, progress: Progress) -> None:
-        if self.workplace.is_main:
+        def measure() -> None:
             quality = self._estimate(child)
             self.run.metrics(quality.metrics("val"), progress.stage_step)
             similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
@@ -174,9 +184,11 @@ class StageRun:
                 f"{quality.psnr_db:.2f} dB{similarity}"
             )
 
+        self.workplace.alone(measure)
+
     def _finish(self, child: HPCM, state: TrainingState) -> None:
         """Evaluate with real bitstreams, accept, publish."""
-        evaluation, reconstructions = evaluate(child, self.images, self.stage.lmbda, self.stage.metric)
+        evaluation, reconstructions = evaluate(child, self._heeding(self.images), self.stage.lmbda, self.stage.metric)
         quality = evaluation.quality
         parent_quality = self._parent_quality()
         refusal = judge(self.stage.accept, quality, parent_quality)
@@ -202,7 +214,9 @@ class StageRun:
         images = [name for name, _ in self.images]
         if metadata["validation"] == {"digest": self.val_photos.digest, "images": images}:
             return Quality(**metadata["quality"])
-        return evaluate(self.parent.to(self.device), self.images, self.stage.lmbda, self.stage.metric)[0].quality
+        return evaluate(self.parent.to(self.device), self._heeding(self.images), self.stage.lmbda, self.stage.metric)[
+            0
+        ].quality
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
         job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts
@@ -220,6 +234,7 @@ class StageRun:
             "validation": {"digest": self.val_photos.digest, "images": [name for name, _ in self.images]},
         }
         checkpoints.publish(job.checkpoint, child, lineage)
+        fault("publish.checkpoint")
         digest = checkpoints.read_metadata(job.checkpoint)["digest"]
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
@@ -238,7 +253,7 @@ class StageRun:
         record = {
             "digest": digest,
             "inputs": self.inputs,
-            "mlflow_run": self.run.run_id,
+            "mlflow_key": self.run.key,
             "parameters": parameters,
             "kmacs_per_pixel": macs / 1000,
             "quality": asdict(evaluation.quality),
@@ -249,4 +264,5 @@ class StageRun:
         }
         # Last: with the record the stage counts as done.
         checkpoints.write_json(job.record, record)
-        self.states.clear()
+        fault("publish.record")
+        job.forget_states()

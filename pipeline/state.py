@@ -3,6 +3,7 @@
 All randomness of a step is drawn from (seed, step), so weights, optimiser state and two counters are the whole of it.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoints
-from pipeline.checkpoints import CheckpointError
+from pipeline.checkpoints import CheckpointError, inputs_digest
 
 KEPT = 2
 """Training states kept, newest first: the one before the last serves where the last is damaged."""
@@ -28,12 +29,16 @@ class Progress:
     """Steps skipped in the stage for a non-finite loss or gradient."""
     consecutive_bad: int = 0
     seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """The phase's last finite losses, by whose median an exploding one is told."""
+    exploded_steps: int = 0
+    """Steps of the stage whose loss was many times that median."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, and their `count`: a resumed run logs what an uninterrupted one does."""
 
     def next_phase(self) -> "Progress":
         """The beginning of the phase after this one."""
-        return replace(self, phase=self.phase + 1, step=0, window={})
+        return replace(self, phase=self.phase + 1, step=0, window={}, losses=[])
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,24 @@ class TrainingState:
 
 
 class StateFolder:
-    """The training states of one stage; `inputs` are the digests of what the stage is made from."""
+    """The training states of one stage in one form; `inputs` are the digests of what the stage is made from."""
 
-    def __init__(self, folder: Path, inputs: dict[str, str]):
-        self.folder, self.inputs = folder, inputs
+    def __init__(self, root: Path, inputs: dict[str, str]):
+        self.root, self.inputs = root, inputs
+        self.folder = root / inputs_digest(inputs)
 
     def save(self, state: TrainingState) -> None:
         """Save a state and let go of those beyond the last two."""
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in state.optimiser.items()}
         metadata = {"progress": vars(state.progress), "facts": state.facts, "inputs": self.inputs}
-        name = f"phase-{state.progress.phase}-step-{state.progress.stage_step:08d}.safetensors"
+        name = f"phase-{state.progress.phase:02d}-step-{state.progress.stage_step:08d}.safetensors"
         checkpoints.write(self.folder / name, tensors, metadata)
-        for path in self._files()[KEPT:]:
+        for path in [*self._files()[KEPT:], *self.folder.glob("*.partial")]:
             path.unlink()
 
     def newest(self) -> tuple[TrainingState | None, list[str]]:
-        """The newest readable state of these inputs, and a line for each file that was passed over."""
+        """The newest readable state, and a line for each file that was passed over."""
         passed_over = []
         for path in self._files():
             try:
@@ -73,18 +79,18 @@ class StateFolder:
             except CheckpointError as error:
                 passed_over.append(str(error))
                 continue
-            if checkpoint.metadata["inputs"] != self.inputs:
-                passed_over.append(f"{path}: belongs to an earlier form of the stage")
-                continue
             progress = Progress(**checkpoint.metadata["progress"])
             parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimiser")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
 
-    def clear(self) -> None:
-        """Remove all states: the stage is published."""
-        for path in self._files():
-            path.unlink()
+    def other_form(self) -> dict[str, str] | None:
+        """Inputs of a training of the stage that was cut off in another form, or None."""
+        for path in self.root.glob("*/phase-*.safetensors"):
+            if path.parent != self.folder:
+                with suppress(CheckpointError):
+                    return dict(checkpoints.read_metadata(path)["inputs"])
+        return None
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("phase-*.safetensors"), reverse=True)

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,18 @@ from torch import Tensor, nn
 from modules import HPCM
 from pipeline.checkpoints import codec_tensors, load_weights
 from pipeline.data import StepBatches, TrainingCrops, training_loader
+from pipeline.faults import fault
 from pipeline.freezing import parameter_groups, set_trainable, trainable_names
 from pipeline.interruption import Interrupted, Interruption
 from pipeline.objectives import Align, Handover, RateDistortion, training_noise
 from pipeline.schema import Phase, Stage
 from pipeline.state import Progress, StateFolder, TrainingState, optimiser_tensors, restore_optimiser
 from pipeline.tracking import Run
+
+LOSSES_KEPT = 32
+"""Losses whose median says what a phase's loss is like."""
+EXPLODED = 10.0
+"""How many times that median is told as an explosion."""
 
 
 class TrainingError(Exception):
@@ -73,9 +81,8 @@ class Trainer:
             state = replace(
                 state, progress=progress.next_phase(), model=codec_tensors(self.migration.child), optimiser={}
             )
-            if self.accelerator.is_main_process:
-                states.save(state)
-            self.accelerator.wait_for_everyone()
+            self.interruption.alone(partial(states.save, state))
+            fault("phase")
         return state
 
 
@@ -151,15 +158,16 @@ class _PhaseRun:
         if self.handover is not None and step + 1 == self.phase.handover:
             self.handover.end()
             self.handover = None
-        # The gradient is the mean over all processes: what is finite for one is finite for all.
-        if not torch.isfinite(norm):
+        means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
+        # Loss and gradient are means over all processes: what is finite for one is finite for all.
+        if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             return None
         self.optimiser.step()
-        means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
         return {**dict(zip(values, means.tolist(), strict=True)), "grad_norm": float(norm)}
 
     def _count(self, outcome: dict[str, float] | None, seconds: float) -> None:
         bad = outcome is None
+        losses, exploded = self._watch_loss(outcome["loss"]) if outcome else (self.progress.losses, False)
         window = dict(self.progress.window)
         for key, value in {**outcome, "step_seconds": seconds}.items() if outcome else ():
             window[key] = window.get(key, 0.0) + value
@@ -171,6 +179,8 @@ class _PhaseRun:
             bad_steps=self.progress.bad_steps + bad,
             consecutive_bad=self.progress.consecutive_bad + 1 if bad else 0,
             seconds=self.progress.seconds + seconds,
+            losses=losses,
+            exploded_steps=self.progress.exploded_steps + exploded,
             window=window,
         )
         values = None
@@ -185,6 +195,19 @@ class _PhaseRun:
                 f"{self.states.folder}; lower the learning rate or look at the data, then run the same command."
             )
 
+    def _watch_loss(self, loss: float) -> tuple[list[float], bool]:
+        """The phase's last losses with this one, and whether it is far beyond their median; tells of it if so."""
+        before = self.progress.losses
+        # An alignment that starts from nothing to learn has no scale; a rate–distortion loss has one.
+        known = self.phase.objective == "rate-distortion" and len(before) == LOSSES_KEPT
+        exploded = known and loss > EXPLODED * median(before)
+        if exploded:
+            self.trainer.watcher.note(
+                f"{self.phase.name}, step {self.progress.step + 1}: the loss explodes: {loss:.4g}, where the median "
+                f"of the last {LOSSES_KEPT} steps is {median(before):.4g}"
+            )
+        return [*before, loss][-LOSSES_KEPT:], exploded
+
     def _report(self, window: dict[str, float]) -> dict[str, float]:
         """Log the means since the last time, under names that say phase and unit."""
         count = window.get("count", 0)
@@ -193,24 +216,26 @@ class _PhaseRun:
             values["psnr_db"] = -10 * math.log10(max(values.pop("mse"), 1e-10))
         prefix = f"train/{self.phase.name}"
         rates = {f"{prefix}/lr_{g['key']}": g["lr"] for g in self.optimiser.param_groups if g["key"].isidentifier()}
-        skipped = {f"{prefix}/skipped_steps": float(self.progress.bad_steps)}
+        counts = {
+            f"{prefix}/skipped_steps": float(self.progress.bad_steps),
+            f"{prefix}/exploded_steps": float(self.progress.exploded_steps),
+        }
         named = {f"{prefix}/{key}": value for key, value in values.items()}
-        self.trainer.run.metrics({**named, **rates, **skipped}, self.progress.stage_step)
+        self.trainer.run.metrics({**named, **rates, **counts}, self.progress.stage_step)
         return values
 
     def _save_if_due(self) -> None:
         signum = self.trainer.interruption.agreed()
-        last = self.progress.step == self.phase.steps
-        if signum or (self.progress.step % self.stage.checkpoint_every == 0 and not last):
-            self._save()
+        # At the phase's end too: what follows there can take long.
+        if signum or self.progress.step % self.stage.checkpoint_every == 0 or self.progress.step == self.phase.steps:
+            self.trainer.interruption.alone(self._save)
+        fault("step")
         if signum:
             raise Interrupted(signum)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            tensors = optimiser_tensors(self.optimiser)
-            self.states.save(TrainingState(self.progress, codec_tensors(self.child), tensors, self.facts))
-        self.accelerator.wait_for_everyone()
+        tensors = optimiser_tensors(self.optimiser)
+        self.states.save(TrainingState(self.progress, codec_tensors(self.child), tensors, self.facts))
 
 
 def _schedule_factor(phase: Phase, step: int) -> float:

@@ -12,7 +12,7 @@ import fuzz_bitstream
 import pytest
 import torch
 
-from modules import HPCM
+from modules import HPCM, HPCMConfig
 from modules.bitstream import HEADER_BYTES, BitstreamError, CodedImage, Header, ImageCodec, model_identity
 
 CODED = CodedImage(b"identity", 3, 5, z=b"the z", y=b"the y string", icc_profile=b"profile")
@@ -123,6 +123,15 @@ def test_identity_is_of_what_a_decoder_computes_with(codec: ImageCodec) -> None:
     wider = HPCM(dataclasses.replace(model.config, windows=(2, 4, 8)))
     wider.load_state_dict(model.state_dict())
     assert model_identity(wider) != model_identity(model)
+
+
+def test_settings_at_their_defaults_are_not_part_of_the_identity(
+    codec: ImageCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting that a later version adds leaves the files of today decodable."""
+    added = HPCMConfig.to_dict
+    monkeypatch.setattr(HPCMConfig, "to_dict", lambda config: {**added(config), "later": 1})
+    assert model_identity(codec.model) == codec.identity
 
 
 def test_header_has_its_documented_length() -> None:

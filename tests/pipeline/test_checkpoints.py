@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 from modules import HPCM
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, publish
+from pipeline.state import Progress, StateFolder, TrainingState
 
 
 @pytest.fixture
@@ -52,9 +55,51 @@ def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: cannot be written: .*No space"):
         publish(path, mini_codec(4), {})
     assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_state(small_disk: Path) -> None:
+    states = StateFolder(small_disk, {})
+    tensors = {"weight": torch.zeros(200_000)}
+    states.save(TrainingState(Progress(stage_step=1), tensors, {}, {}))
+    states.save(TrainingState(Progress(stage_step=2), tensors, {}, {}))
+    with pytest.raises(CheckpointError, match=r"step-00000003.safetensors: cannot be written: .*\n  What was saved"):
+        states.save(TrainingState(Progress(stage_step=3), tensors, {}, {}))
+    assert [path.name for path in sorted(states.folder.iterdir())] == [
+        "phase-00-step-00000001.safetensors", "phase-00-step-00000002.safetensors",
+    ]  # fmt: skip
+    state, passed_over = states.newest()
+    assert state is not None
+    assert (state.progress.stage_step, passed_over) == (2, [])
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"\0" + content[1:]])
+def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    states = StateFolder(tmp_path, {})
+    for step in (1, 2, 3):
+        states.save(TrainingState(Progress(stage_step=step), {"weight": torch.zeros(9)}, {}, {}))
+    before, newest = sorted(states.folder.iterdir())
+    newest.write_bytes(damage(newest.read_bytes()))
+    state, passed_over = states.newest()
+    assert state is not None
+    assert state.progress.stage_step == 2
+    assert before.name.startswith("phase-00-step-00000002")
+    assert len(passed_over) == 1
+    assert str(newest) in passed_over[0]
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, 5000])
@@ -84,7 +129,7 @@ def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:
 def test_foreign_safetensors_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline .*hpcm import"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline; .*hpcm import"):
         load_codec(path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_codec(tmp_path / "nowhere.safetensors")

@@ -4,16 +4,19 @@ import json
 import struct
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from compressai.utils.plot.__main__ import parse_json_file
 from mini import mini_codec
 from PIL import Image, ImageCms
 
 from modules.bitstream import CodedImage, ImageCodec
 from pipeline import cli
+from pipeline.bench_codec import Products, bench_codec
 from pipeline.checkpoints import load_codec, publish
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -81,6 +84,41 @@ def test_one_file_to_the_name_given(photos: Path, checkpoint: Path, monkeypatch:
     assert hpcm(monkeypatch, "decompress", target, "-o", back, "-c", checkpoint) == 0
     with Image.open(back) as image:
         assert (image.format, image.size) == ("JPEG", (60, 40))
+
+
+@pytest.mark.parametrize(("source", "name"), [("one.png", "one.jpg"), (".", "all.hpcm")])
+def test_outputs_that_cannot_be_meant_are_refused(
+    source: str,
+    name: str,
+    photos: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert hpcm(monkeypatch, "compress", photos / source, "-o", photos / name, "-c", checkpoint) == 1
+    assert f"{name}: " in capsys.readouterr().err
+    assert not (photos / name).exists()
+
+
+def test_products_are_those_of_the_codec_and_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    model = mini_codec(2).eval()
+    model.update()
+    encoding = Products(torch.device("cpu"))
+    with encoding:
+        model.compress(torch.rand(1, 3, 64, 64))
+    called = Counter(str(func) for func, *_ in encoding.calls)
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in (*model.g_a.modules(), *model.h_a.modules()))
+    assert called["aten.convolution.default"] > convolutions
+    assert called["aten.mm.default"] > 0
+    again = Products(torch.device("cpu"))
+    with again:
+        encoding.replay()
+    assert again.calls == encoding.calls
+
+    results = bench_codec(model, (64, 64), rounds=1)
+    assert [result.direction for result in results] == ["encode", "decode"]
+    assert all(result.seconds and result.products and result.memory for result in results)
+    assert "64×64 pixels on cpu" in capsys.readouterr().out
 
 
 def test_beside_the_source_and_nothing_replaced_unasked(

@@ -1,13 +1,15 @@
 """What a training step does when numbers go wrong, and under the optional ways to run it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from mini import mini_codec, mini_stage
+from mini import Notes, mini_codec, mini_stage
 
+from pipeline import trainer as trainer_module
 from pipeline.checkpoints import codec_tensors
 from pipeline.data import TrainingCrops
 from pipeline.interruption import Interruption
@@ -17,6 +19,13 @@ from pipeline.state import Progress, StateFolder, TrainingState
 from pipeline.tracking import Run
 from pipeline.trainer import Migration, Trainer, TrainingError, _schedule_factor
 from pipeline.transfer import Ledger
+
+
+@pytest.fixture(autouse=True)
+def _forget_precision() -> Iterator[None]:
+    """Leave no trace of a precision: Accelerate keeps it for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Metrics(Run):
@@ -72,6 +81,24 @@ def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path
     assert kept is not None
     assert kept.progress.step == 3
     assert all(torch.isfinite(tensor).all() for tensor in kept.model.values())
+
+
+def test_a_loss_that_explodes_is_told_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "LOSSES_KEPT", 3)
+    trainer, start = trainer_of(mini_stage("baseline"))
+    trainer.watcher = notes = Notes()
+    calls = iter(range(1, 10))
+
+    def worse(module: torch.nn.Module, inputs: object, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**output, "x_hat": output["x_hat"] + (100.0 if next(calls) == 5 else 0.0)}
+
+    trainer.migration.child.register_forward_hook(worse)
+    end = trainer.train(StateFolder(tmp_path, {}), start)
+    assert end.progress.exploded_steps == 1
+    assert trainer.run.logged[4]["train/scratch/exploded_steps"] == 0  # type: ignore[attr-defined]
+    assert trainer.run.logged[6]["train/scratch/exploded_steps"] == 1  # type: ignore[attr-defined]
+    (line,) = [line for line in notes.lines if "explodes" in line]
+    assert line.startswith("scratch, step 5: the loss explodes: ")
 
 
 def test_bf16_trains_through_accelerate(tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""`hpcm compare`: the cost of several codecs from one interleaved run, kept in MLflow."""
+
+import json
+import statistics
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from modules import HPCMConfig, preset_config
+from pipeline import checkpoints
+from pipeline.costs import CODING, MEMORY, TRAINING, Contender, Note, Size, measure_memory, measure_times
+from pipeline.evaluation import macs_per_pixel
+from pipeline.outbox import Outbox
+from pipeline.recipe import Recipe
+from pipeline.records import KIND_TAG
+from pipeline.timing import machine
+from pipeline.tracking import Store
+
+KIND = "comparison"
+FILE = "comparison.json"
+COUNTED_AT = (512, 768)
+"""Size at which multiplications are counted."""
+PHASES = ("baseline", "phase1", "phase2", "phase3", "phase4")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one activity costs one codec at one size (`512×768`, height × width)."""
+
+    codec: str
+    size: str
+    activity: str
+    seconds: float
+    """Median over rounds."""
+    ratio: float | None
+    """To the first codec: the median of the rounds' ratios, so that what slows a whole round cancels."""
+    samples: tuple[float, ...]
+    """Seconds, one a round."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the peak of an activity; None where it did not fit into memory."""
+
+    codec: str
+    size: str
+    activity: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything one run of `hpcm compare` found; the first codec is what the others are compared with."""
+
+    title: str
+    device: str
+    machine: str
+    torch: str
+    rounds: int
+    trained: bool
+    parameters: dict[str, int]
+    kmacs_per_pixel: dict[str, float]
+    costs: tuple[Cost, ...]
+    peaks: tuple[Peak, ...]
+
+    @property
+    def codecs(self) -> list[str]:
+        """Names, in the order given."""
+        return list(self.parameters)
+
+    @property
+    def sizes(self) -> list[str]:
+        """Sizes in the order measured."""
+        return list(dict.fromkeys(cost.size for cost in self.costs))
+
+    def cost(self, codec: str, size: str, activity: str) -> Cost | None:
+        """One cost, or None where it was not measured."""
+        return next((c for c in self.costs if (c.codec, c.size, c.activity) == (codec, size, activity)), None)
+
+    def peak(self, codec: str, size: str, activity: str) -> int | None:
+        """One peak in bytes, or None where there is none."""
+        found = (p.bytes for p in self.peaks if (p.codec, p.size, p.activity) == (codec, size, activity))
+        return next(found, None)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping that `from_json` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Comparison":
+        """What `to_json` gave."""
+        costs = tuple(Cost(**{**cost, "samples": tuple(cost["samples"])}) for cost in fields["costs"])
+        peaks = tuple(Peak(**peak) for peak in fields["peaks"])
+        return cls(**{**fields, "costs": costs, "peaks": peaks})
+
+
+def of_preset(preset: str) -> list[Contender]:
+    """All phases of a preset, untrained; raises ValueError for an unknown one."""
+    configs = [preset_config(preset, phase) for phase in range(len(PHASES))]
+    parents = [None, *configs]
+    return [
+        Contender(name, config, None, parents[phase])
+        for phase, (name, config) in enumerate(zip(PHASES, configs, strict=True))
+    ]
+
+
+def of_recipe(recipe: Recipe) -> list[Contender]:
+    """The codecs of a recipe's stages, untrained, parents first; of equal ones, such as controls, the first.
+
+    Raises ValueError for model settings that no codec has.
+    """
+    found: dict[HPCMConfig, Contender] = {}
+    configs = {
+        name: preset_config(stage.model.preset, stage.model.phase, **stage.model.overrides)
+        for name, stage in recipe.stages.items()
+    }
+    for target in recipe.stages:
+        for stage in recipe.chain(target):
+            parent = configs[stage.parent] if stage.parent else None
+            found.setdefault(configs[stage.name], Contender(stage.name, configs[stage.name], None, parent))
+    return list(found.values())
+
+
+def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
+    """Published codecs; one finds its parent among them by the name in its lineage. Raises CheckpointError."""
+    found: dict[str, tuple[Path, HPCMConfig, str | None]] = {}
+    for path in paths:
+        metadata = checkpoints.read_metadata(path)
+        if "config" not in metadata:
+            raise checkpoints.CheckpointError(f"{path}: a training state; give the stage's checkpoint.safetensors")
+        name = metadata.get("name", path.stem)
+        if name in found:
+            raise checkpoints.CheckpointError(f"{path}: a second codec named {name!r}, after {found[name][0]}")
+        parent = yaml.safe_load(metadata.get("stage", "{}")).get("parent")
+        found[name] = path, HPCMConfig.from_dict(metadata["config"]), parent
+    return [
+        Contender(name, config, path, found[parent][1] if parent in found else None)
+        for name, (path, config, parent) in found.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: sizes for coding, sizes for training steps as well, rounds, and whether memory too."""
+
+    sizes: tuple[Size, ...]
+    train_sizes: tuple[Size, ...]
+    rounds: int
+    memory: bool
+
+    def activities(self) -> dict[Size, tuple[str, ...]]:
+        """Activities by size, small sizes first."""
+        every = sorted({*self.sizes, *self.train_sizes}, key=lambda size: size[0] * size[1])
+        return {
+            size: (CODING if size in self.sizes else ()) + (TRAINING if size in self.train_sizes else ())
+            for size in every
+        }
+
+
+def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str, note: Note) -> Comparison:
+    """Measure; `note` is told of every step."""
+    kmacs = {}
+    for contender in contenders:
+        kmacs[contender.name] = macs_per_pixel(contender.config, *COUNTED_AT) / 1000
+        note(f"{contender.name}: {kmacs[contender.name]:.1f} kMAC a pixel")
+    peaks = _peaks(contenders, plan, device, note) if plan.memory else ()
+    samples = measure_times(contenders, plan.activities(), plan.rounds, device, note)
+    first = contenders[0].name
+    costs = []
+    for (size, activity, codec), times in samples.items():
+        reference = samples.get((size, activity, first))
+        ratio = statistics.median(a / b for a, b in zip(times, reference, strict=True)) if reference else None
+        costs.append(Cost(codec, size_name(size), activity, statistics.median(times), ratio, tuple(times)))
+    return Comparison(
+        title, device, machine(device), torch.__version__, plan.rounds,
+        all(contender.checkpoint is not None for contender in contenders),
+        {contender.name: contender.parameters() for contender in contenders}, kmacs, tuple(costs), tuple(peaks),
+    )  # fmt: skip
+
+
+def _peaks(contenders: Sequence[Contender], plan: Plan, device: str, note: Note) -> list[Peak]:
+    peaks = []
+    for size, activities in plan.activities().items():
+        for activity in activities:
+            for contender in contenders:
+                if activity not in MEMORY or activity not in contender.activities:
+                    continue
+                found = measure_memory(contender, size, activity, device)
+                peaks.append(Peak(contender.name, size_name(size), activity, found))
+                shown = "did not fit" if found is None else f"{found / 2**20:.0f} MiB"
+                note(f"{size_name(size)} {activity}, memory of {contender.name}: {shown}")
+    return peaks
+
+
+def size_name(size: Size) -> str:
+    """`512×768`, height × width."""
+    return f"{size[0]}×{size[1]}"
+
+
+def parse_size(text: str) -> Size:
+    """Read `512x768`, height × width; raises ValueError."""
+    height, _, width = text.lower().replace("×", "x").partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"{text!r}: expected HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(height), int(width)
+
+
+def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None = None) -> None:
+    """Write JSON into a folder; log it to MLflow in a run of its own kind, with figures as metrics and the drawing."""
+    checkpoints.write_json(folder / FILE, comparison.to_json())
+    name = f"compare {comparison.title} on {comparison.device}"
+    outbox = Outbox(folder / "outbox", Store.default(runs), print)
+    run = outbox.run(uuid.uuid4().hex, name, tags={KIND_TAG: KIND})
+    fields = ("title", "device", "machine", "torch", "rounds", "trained")
+    run.parameters({field: getattr(comparison, field) for field in fields})
+    metrics = {f"{c.codec}/{c.activity}_seconds/{c.size.replace('×', 'x')}": c.seconds for c in comparison.costs}
+    metrics |= {
+        f"{p.codec}/{p.activity}_bytes/{p.size.replace('×', 'x')}": p.bytes for p in comparison.peaks if p.bytes
+    }
+    metrics |= {f"{codec}/parameters": count for codec, count in comparison.parameters.items()}
+    metrics |= {f"{codec}/kmacs_per_pixel": count for codec, count in comparison.kmacs_per_pixel.items()}
+    run.metrics(metrics, 0)
+    for path in filter(None, (folder / FILE, drawing)):
+        run.artifact(path)
+    run.end("FINISHED")
+    outbox.close()
+
+
+def read(path: Path) -> Comparison:
+    """A comparison from its JSON file."""
+    return Comparison.from_json(json.loads(path.read_text()))

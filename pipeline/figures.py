@@ -1,0 +1,56 @@
+"""How every figure looks: one colour for a codec wherever it appears, light grids, no frame above and right."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hpcm",
+}
+WIDTH = 7.2
+"""Inches."""
+
+
+def new_figure(rows: int, columns: int = 1, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes in reading order; `height` of a row in inches."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, rows * height + 0.3), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def codec_colours(names: Sequence[str]) -> dict[str, str]:
+    """Black for a Baseline, greys for its controls, the darker the later, and a colour each for phases and others."""
+    palette = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    colours, others = {}, iter(palette[5:])
+    for name in names:
+        phase = re.fullmatch(r"phase(\d)", name)
+        if phase:
+            colours[name] = palette[(int(phase[1]) - 1) % 5]
+        elif name == "baseline":
+            colours[name] = "#111111"
+        elif name.startswith("control"):
+            step = int(name[-1]) if name[-1].isdecimal() else 3
+            colours[name] = to_hex((0.85 - 0.1 * min(step, 5),) * 3)
+        else:
+            colours[name] = next(others, "#b0b0b0")
+    return colours
+
+
+def save(figure: Figure, target: Path | IO[bytes], kind: str = "png") -> None:
+    """Write a figure as `png` or `svg`; the same figure gives the same bytes."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE):
+        figure.savefig(target, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})

@@ -1,0 +1,46 @@
+"""Tables as data: what is printed at a terminal is also written as Markdown or set in a page."""
+
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A titled table of text; its first `left` columns are aligned left, the others right."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    left: int = 1
+
+    def add(self, *cells: str) -> None:
+        """Add a row."""
+        self.rows.append(cells)
+
+    def rich(self) -> Table:
+        """For a terminal; lines too long for it are folded."""
+        table = Table(title=escape(self.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, column in enumerate(self.columns):
+            text = number < self.left
+            table.add_column(escape(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def markdown(self) -> str:
+        """As a Markdown table below its title."""
+        rules = [":--" if number < self.left else "--:" for number in range(len(self.columns))]
+        lines = (_line(self.columns), _line(rules), *map(_line, self.rows))
+        return "\n".join((f"**{self.title}**", "", *lines, ""))
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """A number in a table, or a dash where none is known."""
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,142 @@
+"""Runs of the mini chain in processes that die, and what is left of them at the end.
+
+Processes are forked from one that has everything imported, so that an attempt costs what it does and no more.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess as Process
+from pathlib import Path
+
+import torch
+from mini import FOLDER
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+import pipeline.cli
+import pipeline.display
+import pipeline.stage  # noqa: F401 (imported for the processes that are forked)
+from modules import Noise
+from pipeline.chain import Chain
+from pipeline.objectives import RateDistortion
+from pipeline.tracking import EXPERIMENT, Store
+
+KILLED = -9
+
+
+def attempt(
+    runs: Path, stage: str, settings: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Process:
+    """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
+
+    What it prints goes to the file that LOG names; with DOUBLE it computes in float64, with POISON
+    a loss is NaN.
+    """
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    context.set_forkserver_preload(["kills"])
+    command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    process = context.Process(target=_run, args=(command, dict(environment or {})))
+    process.start()
+    return process
+
+
+def attempts(
+    runs: Path, stage: str, settings: Sequence[str], environments: Sequence[Mapping[str, str]]
+) -> list[Process]:
+    """Start as many processes, which train together, as there are environments."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(len(environments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        attempt(runs, stage, settings, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment})
+        for rank, environment in enumerate(environments)
+    ]
+
+
+def exit_code(process: Process, timeout: float = 240) -> int:
+    """Wait for the end of a process; one that hangs is an error."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
+    from pipeline.cli import main
+
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "LOG": os.devnull, **environment})
+    log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if "DOUBLE" in os.environ:
+        _compute_in_double()
+    if "POISON" in os.environ:
+        _poison(int(os.environ["POISON"]))
+    sys.argv = command
+    main()
+
+
+def _compute_in_double() -> None:
+    """Train in float64, where the order of a sum practically never decides how a latent is rounded."""
+    from pipeline import data
+
+    in_single = data._to_tensor
+    data._to_tensor = lambda image: in_single(image).double()
+    torch.set_default_dtype(torch.float64)
+
+
+def _poison(step: int) -> None:
+    """Make the loss of a step NaN, in this process alone."""
+    forward, calls = RateDistortion.forward, iter(range(1, 10**6))
+
+    def spoilt(self: RateDistortion, images: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
+        values = forward(self, images, noise)
+        return {**values, "loss": values["loss"] * (float("nan") if next(calls) == step else 1.0)}
+
+    RateDistortion.forward = spoilt  # type: ignore[method-assign]
+
+
+def stage_runs(chain: Chain) -> tuple[MlflowClient, dict[str, list[Run]]]:
+    """A client of the chain's store, and the runs of each stage."""
+    client = Store.default(chain.runs).client()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found: dict[str, list[Run]] = {}
+    for run in client.search_runs([experiment.experiment_id]):
+        if "hpcm.stage" in run.data.tags:
+            found.setdefault(run.data.tags["hpcm.stage"], []).append(run)
+    return client, found
+
+
+def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of each metric in the order of their steps; a step that is there twice is listed twice."""
+    return {
+        key: sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
+        for key in run.data.metrics
+        if not key.endswith("seconds")
+    }
+
+
+def differences(chain: Chain, reference: Chain) -> list[str]:
+    """What of a chain is not as in one that was never touched: bytes, number of runs, metrics, leftovers."""
+    found: list[str] = []
+    (client, runs), (other_client, other_runs) = stage_runs(chain), stage_runs(reference)
+    for job, other in zip(chain.jobs, reference.jobs, strict=False):
+        name = job.stage.name
+        if job.checkpoint.read_bytes() != other.checkpoint.read_bytes():
+            found.append(f"{name}: other bytes")
+        if len(runs[name]) != 1 or runs[name][0].info.status != "FINISHED":
+            found.append(f"{name}: runs {[run.info.status for run in runs[name]]}")
+        elif history(client, runs[name][0]) != history(other_client, other_runs[name][0]):
+            found.append(f"{name}: other metrics")
+        if {path.name for path in job.folder.iterdir()} != {path.name for path in other.folder.iterdir()}:
+            found.append(f"{name}: other files")
+    if (chain.folder / "outbox").exists():
+        found.append("outbox not empty")
+    return found
