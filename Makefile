@@ -51,13 +51,15 @@ ui: $(READY) ## open MLflow's pages on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not nvcc"
 
 test-all: $(READY) ## run the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: $(READY) ## run the tests that need a CUDA device
+test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
+	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
 
 soak: $(READY) ## kill and restart a small chain KILLS=100 times; compare with one never touched
 	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)
@@ -65,10 +67,11 @@ soak: $(READY) ## kill and restart a small chain KILLS=100 times; compare with o
 fuzz: $(READY) ## give the decoder 100 000 damaged files and streams, under a memory limit
 	$(BIN)/python tests/modules/fuzz_bitstream.py 100000
 
-check: $(READY) ## lint, format, types
+check: $(READY) ## lint, format, types; where nvcc is, compile the CUDA source for three architectures
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m nvcc
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,5 +1,5 @@
 // The arithmetic of Bi-WKV4, one position at a time, shared by the CPU and the CUDA kernels: V is a float (CUDA) or a
-// vector of neighbouring channels (CPU). `exponential` and `larger` are found by V.
+// vector of neighbouring channels (CPU). `exponential`, `larger` and `reciprocal` are found by V.
 //
 // With x_i = e^{k_i}, decay = e^{-w} and, for each t, prefix and suffix sums that leave t itself out,
 //   F_t = sum_{i<t} decay^{t-1-i} x_i (v_i, 1),    G_t = sum_{i>t} decay^{i-t-1} x_i (v_i, 1),
@@ -9,6 +9,8 @@
 // i and t, so  dL/dw = -decay sum_s [F.n S.a - F.d S.b + G.n P.a - G.d P.b]_s  with no second set of sums.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define BIWKV_SHARED __host__ __device__ __forceinline__
 #else
@@ -16,6 +18,14 @@
 #endif
 
 namespace biwkv {
+
+// Where one shift of a channel's keys serves in float32. Within this bound a key that underflows after the shift weighs
+// less than e^-27 of any sum that it enters, no sum or gradient leaves float32's range, and dL/dw, which cancels the more
+// the faster weights grow with distance, keeps its five digits. Beyond it a running maximum in float64 takes over.
+BIWKV_SHARED bool within_bound(float w, float u, int64_t length) {
+  const float whole = w * length;
+  return whole >= -3.0f && whole <= 60.0f && u >= -20.0f && u <= 20.0f;  // false for NaN
+}
 
 // ---- with one shift of the keys for a whole channel: one exponential an element -----------------------------------
 
@@ -39,7 +49,7 @@ struct Output {
 template <class V>
 BIWKV_SHARED Output<V> sum_output(const Sum<V>& prefix, const Sum<V>& suffix, V own, V v) {
   const V n = prefix.n + suffix.n, d = prefix.d + suffix.d;
-  const V inverse = 1 / (d + own);
+  const V inverse = reciprocal(d + own);
   return {(n + own * v) * inverse, inverse, (v * d - n) * inverse};
 }
 

@@ -2,7 +2,7 @@
 #include <new>
 
 #include "biwkv4_call.h"
-#include "biwkv4_running_tasks.h"
+#include "biwkv4_running.h"
 #include "biwkv4_shifted_tasks.h"
 
 #if defined(__linux__)

@@ -20,6 +20,9 @@ BIWKV_DEVICE void put_number(__half* p, float x) { *p = __float2half_rn(x); }
 
 // NaN stays, as on the CPU.
 BIWKV_DEVICE float larger(float a, float b) { return a > b ? a : b; }
+BIWKV_DEVICE double larger(double a, double b) { return a > b ? a : b; }
+
+BIWKV_DEVICE float reciprocal(float x) { return 1.0f / x; }
 
 // The hardware's 2^x, with the rounding of x log2(e) made good: it alone would cost 4e-6 at x = -60.
 BIWKV_DEVICE float exponential(float x) {
@@ -41,91 +44,61 @@ namespace biwkv {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kWarp = 32, kWorkers = 4;  // the channels of a block beyond the bound, and its threads for each
 
 // The sequences and channels of one launch.
 struct Slice {
   int64_t batch, batches, channel, channels;
 };
 
-template <class Number, class Phase>
-__global__ void __launch_bounds__(kThreads) each_cell(Tensors<Number> all, Slice slice, Phase phase) {
+template <class Number, void (*phase)(const Tensors<Number>&, int64_t, int64_t, int64_t)>
+__global__ void __launch_bounds__(kThreads) each_cell(Tensors<Number> all, Slice slice) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at < slice.channels) phase(all, slice.batch + blockIdx.z, static_cast<int64_t>(blockIdx.y), slice.channel + at);
 }
 
-template <class Number, bool backward>
-struct SumKeys {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
-    sum_keys<Number, backward>(all, b, chunk, channel);
-  }
-};
-template <class Number, bool backward>
-struct FindFrame {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t, int64_t channel) const {
-    find_frame<Number, backward>(all, b, channel);
-  }
-};
-template <class Number, bool backward>
-struct JoinKeys {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) const {
-    join_keys<Number, backward>(all, b, channel, side != 0);
-  }
-};
+// Each phase a launch over a slice.
 template <class Number>
-struct WriteOutput {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
-    write_output(all, b, chunk, channel);
-  }
-};
-template <class Number>
-struct SumGradients {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
-    sum_gradients(all, b, chunk, channel);
-  }
-};
-template <class Number>
-struct JoinGradients {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) const {
-    join_gradients(all, b, channel, side != 0);
-  }
-};
-template <class Number>
-struct WriteGradients {
-  __device__ void operator()(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) const {
-    write_gradients(all, b, chunk, channel);
-  }
-};
-template <class Number>
-struct SumParameters {
-  __device__ void operator()(const Tensors<Number>& all, int64_t, int64_t, int64_t channel) const {
-    sum_parameters(all, channel);
+struct Launches {
+  const Tensors<Number>& all;
+  Slice slice;
+  cudaStream_t stream;
+
+  template <void (*phase)(const Tensors<Number>&, int64_t, int64_t, int64_t)>
+  void run(int64_t rows) const {
+    const dim3 grid(static_cast<unsigned>((slice.channels + kThreads - 1) / kThreads), static_cast<unsigned>(rows),
+                    static_cast<unsigned>(slice.batches));
+    each_cell<Number, phase><<<grid, kThreads, 0, stream>>>(all, slice);
   }
 };
 
-template <class Number, class Phase>
-void launch(const Tensors<Number>& all, const Slice& slice, int64_t rows, Phase phase, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((slice.channels + kThreads - 1) / kThreads), static_cast<unsigned>(rows),
-                  static_cast<unsigned>(slice.batches));
-  each_cell<<<grid, kThreads, 0, stream>>>(all, slice, phase);
-}
+// Each phase by one block, for a warp of channels of one sequence.
+template <class Number>
+struct OneBlock {
+  const Tensors<Number>& all;
+  int64_t b, channel;
+  bool beyond;
 
-template <class Number, bool backward>
-void run_slice(const Tensors<Number>& all, const Slice& slice, cudaStream_t stream) {
-  launch(all, slice, all.chunks, SumKeys<Number, backward>{}, stream);
-  launch(all, slice, 1, FindFrame<Number, backward>{}, stream);
-  launch(all, slice, 2, JoinKeys<Number, backward>{}, stream);
-  if constexpr (backward) {
-    launch(all, slice, all.chunks, SumGradients<Number>{}, stream);
-    launch(all, slice, 2, JoinGradients<Number>{}, stream);
-    launch(all, slice, all.chunks, WriteGradients<Number>{}, stream);
-  } else {
-    launch(all, slice, all.chunks, WriteOutput<Number>{}, stream);
+  template <void (*phase)(const Tensors<Number>&, int64_t, int64_t, int64_t)>
+  __device__ void run(int64_t rows) const {
+    for (int64_t row = threadIdx.y; beyond && row < rows; row += kWorkers) phase(all, b, row, channel);
+    __syncthreads();
   }
+};
+
+// All phases for the channels beyond the bound. One launch, whose blocks mostly find nothing to do.
+template <class Number, bool backward>
+__global__ void __launch_bounds__(kWarp * kWorkers, 1) each_beyond(Tensors<Number> all) {
+  const int64_t groups = (all.channels + kWarp - 1) / kWarp, channel = blockIdx.x % groups * kWarp + threadIdx.x;
+  const bool beyond = channel < all.channels && all.beyond(channel);
+  if (!__syncthreads_or(beyond)) return;
+  run_phases<Number, RunningMaximum<double>, backward>(
+      OneBlock<Number>{all, static_cast<int64_t>(blockIdx.x / groups), channel, beyond}, all.chunks);
 }
 
 // So much of k, v and grad_y at a time that the later phases find it in the L2 cache, yet enough to fill the device.
-template <class Number, bool backward>
-void run(const Tensors<Number>& all, cudaStream_t stream) {
+template <class Number, class Weights, bool backward>
+void run_slices(const Tensors<Number>& all, cudaStream_t stream) {
   int device = 0, cache = 0, processors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
@@ -137,17 +110,30 @@ void run(const Tensors<Number>& all, cudaStream_t stream) {
   const int64_t channels = batches > 1 || columns >= all.channels ? all.channels : columns / kThreads * kThreads;
   for (int64_t b = 0; b < all.batch; b += batches) {
     for (int64_t c = 0; c < all.channels; c += channels) {
-      run_slice<Number, backward>(
-          all, {b, std::min(batches, all.batch - b), c, std::min(channels, all.channels - c)}, stream);
+      const Slice slice = {b, std::min(batches, all.batch - b), c, std::min(channels, all.channels - c)};
+      run_phases<Number, Weights, backward>(Launches<Number>{all, slice, stream}, all.chunks);
     }
   }
-  if constexpr (backward) launch(all, {0, 1, 0, all.channels}, 1, SumParameters<Number>{}, stream);
+}
+
+template <class Number, bool backward>
+void run(const Tensors<Number>& all, bool by_running_maximum, cudaStream_t stream) {
+  if (by_running_maximum) {
+    run_slices<Number, RunningMaximum<float>, backward>(all, stream);
+  } else {
+    run_slices<Number, OneShift, backward>(all, stream);
+    const int64_t groups = (all.channels + kWarp - 1) / kWarp;
+    each_beyond<Number, backward><<<static_cast<unsigned>(groups * all.batch), dim3(kWarp, kWorkers), 0, stream>>>(all);
+  }
+  if constexpr (backward) {
+    Launches<Number>{all, {0, 1, 0, all.channels}, stream}.template run<sum_parameters<Number>>(1);
+  }
 }
 
 int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
 template <class Number>
-int run_as(const BiwkvCall& call, bool backward) {
+int run_as(const BiwkvCall& call, bool backward, bool by_running_maximum) {
   Tensors<Number> all;
   all.w = static_cast<const float*>(call.w), all.u = static_cast<const float*>(call.u);
   all.k = static_cast<const Number*>(call.k), all.v = static_cast<const Number*>(call.v);
@@ -159,16 +145,16 @@ int run_as(const BiwkvCall& call, bool backward) {
   all.batch = call.batch, all.length = call.length, all.channels = call.channels;
   all.chunks = chunks_of(call.length), all.fields = static_cast<float*>(call.workspace);
   const auto stream = static_cast<cudaStream_t>(call.runner);
-  backward ? run<Number, true>(all, stream) : run<Number, false>(all, stream);
+  backward ? run<Number, true>(all, by_running_maximum, stream) : run<Number, false>(all, by_running_maximum, stream);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? BIWKV_OK : BIWKV_CUDA_ERROR + error;
 }
 
-int dispatch(const BiwkvCall* call, bool backward) {
+int dispatch(const BiwkvCall* call, bool backward, bool by_running_maximum = false) {
   switch (call->type) {
-    case BIWKV_FLOAT32: return run_as<float>(*call, backward);
-    case BIWKV_BFLOAT16: return run_as<__nv_bfloat16>(*call, backward);
-    case BIWKV_FLOAT16: return run_as<__half>(*call, backward);
+    case BIWKV_FLOAT32: return run_as<float>(*call, backward, by_running_maximum);
+    case BIWKV_BFLOAT16: return run_as<__nv_bfloat16>(*call, backward, by_running_maximum);
+    case BIWKV_FLOAT16: return run_as<__half>(*call, backward, by_running_maximum);
   }
   return BIWKV_BAD_TYPE;
 }
@@ -182,11 +168,16 @@ int biwkv4_forward(const BiwkvCall* call) { return biwkv::dispatch(call, false);
 
 int biwkv4_backward(const BiwkvCall* call) { return biwkv::dispatch(call, true); }
 
+// For comparison: all channels by a running maximum in float32, the manner of the public kernels.
+int biwkv4_running_maximum(const BiwkvCall* call, int backward) {
+  return biwkv::dispatch(call, backward != 0, true);
+}
+
 // Bytes of workspace that a call needs.
 int64_t biwkv4_workspace(const BiwkvCall* call, int backward) {
   using namespace biwkv;
-  const int64_t fields = backward ? kBackwardFields : kForwardFields;
-  return (fields * chunks_of(call->length) + 2) * call->batch * call->channels * static_cast<int64_t>(sizeof(float));
+  const int64_t numbers = fields_of(backward) * chunks_of(call->length) + 2;
+  return numbers * call->batch * call->channels * static_cast<int64_t>(sizeof(float));
 }
 
 const char* biwkv4_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status - BIWKV_CUDA_ERROR)); }

@@ -1,23 +1,19 @@
 // Bi-WKV4 on a GPU: a thread is one channel of one chunk of time, neighbouring threads are neighbouring channels. Threads
-// never wait for one another and share nothing but global memory, so that the tests run these very functions on the CPU
-// (tests/modules/biwkv4_emulation.cpp), a thread after another.
-//
-// Whoever includes this defines BIWKV_DEVICE, and number(), put_number(), exponential() and larger() beforehand.
+// share nothing but global memory, and a phase ends before the next begins, so that the tests run these very functions on
+// the CPU (tests/modules/biwkv4_emulation.cpp), a thread after another.
 //
 // Each chunk's own sums (sum_keys), the channel's frame, the sums before and after each chunk (join_keys), and then each
-// chunk again from these: the same phases as on the CPU, in the same arithmetic, at -60 <= w T <= 60 and |u| <= 20. A
-// channel beyond that bound is filled with NaN: it cannot be noticed on the host without waiting for the device. Below
-// w T = -6, where the CPU turns to float64, dL/dw loses digits (four are left at -60).
+// chunk again from these: the same phases as on the CPU. `Weights` is OneShift for all channels, then
+// RunningMaximum<double> for those beyond the bound, whose results it overwrites: the host never needs to know of them.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-#include "biwkv4_arithmetic.h"
+#include "biwkv4_weights.h"
 
 namespace biwkv {
 
-constexpr int kChunk = 64, kBlock = 8, kBlocks = kChunk / kBlock;  // rows of a chunk; rows that live in registers
+constexpr int kChunk = 64, kBlocks = kChunk / kBlock;  // rows of a chunk, and its blocks
 
 template <class Number>
 struct Tensors {
@@ -27,45 +23,62 @@ struct Tensors {
   float *grad_w, *grad_u;
   int64_t k_batch, k_time, v_batch, v_time, grad_y_batch, grad_y_time;
   int64_t batch, length, channels, chunks;
-  float* fields;                                     // (kFields, batch, chunks, channels), then two (batch, channels)
+  float* fields;  // (fields_of(backward), batch, chunks, channels), then two (batch, channels)
+
+  BIWKV_DEVICE bool beyond(int64_t channel) const { return !within_bound(w[channel], u[channel], length); }
 };
 
-// What the phases leave in `fields` for one another; the forward pass needs those before kGradForthN.
-enum Field {
-  kSumForthN, kSumForthD, kSumBackN, kSumBackD, kMax, kForthN, kForthD, kBackN, kBackD, kForwardFields,
-  kCentre = kForwardFields, kGradSumForthN, kGradSumForthD, kGradSumBackN, kGradSumBackD, kGradForthN, kGradForthD,
-  kGradBackN, kGradBackD, kPartW, kPartU, kBackwardFields
-};
+// What the phases leave in `fields` for one another: these, then states over keys and, backward, over gradients. The
+// states are at first a chunk's own, then, joined, of all before (forth) and after it (back).
+enum Field { kMax, kForwardFields, kCentre = kForwardFields, kPartW, kPartU, kBackwardFields };
+enum StateField { kForth, kBack, kForwardStates, kGradForth = kForwardStates, kGradBack, kBackwardStates };
+
+constexpr int kWidest = 5;  // numbers of a state
+
+BIWKV_SHARED constexpr int64_t fields_of(bool backward) {
+  return kWidest * (backward ? kBackwardStates : kForwardStates) + (backward ? kBackwardFields : kForwardFields);
+}
 
 // One channel of one chunk.
-template <class Number, bool backward>
+template <class Number, class Weights, bool backward>
 struct Cell {
-  static constexpr int kFields = backward ? kBackwardFields : kForwardFields;
+  using Real = typename Weights::Real;
+  using State = typename Weights::State;
 
   const Tensors<Number>& all;
   int64_t b, chunk, channel, rows;
-  float w, decay, boost, shift, centre;
+  Weights weights;
+  float centre;
 
   BIWKV_DEVICE Cell(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel)
-      : all(all), b(b), chunk(chunk), channel(channel) {
+      : all(all), b(b), chunk(chunk), channel(channel), weights(all.w[channel], all.u[channel], frame(0)) {
     const int64_t left = all.length - chunk * kChunk;
     rows = left < kChunk ? left : kChunk;
-    w = all.w[channel];
-    const float whole = w * all.length, u = all.u[channel];
-    const bool within = whole >= -60 && whole <= 60 && u >= -20 && u <= 20;
-    decay = within ? exponential(-w) : NAN;
-    boost = exponential(u);
-    shift = frame(0), centre = backward ? frame(1) : 0.0f;
+    centre = backward && Weights::kCentred ? frame(1) : 0.0f;
   }
 
   BIWKV_DEVICE float& field(int which) const {
     return all.fields[((which * all.batch + b) * all.chunks + chunk) * all.channels + channel];
   }
   BIWKV_DEVICE float& frame(int which) const {
-    return all.fields[(kFields * all.chunks + which) * all.batch * all.channels + b * all.channels + channel];
+    return all.fields[(fields_of(backward) * all.chunks + which) * all.batch * all.channels + b * all.channels + channel];
   }
-  BIWKV_DEVICE Sum<float> sum(int which) const { return {field(which), field(which + 1)}; }
-  BIWKV_DEVICE void put(int which, const Sum<float>& sum) const { field(which) = sum.n, field(which + 1) = sum.d; }
+  static BIWKV_DEVICE int first_of(int which) {
+    return (backward ? kBackwardFields : kForwardFields) + which * Weights::kWidth;
+  }
+  BIWKV_DEVICE State state(int which) const {
+    float numbers[Weights::kWidth];
+#pragma unroll
+    for (int i = 0; i < Weights::kWidth; ++i) numbers[i] = field(first_of(which) + i);
+    return Weights::get(numbers);
+  }
+  template <class Sums>
+  BIWKV_DEVICE void put(int which, const Sums& sums) const {
+    float numbers[Weights::kWidth];
+    Weights::put(sums, numbers);
+#pragma unroll
+    for (int i = 0; i < Weights::kWidth; ++i) field(first_of(which) + i) = numbers[i];
+  }
 
   BIWKV_DEVICE int64_t time(int row) const { return chunk * kChunk + row; }
   BIWKV_DEVICE float k(int row) const { return number(all.k[b * all.k_batch + time(row) * all.k_time + channel]); }
@@ -73,238 +86,284 @@ struct Cell {
   BIWKV_DEVICE float grad(int row) const {
     return number(all.grad_y[b * all.grad_y_batch + time(row) * all.grad_y_time + channel]);
   }
-  BIWKV_DEVICE void write(Number* to, int row, float x) const {
-    if (row < rows) put_number(to + (b * all.length + time(row)) * all.channels + channel, x);
+  BIWKV_DEVICE void write(Number* to, int row, Real x) const {
+    if (row < rows) put_number(to + (b * all.length + time(row)) * all.channels + channel, static_cast<float>(x));
   }
 
-  // A block of rows in the channel's frame; beyond the sequence the weight is zero.
-  BIWKV_DEVICE void load(int block, float (&x)[kBlock], float (&values)[kBlock]) const {
-#pragma unroll
+  // A block of rows in the channel's frame; beyond the sequence there is no weight.
+  BIWKV_DEVICE void load(int block, Real (&x)[kBlock], float (&values)[kBlock]) const {
+    float keys[kBlock];
+#pragma unroll Weights::kUnrollRows
     for (int i = 0; i < kBlock; ++i) {
       const int row = block * kBlock + i;
       const bool inside = row < rows;
-      x[i] = inside ? k(row) : 0.0f, values[i] = inside ? v(row) - centre : 0.0f;
+      keys[i] = inside ? k(row) : 0.0f, values[i] = inside ? v(row) - centre : 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) x[i] = block * kBlock + i < rows ? exponential(x[i] - shift) : 0.0f;
+#pragma unroll Weights::kUnrollRows
+    for (int i = 0; i < kBlock; ++i) {
+      x[i] = block * kBlock + i < rows ? weights.weight(keys[i]) : Weights::no_weight();
+    }
   }
 
   // The sums of all that comes after each block of the chunk.
-  BIWKV_DEVICE void sums_after(Sum<float> (&after)[kBlocks]) const {
-    Sum<float> sum = this->sum(kBackN);
-#pragma unroll
+  BIWKV_DEVICE void sums_after(State (&after)[kBlocks]) const {
+    State sum = state(kBack);
+#pragma unroll Weights::kUnrollBlocks
     for (int block = kBlocks - 1; block >= 0; --block) {
       after[block] = sum;
       if (block == 0) break;
-      float x[kBlock], v[kBlock];
+      Real x[kBlock];
+      float v[kBlock];
       load(block, x, v);
-#pragma unroll
-      for (int i = kBlock - 1; i >= 0; --i) sum = sum_push(sum, decay, x[i] * v[i], x[i]);
+#pragma unroll Weights::kUnrollRows
+      for (int i = kBlock - 1; i >= 0; --i) sum = weights.push(sum, x[i], v[i]);
+      sum = weights.settle(sum);
     }
   }
 };
 
 // A block of rows of the backward pass, in registers.
+template <class Weights>
 struct Block {
-  float x[kBlock], v[kBlock], a[kBlock], b[kBlock];
-  float grad_k[kBlock], grad_v[kBlock];  // all but what later positions add
-  Sum<float> keys[kBlock];               // the sums over keys before each row
+  using Real = typename Weights::Real;
+  Real x[kBlock];
+  float v[kBlock];
+  typename Weights::Gradient gradient[kBlock];
+  Real grad_k[kBlock], grad_v[kBlock];    // all but what later positions add
+  typename Weights::State keys[kBlock];   // the sums over keys before each row
 };
 
 // Fills a block from the sums at its start (over keys: before, over gradients: earlier), which move on to its end, and
-// from those of the keys after its end; adds what it can tell of the gradients of w (over -decay) and u.
-template <class Number>
-BIWKV_DEVICE void walk(const Cell<Number, true>& cell, int block, Block& rows, Sum<float>& before, Sum<float> after,
-                       Sum<float>& earlier, float& to_w, float& to_u) {
+// from those of the keys after its end; adds what it can tell of the gradients of w (its crossings) and u.
+template <class Number, class Weights, class State = typename Weights::State, class Real = typename Weights::Real>
+BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block<Weights>& rows, State& before, State after,
+                       State& earlier, Real& to_w, Real& to_u) {
+  const Weights& weights = cell.weights;
   cell.load(block, rows.x, rows.v);
-#pragma unroll
+#pragma unroll Weights::kUnrollRows
   for (int i = kBlock - 1; i >= 0; --i) {
     rows.keys[i] = after;
-    after = sum_push(after, cell.decay, rows.x[i] * rows.v[i], rows.x[i]);
+    after = weights.push(after, rows.x[i], static_cast<Real>(rows.v[i]));
   }
-#pragma unroll
+#pragma unroll Weights::kUnrollRows
   for (int i = 0; i < kBlock; ++i) {
     const bool inside = block * kBlock + i < cell.rows;
-    const float x = rows.x[i], v = rows.v[i], own = cell.boost * x;
-    const Output<float> out = sum_output(before, rows.keys[i], own, v);
-    const float a = inside ? cell.grad(block * kBlock + i) * out.inverse : 0.0f;
-    const float b = inside ? a * out.y : 0.0f, bonus = inside ? own * a * out.off : 0.0f;
+    const Real x = rows.x[i], v = rows.v[i], grad = inside ? cell.grad(block * kBlock + i) : 0.0f;
+    const auto out = weights.output(before, rows.keys[i], x, v);
+    rows.gradient[i] = inside ? weights.gradient(out, grad) : Weights::no_gradient();
+    const Real own = inside ? weights.own_part(out, rows.gradient[i], grad) : Real(0);
+    const Real bonus = inside ? own * out.off : Real(0);
     to_u += bonus;
-    to_w += flux(rows.keys[i], earlier);
-    rows.a[i] = a, rows.b[i] = b;
-    rows.grad_k[i] = x * (v * earlier.n - earlier.d) + bonus, rows.grad_v[i] = x * earlier.n + own * a;
+    to_w += weights.crossing(rows.keys[i], earlier);
+    rows.grad_k[i] = weights.to_key(x, v, earlier) + bonus, rows.grad_v[i] = weights.to_value(x, earlier) + own;
     rows.keys[i] = before;
     if (!inside) continue;  // a decay below one, again and again, would end in infinity times zero
-    before = sum_push(before, cell.decay, x * v, x);
-    earlier = sum_push(earlier, cell.decay, a, b);
+    before = weights.push(before, x, v);
+    earlier = weights.push(earlier, rows.gradient[i]);
   }
+  before = weights.settle(before), earlier = weights.settle(earlier);
 }
 
 // ---- the phases, one call a thread ------------------------------------------------------------------------------
 
-template <class Number, bool backward>
+template <class Number, class Weights, bool backward>
 BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  const Cell<Number, backward> cell(all, b, chunk, channel);
+  Cell<Number, Weights, backward> cell(all, b, chunk, channel);
   float max = -3.40282347e38f;  // above -inf: a chunk of nothing but -inf is zeros, not NaN
 #pragma unroll 8
   for (int row = 0; row < cell.rows; ++row) max = larger(max, cell.k(row));
+  cell.field(kMax) = cell.weights.shift = max;
   float centre = 0.0f;
-  if (backward) {
+  if (backward && Weights::kCentred) {
     Sum<float> mean = {0.0f, 0.0f};
 #pragma unroll 8
     for (int row = 0; row < cell.rows; ++row) {
-      const float x = exponential(cell.k(row) - max);
+      const float x = cell.weights.weight(cell.k(row));
       mean = {mean.n + x * cell.v(row), mean.d + x};
     }
     centre = mean.n / mean.d;
     centre = centre == centre ? centre : 0.0f;
     cell.field(kCentre) = centre;
   }
-  Sum<float> forth = {0.0f, 0.0f}, back = {0.0f, 0.0f};
-  float power = 1.0f;
-#pragma unroll 8
+  auto forth = Weights::nothing(), back = forth;
+  auto age = Weights::near();
+#pragma unroll Weights::kUnrollRows
   for (int row = 0; row < cell.rows; ++row) {
-    const float x = exponential(cell.k(row) - max), xv = x * (cell.v(row) - centre);
-    forth = sum_push(forth, cell.decay, xv, x);
-    back = {back.n + power * xv, back.d + power * x};
-    power *= cell.decay;
+    const auto x = cell.weights.weight(cell.k(row));
+    const typename Weights::Real v = cell.v(row) - centre;
+    forth = cell.weights.push(forth, x, v);
+    back = cell.weights.add(back, age, x, v);
+    age = cell.weights.farther(age);
+    if (row % kBlock == kBlock - 1) forth = cell.weights.settle(forth), age = cell.weights.settle(age);
   }
-  cell.put(kSumForthN, forth);
-  cell.put(kSumBackN, back);
-  cell.field(kMax) = max;
+  cell.put(kForth, forth);
+  cell.put(kBack, back);
 }
 
 // The channel's shift and centre, from its chunks'.
-template <class Number, bool backward>
-BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t channel) {
+template <class Number, class Weights, bool backward>
+BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int64_t channel) {
+  using Chunk = Cell<Number, Weights, backward>;
   float max = -3.40282347e38f;
 #pragma unroll 8
-  for (int64_t c = 0; c < all.chunks; ++c) max = larger(max, Cell<Number, backward>(all, b, c, channel).field(kMax));
-  // Half of the decay on either side of the largest key; less for a growth, which keys far below it may yet use.
-  const float whole = all.w[channel] * all.length;
-  const Cell<Number, backward> first(all, b, 0, channel);
-  const float shift = max - whole * (whole > 0 ? 0.5f : 1.0f / 6);
-  first.frame(0) = shift;
-  if (!backward) return;
+  for (int64_t c = 0; c < all.chunks; ++c) max = larger(max, Chunk(all, b, c, channel).field(kMax));
+  const Chunk first(all, b, 0, channel);
+  first.frame(0) = Weights::shift_of(max, all.w[channel] * all.length);
+  if (!backward || !Weights::kCentred) return;
   double n = 0, d = 0;
 #pragma unroll 4
   for (int64_t c = 0; c < all.chunks; ++c) {
-    const Cell<Number, backward> cell(all, b, c, channel);
-    const double weight = cell.field(kSumForthD) * exponential(static_cast<double>(cell.field(kMax)) - max);
+    const Chunk cell(all, b, c, channel);
+    const double weight = cell.state(kForth).d * exponential(static_cast<double>(cell.field(kMax)) - max);
     n += weight * cell.field(kCentre), d += weight;
   }
   const float centre = static_cast<float>(n / d);
   first.frame(1) = centre == centre ? centre : 0.0f;
 }
 
-// Each chunk's own sum to the sum of all before (forth) or after (back) it, in float64.
-template <class Number, bool backward>
-BIWKV_DEVICE void join_keys(const Tensors<Number>& all, int64_t b, int64_t channel, bool back) {
-  const double skip = exponential(-static_cast<double>(all.w[channel]) * kChunk);
-  Sum<double> sum = {0, 0};
-#pragma unroll 8
-  for (int64_t i = 0; i < all.chunks; ++i) {
-    const Cell<Number, backward> cell(all, b, back ? all.chunks - 1 - i : i, channel);
-    const Sum<float> own = cell.sum(back ? kSumBackN : kSumForthN);
-    const double scale = exponential(static_cast<double>(cell.field(kMax)) - cell.shift);
-    const double uncentre = backward ? static_cast<double>(cell.field(kCentre)) - cell.centre : 0;
-    cell.put(back ? kBackN : kForthN, {static_cast<float>(sum.n), static_cast<float>(sum.d)});
-    sum = sum_push(sum, skip, (own.n + uncentre * own.d) * scale, own.d * scale);
+// Each chunk's own state to that of all before (forth) or after it (back), in float64. `own` reads a chunk's. Some chunks
+// at a time, so that their reads do not wait for one another's writes.
+template <class Number, class Weights, bool backward, class Own>
+BIWKV_DEVICE void join(const Tensors<Number>& all, int64_t b, int64_t channel, bool back, int which, const Own& own) {
+  using Chunk = Cell<Number, Weights, backward>;
+  const auto chunk = [&](int64_t i) { return Chunk(all, b, back ? all.chunks - 1 - i : i, channel); };
+  const double skip = Weights::skip(all.w[channel], kChunk);
+  auto sum = Weights::none_joined();
+  for (int64_t i = 0; i < all.chunks; i += kBlock) {
+    typename Weights::Joined states[kBlock];
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) {
+      if (i + j < all.chunks) states[j] = own(chunk(i + j), which);
+    }
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) {
+      if (i + j >= all.chunks) break;
+      chunk(i + j).put(which, sum);
+      sum = Weights::join(sum, skip, states[j]);
+    }
   }
 }
 
-template <class Number>
-BIWKV_DEVICE void join_gradients(const Tensors<Number>& all, int64_t b, int64_t channel, bool back) {
-  const double skip = exponential(-static_cast<double>(all.w[channel]) * kChunk);
-  Sum<double> sum = {0, 0};
-#pragma unroll 8
-  for (int64_t i = 0; i < all.chunks; ++i) {
-    const Cell<Number, true> cell(all, b, back ? all.chunks - 1 - i : i, channel);
-    const Sum<float> own = cell.sum(back ? kGradSumBackN : kGradSumForthN);
-    cell.put(back ? kGradBackN : kGradForthN, {static_cast<float>(sum.n), static_cast<float>(sum.d)});
-    sum = sum_push(sum, skip, static_cast<double>(own.n), static_cast<double>(own.d));
-  }
+template <class Number, class Weights, bool backward>
+BIWKV_DEVICE void join_keys(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) {
+  join<Number, Weights, backward>(all, b, channel, side != 0, side ? kBack : kForth, [](const auto& cell, int which) {
+    const double by = static_cast<double>(cell.field(kMax)) - cell.weights.shift;
+    const double uncentre = backward && Weights::kCentred ? static_cast<double>(cell.field(kCentre)) - cell.centre : 0;
+    return Weights::moved(Weights::widen(cell.state(which)), by, uncentre);
+  });
 }
 
-template <class Number>
+template <class Number, class Weights>
+BIWKV_DEVICE void join_gradients(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) {
+  join<Number, Weights, true>(all, b, channel, side != 0, side ? kGradBack : kGradForth,
+                              [](const auto& cell, int which) { return Weights::widen(cell.state(which)); });
+}
+
+template <class Number, class Weights>
 BIWKV_DEVICE void write_output(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  const Cell<Number, false> cell(all, b, chunk, channel);
-  Sum<float> after[kBlocks], before = cell.sum(kForthN);
+  using Real = typename Weights::Real;
+  const Cell<Number, Weights, false> cell(all, b, chunk, channel);
+  typename Weights::State after[kBlocks], before = cell.state(kForth);
   cell.sums_after(after);
-#pragma unroll
+#pragma unroll Weights::kUnrollBlocks
   for (int block = 0; block < kBlocks; ++block) {
-    float x[kBlock], v[kBlock];
-    Sum<float> later[kBlock], sum = after[block];
+    Real x[kBlock];
+    float v[kBlock];
+    typename Weights::State later[kBlock], sum = after[block];
     cell.load(block, x, v);
-#pragma unroll
+#pragma unroll Weights::kUnrollRows
     for (int i = kBlock - 1; i >= 0; --i) {
       later[i] = sum;
-      sum = sum_push(sum, cell.decay, x[i] * v[i], x[i]);
+      sum = cell.weights.push(sum, x[i], static_cast<Real>(v[i]));
     }
-#pragma unroll
+#pragma unroll Weights::kUnrollRows
     for (int i = 0; i < kBlock; ++i) {
-      cell.write(all.y, block * kBlock + i, sum_output(before, later[i], cell.boost * x[i], v[i]).y);
-      before = sum_push(before, cell.decay, x[i] * v[i], x[i]);
+      cell.write(all.y, block * kBlock + i, cell.weights.output(before, later[i], x[i], static_cast<Real>(v[i])).y);
+      before = cell.weights.push(before, x[i], static_cast<Real>(v[i]));
     }
+    before = cell.weights.settle(before);
   }
 }
 
-template <class Number>
+template <class Number, class Weights>
 BIWKV_DEVICE void sum_gradients(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  const Cell<Number, true> cell(all, b, chunk, channel);
-  Sum<float> after[kBlocks], before = cell.sum(kForthN), forth = {0.0f, 0.0f}, back = {0.0f, 0.0f};
-  float power = 1.0f, to_w = 0.0f, to_u = 0.0f;
+  using Real = typename Weights::Real;
+  const Cell<Number, Weights, true> cell(all, b, chunk, channel);
+  typename Weights::State after[kBlocks], before = cell.state(kForth);
+  auto forth = Weights::nothing(), back = forth;
+  Real age = Weights::near(), to_w = 0, to_u = 0;
   cell.sums_after(after);
-#pragma unroll
+#pragma unroll Weights::kUnrollBlocks
   for (int block = 0; block < kBlocks; ++block) {
-    Block rows;
+    Block<Weights> rows;
     walk(cell, block, rows, before, after[block], forth, to_w, to_u);
-#pragma unroll
+#pragma unroll Weights::kUnrollRows
     for (int i = 0; i < kBlock; ++i) {
       if (block * kBlock + i >= cell.rows) continue;
-      back = {back.n + power * rows.a[i], back.d + power * rows.b[i]};
-      power *= cell.decay;
+      back = cell.weights.add(back, age, rows.gradient[i]);
+      age = cell.weights.farther(age);
     }
+    age = cell.weights.settle(age);
   }
-  cell.put(kGradSumForthN, forth);
-  cell.put(kGradSumBackN, back);
+  cell.put(kGradForth, forth);
+  cell.put(kGradBack, back);
 }
 
-template <class Number>
+template <class Number, class Weights>
 BIWKV_DEVICE void write_gradients(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  const Cell<Number, true> cell(all, b, chunk, channel);
-  Sum<float> after[kBlocks], before[kBlocks], earlier[kBlocks];  // at each block: over keys, keys, gradients
-  float to_w = 0.0f, to_u = 0.0f;
+  using Real = typename Weights::Real;
+  const Cell<Number, Weights, true> cell(all, b, chunk, channel);
+  typename Weights::State after[kBlocks], before[kBlocks], earlier[kBlocks];  // at each block: over keys, keys, gradients
+  Real to_w = 0, to_u = 0;
   cell.sums_after(after);
-  before[0] = cell.sum(kForthN), earlier[0] = cell.sum(kGradForthN);
-#pragma unroll
+  before[0] = cell.state(kForth), earlier[0] = cell.state(kGradForth);
+#pragma unroll Weights::kUnrollBlocks
   for (int block = 0; block + 1 < kBlocks; ++block) {
-    Block rows;
-    float unused_w = 0.0f, unused_u = 0.0f;
+    Block<Weights> rows;
+    Real unused_w = 0, unused_u = 0;
     before[block + 1] = before[block], earlier[block + 1] = earlier[block];
     walk(cell, block, rows, before[block + 1], after[block], earlier[block + 1], unused_w, unused_u);
   }
-  Sum<float> later = cell.sum(kGradBackN);
-#pragma unroll
+  auto later = cell.state(kGradBack);
+#pragma unroll Weights::kUnrollBlocks
   for (int block = kBlocks - 1; block >= 0; --block) {
-    Block rows;
+    Block<Weights> rows;
     walk(cell, block, rows, before[block], after[block], earlier[block], to_w, to_u);
-#pragma unroll
+#pragma unroll Weights::kUnrollRows
     for (int i = kBlock - 1; i >= 0; --i) {
-      const float x = rows.x[i];
-      cell.write(all.grad_k, block * kBlock + i, rows.grad_k[i] + x * (rows.v[i] * later.n - later.d));
-      cell.write(all.grad_v, block * kBlock + i, rows.grad_v[i] + x * later.n);
-      to_w += flux(rows.keys[i], later);
-      later = sum_push(later, cell.decay, rows.a[i], rows.b[i]);
+      const Real x = rows.x[i], v = rows.v[i];
+      cell.write(all.grad_k, block * kBlock + i, rows.grad_k[i] + cell.weights.to_key(x, v, later));
+      cell.write(all.grad_v, block * kBlock + i, rows.grad_v[i] + cell.weights.to_value(x, later));
+      to_w += cell.weights.crossing(rows.keys[i], later);
+      later = cell.weights.push(later, rows.gradient[i]);
     }
+    later = cell.weights.settle(later);
   }
-  cell.field(kPartW) = -cell.decay * to_w;
-  cell.field(kPartU) = to_u;
+  cell.field(kPartW) = static_cast<float>(cell.weights.to_w(to_w));
+  cell.field(kPartU) = static_cast<float>(to_u);
+}
+
+// All phases but the last: each.template run<phase>(rows) calls it for so many rows (chunks, sides) of every channel.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class Number, class Weights, bool backward, class Each>
+BIWKV_SHARED void run_phases(const Each& each, int64_t chunks) {
+  each.template run<sum_keys<Number, Weights, backward>>(chunks);
+  each.template run<find_frame<Number, Weights, backward>>(1);
+  each.template run<join_keys<Number, Weights, backward>>(2);
+  if constexpr (backward) {
+    each.template run<sum_gradients<Number, Weights>>(chunks);
+    each.template run<join_gradients<Number, Weights>>(2);
+    each.template run<write_gradients<Number, Weights>>(chunks);
+  } else {
+    each.template run<write_output<Number, Weights>>(chunks);
+  }
 }
 
 // The gradients of one channel's w and u, over the batch and the chunks in their order.
 template <class Number>
-BIWKV_DEVICE void sum_parameters(const Tensors<Number>& all, int64_t channel) {
+BIWKV_DEVICE void sum_parameters(const Tensors<Number>& all, int64_t, int64_t, int64_t channel) {
   double w = 0, u = 0;
   for (int64_t b = 0; b < all.batch; ++b) {
 #pragma unroll 8

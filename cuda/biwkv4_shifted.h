@@ -5,13 +5,10 @@
 // A strip either keeps its weights between phases (short sequences: one exponential an element, all in cache) or
 // computes them again from k (long ones: two of them forward, three backward, and as many readings of k and v).
 //
-// Bound: -6 <= w T <= 60 and |u| <= 20. Within it a key that underflows after the shift weighs less than e^-27 of any
-// sum that it enters, no sum or gradient leaves float32's range, and dL/dw, which cancels the more the faster weights
-// grow with distance, keeps its five digits. Beyond it biwkv4_running.h takes over.
+// Strips with a channel beyond the bound (biwkv4_arithmetic.h) are left to biwkv4_running.h.
 #pragma once
 
-#include "biwkv4_strip.h"
-#include "biwkv4_vector.h"
+#include "biwkv4_tasks.h"
 
 #include "biwkv4_arithmetic.h"  // after the vector, whose `exponential` and `larger` it calls
 
@@ -21,10 +18,9 @@ constexpr int kRows = 32;  // positions of a chunk
 
 inline int64_t chunks_of(int64_t length) { return (length + kRows - 1) / kRows; }
 
-inline bool within_bound(const float* w, const float* u, int lanes, int64_t length) {
-  for (int i = 0; i < lanes; ++i) {
-    const float whole = w[i] * length;
-    if (!(whole >= -6 && whole <= 60 && u[i] >= -20 && u[i] <= 20)) return false;
+inline bool all_within_bound(const float* w, const float* u, int64_t lanes, int64_t length) {
+  for (int64_t i = 0; i < lanes; ++i) {
+    if (!within_bound(w[i], u[i], length)) return false;
   }
   return true;
 }
@@ -57,14 +53,17 @@ class ShiftedScan {
     decay = exponential(-w), boost = exponential(u);
     count = chunks_of(s.length);
     // Not decay, rounded, each time: 32 equal roundings would add up. Their products are the powers' roundings.
+    Doubles factor[kHalves], inverse[kHalves], power[kHalves], correction[kHalves];
     for (int half = 0; half < kHalves; ++half) {
-      const Doubles factor = exponential(-half_of(w, half)), inverse = exponential(half_of(w, half));
-      Doubles power = splat<Doubles>(1), correction = power;
-      for (int i = 0; i < kRows; ++i) {
-        put_half(power, powers[i], half);
-        power *= factor;
-        put_half(factor * correction, decays[i], half);
-        correction *= factor * (2 - half_of(decays[i], half) * inverse) * inverse;
+      factor[half] = exponential(-half_of(w, half)), inverse[half] = exponential(half_of(w, half));
+      power[half] = correction[half] = splat<Doubles>(1);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int half = 0; half < kHalves; ++half) {  // four chains of products that do not wait for one another
+        put_half(power[half], powers[i], half);
+        power[half] *= factor[half];
+        put_half(factor[half] * correction[half], decays[i], half);
+        correction[half] *= factor[half] * (2 - half_of(decays[i], half) * inverse[half]) * inverse[half];
       }
     }
   }
@@ -77,7 +76,6 @@ class ShiftedScan {
     if (s.grad_y) grad_y_next.set(s.grad_y + row * s.grad_y_time + channels, s.grad_y_time, strips);
   }
 
-
  protected:
   static constexpr int kLine = 64 / sizeof(Number);  // numbers in a cache line
 
@@ -88,7 +86,7 @@ class ShiftedScan {
       at = first, step = time - strips * Lanes<V>::count, width = left = strips;
     }
     void fetch() {
-      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 2);
+      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 3);
       at += Lanes<V>::count;
       if (--left == 0) left = width, at += step;
     }

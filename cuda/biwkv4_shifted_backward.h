@@ -70,7 +70,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
 
   void sum_gradients(int64_t c) {
     Row rows[kRows];
-    fill(c, rows);
+    Base::weigh(c, frame->shift, rows);
     sum_gradients(c, rows);
   }
 
@@ -85,7 +85,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
 
   void write_gradients(int64_t c, double* grad_w, double* grad_u) {
     Row rows[kRows];
-    fill(c, rows);
+    Base::weigh(c, frame->shift, rows);
     walk(c, rows);
     write_gradients(c, rows, grad_w, grad_u);
   }
@@ -121,32 +121,23 @@ class ShiftedBackward : public ShiftedScan<Number> {
     Sum<V> forth = {}, back = {};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
       const V x = rows[t].x, centred = widen_two(v) - centre, xv = x * centred;
-      rows[t].v = centred;
       forth = sum_push(forth, decays[t], xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
     }
     chunks[c].forth = forth, chunks[c].back = back;
   }
 
-  // x and v of a chunk, in the strip's frame.
-  void fill(int64_t c, Row* rows) const {
-    Base::weigh(c, frame->shift, rows);
-    const Number* v = v_at(c);
-    auto next = Base::v_next;
-    const V centre = frame->centre;
-    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
-      next.fetch();
-      rows[t].v = widen_two(v) - centre;
-    }
-  }
-
-  // a, b and bonus of a chunk; returns its own sums of a and b.
+  // v, a, b and bonus of a chunk; returns its own sums of a and b.
   GradientChunk walk(int64_t c, Row* rows) const {
     Sum<V> later[kRows];
-    const V boost = this->boost;
+    const V boost = this->boost, centre = frame->centre;
+    const Number* v = v_at(c);
+    auto v_next = Base::v_next;
     Sum<V> sum = chunks[c].back;
     for (int64_t t = rows_of(c) - 1; t >= 0; --t) {
+      v_next.fetch();
       later[t] = sum;
+      rows[t].v = widen_two(v + t * s.v_time) - centre;
       sum = sum_push(sum, decays[t], rows[t].x * rows[t].v, rows[t].x);
     }
     const Number* grad_y = s.grad_y + begin(c) * s.grad_y_time;

@@ -46,13 +46,7 @@ class ShiftedForward : public ShiftedScan<Number> {
 
   void write_output(int64_t c) {
     Row rows[kRows];
-    const Number* v = v_at(c);
-    auto next = Base::v_next;
     Base::weigh(c, frame->shift, rows);
-    for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
-      next.fetch();
-      rows[t].xv = rows[t].x * widen_two(v);
-    }
     write_output(c, rows);
   }
 
@@ -65,27 +59,31 @@ class ShiftedForward : public ShiftedScan<Number> {
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
       next.fetch();
       const V x = rows[t].x, xv = x * widen_two(v);
-      rows[t].xv = xv;
       forth = sum_push(forth, decays[t], xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
     }
     chunks[c].forth = forth, chunks[c].back = back, chunks[c].centre = V{};
   }
 
-  void write_output(int64_t c, const Row* rows) {
+  void write_output(int64_t c, Row* rows) {
     Sum<V> later[kRows];  // the own term and all that comes after
     const V boost = this->boost;
     const int64_t end = rows_of(c), out_time = s.out_time;
     Number* y = s.y + c * kRows * out_time;
+    const Number* v = v_at(c);
+    auto next = Base::v_next;
     Sum<V> sum = chunks[c].back;
     for (int64_t t = end - 1; t >= 0; --t) {
       Base::fetch_to_write(y + t * out_time);
-      later[t] = {sum.n + boost * rows[t].xv, sum.d + boost * rows[t].x};
-      sum = sum_push(sum, decays[t], rows[t].xv, rows[t].x);
+      const V x = rows[t].x, xv = x * widen_two(v + t * s.v_time);
+      rows[t].xv = xv;
+      later[t] = {sum.n + boost * xv, sum.d + boost * x};
+      sum = sum_push(sum, decays[t], xv, x);
     }
     sum = chunks[c].forth;
     for (int64_t t = 0; t < end; ++t, y += out_time) {
-      Base::write((sum.n + later[t].n) / (sum.d + later[t].d), y);
+      next.fetch();
+      Base::write((sum.n + later[t].n) * reciprocal(sum.d + later[t].d), y);
       sum = sum_push(sum, decays[t], rows[t].xv, rows[t].x);
     }
   }

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "biwkv4_running_tasks.h"
+#include "biwkv4_running.h"
 #include "biwkv4_shifted_backward.h"
 #include "biwkv4_shifted_forward.h"
 
@@ -180,7 +180,7 @@ class Shifted {
     float w[kWidth] = {}, u[kWidth] = {};
     std::copy_n(static_cast<const float*>(call.w) + channel, lanes, w);
     std::copy_n(static_cast<const float*>(call.u) + channel, lanes, u);
-    if (!within_bound(w, u, lanes, call.length)) return false;
+    if (!all_within_bound(w, u, lanes, call.length)) return false;
     Strip<Number> s = strip_at<Number>(call, b, channel, kWidth);
     s.past_cache = segments > 1 && whole_lines();
     if (lanes < kWidth) tail.redirect(s, b);
@@ -198,13 +198,13 @@ class Shifted {
   // The strips that the fast kernels leave.
   void run_beyond_bound() {
     const float *all_w = static_cast<const float*>(call.w), *all_u = static_cast<const float*>(call.u);
-    if (within_bound(all_w, all_u, static_cast<int>(call.channels), call.length)) return;
+    if (all_within_bound(all_w, all_u, call.channels, call.length)) return;
     constexpr int half = Lanes<Doubles>::count;
     run_tasks(call, call.batch * strips, [this](int64_t task) {
       const int64_t b = task / strips, strip = task % strips;
       const float *w = static_cast<const float*>(call.w) + strip * kWidth;
       const float *u = static_cast<const float*>(call.u) + strip * kWidth;
-      if (within_bound(w, u, lanes_at(call, strip * kWidth, kWidth), call.length)) return;
+      if (all_within_bound(w, u, lanes_at(call, strip * kWidth, kWidth), call.length)) return;
       for (int64_t at = 0; at < kWidth && strip * kWidth + at < call.channels; at += half) {
         const int64_t channel = strip * kWidth + at;
         try {

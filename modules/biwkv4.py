@@ -1,6 +1,7 @@
 """Bi-WKV4: bidirectional WKV attention in linear time (Vision-RWKV, Duan et al., 2024), as one op."""
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -136,8 +137,7 @@ def _describe(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Call:
     )  # fmt: skip
 
 
-def _run(kernels: Kernels, call: Call, k: Tensor, backward: bool) -> None:
-    function = kernels.backward if backward else kernels.forward
+def _run(function: Callable[..., int], kernels: Kernels, call: Call, k: Tensor, backward: bool) -> None:
     if kernels.workspace is None:
         call.runner = kernels.runner
         status = function(ctypes.byref(call))
@@ -157,27 +157,52 @@ def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _check_op(w, u, k, v)
     if (kernels := _kernels(k)) is None:
         return _forward_reference(w, u, k, v)
-    w, u, k, v = w.contiguous(), u.contiguous(), _rows(k), _rows(v)
-    y = k.new_empty(k.shape)
-    if y.numel():
-        call = _describe(w, u, k, v)
-        call.y = y.data_ptr()
-        _run(kernels, call, k, backward=False)
-    return y
+    return _run_forward(kernels.forward, kernels, w, u, k, v)
 
 
 def _backward(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
     _check_op(w, u, k, v)
     if (kernels := _kernels(k)) is None:
         return _backward_reference(grad_y, w, u, k, v)
-    w, u, k, v, grad_y = w.contiguous(), u.contiguous(), _rows(k), _rows(v), _rows(grad_y)
+    return _run_backward(kernels.backward, kernels, grad_y, w, u, k, v)
+
+
+def running_maximum(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, grad_y: Tensor | None = None
+) -> Tensor | Gradients | None:
+    """What the op computes, in the public kernels' manner, for the benchmark; None where there is no such kernel.
+
+    w, u (C,), float32; k, v (B, T, C), float32 (on a GPU half types too). Returns y, or the gradients for grad_y.
+    """
+    kernels = _kernels(k)
+    if kernels is None or kernels.running_maximum is None or not (k.is_cuda or k.dtype == torch.float32):
+        return None
+    scan = kernels.running_maximum
+    if grad_y is None:
+        return _run_forward(lambda call: scan(call, 0), kernels, w, u, k, v)
+    return _run_backward(lambda call: scan(call, 1), kernels, grad_y, w, u, k, v)
+
+
+def _run_forward(function: Callable[..., int], kernels: Kernels, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w, u, k, v = w.contiguous(), u.contiguous(), _rows(k), _rows(v)
+    y = k.new_empty(k.shape)
+    if y.numel():
+        call = _describe(w, u, k, v)
+        call.y = y.data_ptr()
+        _run(function, kernels, call, k, backward=False)
+    return y
+
+
+def _run_backward(function: Callable[..., int], kernels: Kernels, grad_y: Tensor, *inputs: Tensor) -> Gradients:
+    w, u, k, v = inputs[0].contiguous(), inputs[1].contiguous(), _rows(inputs[2]), _rows(inputs[3])
+    grad_y = _rows(grad_y)
     if not k.numel():
         return torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(k), torch.zeros_like(v)
     gradients = _empty_gradients(w, k)
     call = _describe(w, u, k, v)
     call.grad_y, call.grad_y_batch, call.grad_y_time = grad_y.data_ptr(), grad_y.stride(0), grad_y.stride(1)
     call.grad_w, call.grad_u, call.grad_k, call.grad_v = (x.data_ptr() for x in gradients)
-    _run(kernels, call, k, backward=True)
+    _run(function, kernels, call, k, backward=True)
     return gradients
 
 

@@ -55,7 +55,7 @@ class Kernels:
     backward: Callable[..., int]
     runner: int = 0  # CPU: address of PyTorch's own parallel loop, 0 for one thread
     workspace: Callable[..., int] | None = None  # CUDA: bytes that a call needs on the device
-    running_maximum: Callable[..., int] | None = None  # CPU, float32: the public kernels' manner, to compare
+    running_maximum: Callable[..., int] | None = None  # the public kernels' manner, to compare (CPU: float32)
     explain: Callable[[int], str] = lambda status: f"status {status}"
 
 
@@ -115,12 +115,12 @@ def _load(library: Path) -> Any:
     loaded = ctypes.CDLL(str(library))
     for name in ("biwkv4_forward", "biwkv4_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
+    loaded.biwkv4_running_maximum.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
     return loaded
 
 
 def _load_cpu(library: Path) -> Kernels:
     loaded = _load(library)
-    loaded.biwkv4_running_maximum.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
     return Kernels(
         loaded.biwkv4_forward,
         loaded.biwkv4_backward,
@@ -138,6 +138,7 @@ def _load_cuda(library: Path) -> Kernels:
         loaded.biwkv4_forward,
         loaded.biwkv4_backward,
         workspace=loaded.biwkv4_workspace,
+        running_maximum=loaded.biwkv4_running_maximum,
         explain=lambda status: loaded.biwkv4_error(status).decode(),
     )
 

@@ -1,6 +1,7 @@
 """`hpcm bench biwkv4`: the op against its reference, a dense form, a running-maximum scan and a plain copy."""
 
 import ctypes
+import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from modules import biwkv4 as op
-from modules import biwkv4_build
+from modules.biwkv4 import biwkv4, biwkv4_reference, running_maximum
 from pipeline.timing import machine, timed
 
 SIZES = ((1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192))
 GPU_SIZES = ((8, 4096, 960),)
+BACKWARD_FLOOR = 5 / 3  # k, v and grad_y read, grad_k and grad_v written; the copy moves three tensors
 DENSE_LIMIT = 1e9  # weights B·T·T·C beyond which the dense form would take minutes
 
 
@@ -48,6 +49,7 @@ def bench_biwkv4(
     console: Console | None = None,
 ) -> list[Row]:
     """Measure each size for about so many seconds a contender, interleaved, and print the medians' ratios."""
+    _keep_freed_memory()
     sizes = sizes or (SIZES if device == "cpu" else SIZES + GPU_SIZES)
     rows = [_measure(size, dtype, torch.device(device), seconds) for size in sizes]
     _print(rows, device, console or Console(width=120))
@@ -59,7 +61,8 @@ def dense(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = torch.arange(k.shape[1], device=k.device)
     gap = (t[:, None] - t).abs()[..., None]
     bias = torch.where(gap == 0, u, -(gap - 1) * w)
-    return torch.cat([torch.einsum("tic,ic->tc", (bias + x).softmax(1), y)[None] for x, y in zip(k, v, strict=True)])
+    pairs = zip(k.float(), v.float(), strict=True)
+    return torch.stack([torch.einsum("tic,ic->tc", (bias + x).softmax(1), y) for x, y in pairs]).to(k.dtype)
 
 
 def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float) -> Row:
@@ -73,40 +76,24 @@ def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
     target = torch.empty_like(source)
     contenders: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(source),
-        "forward": lambda: op.biwkv4(w, u, k, v),
-        "both": lambda: torch.autograd.grad(op.biwkv4(*leaves), leaves, grad_y),
-        "reference": lambda: op.biwkv4_reference(w, u, k, v),
+        "forward": lambda: biwkv4(w, u, k, v),
+        "both": lambda: torch.autograd.grad(biwkv4(*leaves), leaves, grad_y),
+        "reference": lambda: biwkv4_reference(w, u, k, v),
     }
     if batch * length * length * channels <= DENSE_LIMIT:
         contenders["dense"] = lambda: dense(w, u, k, v)
-    kernels = op._kernels(k)
-    if kernels and kernels.running_maximum and dtype == torch.float32:
-        contenders["running"] = lambda: _running_maximum(kernels, (w, u, k, v), None)
-        contenders["running_both"] = lambda: (
-            _running_maximum(kernels, (w, u, k, v), None),
-            _running_maximum(kernels, (w, u, k, v), grad_y),
-        )
+    if running_maximum(w, u, k, v) is not None:
+        contenders["running"] = lambda: running_maximum(w, u, k, v)
+        contenders["running_both"] = lambda: (running_maximum(w, u, k, v), running_maximum(w, u, k, v, grad_y))
     return Row(size, str(dtype).removeprefix("torch."), **_interleave(contenders, device, seconds))
 
 
-def _running_maximum(kernels: biwkv4_build.Kernels, inputs: Sequence[Tensor], grad_y: Tensor | None) -> list[Tensor]:
-    """The public kernels' algorithm on the same tensors, allocations and threads included, as the op has them."""
-    assert kernels.running_maximum is not None
-    call = op._describe(*inputs)
-    call.runner = kernels.runner
-    if grad_y is None:
-        results = [torch.empty_like(inputs[2])]
-        call.y = results[0].data_ptr()
-    else:
-        results = [torch.empty_like(x) for x in inputs]
-        call.grad_y, call.grad_y_batch, call.grad_y_time = (
-            grad_y.data_ptr(),
-            grad_y.stride(0),
-            grad_y.stride(1),
-        )
-        call.grad_w, call.grad_u, call.grad_k, call.grad_v = (x.data_ptr() for x in results)
-    kernels.running_maximum(ctypes.byref(call), int(grad_y is not None))
-    return results
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed memory, so that no contender waits for fresh pages; the copy takes none."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def _interleave(contenders: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
@@ -124,27 +111,30 @@ def _interleave(contenders: dict[str, Callable[[], object]], device: torch.devic
 
 def _print(rows: Sequence[Row], device: str, console: Console) -> None:
     table = Table(title=f"Bi-WKV4 in {rows[0].dtype} on {machine(device)}")
-    for heading in ("B, T, C", "copy", "GB/s", "forward", "× copy", "fwd + bwd", "× copy", "ns/element"):
+    for heading in ("B, T, C", "copy µs", "GB/s", "forward", "both", "of copy's GB/s", "ns/element"):
         table.add_column(heading, justify="right")
-    for heading in ("reference", "dense", "running max", "both"):
-        table.add_column(f"{heading} ×", justify="right")
+    for heading in ("reference", "dense", "running", "both"):
+        table.add_column(heading, justify="right")
     for row in rows:
         batch, length, channels = row.size
         moved = 3 * batch * length * channels * getattr(torch, row.dtype).itemsize
+        backward = row.both - row.forward
         table.add_row(
             f"{batch}, {length}, {channels}",
-            f"{row.copy * 1e6:.0f} µs",
+            f"{row.copy * 1e6:.0f}",
             f"{moved / row.copy * 1e-9:.1f}",
-            f"{row.forward * 1e6:.0f} µs",
             f"{row.forward / row.copy:.2f}",
-            f"{row.both * 1e6:.0f} µs",
             f"{row.both / row.copy:.2f}",
+            f"{row.copy / row.forward:.0%}, {BACKWARD_FLOOR * row.copy / backward:.0%}",
             f"{row.per_element * 1e9:.2f}",
             *(f"{x / row.forward:.1f}" if x else "–" for x in (row.reference, row.dense, row.running)),
             f"{row.running_both / row.both:.1f}" if row.running_both else "–",
         )
     console.print(table)
-    console.print("Last four columns: that contender's time over the op's, forward (both: forward + backward).")
+    console.print(
+        "Forward, both (with backward): time over the copy's. Of copy's GB/s: both passes, each by the bytes "
+        "it must move. Last four: that contender's time over the op's, forward and, for the running maximum, both."
+    )
 
 
 if __name__ == "__main__":

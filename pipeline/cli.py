@@ -144,11 +144,19 @@ def plan(
 
 
 @bench.command("biwkv4")
-def bench_biwkv4(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
+def bench_biwkv4(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
+    import torch
+
     from pipeline import bench
 
-    bench.bench_biwkv4(device=device)
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"{dtype!r}: there are {', '.join(dtypes)}")
+    bench.bench_biwkv4(dtype=dtypes[dtype], device=device)
 
 
 @app.command("import")

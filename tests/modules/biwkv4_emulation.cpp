@@ -12,6 +12,8 @@ namespace biwkv {
 inline float number(float x) { return x; }
 inline void put_number(float* p, float x) { *p = x; }
 inline float larger(float a, float b) { return a > b ? a : b; }
+inline double larger(double a, double b) { return a > b ? a : b; }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float exponential(float x) { return x < -87.3f ? 0.0f : std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
@@ -21,39 +23,39 @@ inline double exponential(double x) { return std::exp(x); }
 
 using namespace biwkv;
 
-template <class Phase>
-static void each(const BiwkvCall& call, int64_t rows, const Phase& phase) {
-  for (int64_t b = 0; b < call.batch; ++b) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t channel = 0; channel < call.channels; ++channel) phase(b, row, channel);
+// Runs a phase for all channels, or for those beyond the bound.
+struct Each {
+  const Tensors<float>& all;
+  bool only_beyond;
+
+  template <void (*phase)(const Tensors<float>&, int64_t, int64_t, int64_t)>
+  void run(int64_t rows) const {
+    for (int64_t b = 0; b < all.batch; ++b) {
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t channel = 0; channel < all.channels; ++channel) {
+          if (!only_beyond || all.beyond(channel)) phase(all, b, row, channel);
+        }
+      }
     }
   }
-}
+};
 
 template <bool backward>
 static int run(const BiwkvCall& call) {
   if (call.type != BIWKV_FLOAT32) return BIWKV_BAD_TYPE;
   const int64_t chunks = (call.length + kChunk - 1) / kChunk;
-  const int64_t fields = backward ? kBackwardFields : kForwardFields;
-  std::vector<float> workspace((fields * chunks + 2) * call.batch * call.channels, NAN);
+  std::vector<float> workspace((fields_of(backward) * chunks + 2) * call.batch * call.channels, NAN);
   const auto f = [](const void* p) { return static_cast<const float*>(p); };
   const auto g = [](void* p) { return static_cast<float*>(p); };
   const Tensors<float> all = {f(call.w), f(call.u), f(call.k), f(call.v), f(call.grad_y), g(call.y), g(call.grad_k),
                               g(call.grad_v), g(call.grad_w), g(call.grad_u), call.k_batch, call.k_time, call.v_batch,
                               call.v_time, call.grad_y_batch, call.grad_y_time, call.batch, call.length,
                               call.channels, chunks, workspace.data()};
-  using I = int64_t;
-  each(call, chunks, [&](I b, I chunk, I channel) { sum_keys<float, backward>(all, b, chunk, channel); });
-  each(call, 1, [&](I b, I, I channel) { find_frame<float, backward>(all, b, channel); });
-  each(call, 2, [&](I b, I side, I channel) { join_keys<float, backward>(all, b, channel, side != 0); });
-  if (!backward) {
-    each(call, chunks, [&](I b, I chunk, I channel) { write_output(all, b, chunk, channel); });
-    return BIWKV_OK;
+  run_phases<float, OneShift, backward>(Each{all, false}, chunks);
+  run_phases<float, RunningMaximum<double>, backward>(Each{all, true}, chunks);
+  if (backward) {
+    for (int64_t channel = 0; channel < call.channels; ++channel) sum_parameters(all, 0, 0, channel);
   }
-  each(call, chunks, [&](I b, I chunk, I channel) { sum_gradients(all, b, chunk, channel); });
-  each(call, 2, [&](I b, I side, I channel) { join_gradients(all, b, channel, side != 0); });
-  each(call, chunks, [&](I b, I chunk, I channel) { write_gradients(all, b, chunk, channel); });
-  for (int64_t channel = 0; channel < call.channels; ++channel) sum_parameters(all, channel);
   return BIWKV_OK;
 }
 
