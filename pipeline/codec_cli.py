@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.codec_files import Conversion
     from pipeline.evaluation import ImageResult
 
-SHIPPED = Path(__file__).resolve().parent.parent / "stages" / "evidence" / "weights" / "baseline.safetensors"
+SHIPPED = Path(__file__).resolve().parent.parent / "stages" / "evidence" / "weights" / "lean.safetensors"
 """The codec that comes along; its model card lies beside it."""
 
 Checkpoint = Annotated[
