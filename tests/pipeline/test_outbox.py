@@ -253,11 +253,13 @@ def test_a_slow_server_is_not_waited_for(line: Line, server: Server, tmp_path: P
     assert losses(Store(server.uri), "slow") == list(STEPS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_answers_that_are_lost_make_nothing_appear_twice(line: Line, server: Server, tmp_path: Path) -> None:
     line.lost_every = 29
     outbox = Outbox(tmp_path / "outbox", Store(line.uri))
     say_all(outbox, "lost")
-    outbox.close(120)
+    outbox.close(600)
     assert line.lost > 2
     assert losses(Store(server.uri), "lost") == list(STEPS)
     client = Store(server.uri).client()
