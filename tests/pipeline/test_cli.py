@@ -95,9 +95,8 @@ def bad_folder(tmp_path: Path) -> list[object]:
     ],
 )
 def test_bad_input_is_one_screen_that_says_what_to_do(
-    arguments: object, expected: list[str], tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: object, expected: list[str], tmp_path: Path, runs: Path
 ) -> None:
-    monkeypatch.setitem(ENVIRONMENT, "MLFLOW_TRACKING_URI", f"sqlite:///{empty_store / 'mlflow.db'}")
     code, printed = outcome(*arguments(tmp_path))  # type: ignore[operator]
     message = printed[printed.index("error: ") :]
     assert code == 1
