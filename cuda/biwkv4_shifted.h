@@ -15,6 +15,7 @@
 namespace biwkv {
 
 constexpr int kRows = 32;  // positions of a chunk
+constexpr int kBlock = 8;
 
 inline int64_t chunks_of(int64_t length) { return (length + kRows - 1) / kRows; }
 
@@ -52,19 +53,15 @@ class ShiftedScan {
     s = strip, w = w_, frame = frame_, chunks = chunks_;
     decay = exponential(-w), boost = exponential(u);
     count = chunks_of(s.length);
-    // Not decay, rounded, each time: 32 equal roundings would add up. Their products are the powers' roundings.
-    Doubles factor[kHalves], inverse[kHalves], power[kHalves], correction[kHalves];
     for (int half = 0; half < kHalves; ++half) {
-      factor[half] = exponential(-half_of(w, half)), inverse[half] = exponential(half_of(w, half));
-      power[half] = correction[half] = splat<Doubles>(1);
+      const Doubles exact = exponential(-half_of(w, half)), rounded = half_of(decay, half);
+      put_half((exact - rounded) / rounded * kBlock, drift, half);
     }
-    for (int i = 0; i < kRows; ++i) {
-      for (int half = 0; half < kHalves; ++half) {  // four chains of products that do not wait for one another
-        put_half(power[half], powers[i], half);
-        power[half] *= factor[half];
-        put_half(factor[half] * correction[half], decays[i], half);
-        correction[half] *= factor[half] * (2 - half_of(decays[i], half) * inverse[half]) * inverse[half];
-      }
+    V power = {splat<Floats>(1), splat<Floats>(1)};
+    for (int64_t t = 0; t < kRows; ++t) {
+      powers[t] = power;
+      power = power * decay;
+      if (t % kBlock == kBlock - 1) power = power + power * drift;
     }
   }
 
@@ -77,6 +74,10 @@ class ShiftedScan {
   }
 
  protected:
+  Sum<V> settle(const Sum<V>& sum) const { return {sum.n + sum.n * drift, sum.d + sum.d * drift}; }
+  static bool last_of_block(int64_t t) { return t % kBlock == kBlock - 1; }
+  static bool first_of_block(int64_t t) { return t % kBlock == 0; }
+
   static constexpr int kLine = 64 / sizeof(Number);  // numbers in a cache line
 
   // A walk over the cache lines of the next rows, a strip's width at a time and in the order of memory.
@@ -86,7 +87,7 @@ class ShiftedScan {
       at = first, step = time - strips * Lanes<V>::count, width = left = strips;
     }
     void fetch() {
-      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 3);
+      for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 2);
       at += Lanes<V>::count;
       if (--left == 0) left = width, at += step;
     }
@@ -184,8 +185,8 @@ class ShiftedScan {
   Frame* frame;
   Chunk* chunks;
   int64_t count;
+  V drift;
   V powers[kRows];  // decay^t
-  V decays[kRows];  // the decay from row t to its neighbour
 };
 
 }  // namespace biwkv

@@ -8,7 +8,7 @@ namespace biwkv {
 template <class Number>
 class ShiftedBackward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::decays, Base::frame, Base::half_of, Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s,
+  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s,
       Base::v_at;
 
  public:
@@ -117,12 +117,13 @@ class ShiftedBackward : public ShiftedScan<Number> {
 
   void sum_keys(int64_t c, Row* rows) {
     const Number* v = v_at(c);
-    const V centre = chunks[c].centre;
+    const V centre = chunks[c].centre, decay = this->decay;
     Sum<V> forth = {}, back = {};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
       const V x = rows[t].x, centred = widen_two(v) - centre, xv = x * centred;
-      forth = sum_push(forth, decays[t], xv, x);
+      forth = sum_push(forth, decay, xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
+      if (Base::last_of_block(t)) forth = Base::settle(forth);
     }
     chunks[c].forth = forth, chunks[c].back = back;
   }
@@ -130,29 +131,30 @@ class ShiftedBackward : public ShiftedScan<Number> {
   // v, a, b and bonus of a chunk; returns its own sums of a and b.
   GradientChunk walk(int64_t c, Row* rows) const {
     Sum<V> later[kRows];
-    const V boost = this->boost, centre = frame->centre;
+    const V boost = this->boost, centre = frame->centre, decay = this->decay;
     const Number* v = v_at(c);
     auto v_next = Base::v_next;
     Sum<V> sum = chunks[c].back;
     for (int64_t t = rows_of(c) - 1; t >= 0; --t) {
-      v_next.fetch();
       later[t] = sum;
       rows[t].v = widen_two(v + t * s.v_time) - centre;
-      sum = sum_push(sum, decays[t], rows[t].x * rows[t].v, rows[t].x);
+      sum = sum_push(sum, decay, rows[t].x * rows[t].v, rows[t].x);
+      if (Base::first_of_block(t)) sum = Base::settle(sum);
     }
     const Number* grad_y = s.grad_y + begin(c) * s.grad_y_time;
     auto next = Base::grad_y_next;
     Sum<V> forth = {}, back = {};
     sum = chunks[c].forth;
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, grad_y += s.grad_y_time) {
-      next.fetch();
+      next.fetch(), v_next.fetch();
       const V x = rows[t].x, v = rows[t].v, own = boost * x;
       const Output<V> out = sum_output(sum, later[t], own, v);
       const V a = widen_two(grad_y) * out.inverse, b = a * out.y;
       rows[t].a = a, rows[t].b = b, rows[t].bonus = own * a * out.off;
-      sum = sum_push(sum, decays[t], x * v, x);
-      forth = sum_push(forth, decays[t], a, b);
+      sum = sum_push(sum, decay, x * v, x);
+      forth = sum_push(forth, decay, a, b);
       back = {back.n + powers[t] * a, back.d + powers[t] * b};
+      if (Base::last_of_block(t)) sum = Base::settle(sum), forth = Base::settle(forth);
     }
     return {forth, back};
   }
@@ -163,7 +165,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
     struct {
       Sum<V> keys, gradients;
     } earlier[kRows];
-    const V boost = this->boost;
+    const V boost = this->boost, decay = this->decay;
     const int64_t end = rows_of(c);
     Number* grad_k = s.grad_k + begin(c) * s.out_time;
     Number* grad_v = s.grad_v + begin(c) * s.out_time;
@@ -171,8 +173,9 @@ class ShiftedBackward : public ShiftedScan<Number> {
     for (int64_t t = 0; t < end; ++t, grad_k += s.out_time, grad_v += s.out_time) {
       Base::fetch_to_write(grad_k), Base::fetch_to_write(grad_v);
       earlier[t].keys = keys, earlier[t].gradients = sum;
-      keys = sum_push(keys, decays[t], rows[t].x * rows[t].v, rows[t].x);
-      sum = sum_push(sum, decays[t], rows[t].a, rows[t].b);
+      keys = sum_push(keys, decay, rows[t].x * rows[t].v, rows[t].x);
+      sum = sum_push(sum, decay, rows[t].a, rows[t].b);
+      if (Base::last_of_block(t)) keys = Base::settle(keys), sum = Base::settle(sum);
     }
     V to_w = {}, to_u = {};
     keys = chunks[c].back, sum = gradients[c].back;
@@ -184,8 +187,9 @@ class ShiftedBackward : public ShiftedScan<Number> {
       Base::write(x * (n + boost * a), grad_v);
       to_u += bonus;
       to_w += flux(earlier[t].keys, sum) + flux(keys, earlier[t].gradients);
-      keys = sum_push(keys, decays[t], x * v, x);
-      sum = sum_push(sum, decays[t], a, rows[t].b);
+      keys = sum_push(keys, decay, x * v, x);
+      sum = sum_push(sum, decay, a, rows[t].b);
+      if (Base::first_of_block(t)) keys = Base::settle(keys), sum = Base::settle(sum);
     }
     to_w = -(to_w * decay);
     for (int half = 0; half < kHalves; ++half) {

@@ -8,7 +8,7 @@ namespace biwkv {
 template <class Number>
 class ShiftedForward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::boost, Base::chunks, Base::count, Base::decay, Base::decays, Base::frame, Base::powers, Base::rows_of,
+  using Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::powers, Base::rows_of,
       Base::s, Base::v_at;
 
  public:
@@ -55,19 +55,21 @@ class ShiftedForward : public ShiftedScan<Number> {
     Base::weigh(c, shift, rows);
     const Number* v = v_at(c);
     auto next = Base::v_next;
+    const V decay = this->decay;
     Sum<V> forth = {}, back = {};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, v += s.v_time) {
       next.fetch();
       const V x = rows[t].x, xv = x * widen_two(v);
-      forth = sum_push(forth, decays[t], xv, x);
+      forth = sum_push(forth, decay, xv, x);
       back = {back.n + powers[t] * xv, back.d + powers[t] * x};
+      if (Base::last_of_block(t)) forth = Base::settle(forth);
     }
     chunks[c].forth = forth, chunks[c].back = back, chunks[c].centre = V{};
   }
 
   void write_output(int64_t c, Row* rows) {
     Sum<V> later[kRows];  // the own term and all that comes after
-    const V boost = this->boost;
+    const V boost = this->boost, decay = this->decay;
     const int64_t end = rows_of(c), out_time = s.out_time;
     Number* y = s.y + c * kRows * out_time;
     const Number* v = v_at(c);
@@ -78,13 +80,15 @@ class ShiftedForward : public ShiftedScan<Number> {
       const V x = rows[t].x, xv = x * widen_two(v + t * s.v_time);
       rows[t].xv = xv;
       later[t] = {sum.n + boost * xv, sum.d + boost * x};
-      sum = sum_push(sum, decays[t], xv, x);
+      sum = sum_push(sum, decay, xv, x);
+      if (Base::first_of_block(t)) sum = Base::settle(sum);
     }
     sum = chunks[c].forth;
     for (int64_t t = 0; t < end; ++t, y += out_time) {
       next.fetch();
       Base::write((sum.n + later[t].n) * reciprocal(sum.d + later[t].d), y);
-      sum = sum_push(sum, decays[t], rows[t].xv, rows[t].x);
+      sum = sum_push(sum, decay, rows[t].xv, rows[t].x);
+      if (Base::last_of_block(t)) sum = Base::settle(sum);
     }
   }
 };

@@ -82,7 +82,8 @@ class Tail {
 template <class Number, bool backward>
 class Shifted {
  public:
-  static constexpr int kWidth = Lanes<Wide>::count, kGroup = 4, kSegment = 32;  // a segment is 32 chunks
+  static constexpr int kWidth = Lanes<Wide>::count, kSegment = 32;  // a segment is 32 chunks
+  static constexpr int64_t kEnough = 16;
   static constexpr int64_t kKept = backward ? 1024 : 2048;                      // longest sequence that is kept
 
   explicit Shifted(const BiwkvCall& call)
@@ -133,44 +134,46 @@ class Shifted {
   }
 
   void run_segments() {
+    if (call.batch * strips >= kEnough) {
+      run_tasks(call, call.batch * strips, [this](int64_t pair) {
+        run_phases(pair / strips, pair % strips, [](int64_t tasks, const auto& task) {
+          for (int64_t i = 0; i < tasks; ++i) task(i);
+        });
+      });
+    } else {
+      for (int64_t pair = 0; pair < call.batch * strips; ++pair) {
+        run_phases(pair / strips, pair % strips, [this](int64_t tasks, const auto& task) { run_tasks(call, tasks, task); });
+      }
+    }
+  }
+
+  template <class Loop>
+  void run_phases(int64_t b, int64_t strip, const Loop& loop) {
+    const auto each_chunk = [&](const auto& phase) {
+      loop(segments, [&](int64_t segment) {
+        Scan scan;
+        if (!open(scan, b, strip)) return;
+        double *to_w = parameters.w_at(b, strip, segment), *to_u = parameters.u_at(b, strip, segment);
+        for (int64_t c = segment * kSegment, end = std::min(chunks, c + kSegment); c < end; ++c) {
+          scan.look_ahead((c + 1) * kRows, 0, 1);
+          phase(scan, c, to_w, to_u);
+        }
+        finish_past_cache();
+      });
+    };
+    const auto once = [&](const auto& phase) {
+      Scan scan;
+      if (open(scan, b, strip)) phase(scan);
+    };
     each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.sum_keys(c); });
-    each_strip([](Scan& scan) { scan.join_keys(); });
+    once([](Scan& scan) { scan.join_keys(); });
     if constexpr (backward) {
       each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.sum_gradients(c); });
-      each_strip([](Scan& scan) { scan.join_gradients(); });
+      once([](Scan& scan) { scan.join_gradients(); });
       each_chunk([](Scan& scan, int64_t c, double* to_w, double* to_u) { scan.write_gradients(c, to_w, to_u); });
     } else {
       each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.write_output(c); });
     }
-  }
-
-  template <class Phase>
-  void each_chunk(const Phase& phase) {
-    const int64_t groups = (strips + kGroup - 1) / kGroup;
-    run_tasks(call, call.batch * groups * segments, [&](int64_t task) {
-      const int64_t segment = task % segments, b = task / segments / groups, first = task / segments % groups * kGroup;
-      const int64_t last = std::min(chunks, (segment + 1) * kSegment);
-      const int size = static_cast<int>(std::min<int64_t>(kGroup, strips - first));
-      Scan scans[kGroup];
-      bool fits[kGroup];
-      for (int i = 0; i < size; ++i) fits[i] = open(scans[i], b, first + i);
-      for (int64_t c = segment * kSegment; c < last; ++c) {
-        for (int i = 0; i < size; ++i) {
-          if (!fits[i]) continue;
-          scans[i].look_ahead((c + 1) * kRows + kRows * i / size, -i * kWidth, size);
-          phase(scans[i], c, parameters.w_at(b, first + i, segment), parameters.u_at(b, first + i, segment));
-        }
-      }
-      finish_past_cache();
-    });
-  }
-
-  template <class Phase>
-  void each_strip(const Phase& phase) {
-    run_tasks(call, call.batch * strips, [&](int64_t task) {
-      Scan scan;
-      if (open(scan, task / strips, task % strips)) phase(scan);
-    });
   }
 
   // False where the strip lies beyond the fast kernels' bound.
