@@ -16,8 +16,8 @@ namespace {
 // more than the kernel itself.
 void ask_for_huge_pages(void* result, size_t bytes) {
 #if defined(__linux__)
-  constexpr size_t page = 4096, least = size_t{4} << 20;
-  if (!result || bytes < least) return;
+  constexpr size_t page = 4096;
+  if (!result || bytes < kLarge) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(result) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(result) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -2,8 +2,9 @@
 // plain linear recurrence in float32. Time is cut into chunks whose sums join in float64, so that an error grows with
 // the chunk and not with the sequence.
 //
-// A strip either keeps its weights between phases (short sequences: one exponential an element, all in cache) or
-// computes them again from k (long ones: two of them forward, three backward, and as many readings of k and v).
+// A strip goes through all phases while the caches hold it. It either keeps its weights between phases (short sequences:
+// one exponential an element) or computes them again from k (long ones: two of them forward, three backward, and as many
+// readings of k and v).
 //
 // Strips with a channel beyond the bound (biwkv4_arithmetic.h) are left to biwkv4_running.h.
 #pragma once
@@ -14,8 +15,7 @@
 
 namespace biwkv {
 
-constexpr int kRows = 32;  // positions of a chunk
-constexpr int kBlock = 8;
+constexpr int kRows = 32, kBlock = 8;  // positions of a chunk, and of a block of it
 
 inline int64_t chunks_of(int64_t length) { return (length + kRows - 1) / kRows; }
 
@@ -59,44 +59,38 @@ class ShiftedScan {
     }
     V power = {splat<Floats>(1), splat<Floats>(1)};
     for (int64_t t = 0; t < kRows; ++t) {
-      powers[t] = power;
-      power = power * decay;
-      if (t % kBlock == kBlock - 1) power = power + power * drift;
+      powers[t] = power, power = power * decay;
+      if (last_of_block(t)) power = settle(power);
     }
   }
 
-  // What this thread will work on next, to be fetched while it works on the present chunk: from `row` on and `channels`
-  // off this strip's own, whole rows of so many strips.
-  void look_ahead(int64_t row, int64_t channels, int strips) {
-    k_next.set(s.k + row * s.k_time + channels, s.k_time, strips);
-    v_next.set(s.v + row * s.v_time + channels, s.v_time, strips);
-    if (s.grad_y) grad_y_next.set(s.grad_y + row * s.grad_y_time + channels, s.grad_y_time, strips);
+  // What this thread will work on next, to be fetched while it works on the present chunk: the rows from `row` on,
+  // `channels` off this strip's own.
+  void look_ahead(int64_t row, int64_t channels) {
+    k_next = {s.k + row * s.k_time + channels, s.k_time};
+    v_next = {s.v + row * s.v_time + channels, s.v_time};
+    if (s.grad_y) grad_y_next = {s.grad_y + row * s.grad_y_time + channels, s.grad_y_time};
   }
 
  protected:
-  Sum<V> settle(const Sum<V>& sum) const { return {sum.n + sum.n * drift, sum.d + sum.d * drift}; }
-  static bool last_of_block(int64_t t) { return t % kBlock == kBlock - 1; }
-  static bool first_of_block(int64_t t) { return t % kBlock == 0; }
-
   static constexpr int kLine = 64 / sizeof(Number);  // numbers in a cache line
 
-  // A walk over the cache lines of the next rows, a strip's width at a time and in the order of memory.
-  class Ahead {
-   public:
-    void set(const Number* first, int64_t time, int strips) {
-      at = first, step = time - strips * Lanes<V>::count, width = left = strips;
-    }
+  // A walk over rows to come, into the second-level cache: the first has no room for them.
+  struct Ahead {
+    const Number* at;
+    int64_t time;
+
     void fetch() {
       for (int i = 0; i < Lanes<V>::count; i += kLine) __builtin_prefetch(at + i, 0, 2);
-      at += Lanes<V>::count;
-      if (--left == 0) left = width, at += step;
+      at += time;
     }
-
-   private:
-    const Number* at = nullptr;
-    int64_t step = 0;
-    int width = 0, left = 0;
   };
+
+  // A decay is rounded, each time alike: 32 roundings would add up. What those of a block do is made good at its end.
+  V settle(V power) const { return power + power * drift; }
+  Sum<V> settle(const Sum<V>& sum) const { return {settle(sum.n), settle(sum.d)}; }
+  static bool last_of_block(int64_t t) { return t % kBlock == kBlock - 1; }
+  static bool first_of_block(int64_t t) { return t % kBlock == 0; }
 
   void fetch_to_write(Number* p) const {
     if (s.past_cache) return;
@@ -106,7 +100,8 @@ class ShiftedScan {
 
   void find_max(int64_t c) {
     const Number* k = k_at(c);
-    V max = {splat<Floats>(-3.40282347e38f), splat<Floats>(-3.40282347e38f)};  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+    const Floats lowest = splat<Floats>(-3.40282347e38f);  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+    V max = {lowest, lowest};
     for (int64_t t = 0, end = rows_of(c); t < end; ++t, k += s.k_time) max = larger(max, widen_two(k));
     chunks[c].max = max;
   }
@@ -181,11 +176,10 @@ class ShiftedScan {
 
   Strip<Number> s;
   Ahead k_next, v_next, grad_y_next;
-  V w, decay, boost;
+  V w, boost, decay, drift;  // drift: what a block's roundings of the decay have lost, relatively
   Frame* frame;
   Chunk* chunks;
   int64_t count;
-  V drift;
   V powers[kRows];  // decay^t
 };
 

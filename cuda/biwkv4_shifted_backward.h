@@ -28,7 +28,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
     for (int64_t c = 0; c < count; ++c) Base::find_max(c);
     Base::find_shift();
     for (int64_t c = 0; c < count; ++c) {
-      Base::look_ahead(begin(c), Lanes<V>::count, 1);
+      Base::look_ahead(begin(c), Lanes<V>::count);
       const Sum<V> sum = weigh_and_sum(c, frame->shift, rows + c * kRows);
       chunks[c].forth.d = sum.d, chunks[c].centre = sum.n / sum.d;
     }
@@ -39,7 +39,7 @@ class ShiftedBackward : public ShiftedScan<Number> {
     }
     for (int half = 0; half < kHalves; ++half) Base::join_chunks(half);
     for (int64_t c = 0; c < count; ++c) {
-      Base::look_ahead(begin(c), Lanes<V>::count, 1);
+      Base::look_ahead(begin(c), Lanes<V>::count);
       sum_gradients(c, rows + c * kRows);
     }
     join_gradients();

@@ -14,7 +14,7 @@ class ShiftedForward : public ShiftedScan<Number> {
  public:
   using V = Wide;
   struct Row {
-    V x, xv;
+    V x;
   };
 
   // Memory that a strip which keeps its weights needs.
@@ -25,7 +25,10 @@ class ShiftedForward : public ShiftedScan<Number> {
     Row* rows = static_cast<Row*>(memory);
     for (int64_t c = 0; c < count; ++c) Base::find_max(c);
     Base::find_shift();
-    for (int64_t c = 0; c < count; ++c) Base::look_ahead(c * kRows, Lanes<V>::count, 1), sum_keys(c, frame->shift, rows + c * kRows);
+    for (int64_t c = 0; c < count; ++c) {
+      Base::look_ahead(c * kRows, Lanes<V>::count);
+      sum_keys(c, frame->shift, rows + c * kRows);
+    }
     frame->centre = V{};
     for (int half = 0; half < Base::kHalves; ++half) Base::join_chunks(half);
     for (int64_t c = 0; c < count; ++c) write_output(c, rows + c * kRows);
@@ -68,6 +71,7 @@ class ShiftedForward : public ShiftedScan<Number> {
   }
 
   void write_output(int64_t c, Row* rows) {
+    V values[kRows];
     Sum<V> later[kRows];  // the own term and all that comes after
     const V boost = this->boost, decay = this->decay;
     const int64_t end = rows_of(c), out_time = s.out_time;
@@ -78,7 +82,7 @@ class ShiftedForward : public ShiftedScan<Number> {
     for (int64_t t = end - 1; t >= 0; --t) {
       Base::fetch_to_write(y + t * out_time);
       const V x = rows[t].x, xv = x * widen_two(v + t * s.v_time);
-      rows[t].xv = xv;
+      values[t] = xv;
       later[t] = {sum.n + boost * xv, sum.d + boost * x};
       sum = sum_push(sum, decay, xv, x);
       if (Base::first_of_block(t)) sum = Base::settle(sum);
@@ -87,7 +91,7 @@ class ShiftedForward : public ShiftedScan<Number> {
     for (int64_t t = 0; t < end; ++t, y += out_time) {
       next.fetch();
       Base::write((sum.n + later[t].n) * reciprocal(sum.d + later[t].d), y);
-      sum = sum_push(sum, decay, rows[t].xv, rows[t].x);
+      sum = sum_push(sum, decay, values[t], rows[t].x);
       if (Base::last_of_block(t)) sum = Base::settle(sum);
     }
   }

@@ -76,15 +76,14 @@ class Tail {
   Number* memory = nullptr;
 };
 
-// The fast kernels. A short sequence is a task a strip, through all its phases while the cache holds it. A long one is
-// cut into segments of time, each phase its own round of tasks; a task is then a group of neighbouring strips, whose
-// rows are whole runs of cache lines.
+// The fast kernels over a whole call. A strip goes through all phases before its thread takes another: it comes from
+// memory once, and from the caches after that.
 template <class Number, bool backward>
 class Shifted {
  public:
   static constexpr int kWidth = Lanes<Wide>::count, kSegment = 32;  // a segment is 32 chunks
-  static constexpr int64_t kEnough = 16;
-  static constexpr int64_t kKept = backward ? 1024 : 2048;                      // longest sequence that is kept
+  static constexpr int64_t kKept = 2048;                            // longest sequence whose weights are kept
+  static constexpr int64_t kEnough = 16;                            // strips
 
   explicit Shifted(const BiwkvCall& call)
       : call(call),
@@ -127,35 +126,37 @@ class Shifted {
         } else {
           scan.run(memory);
         }
+        finish_past_cache();
       } catch (const std::bad_alloc&) {
         full = true;
       }
     });
   }
 
+  // Strips are tasks where there are enough of them; else they take turns, each cut into segments that are tasks.
   void run_segments() {
-    if (call.batch * strips >= kEnough) {
-      run_tasks(call, call.batch * strips, [this](int64_t pair) {
-        run_phases(pair / strips, pair % strips, [](int64_t tasks, const auto& task) {
-          for (int64_t i = 0; i < tasks; ++i) task(i);
-        });
-      });
+    const auto here = [](int64_t tasks, const auto& task) {
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+    };
+    const auto on_threads = [this](int64_t tasks, const auto& task) { run_tasks(call, tasks, task); };
+    const int64_t all = call.batch * strips;
+    if (all >= kEnough) {
+      on_threads(all, [&](int64_t at) { run_phases(at / strips, at % strips, here); });
     } else {
-      for (int64_t pair = 0; pair < call.batch * strips; ++pair) {
-        run_phases(pair / strips, pair % strips, [this](int64_t tasks, const auto& task) { run_tasks(call, tasks, task); });
-      }
+      here(all, [&](int64_t at) { run_phases(at / strips, at % strips, on_threads); });
     }
   }
 
-  template <class Loop>
-  void run_phases(int64_t b, int64_t strip, const Loop& loop) {
+  // All phases of a strip; each(tasks, task) runs the tasks of a phase.
+  template <class Each>
+  void run_phases(int64_t b, int64_t strip, const Each& each) {
     const auto each_chunk = [&](const auto& phase) {
-      loop(segments, [&](int64_t segment) {
+      each(segments, [&](int64_t segment) {
         Scan scan;
         if (!open(scan, b, strip)) return;
         double *to_w = parameters.w_at(b, strip, segment), *to_u = parameters.u_at(b, strip, segment);
         for (int64_t c = segment * kSegment, end = std::min(chunks, c + kSegment); c < end; ++c) {
-          scan.look_ahead((c + 1) * kRows, 0, 1);
+          scan.look_ahead((c + 1) * kRows, 0);
           phase(scan, c, to_w, to_u);
         }
         finish_past_cache();
@@ -185,7 +186,7 @@ class Shifted {
     std::copy_n(static_cast<const float*>(call.u) + channel, lanes, u);
     if (!all_within_bound(w, u, lanes, call.length)) return false;
     Strip<Number> s = strip_at<Number>(call, b, channel, kWidth);
-    s.past_cache = segments > 1 && whole_lines();
+    s.past_cache = call.batch * call.length * call.channels * sizeof(Number) >= kLarge && whole_lines();
     if (lanes < kWidth) tail.redirect(s, b);
     scan.open(s, widen_two(w), widen_two(u), &frames[at], &links[at * chunks]);
     if constexpr (backward) scan.attach(&gradient_links[at * chunks]);

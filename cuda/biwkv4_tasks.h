@@ -24,6 +24,8 @@ struct Strip {
   bool past_cache;  // results are whole cache lines, and too large to stay in the cache
 };
 
+constexpr size_t kLarge = size_t{4} << 20;  // bytes of a result that will have left the caches when it is read
+
 template <class Number>
 Strip<Number> strip_at(const BiwkvCall& call, int64_t b, int64_t channel, int lanes) {
   Strip<Number> s;
