@@ -130,8 +130,6 @@ void run(const Tensors<Number>& all, bool by_running_maximum, cudaStream_t strea
   }
 }
 
-int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
-
 template <class Number>
 int run_as(const BiwkvCall& call, bool backward, bool by_running_maximum) {
   Tensors<Number> all;
@@ -175,9 +173,7 @@ int biwkv4_running_maximum(const BiwkvCall* call, int backward) {
 
 // Bytes of workspace that a call needs.
 int64_t biwkv4_workspace(const BiwkvCall* call, int backward) {
-  using namespace biwkv;
-  const int64_t numbers = fields_of(backward) * chunks_of(call->length) + 2;
-  return numbers * call->batch * call->channels * static_cast<int64_t>(sizeof(float));
+  return biwkv::numbers_of(call->length, backward) * call->batch * call->channels * static_cast<int64_t>(sizeof(float));
 }
 
 const char* biwkv4_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status - BIWKV_CUDA_ERROR)); }

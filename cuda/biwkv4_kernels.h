@@ -1,126 +1,15 @@
-// Bi-WKV4 on a GPU: a thread is one channel of one chunk of time, neighbouring threads are neighbouring channels. Threads
-// share nothing but global memory, and a phase ends before the next begins, so that the tests run these very functions on
-// the CPU (tests/modules/biwkv4_emulation.cpp), a thread after another.
+// Bi-WKV4 on a GPU: a thread is one channel of one chunk of time, neighbouring threads are neighbouring channels.
+// Threads share nothing but global memory, and a phase ends before the next begins, so that the tests run these very
+// functions on the CPU (tests/modules/biwkv4_emulation.cpp), a thread after another.
 //
-// Each chunk's own sums (sum_keys), the channel's frame, the sums before and after each chunk (join_keys), and then each
-// chunk again from these: the same phases as on the CPU. `Weights` is OneShift for all channels, then
-// RunningMaximum<double> for those beyond the bound, whose results it overwrites: the host never needs to know of them.
+// Each chunk's own sums (sum_keys), the channel's frame, the sums before and after each chunk (join_keys), and then
+// each chunk again from these: the same phases as on the CPU. `Weights` is OneShift for all channels, then
+// RunningMaximum<double> for those beyond the bound, whose results it overwrites: the host need not know of them.
 #pragma once
 
-#include <cstdint>
-
-#include "biwkv4_weights.h"
+#include "biwkv4_cell.h"
 
 namespace biwkv {
-
-constexpr int kChunk = 64, kBlocks = kChunk / kBlock;  // rows of a chunk, and its blocks
-
-template <class Number>
-struct Tensors {
-  const float *w, *u;
-  const Number *k, *v, *grad_y;
-  Number *y, *grad_k, *grad_v;
-  float *grad_w, *grad_u;
-  int64_t k_batch, k_time, v_batch, v_time, grad_y_batch, grad_y_time;
-  int64_t batch, length, channels, chunks;
-  float* fields;  // (fields_of(backward), batch, chunks, channels), then two (batch, channels)
-
-  BIWKV_DEVICE bool beyond(int64_t channel) const { return !within_bound(w[channel], u[channel], length); }
-};
-
-// What the phases leave in `fields` for one another: these, then states over keys and, backward, over gradients. The
-// states are at first a chunk's own, then, joined, of all before (forth) and after it (back).
-enum Field { kMax, kForwardFields, kCentre = kForwardFields, kPartW, kPartU, kBackwardFields };
-enum StateField { kForth, kBack, kForwardStates, kGradForth = kForwardStates, kGradBack, kBackwardStates };
-
-constexpr int kWidest = 5;  // numbers of a state
-
-BIWKV_SHARED constexpr int64_t fields_of(bool backward) {
-  return kWidest * (backward ? kBackwardStates : kForwardStates) + (backward ? kBackwardFields : kForwardFields);
-}
-
-// One channel of one chunk.
-template <class Number, class Weights, bool backward>
-struct Cell {
-  using Real = typename Weights::Real;
-  using State = typename Weights::State;
-
-  const Tensors<Number>& all;
-  int64_t b, chunk, channel, rows;
-  Weights weights;
-  float centre;
-
-  BIWKV_DEVICE Cell(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel)
-      : all(all), b(b), chunk(chunk), channel(channel), weights(all.w[channel], all.u[channel], frame(0)) {
-    const int64_t left = all.length - chunk * kChunk;
-    rows = left < kChunk ? left : kChunk;
-    centre = backward && Weights::kCentred ? frame(1) : 0.0f;
-  }
-
-  BIWKV_DEVICE float& field(int which) const {
-    return all.fields[((which * all.batch + b) * all.chunks + chunk) * all.channels + channel];
-  }
-  BIWKV_DEVICE float& frame(int which) const {
-    return all.fields[(fields_of(backward) * all.chunks + which) * all.batch * all.channels + b * all.channels + channel];
-  }
-  static BIWKV_DEVICE int first_of(int which) {
-    return (backward ? kBackwardFields : kForwardFields) + which * Weights::kWidth;
-  }
-  BIWKV_DEVICE State state(int which) const {
-    float numbers[Weights::kWidth];
-#pragma unroll
-    for (int i = 0; i < Weights::kWidth; ++i) numbers[i] = field(first_of(which) + i);
-    return Weights::get(numbers);
-  }
-  template <class Sums>
-  BIWKV_DEVICE void put(int which, const Sums& sums) const {
-    float numbers[Weights::kWidth];
-    Weights::put(sums, numbers);
-#pragma unroll
-    for (int i = 0; i < Weights::kWidth; ++i) field(first_of(which) + i) = numbers[i];
-  }
-
-  BIWKV_DEVICE int64_t time(int row) const { return chunk * kChunk + row; }
-  BIWKV_DEVICE float k(int row) const { return number(all.k[b * all.k_batch + time(row) * all.k_time + channel]); }
-  BIWKV_DEVICE float v(int row) const { return number(all.v[b * all.v_batch + time(row) * all.v_time + channel]); }
-  BIWKV_DEVICE float grad(int row) const {
-    return number(all.grad_y[b * all.grad_y_batch + time(row) * all.grad_y_time + channel]);
-  }
-  BIWKV_DEVICE void write(Number* to, int row, Real x) const {
-    if (row < rows) put_number(to + (b * all.length + time(row)) * all.channels + channel, static_cast<float>(x));
-  }
-
-  // A block of rows in the channel's frame; beyond the sequence there is no weight.
-  BIWKV_DEVICE void load(int block, Real (&x)[kBlock], float (&values)[kBlock]) const {
-    float keys[kBlock];
-#pragma unroll Weights::kUnrollRows
-    for (int i = 0; i < kBlock; ++i) {
-      const int row = block * kBlock + i;
-      const bool inside = row < rows;
-      keys[i] = inside ? k(row) : 0.0f, values[i] = inside ? v(row) - centre : 0.0f;
-    }
-#pragma unroll Weights::kUnrollRows
-    for (int i = 0; i < kBlock; ++i) {
-      x[i] = block * kBlock + i < rows ? weights.weight(keys[i]) : Weights::no_weight();
-    }
-  }
-
-  // The sums of all that comes after each block of the chunk.
-  BIWKV_DEVICE void sums_after(State (&after)[kBlocks]) const {
-    State sum = state(kBack);
-#pragma unroll Weights::kUnrollBlocks
-    for (int block = kBlocks - 1; block >= 0; --block) {
-      after[block] = sum;
-      if (block == 0) break;
-      Real x[kBlock];
-      float v[kBlock];
-      load(block, x, v);
-#pragma unroll Weights::kUnrollRows
-      for (int i = kBlock - 1; i >= 0; --i) sum = weights.push(sum, x[i], v[i]);
-      sum = weights.settle(sum);
-    }
-  }
-};
 
 // A block of rows of the backward pass, in registers.
 template <class Weights>
@@ -136,8 +25,8 @@ struct Block {
 // Fills a block from the sums at its start (over keys: before, over gradients: earlier), which move on to its end, and
 // from those of the keys after its end; adds what it can tell of the gradients of w (its crossings) and u.
 template <class Number, class Weights, class State = typename Weights::State, class Real = typename Weights::Real>
-BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block<Weights>& rows, State& before, State after,
-                       State& earlier, Real& to_w, Real& to_u) {
+BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block<Weights>& rows, State& before,
+                       State after, State& earlier, Real& to_w, Real& to_u) {
   const Weights& weights = cell.weights;
   cell.load(block, rows.x, rows.v);
 #pragma unroll Weights::kUnrollRows
@@ -221,8 +110,8 @@ BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int
   first.frame(1) = centre == centre ? centre : 0.0f;
 }
 
-// Each chunk's own state to that of all before (forth) or after it (back), in float64. `own` reads a chunk's. Some chunks
-// at a time, so that their reads do not wait for one another's writes.
+// Each chunk's own state to that of all before (forth) or after it (back), in float64. `own` reads a chunk's. Some
+// chunks at a time, so that their reads do not wait for one another's writes.
 template <class Number, class Weights, bool backward, class Own>
 BIWKV_DEVICE void join(const Tensors<Number>& all, int64_t b, int64_t channel, bool back, int which, const Own& own) {
   using Chunk = Cell<Number, Weights, backward>;
@@ -313,7 +202,7 @@ template <class Number, class Weights>
 BIWKV_DEVICE void write_gradients(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
   using Real = typename Weights::Real;
   const Cell<Number, Weights, true> cell(all, b, chunk, channel);
-  typename Weights::State after[kBlocks], before[kBlocks], earlier[kBlocks];  // at each block: over keys, keys, gradients
+  typename Weights::State after[kBlocks], before[kBlocks], earlier[kBlocks];  // at each block; earlier: over gradients
   Real to_w = 0, to_u = 0;
   cell.sums_after(after);
   before[0] = cell.state(kForth), earlier[0] = cell.state(kGradForth);

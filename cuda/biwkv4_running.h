@@ -85,20 +85,14 @@ class RunningScan {
 
   // Turns each chunk's own sums into the sums of all that comes before (after) it.
   void join_chunks(State* forth, State* back) {
-    State sum = nothing();
-    for (int64_t c = 0; c < chunks; ++c) {
-      State aged = sum;
-      aged.m = aged.m - w * (typename Lanes<V>::scalar)(end(c) - begin(c));
-      const State joined = running_join(aged, forth[c]);
-      forth[c] = sum, sum = joined;
-    }
-    sum = nothing();
-    for (int64_t c = chunks - 1; c >= 0; --c) {
-      State aged = sum;
-      aged.m = aged.m - w * (typename Lanes<V>::scalar)(end(c) - begin(c));
-      const State joined = running_join(aged, back[c]);
-      back[c] = sum, sum = joined;
-    }
+    const auto pass_on = [this](int64_t c, State& sum, State& chunk) {
+      const State aged = {sum.n, sum.d, sum.m - w * (typename Lanes<V>::scalar)(end(c) - begin(c))};
+      const State joined = running_join(aged, chunk);
+      chunk = sum, sum = joined;
+    };
+    State before = nothing(), after = nothing();
+    for (int64_t c = 0; c < chunks; ++c) pass_on(c, before, forth[c]);
+    for (int64_t c = chunks - 1; c >= 0; --c) pass_on(c, after, back[c]);
   }
 
   void walk(int64_t c, Row* rows) const {

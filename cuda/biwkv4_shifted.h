@@ -2,9 +2,9 @@
 // plain linear recurrence in float32. Time is cut into chunks whose sums join in float64, so that an error grows with
 // the chunk and not with the sequence.
 //
-// A strip goes through all phases while the caches hold it. It either keeps its weights between phases (short sequences:
-// one exponential an element) or computes them again from k (long ones: two of them forward, three backward, and as many
-// readings of k and v).
+// A strip goes through all phases while the caches hold it. It either keeps its weights between phases (short
+// sequences: one exponential an element) or computes them again from k (long ones: two of them forward, three backward,
+// and as many readings of k and v).
 //
 // Strips with a channel beyond the bound (biwkv4_arithmetic.h) are left to biwkv4_running.h.
 #pragma once

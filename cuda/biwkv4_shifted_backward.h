@@ -8,14 +8,14 @@ namespace biwkv {
 template <class Number>
 class ShiftedBackward : public ShiftedScan<Number> {
   using Base = ShiftedScan<Number>;
-  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::kHalves, Base::powers, Base::put_half, Base::rows_of, Base::s,
-      Base::v_at;
+  using Base::begin, Base::boost, Base::chunks, Base::count, Base::decay, Base::frame, Base::half_of, Base::kHalves,
+      Base::powers, Base::put_half, Base::rows_of, Base::s, Base::v_at;
 
  public:
   using V = Wide;
   struct Row {
-    V x, v;          // weight and centred value
-    V a, b, bonus;   // grad / D, a y, and the part of grad_k that goes through the own term
+    V x, v;         // weight and centred value
+    V a, b, bonus;  // grad / D, a y, and the part of grad_k that goes through the own term
   };
 
   static int64_t kept_bytes(int64_t length) { return chunks_of(length) * kRows * sizeof(Row); }

@@ -1,4 +1,4 @@
-// How a GPU's sums keep their weights within range: two ways behind the same names, for the phases of biwkv4_kernels.h.
+// How a GPU's sums keep their weights within range: two ways behind the same names, for biwkv4_kernels.h.
 //
 // Whoever includes this defines beforehand BIWKV_DEVICE, number(), put_number(), exponential(), reciprocal(), larger().
 #pragma once

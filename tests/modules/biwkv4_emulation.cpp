@@ -43,8 +43,8 @@ struct Each {
 template <bool backward>
 static int run(const BiwkvCall& call) {
   if (call.type != BIWKV_FLOAT32) return BIWKV_BAD_TYPE;
-  const int64_t chunks = (call.length + kChunk - 1) / kChunk;
-  std::vector<float> workspace((fields_of(backward) * chunks + 2) * call.batch * call.channels, NAN);
+  const int64_t chunks = chunks_of(call.length);
+  std::vector<float> workspace(numbers_of(call.length, backward) * call.batch * call.channels, NAN);
   const auto f = [](const void* p) { return static_cast<const float*>(p); };
   const auto g = [](void* p) { return static_cast<float*>(p); };
   const Tensors<float> all = {f(call.w), f(call.u), f(call.k), f(call.v), f(call.grad_y), g(call.y), g(call.grad_k),

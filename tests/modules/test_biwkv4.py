@@ -207,6 +207,16 @@ def test_same_bits_for_any_number_of_threads(shape) -> None:
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("shape", [(1, 300, 3616), (1, 2048, 544), (1, 2100, 512)])
+def test_among_others_as_alone(shape) -> None:
+    """A large result leaves by stores past the caches, and many strips are tasks whole: neither changes a bit."""
+    (w, u, k, v), grad_y = draw(shape)
+    some = slice(32, 64)
+    alone = actual((w[some], u[some], k[..., some], v[..., some]), grad_y[..., some])
+    for name, a, b in zip(NAMES, actual((w, u, k, v), grad_y), alone, strict=True):
+        assert torch.equal(a[..., some], b), name
+
+
 @pytest.mark.parametrize("channels", [24, 32])
 @pytest.mark.parametrize("length", [50, 2500])
 def test_views_are_read_in_place(length: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
