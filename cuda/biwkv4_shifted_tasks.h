@@ -83,7 +83,7 @@ class Shifted {
  public:
   static constexpr int kWidth = Lanes<Wide>::count, kSegment = 32;  // a segment is 32 chunks
   static constexpr int64_t kKept = 2048;                            // longest sequence whose weights are kept
-  static constexpr int64_t kEnough = 16;                            // strips
+  static constexpr int64_t kEnough = 4;                             // strips, to be tasks whole
 
   explicit Shifted(const BiwkvCall& call)
       : call(call),

@@ -77,7 +77,7 @@ def test_any_number_of_channels(length: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [1023, 1024, 1025, 2047, 2049, 3000])
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 2047, 2048, 2049, 3000])
 def test_where_the_kernels_change_their_ways(length: int, dtype: torch.dtype) -> None:
     inputs, grad_y = draw((1, length, 3), dtype)
     assert_close(actual(inputs, grad_y), expected(inputs, grad_y), 1e-5)
@@ -193,7 +193,7 @@ def test_gradcheck(op) -> None:
     assert torch.autograd.gradcheck(op, [x.requires_grad_() for x in inputs])
 
 
-@pytest.mark.parametrize("shape", [(2, 300, 40), (1, 3000, 70)])
+@pytest.mark.parametrize("shape", [(2, 300, 40), (1, 3000, 70), (1, 2100, 512)])
 def test_same_bits_for_any_number_of_threads(shape) -> None:
     inputs, grad_y = draw(shape)
     threads = torch.get_num_threads()
@@ -262,6 +262,7 @@ def test_no_sequences() -> None:
         (lambda w, u, k, v: (w[1:], u, k, v), ValueError, "w must be"),
         (lambda w, u, k, v: (w, u[None], k, v), ValueError, "u must be"),
         (lambda w, u, k, v: (w.long(), u, k, v), TypeError, "w must be"),
+        (lambda w, u, k, v: (w.to("meta"), u, k, v), ValueError, "w must be on"),
         (lambda w, u, k, v: (w, u.to("meta"), k, v), ValueError, "u must be on"),
         (lambda w, u, k, v: (w, u, k, v.to("meta")), ValueError, "v must be on"),
     ],

@@ -1,6 +1,7 @@
 """How the Bi-WKV4 kernels are built: cached, safely at once; else a warning and the reference."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,19 @@ def test_the_cache_knows_what_shapes_the_result(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(biwkv4_build, "_cpu_identity", lambda: "another machine")
     third = biwkv4_build.build_cpu()
     monkeypatch.setattr(torch, "__version__", "0")
-    assert len({first, second, third, biwkv4_build.build_cpu()}) == 4
+    fourth = biwkv4_build.build_cpu()
+    sources = shutil.copytree(biwkv4_build.SOURCES, tmp_path / "cuda")
+    monkeypatch.setattr(biwkv4_build, "SOURCES", sources)
+    assert biwkv4_build.build_cpu() == fourth
+    (sources / "biwkv4_vector.h").open("a").write("// changed\n")
+    assert len({first, second, third, fourth, biwkv4_build.build_cpu()}) == 5
+
+
+def test_building_ahead_is_what_the_op_will_load() -> None:
+    process = run("import runpy; runpy.run_module('modules.biwkv4_build', run_name='__main__')")
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert out.splitlines()[0] == str(biwkv4_build.build_cpu())
 
 
 def test_architectures_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
