@@ -54,6 +54,15 @@ def test_the_designs_own_initialisation_does_not(picture: Tensor) -> None:
     assert not torch.allclose(child(picture)["likelihoods"]["y"], parent(picture)["likelihoods"]["y"], atol=1e-3)
 
 
+def test_from_scratch_nothing_is_copied() -> None:
+    parent, child, rules = pair(3)
+    before = state_digest(child.state_dict())
+    ledger = transfer_weights(parent, child, rules.model_copy(update={"initialisation": "scratch"}))
+    assert state_digest(child.state_dict()) == before
+    assert ledger.counts().keys() == {"initialised", "dropped"}
+    assert ledger.new == child.state_dict().keys() - set(child.coding_table_names())
+
+
 @pytest.mark.parametrize("phase", range(1, 5))
 @pytest.mark.parametrize("initialisation", ["design", "function-preserving"])
 @torch.no_grad()
