@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import codec_cli, evidence_cli
-from pipeline.options import AcceptAnyway, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
+from pipeline.options import AcceptAnyway, Baseline, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 # A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
@@ -31,7 +31,6 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this
 app.add_typer(bench, name="bench")
 
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
-Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
 Start = Annotated[Path | None, typer.Option(help="Train the first stage from this codec's weights.")]
 
 SYNC_PATIENCE = 120.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.options import AcceptAnyway, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
+from pipeline.options import AcceptAnyway, Baseline, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 if TYPE_CHECKING:
     from pipeline.costs import Contender
@@ -117,6 +117,7 @@ def rd_curve(
     ] = None,
     data: DataFolder = None,
     val: ValFolder = None,
+    baseline: Baseline = None,
     settings: Settings = None,
     start_from: Annotated[
         float | None, typer.Option("--from", help="λ whose trained root the others' roots start from.")
@@ -139,7 +140,7 @@ def rd_curve(
     neighbour = sweep.Neighbour(start_from, tuple(from_settings or ())) if start_from is not None else None
     overrides = tuple(overrides_of(data, val, None, settings))
     lmbdas = tuple(lmbda or sweep.LMBDAS)
-    wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, neighbour)
+    wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, neighbour, baseline)
     if plan:
         console.print(wanted.grid().rich())
     else:

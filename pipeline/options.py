@@ -10,6 +10,7 @@ RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path t
 DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
 ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
+Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
 AcceptAnyway = Annotated[bool, typer.Option(help="Publish stages that miss their limits.")]
 

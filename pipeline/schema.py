@@ -88,8 +88,9 @@ class Evaluation(Section):
 class Transfer(Section):
     """How a child starts from its parent."""
 
-    initialisation: Literal["function-preserving", "design"] = "function-preserving"
-    """`function-preserving`: as near to the parent's output as the new form allows; `design`: random."""
+    initialisation: Literal["function-preserving", "design", "scratch"] = "function-preserving"
+    """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
+    of the child is random and nothing is copied, to compare a migration with training anew."""
     rename: dict[str, str] = {}
     """Module prefix in the parent → prefix in the child; `{i}` stands for one dotted component."""
 

@@ -31,6 +31,8 @@ class Sweep:
     lmbdas: tuple[float, ...]
     runs: Path
     neighbour: Neighbour | None = None
+    baseline: Path | None = None
+    """File that the roots are taken from; with a neighbour, its root alone."""
 
     def chains(self) -> Iterator[tuple[float, list[Chain]]]:
         """Every λ with its chains, the neighbour first; raises RecipeError and ChainError."""
@@ -41,14 +43,14 @@ class Sweep:
             yield lmbda, self._chains(lmbda)
 
     def _chains(self, lmbda: float) -> list[Chain]:
-        start: Path | None = None
+        baseline, start = self.baseline, None
         settings: tuple[str, ...] = ()
         if self.neighbour is not None and lmbda != self.neighbour.lmbda:
             root = self._chains(self.neighbour.lmbda)[0].jobs[0]
-            start, settings = root.checkpoint, self.neighbour.settings
+            baseline, start, settings = None, root.checkpoint, self.neighbour.settings
         recipe = load_recipe(self.recipe, [*self.overrides, f"lmbda={lmbda!r}", *settings])
         targets = self.targets or leaves(recipe)
-        return [Chain(recipe.name, recipe.chain(target), self.runs, start=start) for target in targets]
+        return [Chain(recipe.name, recipe.chain(target), self.runs, baseline, start) for target in targets]
 
     def grid(self) -> Grid:
         """What is done and what is left: a row for each stage, a column for each λ in the order of running."""

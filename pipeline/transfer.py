@@ -75,11 +75,14 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
 
     A tensor of the same name and shape is copied; `rules.rename` maps module prefixes of the parent to the child's;
     the rest of the child keeps its own initialisation, its new RWKV components starting as the identity unless
-    `rules.initialisation` is `design`. Raises TransferError where a rule matches nothing or shapes disagree.
+    `rules.initialisation` is `design`; with `scratch` nothing is copied. Raises TransferError where a rule matches
+    nothing or shapes disagree.
     """
     ours, theirs = _tensors(child), _tensors(parent)
     sources = _renamed(rules.rename, theirs, ours)
     sources |= {name: name for name in ours if name in theirs and name not in sources}
+    if rules.initialisation == "scratch":
+        sources = {}
     for name, source in sources.items():
         if ours[name].shape != theirs[source].shape:
             raise TransferError(

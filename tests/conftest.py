@@ -6,10 +6,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported;
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 GOLDENS = Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))
+
+
+settings.register_profile("hpcm", deadline=None)  # How long an example takes depends on what else the machine does.
+settings.load_profile("hpcm")
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def test_a_crop_as_large_as_the_image_is_the_image(photos: Photos) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_an_epoch_shows_every_photograph_once(photos: Photos, seed: int, epoch: int) -> None:
     crops = TrainingCrops(photos, crop=16, seed=seed)
     assert sorted(photo_of(crops, n) for n in range(5 * epoch, 5 * epoch + 5)) == [0, 1, 2, 3, 4]

@@ -111,7 +111,7 @@ def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes],
     assert "phase1 done done steps left – –" in words(CliRunner().invoke(app, sweep(runs, "--plan")).output)
 
 
-def test_later_points_start_from_a_neighbour(runs: Path) -> None:
+def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None:
     options = ["--from", "0.05", "--from-set", "baseline.schedule.scratch.steps=0"]
     command = [*sweep(runs, *options)]
     command[1] = "baseline"
@@ -124,6 +124,12 @@ def test_later_points_start_from_a_neighbour(runs: Path) -> None:
     assert "start" in second.metadata["inputs"]
     assert "start" not in first.metadata["inputs"]
     assert "done" in CliRunner().invoke(app, [*command, "--plan"]).output
+    file = runs / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
+    taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, Neighbour(0.05), file)
+    assert [(chain.jobs[0].imported, chain.jobs[0].start is None) for _, (chain,) in taken.chains()] == [
+        (file, True),
+        (None, False),
+    ]
     nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, Neighbour(0.1))
     with pytest.raises(ChainError, match="not among those of the sweep"):
         nowhere.grid()

@@ -1,7 +1,6 @@
 """Recipes: what is read, what is refused, and how a mistake is named."""
 
 import math
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -210,8 +209,9 @@ def test_files_that_are_no_recipe(folder: Path, content: bytes, message: str) ->
 
 
 def test_a_byte_order_mark_is_no_mistake(folder: Path) -> None:
+    plain = load_recipe(folder)
     (folder / "common.yaml").write_text(COMMON, encoding="utf-8-sig")
-    load_recipe(folder)
+    assert load_recipe(folder) == plain
 
 
 def test_missing_folder_files_and_stages(folder: Path) -> None:
@@ -235,7 +235,7 @@ def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:
         Stage.model_validate(stage.model_dump() | {"parent": None})
 
 
-@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence", "ablations"])
 def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
     for stage in load_recipe(name).stages.values():
         text = stage.to_yaml()
@@ -276,6 +276,63 @@ def test_the_order_of_keys_does_not_matter_to_the_digest(folder: Path) -> None:
     assert load_recipe(folder).stages["phase1"].digest() == before
 
 
+counts = st.integers(1, 10**6)
+rates = st.floats(1e-12, 1.0)
+
+
+@st.composite
+def phases(draw: st.DrawFn, name: str) -> dict[str, object]:
+    """A phase of a schedule that a stage with a parent may have."""
+    steps = draw(counts)
+    align = draw(st.booleans())
+    return {
+        "name": name,
+        "objective": "align" if align else "rate-distortion",
+        "train": "new" if align else draw(st.sampled_from(["all", "new", ["attn_*", "h_s.*"]])),
+        "steps": steps,
+        "handover": 0 if align else draw(st.integers(0, steps)),
+        "warmup": draw(st.integers(0, steps)),
+        "decay": draw(st.sampled_from(["constant", "cosine"])),
+        "lr": draw(st.dictionaries(st.sampled_from(["default", "new", "rwkv", "attn_*"]), rates, min_size=1)),
+    }
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> dict[str, object]:
+    """A stage that the schema takes."""
+    names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,7}", fullmatch=True), max_size=4, unique=True))
+    return {
+        "name": "child",
+        "parent": "root",
+        "model": {"preset": "tiny", "phase": draw(st.integers(1, 4))},
+        "lmbda": draw(rates),
+        "metric": draw(st.sampled_from(["mse", "ms-ssim"])),
+        "data": {"crop": draw(counts), "batch_size": draw(counts), "workers": draw(st.integers(0, 8))},
+        "optimiser": {"betas": [0.5, draw(st.floats(0.0, 0.999))], "clip_norm": draw(rates)},
+        "precision": draw(st.sampled_from(["no", "bf16"])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "accept": {"psnr_drop": draw(st.none() | st.floats(-1, 1))},
+        "schedule": [draw(phases(name)) for name in names],
+    }
+
+
+@given(stages())
+def test_every_stage_reads_back_as_itself(fields: dict[str, object]) -> None:
+    stage = Stage.model_validate(read_text(yaml.safe_dump(fields), "here").plain())
+    again = Stage.model_validate(read_text(stage.to_yaml(), "resolved").plain())
+    assert again == stage
+    assert again.digest() == stage.digest()
+
+
+@given(stages(), st.data())
+def test_a_value_of_another_kind_is_refused_by_its_key(fields: dict[str, object], data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(sorted(fields)))
+    wrong = data.draw(st.sampled_from([{"no": 1}, [[]], "\n", -1.5, math.inf, True]))
+    with pytest.raises(ValidationError) as caught:
+        Stage.model_validate(tuples(fields | {key: wrong}))
+    assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} <= {key}
+
+
 plain_values = st.recursive(
     st.none()
     | st.booleans()
@@ -300,9 +357,13 @@ def test_whatever_yaml_writes_is_read_as_it_was(value: object) -> None:
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_a_value_or_a_recipe_error(text: str) -> None:
-    with suppress(RecipeError):
-        read_text(text, "here").plain()
+def test_any_text_is_a_value_or_an_error_with_its_place(text: str) -> None:
+    refused = ""
+    try:
+        value = read_text(text, "here").plain()
+    except RecipeError as error:
+        refused = str(error)
+    assert refused.startswith("here") if refused else value == tuples(yaml.safe_load(yaml.safe_dump(value)))
 
 
 @given(plain_values, plain_values)
