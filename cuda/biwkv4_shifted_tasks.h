@@ -163,8 +163,10 @@ class Shifted {
       });
     };
     const auto once = [&](const auto& phase) {
-      Scan scan;
-      if (open(scan, b, strip)) phase(scan);
+      each(1, [&](int64_t) {
+        Scan scan;
+        if (open(scan, b, strip)) phase(scan);
+      });
     };
     each_chunk([](Scan& scan, int64_t c, double*, double*) { scan.sum_keys(c); });
     once([](Scan& scan) { scan.join_keys(); });
