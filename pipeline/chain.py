@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError
+from pipeline.errors import Interrupted, Told, UserError
 from pipeline.faults import fault
-from pipeline.interruption import Interrupted, Told
 from pipeline.job import StageJob, Workplace
 from pipeline.lock import held
 from pipeline.outbox import PATIENCE, Outbox
@@ -24,7 +24,7 @@ PATIENCE_INTERRUPTED = 10.0
 """Seconds that a chain waits for MLflow to take what was said to it, when a signal asks it to stop."""
 
 
-class ChainError(Exception):
+class ChainError(UserError):
     """Stages that cannot be run together, or not so."""
 
 

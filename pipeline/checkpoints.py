@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig
+from pipeline.errors import UserError
 from pipeline.faults import fault
 from pipeline.transfer import state_digest
 
@@ -24,7 +25,7 @@ UNSEALED = "hpcm-checkpoint-1"
 METADATA_KEY = "hpcm"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import codec_cli, evidence_cli
+from pipeline.errors import Interrupted, LostProcess, Told, UserError
 from pipeline.options import AcceptAnyway, Baseline, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
 
 # A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
@@ -191,26 +192,9 @@ evidence_cli.register(app)
 
 def main() -> None:
     """Run the command line; a known error is one screen on stderr and exit code 1, a signal 128 + its number."""
-    from pipeline.chain import ChainError
-    from pipeline.checkpoints import CheckpointError
-    from pipeline.freezing import SelectionError
-    from pipeline.interruption import Interrupted, LostProcess, Told
-    from pipeline.lock import FolderInUse
-    from pipeline.photos import DataError
-    from pipeline.recipe import RecipeError
-    from pipeline.report import ReportError
-    from pipeline.stage import StageError
-    from pipeline.trainer import TrainingError
-    from pipeline.transfer import TransferError
-
-    known = (
-        ChainError, CheckpointError, DataError, FolderInUse, RecipeError, ReportError, SelectionError, StageError,
-        TrainingError,
-        TransferError,
-    )  # fmt: skip
     try:
         app()
-    except known as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except LostProcess as error:

@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.errors import UserError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # Pillow goes by content, and some of its formats start other programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
@@ -37,7 +39,7 @@ PACKAGED = {
 logger = logging.getLogger(__name__)
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Images that cannot be used; the message names the file or folder and what to do."""
 
 

@@ -15,6 +15,7 @@ from pipeline import checkpoints
 from pipeline.acceptance import judge
 from pipeline.checkpoints import codec_tensors
 from pipeline.data import TrainingCrops, validation_images
+from pipeline.errors import UserError
 from pipeline.evaluation import (
     Evaluation,
     NamedImage,
@@ -34,7 +35,7 @@ from pipeline.trainer import Migration, Trainer
 from pipeline.transfer import Ledger, new_components, transfer_weights
 
 
-class StageError(Exception):
+class StageError(UserError):
     """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
 
 

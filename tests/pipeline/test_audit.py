@@ -15,7 +15,7 @@ from pipeline.audit_display import grids, phase_text, to_json
 from pipeline.chain import Chain
 from pipeline.checkpoints import load_codec, publish
 from pipeline.cli import app
-from pipeline.interruption import Interrupted
+from pipeline.errors import Interrupted
 from pipeline.records import Records
 
 

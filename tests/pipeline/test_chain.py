@@ -14,7 +14,7 @@ from mlflow.entities import Run
 
 from pipeline.chain import Chain
 from pipeline.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
-from pipeline.interruption import Interrupted
+from pipeline.errors import Interrupted
 from pipeline.photos import DataError
 from pipeline.schema import Phase
 from pipeline.stage import StageError

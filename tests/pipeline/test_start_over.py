@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from pipeline import job as job_module
 from pipeline.chain import Chain, ChainError
 from pipeline.cli import app
-from pipeline.interruption import Interrupted, Interruption
+from pipeline.errors import Interrupted
+from pipeline.interruption import Interruption
 from pipeline.job import StartOver, Workplace
 from pipeline.lock import FolderInUse, held
 
