@@ -67,7 +67,11 @@ class Chain:
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
-            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, *files))
+            job = StageJob(stage, self.folder / stage.name, parent, *files)
+            for file in filter(None, files):
+                if file.absolute() == job.checkpoint.absolute():
+                    raise ChainError(f"{file}: this is the chain's own {stage.name}, which need not be given")
+            self.jobs.append(job)
         self.outbox: Outbox | None = None
 
     def plan(self) -> list[Planned]:

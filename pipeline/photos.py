@@ -100,7 +100,8 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
 def files_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
     """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images ({' '.join(suffixes)})")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}; give a folder of images ({' '.join(suffixes)})")
     found = []
     for root, _, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
         paths = (Path(root, file) for file in files if file.lower().endswith(suffixes))

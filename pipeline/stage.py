@@ -89,7 +89,8 @@ class StageRun:
                 if value != getattr(self.job.config, name)
             ]
             raise StageError(
-                f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}; choose RECIPE= to fit"
+                f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}.\n"
+                "  Give a checkpoint of that size, or choose the recipe that fits this one."
             )
         return model
 
@@ -215,9 +216,8 @@ class StageRun:
         images = [name for name, _ in self.images]
         if metadata["validation"] == {"digest": self.val_photos.digest, "images": images}:
             return Quality(**metadata["quality"])
-        return evaluate(self.parent.to(self.device), self._heeding(self.images), self.stage.lmbda, self.stage.metric)[
-            0
-        ].quality
+        parent = self.parent.to(self.device)
+        return evaluate(parent, self._heeding(self.images), self.stage.lmbda, self.stage.metric)[0].quality
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
         job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts
