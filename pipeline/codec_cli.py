@@ -210,7 +210,7 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
                     console.print(f"{path}: {message}", soft_wrap=True)
             except (BitstreamError, UserError, OSError) as error:
                 complete = False
-                reason = str(error).removeprefix(f"{path}: ")
+                reason = str(error).removeprefix(f"{path}: ").splitlines()[0]
                 print(f"error: {path}: {reason}", file=sys.stderr)
             bar.advance(task)
     return complete

@@ -104,10 +104,14 @@ def compare(
 def _contenders(
     checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str
 ) -> tuple[str, list[Contender]]:
-    """What to call the comparison, and whom to compare."""
+    """What to call the comparison, and whom to compare; raises ValueError for what cannot be meant together."""
     from pipeline import comparison
     from pipeline.recipe import load_recipe
 
+    if checkpoints and recipe:
+        raise ValueError("give checkpoints or --recipe, not both")
+    if settings and not recipe:
+        raise ValueError("--set changes a recipe: give --recipe as well")
     if checkpoints:
         return "checkpoints", comparison.of_checkpoints(checkpoints)
     if recipe:

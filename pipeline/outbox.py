@@ -132,7 +132,8 @@ class Outbox:
                 except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise.
                     failures += 1
                     self._runs = {}  # To be opened again: the store decides what of this arrived.
-                    if not (failures > 1 and _is_refusal(error)):
+                    # Where there is no store at all, it is not the entry that is refused.
+                    if not (failures > 1 and self._client is not None and _is_refusal(error)):
                         self._pause(error, failures)
                         break
                     self.note(f"MLflow refuses what run {entry['run']} says of its {entry['say']}: {brief(error)}")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -172,4 +173,4 @@ def find_run(client: "MlflowClient", key: str) -> str | None:
 
 def brief(error: Exception) -> str:
     """What MLflow's libraries raised, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    return shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")

@@ -117,14 +117,20 @@ def test_bad_input_is_one_screen_that_says_what_to_do(
 
 
 def test_help_does_not_wait_for_pytorch() -> None:
-    code = "import sys; from pipeline import cli; print(sorted({'torch', 'mlflow', 'matplotlib'} & sys.modules.keys()))"
+    code = """if True:
+        import atexit, sys
+        atexit.register(lambda: print({"torch", "mlflow", "matplotlib"} & sys.modules.keys()))
+        sys.argv = ["hpcm", "--help"]
+        from pipeline import cli
+        cli.main()"""
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[]\n", done.stderr
+    assert "rd-curve" in done.stdout
+    assert done.stdout.endswith("set()\n")
 
 
 @pytest.mark.parametrize(
     ("phase", "signum", "code"),
-    [("frozen", signal.SIGTERM, 143), ("unfrozen", signal.SIGINT, 130), ("frozen", signal.SIGKILL, -9)],
+    [("frozen", signal.SIGTERM, 143), ("unfrozen", signal.SIGKILL, -9)],
 )
 def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int, code: int, runs: Path) -> None:
     settings = [f"phase1.schedule.{phase}.steps=30"]
@@ -162,12 +168,11 @@ def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int,
 def test_of_two_launched_processes_one_speaks(runs: Path) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "pipeline.cli")
     sweep = ["rd-curve", "baseline", "--recipe", FOLDER, "--lmbda", "0.013", "--runs", runs]
-    printed = []
-    for options in ([], ["--plan"]):
-        command = hpcm(*sweep, *options, launcher=launcher)
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    assert printed[0].count("after scratch: ") == 1
-    assert printed[1].count("steps left") == 1
-    assert "done" in printed[1]
+    command = hpcm(*sweep, launcher=launcher)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after scratch: ") == 1
+    assert mini_chain(runs, "baseline").plan()[0].status == "done"
+    second = {**ENVIRONMENT, "RANK": "1"}
+    done = subprocess.run(hpcm(*sweep, "--plan"), env=second, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "")

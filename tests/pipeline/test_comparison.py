@@ -146,7 +146,12 @@ def test_the_command_leaves_files_and_an_mlflow_run(finished: tuple[Chain, Notes
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--size", "512", "HEIGHTxWIDTH"), ("--preset", "huge", "unknown preset"), ("--device", "cuda", "no CUDA device")],
+    [
+        ("--size", "512", "HEIGHTxWIDTH"),
+        ("--preset", "huge", "unknown preset"),
+        ("--device", "cuda", "no CUDA device"),
+        ("--set", "seed=1", "give --recipe as well"),
+    ],
 )
 def test_what_cannot_be_measured_is_named(
     option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
