@@ -17,9 +17,9 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	check clean
 
 help: ## list the targets and variables
-	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/stage2.*/, "…", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  RECIPE=tiny|base|large|a folder   DATA=folder of training images   VAL=folder of validation images"
+	@echo "  RECIPE=tiny|evidence|base|large|a folder   DATA=training images   VAL=validation images (folders)"
 	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   ARGS='--set phase2.seed=1 …'"
 
 $(READY): pyproject.toml
@@ -35,7 +35,7 @@ build: $(READY) ## compile the Bi-WKV4 kernel ahead of its first use
 baseline: $(READY) ## train the Baseline, or take it from BASELINE=
 	$(BIN)/hpcm run baseline $(CHAIN)
 
-stage1 stage2 stage3 stage4: $(READY) ## upgrade a checkpoint to Phase 1 … 4, running what is missing before it
+stage1 stage2 stage3 stage4: $(READY) ## upgrade a checkpoint to Phase N (1 to 4), running what is missing before it
 	$(BIN)/hpcm run phase$(@:stage%=%) $(CHAIN)
 
 plan: $(READY) ## say what stage4 would run, and why
@@ -50,7 +50,7 @@ report: $(READY) ## write runs/report/report.html from MLflow's store
 ui: $(READY) ## open MLflow's pages on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}
 
-test: $(READY) ## run the tests
+test: $(READY) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nvcc"
 
 test-all: $(READY) ## run the slow tests too

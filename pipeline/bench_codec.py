@@ -3,7 +3,6 @@
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map
 from modules import HPCM
 from modules.arithmetic import coding_arithmetic
 from pipeline.photos import find_images, read_image
+from pipeline.timing import timed
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -140,11 +140,7 @@ def _medians(contenders: dict[str, Callable[[], object]], rounds: int, device: t
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(contender, device))
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError
+from pipeline.errors import Interrupted, Told, UserError
 from pipeline.faults import fault
-from pipeline.interruption import Interrupted, Told
 from pipeline.job import StageJob, Workplace
 from pipeline.lock import held
 from pipeline.outbox import PATIENCE, Outbox
@@ -24,7 +24,7 @@ PATIENCE_INTERRUPTED = 10.0
 """Seconds that a chain waits for MLflow to take what was said to it, when a signal asks it to stop."""
 
 
-class ChainError(Exception):
+class ChainError(UserError):
     """Stages that cannot be run together, or not so."""
 
 
@@ -67,7 +67,11 @@ class Chain:
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
-            self.jobs.append(StageJob(stage, self.folder / stage.name, parent, *files))
+            job = StageJob(stage, self.folder / stage.name, parent, *files)
+            for file in filter(None, files):
+                if file.absolute() == job.checkpoint.absolute():
+                    raise ChainError(f"{file}: this is the chain's own {stage.name}, which need not be given")
+            self.jobs.append(job)
         self.outbox: Outbox | None = None
 
     def plan(self) -> list[Planned]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig
+from pipeline.errors import UserError
 from pipeline.faults import fault
 from pipeline.transfer import state_digest
 
@@ -24,7 +25,7 @@ UNSEALED = "hpcm-checkpoint-1"
 METADATA_KEY = "hpcm"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
 
 
@@ -45,20 +46,20 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
     fields["seal"] = _seal(fields)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
         save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with the same guarantee as `write`."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place once it is whole and on disk."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place once it is whole and on disk; raises CheckpointError."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +73,13 @@ def _replacing(path: Path) -> Iterator[Path]:
         fault("write.renamed")
         flush(path.parent)
     except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}.\n"
+            "  What was saved before is kept. Mend that, then give the same command again."
+        ) from error
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise CheckpointError(
-            f"{path}: cannot be written: {error}.\n"
-            "  What was saved before is kept. Make room, then give the same command again."
-        ) from error
 
 
 def text_digest(text: str) -> str:
@@ -99,6 +101,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_file(path: Path) -> None:
+    """Raise CheckpointError unless there is a file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+
+
 def read(path: Path) -> Checkpoint:
     """Read what `write` wrote; raises CheckpointError for anything else, and where a digest disagrees."""
     metadata = read_metadata(path)
@@ -115,8 +123,7 @@ def read(path: Path) -> Checkpoint:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone; raises CheckpointError for a file that `write` did not write."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_file(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
@@ -203,8 +210,7 @@ def import_official(source: Path) -> HPCM:
 
     Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
     """
-    if not source.is_file():
-        raise CheckpointError(f"{source}: no such file")
+    check_file(source)
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # Of a damaged pickle, torch may raise anything.

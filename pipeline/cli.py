@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import codec_cli, evidence_cli
-from pipeline.options import AcceptAnyway, Baseline, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
+from pipeline.errors import Interrupted, LostProcess, Told, UserError
+from pipeline.options import (
+    AcceptAnyway,
+    Baseline,
+    DataFolder,
+    Device,
+    RecipeName,
+    Runs,
+    Settings,
+    ValFolder,
+    device_of,
+    overrides_of,
+)
 
 # A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
@@ -31,7 +43,9 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this
 app.add_typer(bench, name="bench")
 
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
-Start = Annotated[Path | None, typer.Option(help="Train the first stage from this codec's weights.")]
+Start = Annotated[
+    Path | None, typer.Option(help="Train the first stage from this codec's weights instead of random ones.")
+]
 
 SYNC_PATIENCE = 120.0
 """Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
@@ -42,6 +56,9 @@ def _chain(
 ) -> "Chain":
     from pipeline.chain import Chain
     from pipeline.recipe import load_recipe
+
+    if all(files):
+        raise typer.BadParameter("give --baseline, which is not trained, or --start, which is, not both")
 
     loaded = load_recipe(recipe, overrides)
     return Chain(loaded.name, loaded.chain(stage), runs, *files)
@@ -59,16 +76,16 @@ def run(
     settings: Settings = None,
     runs: Runs = Path("runs"),
     accept_anyway: AcceptAnyway = False,
-    force: Annotated[bool, typer.Option(help="Build the stage again though it is current.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Begin again what was cut off, instead of resuming it.")] = False,
-    yes: Annotated[bool, typer.Option(help="Do not ask before --force and --fresh move or delete anything.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build the stage again though it is current.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again what was cut off; do not resume it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before anything is moved or deleted.")] = False,
 ) -> None:
     """Build a stage and everything before it: run what is missing, resume what was cut off.
 
     The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
     Several processes: `accelerate launch --num_processes 2 -m pipeline.cli run phase4`.
     """
-    from pipeline.display import ProgressWatcher, closing_table, console, plan_table
+    from pipeline.display import ProgressWatcher, closing_grid, console, plan_grid
     from pipeline.interruption import Interruption, processes
     from pipeline.job import StartOver, Workplace
     from pipeline.trainer import Watcher
@@ -77,7 +94,7 @@ def run(
     accelerator = processes(chain.precision)
     main = accelerator.is_main_process
     if main:
-        console.print(plan_table(chain, chain.plan()))
+        console.print(plan_grid(chain, chain.plan()).rich())
     with (
         Interruption(accelerator) as interruption,
         ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
@@ -85,7 +102,7 @@ def run(
         start_over = StartOver(force, fresh, partial(_confirm, yes))
         chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway, start_over))
     if main:
-        console.print(closing_table(chain))
+        console.print(closing_grid(chain).rich())
 
 
 def _confirm(yes: bool, consequences: list[str]) -> None:
@@ -136,15 +153,15 @@ def plan(
     runs: Runs = Path("runs"),
 ) -> None:
     """Say what `run` would do, and why."""
-    from pipeline.display import console, plan_table
+    from pipeline.display import console, plan_grid
 
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
-    console.print(plan_table(chain, chain.plan()))
+    console.print(plan_grid(chain, chain.plan()).rich())
 
 
 @bench.command("biwkv4")
 def bench_biwkv4(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
@@ -155,7 +172,7 @@ def bench_biwkv4(
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise typer.BadParameter(f"{dtype!r}: there are {', '.join(dtypes)}")
-    bench.bench_biwkv4(dtype=dtypes[dtype], device=device)
+    bench.bench_biwkv4(dtype=dtypes[dtype], device=str(device_of(device)))
 
 
 @app.command("import")
@@ -190,28 +207,16 @@ evidence_cli.register(app)
 
 
 def main() -> None:
-    """Run the command line; a known error is one screen on stderr and exit code 1, a signal 128 + its number."""
-    from pipeline.chain import ChainError
-    from pipeline.checkpoints import CheckpointError
-    from pipeline.freezing import SelectionError
-    from pipeline.interruption import Interrupted, LostProcess, Told
-    from pipeline.lock import FolderInUse
-    from pipeline.photos import DataError
-    from pipeline.recipe import RecipeError
-    from pipeline.report import ReportError
-    from pipeline.stage import StageError
-    from pipeline.trainer import TrainingError
-    from pipeline.transfer import TransferError
-
-    known = (
-        ChainError, CheckpointError, DataError, FolderInUse, RecipeError, ReportError, SelectionError, StageError,
-        TrainingError,
-        TransferError,
-    )  # fmt: skip
+    """Run the command line; what a person can mend is one screen on stderr and exit code 1, a signal 128 + number."""
     try:
         app()
-    except known as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         sys.exit(1)
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from pipeline.errors import UserError
+from pipeline.grids import Grid, number
+from pipeline.options import Device, device_of
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from modules.bitstream import ImageCodec
     from pipeline.codec_files import Conversion
@@ -34,7 +37,6 @@ Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of the
 Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write [default: beside].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")]
 Item = TypeVar("Item")
 
 
@@ -54,11 +56,11 @@ def compress(
 
     conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite)
     codec = _codec(checkpoint, device)
-    table = _table("file", "size", "bytes", "bits/pixel", "PSNR dB", "encode s", "decode s")
+    grid = Grid("", ("file", "size", "bytes", "bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
         done = codec_files.compress_file(codec, conversion)
-        table.add_row(
+        grid.add(
             conversion.name,
             f"{done.width}×{done.height}",
             f"{done.file_bytes}",
@@ -69,7 +71,7 @@ def compress(
         )
         return done.changes
 
-    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
+    _end(grid, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
 
 def decompress(
@@ -84,14 +86,14 @@ def decompress(
 
     conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
     codec = _codec(checkpoint, device)
-    table = _table("file", "size")
+    grid = Grid("", ("file", "size"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
         coded = codec_files.decompress_file(codec, conversion)
-        table.add_row(conversion.name, f"{coded.width}×{coded.height}")
+        grid.add(conversion.name, f"{coded.width}×{coded.height}")
         return ()
 
-    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
+    _end(grid, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
 
 def info(files: Coded) -> None:
@@ -99,17 +101,17 @@ def info(files: Coded) -> None:
     from modules.bitstream import CodedImage
     from pipeline.codec_files import SUFFIX, find
 
-    table = _table("file", "size", "bits/pixel", "y", "z", "ICC bytes", "model")
+    grid = Grid("", ("file", "size", "bits/pixel", "y", "z", "ICC bytes", "model"))
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
         coded = CodedImage.read(path)
         bpp = 8 * path.stat().st_size / (coded.width * coded.height)
         lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
-        table.add_row(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
+        grid.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
         return ()
 
-    _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
+    _end(grid, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
 
 
 def evaluate(
@@ -128,6 +130,8 @@ def evaluate(
     from pipeline.photos import SUFFIXES, read_picture
 
     found = find(pictures, SUFFIXES)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     model = _codec(checkpoint, device).model
     results: list[ImageResult] = []
 
@@ -138,21 +142,21 @@ def evaluate(
         return picture.changes
 
     complete = _each([(path, (name, path)) for name, path in found], measure)
-    table = _table("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s")
+    grid = Grid("", ("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
     if results:
         evaluation = Evaluation(tuple(results))
         for result in (*results, evaluation.mean):
-            table.add_row(*_cells(result))
+            grid.add(*_cells(result))
         if output:
             write_json(output, evaluation.to_json(str(read_metadata(checkpoint).get("name", checkpoint.stem))))
-    _end(table, complete)
+    _end(grid, complete)
 
 
 def bench_codec(
     preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny; untrained.")] = "base",
     phase: Annotated[int, typer.Option(help="0 (Baseline) to 4.")] = 0,
     size: Annotated[str, typer.Option(help="Width and height of the image in pixels.")] = "768x512",
-    rounds: Annotated[int, typer.Option(help="Times to measure; 0 for memory alone.")] = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Times to measure; 0 for memory alone.")] = 5,
     device: Device = "cpu",
 ) -> None:
     """Measure encoding and decoding against the matrix products in them alone, and peak memory."""
@@ -169,7 +173,7 @@ def bench_codec(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     model.update()
-    bench_codec.bench_codec(model.to(device), (int(match[1]), int(match[2])), rounds)
+    bench_codec.bench_codec(model.to(device_of(device)), (int(match[1]), int(match[2])), rounds)
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
@@ -181,13 +185,9 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 
 def _codec(checkpoint: Path, device: str) -> ImageCodec:
     from modules.bitstream import ImageCodec
-    from pipeline.checkpoints import CheckpointError, load_codec
+    from pipeline.checkpoints import load_codec
 
-    model = load_codec(checkpoint)
-    try:
-        return ImageCodec(model.to(device))
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: cannot go to {device}: {str(error).splitlines()[0]}") from error
+    return ImageCodec(load_codec(checkpoint).to(device_of(device)))
 
 
 def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:
@@ -198,10 +198,9 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from modules.rans import BitstreamError
-    from pipeline.photos import DataError
 
     console, complete = _console(), True
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(items))
         for path, item in items:
@@ -209,9 +208,9 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
             try:
                 for message in work(item):
                     console.print(f"{path}: {message}", soft_wrap=True)
-            except (BitstreamError, DataError, OSError) as error:
+            except (BitstreamError, UserError, OSError) as error:
                 complete = False
-                reason = str(error).removeprefix(f"{path}: ")
+                reason = str(error).removeprefix(f"{path}: ").splitlines()[0]
                 print(f"error: {path}: {reason}", file=sys.stderr)
             bar.advance(task)
     return complete
@@ -220,17 +219,7 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
-    return table
+    return Console(highlight=False, markup=False)
 
 
 def _cells(result: ImageResult) -> list[str]:
@@ -240,14 +229,14 @@ def _cells(result: ImageResult) -> list[str]:
         f"{quality.bpp:.4f}",
         f"{result.estimated_bpp:.4f}",
         f"{quality.psnr_db:.2f}",
-        f"{quality.ms_ssim:.4f}" if quality.ms_ssim is not None else "–",
+        number(quality.ms_ssim),
         f"{result.encode_seconds:.2f}",
         f"{result.decode_seconds:.2f}",
     ]
 
 
-def _end(table: Table, complete: bool) -> None:
-    if table.row_count:
-        _console().print(table)
+def _end(grid: Grid, complete: bool) -> None:
+    if grid.rows:
+        _console().print(grid.rich())
     if not complete:
         raise typer.Exit(1)

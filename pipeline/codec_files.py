@@ -1,6 +1,5 @@
 """Image files to `.hpcm` files and back."""
 
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from modules.bitstream import CodedImage, ImageCodec
+from pipeline.checkpoints import replacing
 from pipeline.evaluation import psnr_db
 from pipeline.photos import SUFFIXES, DataError, Picture, files_below, read_picture
 
@@ -70,7 +70,7 @@ def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, 
 def plan(
     sources: Sequence[Path], output: Path | None, suffixes: tuple[tuple[str, ...], str], overwrite: bool
 ) -> list[Conversion]:
-    """What to write for `sources`: beside each file, or in the folder `output`, or to the file `output`.
+    """What to write for `sources`: beside each file, in the folder `output` (which is made), or to the file `output`.
 
     `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file where one file is given and `output` has a
     suffix. Raises DataError for an `output` that cannot be meant, where two conversions would write one file and,
@@ -94,6 +94,8 @@ def plan(
         if target.exists() and not overwrite:
             raise DataError(f"{target}: exists; --overwrite replaces it")
         writers[target] = conversion.source
+    for folder in {target.parent for target in writers}:
+        folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     return conversions
 
 
@@ -104,7 +106,7 @@ def _beside(source: Path, name: Path, folder: Path | None) -> Conversion:
 def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:
     """Write a picture as an `.hpcm` file, once its bytes have been decoded again.
 
-    Raises DataError for a picture that cannot be read, BitstreamError for one that cannot be coded, OSError.
+    Raises DataError for a picture that cannot be read, BitstreamError for one that cannot be coded, CheckpointError.
     """
     picture = read_picture(conversion.source)
     image = to_tensor(picture)
@@ -113,7 +115,8 @@ def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:
     encoded = time.perf_counter()
     x_hat = codec.decode(CodedImage.parse(data))
     decoded = time.perf_counter()
-    write(conversion.target, data)
+    with replacing(conversion.target) as partial:
+        partial.write_bytes(data)
     height, width = image.shape[2:]
     times = encoded - start, decoded - encoded
     return Compressed(width, height, len(data), psnr_db(image, to_8_bits(x_hat) / 255), *times, picture.changes)
@@ -122,16 +125,16 @@ def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:
 def decompress_file(codec: ImageCodec, conversion: Conversion) -> CodedImage:
     """Decode an `.hpcm` file to a picture in the format of the target's suffix, with the ICC profile it came with.
 
-    Raises BitstreamError for a file that is damaged or another model's, DataError for an unknown suffix, OSError.
+    Raises BitstreamError for a file that is damaged or another model's, DataError for an unknown suffix,
+    CheckpointError.
     """
     form = Image.registered_extensions().get(conversion.target.suffix.lower())
     if form is None or conversion.target.suffix.lower() not in SUFFIXES:
         raise DataError(f"{conversion.target}: pictures are written as {' '.join(SUFFIXES)}")
     coded = CodedImage.read(conversion.source)
     pixels = to_8_bits(codec.decode(coded))[0].byte().permute(1, 2, 0).cpu().numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format=form, icc_profile=coded.icc_profile or None)
-    write(conversion.target, file.getvalue())
+    with replacing(conversion.target) as partial:
+        Image.fromarray(pixels).save(partial, format=form, icc_profile=coded.icc_profile or None)
     return coded
 
 
@@ -143,11 +146,3 @@ def to_tensor(picture: Picture) -> Tensor:
 def to_8_bits(x_hat: Tensor) -> Tensor:
     """A reconstruction in [0, 1] as whole numbers from 0 to 255, of the same shape and type."""
     return (x_hat * 255).round()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that `path` holds either the whole of it or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)

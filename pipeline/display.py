@@ -1,19 +1,20 @@
 """What a person at the terminal sees: progress, the plan, the closing table."""
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pipeline.chain import Chain, Planned
+from pipeline.grids import Grid, number
 from pipeline.schema import Phase
 from pipeline.trainer import Watcher
 
-console = Console(highlight=False)
+# Of the processes that `accelerate launch` starts, the first alone speaks.
+console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class ProgressWatcher(Watcher):
@@ -67,30 +68,26 @@ def _values(values: dict[str, float]) -> str:
     return "  ".join(form.format(values[key]) for key, form in shown if key in values)
 
 
-def plan_table(chain: Chain, plan: Sequence[Planned]) -> Table:
+def plan_grid(chain: Chain, plan: Sequence[Planned]) -> Grid:
     """What `hpcm plan` prints."""
-    table = Table(title=f"{chain.recipe}, λ = {chain.lmbda:g}, in {chain.folder}", title_justify="left")
-    for column in ("stage", "status", "why", "phases (steps)"):
-        table.add_column(column)
+    title = f"{chain.recipe}, λ = {chain.lmbda:g}, in {chain.folder}"
+    grid = Grid(title, ("stage", "status", "why", "phases (steps)"), left=4)
     for planned in plan:
         phases = ", ".join(f"{phase.name} ({phase.steps:,})" for phase in planned.job.stage.schedule)
         if planned.job.imported is not None:
             phases = f"taken from {planned.job.imported}"
-        table.add_row(planned.name, planned.status, planned.reason, phases)
-    return table
+        grid.add(planned.name, planned.status, planned.reason.removeprefix("stale: "), phases)
+    return grid
 
 
-def closing_table(chain: Chain) -> Table:
+def closing_grid(chain: Chain) -> Grid:
     """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
-    title = f"{chain.recipe}, λ = {chain.lmbda:g}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("stage", no_wrap=True)
-    for column in ("params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
+    grid = Grid(f"{chain.recipe}, λ = {chain.lmbda:g}", columns)
     for job in chain.jobs:
         if job.record.is_file():
-            table.add_row(job.stage.name, *_record_row(json.loads(job.record.read_text())))
-    return table
+            grid.add(job.stage.name, *_record_row(json.loads(job.record.read_text())))
+    return grid
 
 
 def _record_row(record: dict[str, Any]) -> list[str]:
@@ -100,8 +97,8 @@ def _record_row(record: dict[str, Any]) -> list[str]:
         f"{record['kmacs_per_pixel']:.1f}",
         f"{quality['bpp']:.4f}",
         f"{quality['psnr_db']:.2f}",
-        f"{quality['ms_ssim']:.4f}" if quality["ms_ssim"] is not None else "–",
+        number(quality["ms_ssim"]),
         f"{quality['rd_loss']:.4f}",
-        f"{gap:+.4f}" if gap is not None else "–",
+        number(gap, "+.4f"),
         f"{record['training_seconds'] / 60:.1f}" if record["steps"] else "–",
     ]

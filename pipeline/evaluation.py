@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -15,10 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
+from pipeline.figures import new_figure, save
 from pipeline.objectives import bits_per_pixel
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 MS_SSIM_MINIMUM = 161
 """Pixels that each side of an image must have for five scales of an 11-tap window."""
@@ -180,12 +177,10 @@ def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
 
 def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
     """Draw one labelled point per stage: bits per pixel against PSNR in dB."""
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, (axes,) = new_figure(1)
     for name, quality in points.items():
         axes.plot(quality.bpp, quality.psnr_db, "o", label=name)
     axes.set(xlabel="rate in bits per pixel", ylabel="PSNR in dB")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

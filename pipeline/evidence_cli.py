@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.options import AcceptAnyway, Baseline, DataFolder, RecipeName, Runs, Settings, ValFolder, overrides_of
+from pipeline.options import (
+    AcceptAnyway,
+    Baseline,
+    DataFolder,
+    Device,
+    RecipeName,
+    Runs,
+    Settings,
+    ValFolder,
+    device_of,
+    overrides_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.costs import Contender
@@ -48,7 +59,7 @@ def compare(
     preset: Annotated[str, typer.Option(help="Every phase of this preset, untrained: tiny, base or large.")] = "tiny",
     recipe: Annotated[str | None, typer.Option(help="Instead, every stage of this recipe, untrained.")] = None,
     settings: Settings = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     size: Annotated[
         list[str] | None,
         typer.Option(help="Image size for coding, HEIGHTxWIDTH; repeatable [default: 256x256 512x768 1024x1536]."),
@@ -65,14 +76,11 @@ def compare(
 
     Written to MLflow as well, where `hpcm report` finds it.
     """
-    import torch
-
     from pipeline import comparison, comparison_display
     from pipeline.display import console
     from pipeline.figures import save
 
-    if device != "cpu" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device {device}: PyTorch finds no CUDA device here")
+    device_of(device)
     try:
         title, contenders = _contenders(checkpoints, recipe, settings, preset)
         sizes, train_sizes = (
@@ -81,11 +89,12 @@ def compare(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    folder = output or runs / "comparisons" / re.sub(r"[^\w.-]+", "-", f"{title}-{device}")
+    folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
     found = comparison.compare(title, contenders, plan, device, lambda line: console.print(f"  {line}"))
     for grid in comparison_display.grids(found):
         console.print(grid.rich())
-    folder = output or runs / "comparisons" / re.sub(r"[^\w.-]+", "-", f"{title}-{device}")
     drawing = folder / "comparison.png"
     save(comparison_display.draw(found), drawing)
     comparison.keep(found, runs, folder, drawing)
@@ -95,10 +104,14 @@ def compare(
 def _contenders(
     checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str
 ) -> tuple[str, list[Contender]]:
-    """What to call the comparison, and whom to compare."""
+    """What to call the comparison, and whom to compare; raises ValueError for what cannot be meant together."""
     from pipeline import comparison
     from pipeline.recipe import load_recipe
 
+    if checkpoints and recipe:
+        raise ValueError("give checkpoints or --recipe, not both")
+    if settings and not recipe:
+        raise ValueError("--set changes a recipe: give --recipe as well")
     if checkpoints:
         return "checkpoints", comparison.of_checkpoints(checkpoints)
     if recipe:
@@ -137,6 +150,8 @@ def rd_curve(
     from pipeline import sweep
     from pipeline.display import console
 
+    if from_settings and start_from is None:
+        raise typer.BadParameter("--from-set is for roots that start from another λ's: give --from as well")
     neighbour = sweep.Neighbour(start_from, tuple(from_settings or ())) if start_from is not None else None
     overrides = tuple(overrides_of(data, val, None, settings))
     lmbdas = tuple(lmbda or sweep.LMBDAS)

@@ -8,9 +8,10 @@ from torch import nn
 
 from modules import HPCM
 from modules.rwkv import RWKVComponent
+from pipeline.errors import UserError
 
 
-class SelectionError(Exception):
+class SelectionError(UserError):
     """A pattern that selects nothing, or a parameter that no pattern selects; the message names it."""
 
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A titled table of text; its first `left` columns are aligned left, the others right."""
+    """A table of text, whose title may be empty; its first `left` columns are aligned left, the others right."""
 
     title: str
     columns: tuple[str, ...]
@@ -22,12 +22,13 @@ class Grid:
 
     def rich(self) -> Table:
         """For a terminal; lines too long for it are folded."""
-        table = Table(title=escape(self.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        title = Text(self.title) if self.title else None
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for number, column in enumerate(self.columns):
             text = number < self.left
-            table.add_column(escape(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+            table.add_column(Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
         for row in self.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:

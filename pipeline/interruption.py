@@ -11,28 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
+from pipeline.errors import Interrupted, LostProcess, Told
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and saved; `exit_code` is the usual 128 + signal (SIGUSR1 counts as SIGTERM)."""
-
-    def __init__(self, signum: int):
-        self.signum = signal.SIGTERM if signum == signal.SIGUSR1 else signum
-        self.exit_code = 128 + self.signum
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-
-
-class Told(Exception):
-    """The first process stopped and said why; this one stops with the same `exit_code`."""
-
-    def __init__(self, exit_code: int):
-        self.exit_code = exit_code
-        super().__init__("the first process stopped")
-
-
-class LostProcess(Exception):
-    """Another process of the run is gone."""
 
 
 def processes(precision: str) -> Accelerator:

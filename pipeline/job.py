@@ -9,7 +9,6 @@ from pathlib import Path
 
 from modules import HPCMConfig, preset_config
 from pipeline import checkpoints
-from pipeline.checkpoints import CheckpointError
 from pipeline.interruption import Interruption
 from pipeline.photos import Photos, find_images
 from pipeline.recipe import RecipeError
@@ -112,17 +111,16 @@ class StageJob:
     def inputs(self) -> dict[str, str]:
         """Digests of all that the result is made from, by name; the parent must be published."""
         if self.imported is not None:
-            return {"baseline": _file_digest(self.imported, "baseline"), "model": repr(self.config)}
+            return {"baseline": _file_digest(self.imported), "model": repr(self.config)}
         photos, _ = self.photos()
         found = {"recipe": self.stage.digest(), "training images": photos.digest, "code version": CODE_VERSION}
         if self.start is not None:
-            found["start"] = _file_digest(self.start, "start")
+            found["start"] = _file_digest(self.start)
         if self.parent is not None:
             found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
         return found
 
 
-def _file_digest(path: Path, given_as: str) -> str:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file (given as {given_as})")
+def _file_digest(path: Path) -> str:
+    checkpoints.check_file(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()

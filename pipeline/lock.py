@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.errors import UserError
 
-class FolderInUse(Exception):
+
+class FolderInUse(UserError):
     """Another process works in the folder; the message says which."""
 
 

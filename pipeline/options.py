@@ -1,21 +1,42 @@
-"""Options that several commands have, and what they make of a recipe."""
+"""Options that several commands have, and what they mean."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
 DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
 ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
-Baseline = Annotated[Path | None, typer.Option(help="Start from this codec (.safetensors, official .pth.tar).")]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(help="Take the first stage from this file (.safetensors, official .pth.tar) instead of training it."),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
-AcceptAnyway = Annotated[bool, typer.Option(help="Publish stages that miss their limits.")]
+AcceptAnyway = Annotated[bool, typer.Option("--accept-anyway", help="Publish stages that miss their limits.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")]
 
 
 def overrides_of(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
     """The options as overrides of a recipe, `--set` last."""
     given = {"data.train": data, "data.val": val, "lmbda": lmbda}
     return [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(settings or [])]
+
+
+def device_of(name: str) -> "torch.device":
+    """The device of this name; raises BadParameter where there is none."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("PyTorch finds no CUDA device here")
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoints import CheckpointError
 from pipeline.faults import fault
 from pipeline.photos import Photos
-from pipeline.tracking import EndState, Run, Store, StoredRun, open_run
+from pipeline.tracking import EndState, Run, Store, StoredRun, brief, open_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -132,10 +132,11 @@ class Outbox:
                 except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise.
                     failures += 1
                     self._runs = {}  # To be opened again: the store decides what of this arrived.
-                    if not (failures > 1 and _is_refusal(error)):
+                    # Where there is no store at all, it is not the entry that is refused.
+                    if not (failures > 1 and self._client is not None and _is_refusal(error)):
                         self._pause(error, failures)
                         break
-                    self.note(f"MLflow refuses what run {entry['run']} says of its {entry['say']}: {_brief(error)}")
+                    self.note(f"MLflow refuses what run {entry['run']} says of its {entry['say']}: {brief(error)}")
                 else:
                     if failures:
                         self.note("MLflow answers again")
@@ -161,7 +162,7 @@ class Outbox:
 
     def _pause(self, error: Exception, failures: int) -> None:
         if failures == 1:
-            self.note(f"MLflow does not answer ({_brief(error)}); what is said to it waits in {self.folder}")
+            self.note(f"MLflow does not answer ({brief(error)}); what is said to it waits in {self.folder}")
         with self._changed:
             pause = 1.0 if self._closing else min(2.0 ** (failures - 1), LONGEST_PAUSE)
             self._changed.wait_for(lambda: self._closing, pause)
@@ -249,10 +250,6 @@ def _is_refusal(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.errors import UserError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # Pillow goes by content, and some of its formats start other programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
@@ -37,7 +39,7 @@ PACKAGED = {
 logger = logging.getLogger(__name__)
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Images that cannot be used; the message names the file or folder and what to do."""
 
 
@@ -98,7 +100,8 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
 def files_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
     """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images ({' '.join(suffixes)})")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}; give a folder of images ({' '.join(suffixes)})")
     found = []
     for root, _, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
         paths = (Path(root, file) for file in files if file.lower().endswith(suffixes))

@@ -127,7 +127,7 @@ def _find_folder(folder: str | Path) -> Path:
         return Path(folder).resolve()
     names = sorted(path.parent.name for path in STAGES.glob(f"*/{DEFAULTS}"))
     raise RecipeError(
-        f"no recipe '{folder}'{nearest(folder, names)}; expected one of {', '.join(names)}, or the path of a "
+        f"no recipe '{folder}'{nearest(folder, names) or '.'} There are {', '.join(names)}; or give the path of a "
         f"folder with {DEFAULTS} and a YAML file for each stage"
     )
 

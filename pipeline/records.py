@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pipeline.errors import UserError
 from pipeline.evaluation import Quality
-from pipeline.tracking import EXPERIMENT, Store
+from pipeline.tracking import EXPERIMENT, Store, brief
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KIND_TAG = "hpcm.kind"
-Curve = list[tuple[int, float]]
+History = list[tuple[int, float]]
 """Values of a metric by step of the stage."""
 
 
@@ -165,12 +166,23 @@ class ChainRecord:
         return next(iter(equal + roots), None)
 
 
+class RecordsError(UserError):
+    """A store that is not there or cannot be read."""
+
+
 class Records:
-    """The MLflow store of a folder of runs, for reading."""
+    """The MLflow store of a folder of runs, for reading; raises RecordsError where there is none."""
 
     def __init__(self, runs: Path):
-        self._client = Store.default(runs).client()
-        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        store = Store.default(runs)
+        if store.database is not None and not store.database.is_file():
+            raise RecordsError(f"{store.database}: no such file: nothing was run in {runs} yet; --runs names another")
+        try:
+            self._client = store.client()
+            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        except Exception as error:  # MLflow's stores raise what their backends raise.
+            given = "" if store.database else " (MLFLOW_TRACKING_URI)"
+            raise RecordsError(f"{store.uri}{given}: cannot be read as an MLflow store: {brief(error)}") from error
         assert experiment is not None  # the client sees to it
         self._experiment = experiment.experiment_id
 
@@ -226,7 +238,7 @@ class Records:
         evaluation = json.loads(self.artifact(stage.run_id, "evaluation.json").read_text())
         return [image["source"] for image in evaluation["images"]]
 
-    def history(self, run_id: str, key: str) -> Curve:
+    def history(self, run_id: str, key: str) -> History:
         """All values of a metric."""
         return sorted((metric.step, metric.value) for metric in self._client.get_metric_history(run_id, key))
 
@@ -279,7 +291,7 @@ class Records:
             start += steps
         return tuple(phases)
 
-    def _metric(self, run: "Run", key: str) -> Curve:
+    def _metric(self, run: "Run", key: str) -> History:
         return self.history(run.info.run_id, key) if key in run.data.metrics else []
 
 
@@ -289,7 +301,7 @@ def _rates(parameters: dict[str, str], prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix).removeprefix("lr").removeprefix(".") or "by name": parameters[key] for key in keys}
 
 
-def _seconds(start: int, means: Curve) -> float | None:
+def _seconds(start: int, means: History) -> float | None:
     """Time of a phase that begins after step `start`, from the mean step times logged on the way."""
     steps = [start, *(step for step, _ in means)]
     return sum((b - a) * mean for (a, b), (_, mean) in zip(pairwise(steps), means, strict=True)) if means else None

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import comparison, comparison_display, rate_distortion, report_tables, training_curves
 from pipeline.comparison import Comparison
+from pipeline.errors import UserError
 from pipeline.figures import save
 from pipeline.gains import Claim, claims, gains
 from pipeline.grids import Grid
@@ -25,7 +26,7 @@ from pipeline.records import ChainRecord, Records, StageRecord
 PAGE = "report.html"
 
 
-class ReportError(Exception):
+class ReportError(UserError):
     """Nothing to report on; the message says what to run first."""
 
 

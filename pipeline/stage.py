@@ -15,6 +15,7 @@ from pipeline import checkpoints
 from pipeline.acceptance import judge
 from pipeline.checkpoints import codec_tensors
 from pipeline.data import TrainingCrops, validation_images
+from pipeline.errors import UserError
 from pipeline.evaluation import (
     Evaluation,
     NamedImage,
@@ -34,7 +35,7 @@ from pipeline.trainer import Migration, Trainer
 from pipeline.transfer import Ledger, new_components, transfer_weights
 
 
-class StageError(Exception):
+class StageError(UserError):
     """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
 
 
@@ -88,7 +89,8 @@ class StageRun:
                 if value != getattr(self.job.config, name)
             ]
             raise StageError(
-                f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}; choose RECIPE= to fit"
+                f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}.\n"
+                "  Give a checkpoint of that size, or choose the recipe that fits this one."
             )
         return model
 
@@ -214,9 +216,8 @@ class StageRun:
         images = [name for name, _ in self.images]
         if metadata["validation"] == {"digest": self.val_photos.digest, "images": images}:
             return Quality(**metadata["quality"])
-        return evaluate(self.parent.to(self.device), self._heeding(self.images), self.stage.lmbda, self.stage.metric)[
-            0
-        ].quality
+        parent = self.parent.to(self.device)
+        return evaluate(parent, self._heeding(self.images), self.stage.lmbda, self.stage.metric)[0].quality
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
         job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts

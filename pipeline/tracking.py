@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -119,7 +120,6 @@ class Store:
         if uri:
             return cls(uri)
         runs = runs.absolute()
-        runs.mkdir(parents=True, exist_ok=True)
         database = runs / "mlflow.db"
         return cls(f"sqlite:///{database}", (runs / "mlartifacts").as_uri(), database)
 
@@ -134,6 +134,7 @@ class Store:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.database is not None and not self.database.exists():
+            self.database.parent.mkdir(parents=True, exist_ok=True)
             # Beside its place: a database whose tables are half made, because a kill came between, is of no use again.
             partial = self.database.with_name(f"mlflow-{os.getpid()}.partial")
             MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments()
@@ -168,3 +169,8 @@ def find_run(client: "MlflowClient", key: str) -> str | None:
         [experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
     )
     return found[0].info.run_id if found else None
+
+
+def brief(error: Exception) -> str:
+    """What MLflow's libraries raised, on one line."""
+    return shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from modules import HPCM
 from pipeline.checkpoints import codec_tensors, load_weights
 from pipeline.data import StepBatches, TrainingCrops, training_loader
+from pipeline.errors import Interrupted, UserError
 from pipeline.faults import fault
 from pipeline.freezing import parameter_groups, set_trainable, trainable_names
-from pipeline.interruption import Interrupted, Interruption
+from pipeline.interruption import Interruption
 from pipeline.objectives import Align, Handover, RateDistortion, training_noise
 from pipeline.schema import Phase, Stage
 from pipeline.state import Progress, StateFolder, TrainingState, optimiser_tensors, restore_optimiser
@@ -27,7 +28,7 @@ EXPLODED = 10.0
 """How many times that median is told as an explosion."""
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training that cannot go on; the last good state is kept."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.figures import codec_colours, new_figure
-from pipeline.records import ChainRecord, Curve, Records, StageRecord
+from pipeline.records import ChainRecord, History, Records, StageRecord
 
 MEASURES = (("bpp", "rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
 
@@ -37,7 +37,7 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
     return figure
 
 
-def _pieces(records: Records, stage: StageRecord, key: str) -> Sequence[Curve]:
+def _pieces(records: Records, stage: StageRecord, key: str) -> Sequence[History]:
     """The measure phase by phase; a phase that does not have it leaves a gap."""
     keys = [f"train/{phase.name}/{key}" for phase in stage.phases]
     return [records.history(stage.run_id, key) for key in keys if key in stage.metrics]

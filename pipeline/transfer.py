@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from modules import HPCM
+from pipeline.errors import UserError
 from pipeline.schema import Transfer
 
 Class = Literal["copied", "renamed", "initialised", "dropped"]
 
 
-class TransferError(Exception):
+class TransferError(UserError):
     """A tensor or a rename rule that fits nowhere; the message names it."""
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import UserError
+
 DEEPEST = 20
 
 
-class RecipeError(Exception):
+class RecipeError(UserError):
     """A recipe that cannot be used; the message fits one screen and says what to change."""
 
 

@@ -1,6 +1,7 @@
 """Who may import whom (DESIGN, "Rooms")."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,6 @@ OUTSIDE = {"torch", "compressai", "einops", "numpy"}
 
 def imported(path: Path) -> set[str]:
     """Top-level names of the packages that a file imports, other than the standard library's."""
-    import sys
-
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modules import HPCM, HPCMConfig
-from modules.bitstream import HEADER_BYTES, BitstreamError, CodedImage, Header, ImageCodec, model_identity
+from modules.bitstream import BitstreamError, CodedImage, ImageCodec, model_identity
 
 CODED = CodedImage(b"identity", 3, 5, z=b"the z", y=b"the y string", icc_profile=b"profile")
 
@@ -132,10 +132,6 @@ def test_settings_at_their_defaults_are_not_part_of_the_identity(
     added = HPCMConfig.to_dict
     monkeypatch.setattr(HPCMConfig, "to_dict", lambda config: {**added(config), "later": 1})
     assert model_identity(codec.model) == codec.identity
-
-
-def test_header_has_its_documented_length() -> None:
-    assert len(Header(b"identity", 1, 1, 0, 0, 0).pack()) == HEADER_BYTES == 38
 
 
 def test_fuzzing() -> None:

@@ -18,6 +18,8 @@ from modules.rwkv import (
     RWKVSpatialPrior_S1_S2,
     RWKVSpatialPrior_S3,
     SpatialMix,
+    _image,
+    _tokens,
 )
 
 CHANNELS = 16
@@ -163,8 +165,6 @@ def test_components_that_start_as_the_identity_leave_their_last_1x1() -> None:
 
 
 def test_tokens_are_a_view_of_a_channels_last_image() -> None:
-    from modules.rwkv import _image, _tokens
-
     x = torch.randn(2, CHANNELS, 6, 10).to(memory_format=torch.channels_last)
     assert _tokens(x).data_ptr() == x.data_ptr()
     assert _image(_tokens(x), x).data_ptr() == x.data_ptr()

@@ -12,10 +12,9 @@ from mini import Notes, mini_chain, run_chain
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipeline.chain import Chain
+from pipeline.chain import Chain, ChainError
 from pipeline.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
-from pipeline.interruption import Interrupted
-from pipeline.photos import DataError
+from pipeline.errors import Interrupted
 from pipeline.schema import Phase
 from pipeline.stage import StageError
 from pipeline.tracking import EXPERIMENT, Store
@@ -202,6 +201,8 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
         run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
     with pytest.raises(CheckpointError, match=r"nowhere.safetensors: no such file"):
         mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
+    with pytest.raises(ChainError, match="this is the chain's own baseline"):
+        mini_chain(runs, "baseline", baseline=chain.jobs[0].checkpoint)
 
 
 def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> None:
@@ -236,9 +237,3 @@ def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
 def test_crops_that_do_not_fit_the_windows_are_refused(runs: Path) -> None:
     with pytest.raises(StageError, match=r"data.crop = 96 must be a multiple of 128"):
         run_chain(mini_chain(runs, "baseline", ["data.crop=96"]))
-
-
-def test_an_empty_folder_is_an_error(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty"):
-        mini_chain(runs, "baseline", [f"data.train={tmp_path / 'empty'}"]).plan()

@@ -160,8 +160,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "not finite scales_hyper" in message
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("preset", ["base", "tiny"])
+@pytest.mark.parametrize(("preset", "wrapped"), [("base", False), ("tiny", True)])
 def test_official_files_are_imported(preset: str, wrapped: bool, tmp_path: Path) -> None:
     model = HPCM.from_preset(preset)
     state = model.state_dict()

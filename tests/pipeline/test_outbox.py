@@ -203,6 +203,18 @@ def test_what_mlflow_refuses_is_told_and_does_not_stop_the_rest(runs: Path, tmp_
     assert losses(Store.default(runs), "k") == [2]
 
 
+def test_a_store_that_is_none_refuses_nothing(tmp_path: Path) -> None:
+    notes: list[str] = []
+    outbox = Outbox(tmp_path / "outbox", Store("nonsense://nowhere"), notes.append)
+    outbox.run("k", "a run").metrics({"loss": 1.0}, 1)
+    until(lambda: bool(notes))
+    outbox.close(3)
+    assert outbox.waiting == 2
+    assert len(notes) == 2
+    assert notes[0].startswith("MLflow does not answer (")
+    assert notes[1].startswith("2 entries wait for MLflow in ")
+
+
 def test_an_artifact_is_kept_as_it_was(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stage"
     (folder / "reconstructions").mkdir(parents=True)

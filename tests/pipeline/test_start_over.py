@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from mini import FOLDER, Notes, mini_chain, run_chain
+from PIL import Image
 from test_chain import Stop, runs_of
 from test_cli import ENVIRONMENT, hpcm
 from typer.testing import CliRunner
@@ -19,9 +20,12 @@ from typer.testing import CliRunner
 from pipeline import job as job_module
 from pipeline.chain import Chain, ChainError
 from pipeline.cli import app
-from pipeline.interruption import Interrupted, Interruption
+from pipeline.errors import Interrupted
+from pipeline.interruption import Interruption
 from pipeline.job import StartOver, Workplace
 from pipeline.lock import FolderInUse, held
+from pipeline.outbox import Outbox
+from pipeline.tracking import Store, find_run
 
 
 @pytest.fixture
@@ -48,8 +52,6 @@ def test_a_changed_code_version_is_noticed(built: Chain, monkeypatch: pytest.Mon
 
 
 def test_changed_images_are_noticed(built: Chain, tmp_path: Path) -> None:
-    from PIL import Image
-
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (128, 128)).save(tmp_path / "photos" / "black.png")
     chain = mini_chain(built.runs, "phase1", [f"phase1.data.train={tmp_path / 'photos'}"])
@@ -127,9 +129,6 @@ def test_a_second_run_is_told_who_holds_the_folder(runs: Path, tmp_path: Path) -
 
 
 def test_sync_sends_what_waits(runs: Path, tmp_path: Path) -> None:
-    from pipeline.outbox import Outbox
-    from pipeline.tracking import Store, find_run
-
     folder = runs / "mini" / "lmbda-0.013" / "outbox"
     Outbox(folder, Store("http://127.0.0.1:9")).run("k", "a run").metrics({"loss": 1.0}, 3)
     assert (folder / "journal.jsonl").exists()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modules import HPCM, preset_config
 from pipeline.objectives import Handover
+from pipeline.recipe import load_recipe
 from pipeline.schema import Transfer
 from pipeline.transfer import TransferError, new_components, state_digest, transfer_weights
 
@@ -81,8 +82,6 @@ def test_a_handover_starts_exactly_at_the_parent(phase: int, initialisation: str
 
 
 def test_large_priors_hand_their_last_1x1_on() -> None:
-    from pipeline.recipe import load_recipe
-
     sizes = {"M": 16, "N": 8, "widths": (8, 8, 8), "heads": 4}
     parent, child = (HPCM(preset_config("large", phase, **sizes)) for phase in (3, 4))
     transfer_weights(parent, child, load_recipe("large").stages["phase4"].transfer)
