@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 install: $(READY) ## create .venv with everything in it
 
 build: $(READY) ## compile the Bi-WKV4 kernel ahead of its first use
-	$(BIN)/python -m modules.biwkv4_build
+	$(BIN)/python -W ignore -m modules.biwkv4_build
 
 baseline: $(READY) ## train the Baseline, or take it from BASELINE=
 	$(BIN)/hpcm run baseline $(CHAIN)
