@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import yaml
 
 from pipeline.checkpoints import CheckpointError, codec_tensors, load_codec, read_metadata, write
 
@@ -23,4 +24,13 @@ def export_half(source: Path, target: Path) -> None:
             raise CheckpointError(f"{source}: {name} holds values beyond float16's range")
     metadata = read_metadata(source)
     kept = {key: metadata[key] for key in KEPT if key in metadata}
+    if "stage" in kept:
+        kept["stage"] = _without_paths(kept["stage"])
     write(target, {**codec_tensors(model), **halves}, {**kept, "exported_from": metadata["digest"]})
+
+
+def _without_paths(stage: str) -> str:
+    """A stage's YAML without the folders that its images lay in: they say nothing elsewhere."""
+    fields = yaml.safe_load(stage)
+    fields["data"] |= {"train": None, "val": None}
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import mini_codec
+from mini import FOLDER, mini_codec
 
-from pipeline.checkpoints import CheckpointError, codec_tensors, load_codec, publish, write
+from pipeline.checkpoints import CheckpointError, codec_tensors, load_codec, publish, read_metadata, write
 from pipeline.export import export_half
+from pipeline.recipe import load_recipe
+from pipeline.schema import Stage
+from pipeline.yaml_source import read_text
 
 
 def test_exported_weights_are_the_originals_rounded(tmp_path: Path) -> None:
@@ -22,6 +25,15 @@ def test_exported_weights_are_the_originals_rounded(tmp_path: Path) -> None:
         assert torch.equal(loaded.entropy_estimation.get_buffer(name), bound), name
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "full")]
     assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_the_stage_goes_along_without_its_folders(tmp_path: Path) -> None:
+    stage = load_recipe(FOLDER, ["data.train=/home/me/photos", "data.val=/home/me/more"]).stages["phase1"]
+    publish(tmp_path / "full.safetensors", mini_codec(1), {"name": "phase1", "stage": stage.to_yaml()})
+    export_half(tmp_path / "full.safetensors", tmp_path / "half.safetensors")
+    kept = read_metadata(tmp_path / "half.safetensors")["stage"]
+    assert Stage.model_validate(read_text(kept, "kept").plain()).digest() == stage.digest()
+    assert "/home/me" not in kept
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
