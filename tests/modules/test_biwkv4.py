@@ -88,8 +88,17 @@ def test_long_sequence() -> None:
     assert_close(actual(inputs, grad_y), expected(inputs, grad_y, rows=512), 1e-5)
 
 
+@pytest.mark.parametrize("whole", [0.0, 1.0, 60.0, -60.0])
+def test_longest_sequence_like_the_reference(whole: float) -> None:
+    """The reference in float64, which is held to the brute force at lengths that this one can do in seconds."""
+    (w, u, k, v), grad_y = draw((1, 65536, 17))
+    inputs = (torch.full_like(w, whole / 65536), u / 65536, k, v)
+    truth = actual(tuple(x.double() for x in inputs), grad_y, biwkv4_reference)
+    assert_close(actual(inputs, grad_y), truth, 1e-5)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("whole", [0.0, 1.0, 60.0, -60.0])
 def test_longest_sequence(whole: float) -> None:
     (w, u, k, v), grad_y = draw((1, 65536, 1))
