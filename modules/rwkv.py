@@ -18,6 +18,10 @@ _TOKENS_AT_ONCE = 4096
 """Layers that mix no positions run on so many at a time: of a large image, their inner tensors would be the peak."""
 
 
+_CONVOLVED_FROM = 2**17
+"""Values of the tokens from which a linear layer is computed as a convolution; fewer do not pay for its set-up."""
+
+
 def _tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -36,6 +40,24 @@ def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
 
 def _width(rate: float, channels: int) -> int:
     return max(1, round(rate * channels))
+
+
+class TokenLinear(nn.Linear):
+    """A linear layer of tokens, (B, T, C) to (B, T, width), without bias.
+
+    In float32 on a CPU it is computed as the 1×1 convolution that it is: oneDNN's took half as long as the matrix
+    products of the libraries that PyTorch comes with, on an AMD processor with two threads.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, width)."""
+        if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or tokens.numel() < _CONVOLVED_FROM:
+            return super().forward(tokens)
+        image = tokens.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(image, self.weight[:, :, None, None]).squeeze(2).transpose(1, 2)
 
 
 class OmniShift(nn.Module):
@@ -71,10 +93,10 @@ class SpatialMix(nn.Module):
         super().__init__()
         width = _width(rate, channels)
         self.omni_shift = OmniShift(channels)
-        self.key = nn.Linear(channels, width, bias=False)
-        self.value = nn.Linear(channels, width, bias=False)
-        self.receptance = nn.Linear(channels, width, bias=False)
-        self.output = nn.Linear(width, channels, bias=False)
+        self.key = TokenLinear(channels, width)
+        self.value = TokenLinear(channels, width)
+        self.receptance = TokenLinear(channels, width)
+        self.output = TokenLinear(width, channels)
         # From attention over the whole image to about a sixteenth of it.
         self.decay = nn.Parameter(16 * torch.linspace(0, 1, width) ** 2)
         self.boost = nn.Parameter(torch.zeros(width))
@@ -97,9 +119,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         width = _width(hidden_rate, channels)
         self.omni_shift = OmniShift(channels)
-        self.key = nn.Linear(channels, width, bias=False)
-        self.receptance = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(width, channels, bias=False)
+        self.key = TokenLinear(channels, width)
+        self.receptance = TokenLinear(channels, channels)
+        self.value = TokenLinear(width, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to its mixed tokens (B, H·W, C)."""

@@ -18,6 +18,7 @@ from modules.rwkv import (
     RWKVSpatialPrior_S1_S2,
     RWKVSpatialPrior_S3,
     SpatialMix,
+    TokenLinear,
     _image,
     _tokens,
 )
@@ -45,6 +46,18 @@ def shifted(shift: OmniShift, x: Tensor) -> Tensor:
 
 def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", [40, 4096])
+def test_a_linear_layer_of_tokens_is_one_however_it_is_computed(length: int) -> None:
+    layer = TokenLinear(48, 20)
+    tokens = torch.randn(2, length, 48, requires_grad=True)
+    gradient = torch.randn(2, length, 20)
+    mapped, expected = layer(tokens), F.linear(tokens, layer.weight)
+    torch.testing.assert_close(mapped, expected)
+    leaves = (tokens, layer.weight)
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, gradient) for y in (mapped, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_omni_shift_is_the_sum_of_its_branches(x: Tensor) -> None:
