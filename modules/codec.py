@@ -1,4 +1,4 @@
-"""The codec: transforms around a hierarchical progressive context model (HPCM, ICCV 2025; phases per SPEC §6)."""
+"""The codec: transforms around a hierarchical progressive context model (HPCM, ICCV 2025), in five phases."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Generalised Gaussian entropy model: likelihoods, and the tables of the range coder (SPEC: shape β = 1.5)."""
+"""Generalised Gaussian entropy model: likelihoods, and the tables of the range coder (HPCM: shape β = 1.5)."""
 
 import math
 from typing import Any

@@ -143,7 +143,7 @@ def _kept_hyper_rows(count: int, coded: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _misplaced_hyper_rows(h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Source and destination rows of the hyper-prior on the s2 grid, which do not agree (SPEC §4, a quirk).
+    """Source and destination rows of the hyper-prior on the s2 grid, which do not agree: a quirk of the official code.
 
     Within a channel, the values at every position but one of each 2×2 cell, in reading order, fill the positions
     that s1 has not coded, in reading order. Published weights depend on it.

@@ -17,7 +17,7 @@ from pipeline.state import StateFolder
 from pipeline.trainer import Watcher
 
 CODE_VERSION = "1"
-"""Counted up with every change that lets the same recipe give other weights: what was built before is then stale."""
+"""Counted up when a recipe gives other weights, by more than rounding: what was built before is then stale."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The life of a stage: transfer, schedule, evaluation, acceptance, publication (DESIGN, "A stage")."""
+"""The life of a stage: transfer, schedule, evaluation, acceptance, publication."""
 
 import time
 from collections.abc import Iterator

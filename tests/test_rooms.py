@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN, "Rooms")."""
+"""Who may import whom: the codec nothing of the pipeline, nor what only the pipeline needs."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""The row indices against a plain reading of SPEC §4 with boolean masks."""
+"""The row indices against a plain reading of the official masks."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def mask(group_cells: list[set[tuple[int, int]]], cell: int, h: int, w: int) -> 
 
 
 def step_masks(scale: int, h: int, w: int) -> list[Tensor]:
-    """Masks of SPEC §4's tables, (8, h, w) by eighth of the channels."""
+    """Masks of the official tables, (8, h, w) by eighth of the channels."""
     if scale == 0:
         diagonal, other = {(0, 0), (1, 1)}, {(0, 1), (1, 0)}
         return [mask([a] * 4 + [b] * 4, 2, h, w) for a, b in ((diagonal, other), (other, diagonal))]

@@ -1,4 +1,4 @@
-"""RWKV components against the plain formulas of SPEC §5, and their training conveniences."""
+"""RWKV components against their plain formulas, and their training conveniences."""
 
 from collections.abc import Callable
 
