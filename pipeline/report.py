@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline import comparison, comparison_display, rate_distortion, report_tables, training_curves
+from pipeline import comparison, comparison_display, gains_figure, rate_distortion, report_tables, training_curves
 from pipeline.comparison import Comparison
 from pipeline.errors import UserError
 from pipeline.figures import save
@@ -50,8 +50,8 @@ class Section:
     deltas: Grid
     claims: dict[str, list[Claim]]
     """By quantity, Phases 1 to 4; empty where the recipe has none of them."""
-    fair: bool
-    """Whether the recipe has controls."""
+    gains: str
+    """The figure of what was gained on controls, as a data URI; empty where the recipe has none."""
     quality: Grid
     migration: Grid
     training: tuple[tuple[str, str], ...]
@@ -107,6 +107,7 @@ def _section(
     curves = rate_distortion.curves(chains)
     figure = rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, chains))
     best = _fullest(chains)
+    fair = [gain for gain in gains(chains) if gain.fair]
     return Section(
         recipe,
         tuple(_facts(records, chains)),
@@ -114,7 +115,7 @@ def _section(
         len({chain.lmbda for chain in chains}) > 1,
         rate_distortion.deltas_grid(curves, rate_distortion.references(chains)),
         _claims(chains, curves, costs),
-        any(gain.fair for gain in gains(chains)),
+        drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
         report_tables.quality_grid(chains),
         report_tables.migration_grid(chains),
         tuple(

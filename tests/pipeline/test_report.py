@@ -13,7 +13,7 @@ from PIL import Image
 from test_chain import STAGES
 from typer.testing import CliRunner
 
-from pipeline import comparison
+from pipeline import comparison, gains_figure
 from pipeline.chain import Chain
 from pipeline.cli import app
 from pipeline.comparison import Comparison, Cost, Peak
@@ -79,6 +79,16 @@ def test_gains_are_paired_by_seed(made: list[ChainRecord]) -> None:
     assert gain.rate_percent.mean == pytest.approx(-6)
     assert gain.rate_percent.deviation == pytest.approx(math.sqrt(2))
     assert found["phase4", 0.0018].rate_percent == Spread(pytest.approx(-5), None, 1)
+
+
+def test_gains_are_drawn_by_stage_and_lmbda(made: list[ChainRecord]) -> None:
+    (axis,) = gains_figure.draw(gains(made)).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["phase4"]
+    points = {bars.get_label(): bars.lines[0].get_xdata() for bars in axis.containers[1:]}
+    assert points.keys() == {"λ = 0.0018", "λ = 0.013"}
+    assert points["λ = 0.013"] == pytest.approx([-6])
+    (band,) = axis.containers[0]
+    assert (band.get_x(), band.get_width()) == (-8, 3)
 
 
 def test_psnr_at_equal_rate_is_that_of_the_loss(made: list[ChainRecord]) -> None:
