@@ -42,18 +42,18 @@ def _result_cells(stage: StageAudit) -> list[str]:
         number(achieved.get("rd_loss")),
         number(achieved.get("bpp")),
         number(achieved.get("psnr_db"), ".2f"),
-        stage.files + (f" {record.digest[:8]}" if record.digest and stage.sound else ""),
+        stage.files,
     ]
 
 
 def _history(stage: StageAudit) -> str:
     tags = stage.record.tags
     state = stage.record.state.lower() if stage.record.state != "FINISHED" else ""
-    ended = tags.get("hpcm.ended_by", "") if state in ("failed", "killed") else ""
     attempts = stage.record.attempts
-    again = attempts if len(attempts) > 1 else []
+    # One attempt that went well is nothing to tell.
+    told = attempts if state or len(attempts) > 1 else []
     verdict = tags.get("hpcm.acceptance", "")
-    return "\n".join(filter(None, (state, ended, verdict, *again, *stage.problems))) or "–"
+    return "\n".join(filter(None, (state, verdict, *told, *stage.problems))) or "–"
 
 
 def to_json(chains: Iterable[ChainAudit]) -> list[dict[str, Any]]:
@@ -80,7 +80,6 @@ def _stage_json(stage: StageAudit) -> dict[str, Any]:
         "quality": asdict(record.quality) if record.quality else None,
         "seconds": record.seconds,
         "attempts": record.attempts,
-        "ended_by": record.tags.get("hpcm.ended_by"),
         "acceptance": record.tags.get("hpcm.acceptance"),
         "inputs": {
             key.removeprefix("hpcm.input."): v for key, v in record.tags.items() if key.startswith("hpcm.input.")
