@@ -46,8 +46,8 @@ class Spread:
 class Gain:
     """A stage against its reference in the same chains, one value a seed.
 
-    At one λ a change of the loss says what the rate would change by at equal PSNR, and the PSNR at equal rate, to first
-    order: on the curve's tangent, which has the slope that λ sets.
+    Rate at equal PSNR, and PSNR at equal rate, are to first order: along a tangent of the reference's curve. Where one
+    λ alone was trained it has the slope that a codec at the optimum of its loss would have, known for MSE.
     """
 
     stage: str
@@ -58,10 +58,10 @@ class Gain:
     bpp: Spread
     psnr_db: Spread
     loss: Spread
-    rate_percent: Spread
-    """Of the reference's rate, at equal PSNR."""
+    rate_percent: Spread | None
+    """Of the reference's rate, at equal PSNR; None where the slope is not known."""
     psnr_at_equal_rate: Spread | None
-    """dB; None where the loss is not of MSE."""
+    """dB."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +88,28 @@ class Claim:
 
 def gains(chains: Sequence[ChainRecord]) -> list[Gain]:
     """Every stage that has a reference, λ by λ."""
-    references = rate_distortion.references(chains)
+    references, curves = rate_distortion.references(chains), rate_distortion.curves(chains)
     found = []
     for lmbda in sorted({chain.lmbda for chain in chains}):
         for name, reference in references.items():
             both = [c for c in chains if c.lmbda == lmbda and {name, reference} <= c.published.keys()]
             if both:
-                found.append(_gain(name, reference, both))
+                found.append(_gain(name, reference, both, rate_distortion.slope(curves[reference], lmbda)))
     return found
 
 
-def _gain(name: str, reference: str, chains: Sequence[ChainRecord]) -> Gain:
+def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float | None) -> Gain:
+    """`slope` is that of the reference's curve in dB per bit a pixel."""
     pairs = [(chain.published[name].quality, chain.published[reference].quality) for chain in chains]
+    metric = chains[0].published[name].parameters.get("metric")
 
     def over_seeds(value: Callable[..., float]) -> Spread:
         spread = Spread.of([value(*pair) for pair in pairs])
         assert spread is not None  # there is a pair
         return spread
 
+    if slope is None and metric == "mse":
+        slope = over_seeds(lambda a, b: _slope_at_optimum(b, chains[0].lmbda)).mean
     return Gain(
         name, reference,
         all(chain.total_steps(name) == chain.total_steps(reference) for chain in chains),
@@ -113,16 +117,14 @@ def _gain(name: str, reference: str, chains: Sequence[ChainRecord]) -> Gain:
         over_seeds(lambda a, b: a.bpp - b.bpp),
         over_seeds(lambda a, b: a.psnr_db - b.psnr_db),
         over_seeds(lambda a, b: a.rd_loss - b.rd_loss),
-        over_seeds(lambda a, b: 100 * (a.rd_loss - b.rd_loss) / b.bpp),
-        over_seeds(_psnr_at_equal_rate) if chains[0].published[name].parameters.get("metric") == "mse" else None,
+        over_seeds(lambda a, b: 100 * (a.bpp - b.bpp - (a.psnr_db - b.psnr_db) / slope) / b.bpp) if slope else None,
+        over_seeds(lambda a, b: a.psnr_db - b.psnr_db - slope * (a.bpp - b.bpp)) if slope else None,
     )  # fmt: skip
 
 
-def _psnr_at_equal_rate(ours: Quality, theirs: Quality) -> float:
-    """dB. Of the same rate, all that the loss changes by is distortion."""
-    before = theirs.rd_loss - theirs.bpp
-    after = max(before + ours.rd_loss - theirs.rd_loss, 1e-9)
-    return -10 * math.log10(after / before)
+def _slope_at_optimum(quality: Quality, lmbda: float) -> float:
+    """dB per bit a pixel along which λ·255²·MSE + bits per pixel does not change."""
+    return 10 / math.log(10) / (lmbda * 255**2 * 10 ** (-quality.psnr_db / 10))
 
 
 def claims(phase_gains: Sequence[Gain], deltas: Mapping[str, Delta], comparison: Comparison | None) -> list[Claim]:

@@ -15,8 +15,9 @@ MODERATE = 50.0
 
 def draw(found: Sequence[Gain]) -> Figure:
     """Rate at equal PSNR by stage and λ, with the deviation over seeds; a band is what the design expected."""
-    stages = list(dict.fromkeys(gain.stage for gain in found))
-    lmbdas = sorted({gain.lmbda for gain in found})
+    rates = {(gain.stage, gain.lmbda): gain.rate_percent for gain in found if gain.rate_percent is not None}
+    stages = list(dict.fromkeys(stage for stage, _ in rates))
+    lmbdas = sorted({lmbda for _, lmbda in rates})
     figure, (axis,) = new_figure(1, height=0.5 + 0.3 * len(stages))
     for phase, (low, high) in enumerate(EXPECTED["rate"], start=1):
         if (name := f"phase{phase}") in stages:
@@ -24,14 +25,14 @@ def draw(found: Sequence[Gain]) -> Figure:
             axis.barh(stages.index(name), high - low, 0.7, low, color="#17734a", alpha=0.25, label=label)
     shades = colormaps["viridis"](np.linspace(0.1, 0.8, len(lmbdas)))
     for number, (lmbda, shade) in enumerate(zip(lmbdas, shades, strict=True)):
-        gains = [gain for gain in found if gain.lmbda == lmbda]
+        points = {stage: rate for (stage, at), rate in rates.items() if at == lmbda}
         axis.errorbar(
-            [gain.rate_percent.mean for gain in gains],
-            [stages.index(gain.stage) + 0.2 * (number - (len(lmbdas) - 1) / 2) for gain in gains],
-            xerr=[gain.rate_percent.deviation or np.nan for gain in gains],
+            [rate.mean for rate in points.values()],
+            [stages.index(stage) + 0.2 * (number - (len(lmbdas) - 1) / 2) for stage in points],
+            xerr=[rate.deviation or np.nan for rate in points.values()],
             fmt="o", markersize=4, color=shade, capsize=3, label=f"λ = {lmbda:g}",
         )  # fmt: skip
-    if max(abs(gain.rate_percent.mean) for gain in found) > MODERATE:
+    if max(abs(rate.mean) for rate in rates.values()) > MODERATE:
         axis.set_xscale("symlog", linthresh=10)
         axis.xaxis.set_major_formatter("{x:g}")
     axis.axvline(0, color="0.3", linewidth=1, zorder=0)

@@ -7,6 +7,7 @@ from typing import Any
 import bjontegaard
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.interpolate import PchipInterpolator
 
 from pipeline.evaluation import Quality, mean_quality
 from pipeline.figures import codec_colours, new_figure
@@ -111,6 +112,16 @@ def _bjontegaard(measure: Any, rates: Sequence[Sequence[float]], distortions: Se
     if any(np.any(np.diff(values) <= 0) for pair in ordered for values in pair):
         return None
     return float(measure(*ordered[0], *ordered[1], method=METHOD, min_overlap=0))
+
+
+def slope(curve: Curve, lmbda: float) -> float | None:
+    """dB of PSNR per bit a pixel at one of the curve's λ; None for a curve of one point and one that folds back."""
+    rates = [point.quality.bpp for point in curve]
+    psnr = [point.quality.psnr_db for point in curve]
+    if len(curve) < 2 or np.any(np.diff(rates) <= 0) or np.any(np.diff(psnr) <= 0):
+        return None
+    at = next(point.quality.bpp for point in curve if point.lmbda == lmbda)
+    return float(PchipInterpolator(rates, psnr).derivative()(at)) or None
 
 
 def _ms_ssim_db(quality: Quality) -> float | None:

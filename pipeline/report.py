@@ -107,7 +107,7 @@ def _section(
     curves = rate_distortion.curves(chains)
     figure = rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, chains))
     best = _fullest(chains)
-    fair = [gain for gain in gains(chains) if gain.fair]
+    fair = [gain for gain in gains(chains) if gain.fair and gain.rate_percent]
     return Section(
         recipe,
         tuple(_facts(records, chains)),

@@ -19,7 +19,7 @@ def quality_grid(chains: Sequence[ChainRecord]) -> Grid:
         gain = found.get((lmbda, name))
         cells = [_over(stages, _quality(key), form) for key, form in
                  (("rd_loss", ".4f"), ("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"))]  # fmt: skip
-        change = (gain.loss.text("+.4f"), gain.rate_percent.text("+.2f")) if gain else ("–", "–")
+        change = (_text(gain.loss, "+.4f"), _text(gain.rate_percent, "+.2f")) if gain else ("–", "–")
         grid.add(f"{lmbda:g}", name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
     return grid
 
@@ -57,6 +57,10 @@ def _groups(chains: Sequence[ChainRecord]) -> list[tuple[float, str, list[StageR
 def _over(stages: Sequence[StageRecord], value: Callable[[StageRecord], float | None], form: str) -> str:
     """Mean ± deviation over the stages that have the value, or a dash."""
     spread = Spread.of([x for x in map(value, stages) if x is not None])
+    return _text(spread, form)
+
+
+def _text(spread: Spread | None, form: str) -> str:
     return spread.text(form) if spread else "–"
 
 

@@ -91,11 +91,24 @@ def test_gains_are_drawn_by_stage_and_lmbda(made: list[ChainRecord]) -> None:
     assert (band.get_x(), band.get_width()) == (-8, 3)
 
 
-def test_psnr_at_equal_rate_is_that_of_the_loss(made: list[ChainRecord]) -> None:
-    gain = next(gain for gain in gains(made) if gain.lmbda == 0.0018)
-    distortion = 0.0018 * LMBDA_SCALE * 10**-2.8
-    assert gain.psnr_at_equal_rate is not None
-    assert gain.psnr_at_equal_rate.mean == pytest.approx(-10 * math.log10((distortion - 0.01) / distortion))
+def test_rate_and_psnr_are_along_the_controls_curve() -> None:
+    chains = [
+        chain(lmbda, 0, stage("baseline", lmbda, 1, 20, None), stage("control1", lmbda, bpp, psnr),
+              stage("phase1", lmbda, bpp - 0.02, psnr - 0.4))
+        for lmbda, bpp, psnr in ((0.0018, 0.2, 28.0), (0.013, 0.4, 32.0))
+    ]  # fmt: skip
+    # 20 dB a bit: of 0.4 dB at equal PSNR 0.02 bits.
+    assert [gain.rate_percent.mean for gain in gains(chains)] == pytest.approx([0, 0], abs=1e-9)
+    assert [gain.psnr_at_equal_rate.mean for gain in gains(chains)] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_of_one_lmbda_the_loss_gives_the_slope(made: list[ChainRecord]) -> None:
+    (gain,) = gains(made[:1])
+    small = 1e-6
+    mse = 10**-2.8
+    slope = -10 * math.log10(1 - small / (0.0018 * LMBDA_SCALE * mse)) / small  # of a distortion that is worth `small`
+    assert gain.rate_percent.mean == pytest.approx(-5)
+    assert gain.psnr_at_equal_rate.mean == pytest.approx(0.01 * slope, rel=1e-3)
 
 
 def cost_of(ratio: float) -> Comparison:
