@@ -16,7 +16,8 @@ MODERATE = 50.0
 def draw(found: Sequence[Gain]) -> Figure:
     """Rate at equal PSNR by stage and λ, with the deviation over seeds; a band is what the design expected."""
     rates = {(gain.stage, gain.lmbda): gain.rate_percent for gain in found if gain.rate_percent is not None}
-    stages = list(dict.fromkeys(stage for stage, _ in rates))
+    # The phases first, then what else there is.
+    stages = sorted(dict.fromkeys(stage for stage, _ in rates), key=lambda stage: not stage.startswith("phase"))
     lmbdas = sorted({lmbda for _, lmbda in rates})
     figure, (axis,) = new_figure(1, height=0.5 + 0.3 * len(stages))
     for phase, (low, high) in enumerate(EXPECTED["rate"], start=1):
