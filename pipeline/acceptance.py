@@ -17,5 +17,5 @@ def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]
     return [
         f"{name} is {value:+.4f}, allowed {allowed[name]:+.4f}"
         for name, value in measured.items()
-        if allowed[name] is not None and value > allowed[name]
+        if allowed[name] is not None and not value <= allowed[name]  # NaN is within no limit.
     ]

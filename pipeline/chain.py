@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pipeline.faults import fault
 from pipeline.job import StageJob, Workplace
 from pipeline.lock import held
 from pipeline.outbox import PATIENCE, Outbox
+from pipeline.photos import find_images
 from pipeline.schema import Stage
 from pipeline.stage import StageRun
 from pipeline.tracking import EndState, Run, Store
@@ -64,10 +66,11 @@ class Chain:
         self.seed = stages[0].seed
         self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.jobs = []
+        find = cache(find_images)
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
-            job = StageJob(stage, self.folder / stage.name, parent, *files)
+            job = StageJob(stage, self.folder / stage.name, parent, *files, find=find)
             for file in filter(None, files):
                 if file.absolute() == job.checkpoint.absolute():
                     raise ChainError(f"{file}: this is the chain's own {stage.name}, which need not be given")
@@ -97,6 +100,9 @@ class Chain:
                 raise
             if self.outbox is not None:
                 self.outbox.close()
+            # All is done, but whoever asked to stop may have more in mind than this chain.
+            if signum := workplace.interruption.agreed():
+                raise Interrupted(signum)
 
     def _enter(self, workplace: Workplace, exits: ExitStack) -> None:
         exits.enter_context(held(self.folder))
@@ -111,8 +117,10 @@ class Chain:
             for number, planned in enumerate(plan):
                 if signum := workplace.interruption.agreed():
                     raise Interrupted(signum)
-                # A stage that waited for its parent can be told only now.
-                self._run_stage(_stand(planned.job, None) if number else planned, workplace, chain_run)
+                # A stage that waited for its parent can be told only now; and by all, before one changes anything.
+                now = _stand(planned.job, None) if number else planned
+                workplace.wait_for_everyone()
+                self._run_stage(now, workplace, chain_run)
         except BaseException as error:
             with suppress(CheckpointError):
                 chain_run.end(_end_state(error))
@@ -218,6 +226,7 @@ def _stand(job: StageJob, before: Planned | None) -> Planned:
         return Planned(job, status, f"waits for {before.name}")
     inputs = job.inputs()
     if exists:
+        _check_source(job)
         changed = _changes(job, inputs)
         if not changed:
             return Planned(job, "done", "current")
@@ -229,6 +238,18 @@ def _stand(job: StageJob, before: Planned | None) -> Planned:
     other = job.states.other_form()
     passed = f"; a training that was cut off is passed over: {_differences(other, inputs)}" if other else ""
     return Planned(job, "missing", f"not built yet{passed}")
+
+
+def _check_source(job: StageJob) -> None:
+    """Raise ChainError where a root came from a file and none is given: more likely forgotten than meant."""
+    if job.imported or job.start:
+        return
+    for option, make in (("baseline", " (with make: BASELINE=)"), ("start", "")):
+        if option in _record(job).get("inputs", {}):
+            raise ChainError(
+                f"{job.folder}: made from a file given as --{option}{make}; give it again.\n"
+                "  To train this stage from the beginning instead, choose another folder with --runs."
+            )
 
 
 def _record(job: StageJob) -> dict[str, Any]:

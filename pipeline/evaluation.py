@@ -168,6 +168,11 @@ def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> f
     return counter.get_total_flops() / 2 / (height * width)
 
 
+def comparison_name(image: str) -> str:
+    """What an image's reconstruction is kept under: `b__001` for `b/001.jpg`."""
+    return image.rpartition(".")[0].replace("/", "__")
+
+
 def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
     """Write original and reconstruction, both (1, 3, H, W), side by side as a PNG."""
     both = torch.cat((image.cpu(), x_hat.cpu()), dim=3)[0].clamp(0, 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from modules import HPCMConfig, preset_config
 from pipeline import checkpoints
@@ -68,6 +69,8 @@ class StageJob:
     parent: Path | None
     imported: Path | None = None
     start: Path | None = None
+    find: Callable[[Path | None, Literal["train", "val"], int], Photos] = find_images
+    """Finds the images; the stages of a chain share one that remembers, since folders can be large and far away."""
 
     @property
     def checkpoint(self) -> Path:
@@ -102,25 +105,34 @@ class StageJob:
         """Delete the training states of every form: the stage is published, or begins anew."""
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
-    def photos(self) -> tuple[Photos, Photos]:
-        """Training and validation images; raises DataError."""
+    @cached_property
+    def train_photos(self) -> Photos:
+        """Training images; raises DataError."""
         data = self.stage.data
-        train, val = (Path(folder) if folder else None for folder in (data.train, data.val))
-        return find_images(train, "train", data.crop), find_images(val, "val", 1)
+        return self.find(Path(data.train) if data.train else None, "train", data.crop)
+
+    @cached_property
+    def val_photos(self) -> Photos:
+        """Validation images; raises DataError."""
+        data = self.stage.data
+        return self.find(Path(data.val) if data.val else None, "val", 1)
 
     def inputs(self) -> dict[str, str]:
         """Digests of all that the result is made from, by name; the parent must be published."""
         if self.imported is not None:
-            return {"baseline": _file_digest(self.imported), "model": repr(self.config)}
-        photos, _ = self.photos()
-        found = {"recipe": self.stage.digest(), "training images": photos.digest, "code version": CODE_VERSION}
+            return {"baseline": self._file_digest, "model": repr(self.config)}
+        images = self.train_photos.digest
+        found = {"recipe": self.stage.digest(), "training images": images, "code version": CODE_VERSION}
         if self.start is not None:
-            found["start"] = _file_digest(self.start)
+            found["start"] = self._file_digest
         if self.parent is not None:
             found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
         return found
 
-
-def _file_digest(path: Path) -> str:
-    checkpoints.check_file(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    @cached_property
+    def _file_digest(self) -> str:
+        """SHA-256 of the file that the root is taken from or starts from."""
+        path = self.imported or self.start
+        assert path is not None
+        checkpoints.check_file(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()

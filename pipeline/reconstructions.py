@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from pipeline.evaluation import comparison_name
 from pipeline.records import ChainRecord, Records, StageRecord
 
 SIDE = 256
@@ -90,5 +91,5 @@ def error_map(errors: np.ndarray) -> np.ndarray:
 
 def _figures(records: Records, stage: StageRecord, name: str) -> tuple[float, float]:
     evaluation = json.loads(records.artifact(stage.run_id, "evaluation.json").read_text())
-    image = next(image for image in evaluation["images"] if Path(image["source"]).stem == name)
+    image = next(image for image in evaluation["images"] if comparison_name(image["source"]) == name)
     return image["bpp"], image["psnr-rgb"]

@@ -20,6 +20,7 @@ from pipeline.evaluation import (
     Evaluation,
     NamedImage,
     Quality,
+    comparison_name,
     estimate,
     evaluate,
     macs_per_pixel,
@@ -47,7 +48,7 @@ class StageRun:
         self.stage = job.stage
         self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
         self.inputs = job.inputs()
-        self.train_photos, self.val_photos = job.photos()
+        self.train_photos, self.val_photos = job.train_photos, job.val_photos
         self.states = job.states
         self.parent = checkpoints.load_codec(job.parent) if job.parent else None
         self.device = workplace.interruption.accelerator.device
@@ -64,7 +65,8 @@ class StageRun:
             child, state = self._import(self.job.imported), TrainingState(Progress(), {}, {}, {})
         else:
             child, state = self._train()
-        self.workplace.alone(lambda: self._finish(child.eval().requires_grad_(False), state))
+        child = child.to(self.device).eval().requires_grad_(False)
+        self.workplace.alone(lambda: self._finish(child, state))
 
     def note_end(self, error: BaseException) -> None:
         """Say with the attempt what ended it."""
@@ -84,12 +86,12 @@ class StageRun:
         model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
         if model.config != self.job.config:
             differing = [
-                f"{name} is {value}, the recipe's {getattr(self.job.config, name)}"
+                f"{name} is {value}, expected {getattr(self.job.config, name)}"
                 for name, value in vars(model.config).items()
                 if value != getattr(self.job.config, name)
             ]
             raise StageError(
-                f"{path}: not the codec of {self.stage.name}: {'; '.join(differing)}.\n"
+                f"{path}: does not match {self.stage.name} of the recipe: {'; '.join(differing)}.\n"
                 "  Give a checkpoint of that size, or choose the recipe that fits this one."
             )
         return model
@@ -204,7 +206,7 @@ class StageRun:
             )
         kept = self.stage.evaluation.reconstructions
         for (name, image), x_hat in list(zip(self.images, reconstructions, strict=True))[:kept]:
-            save_comparison(self.job.folder / "reconstructions" / f"{Path(name).stem}.png", image, x_hat)
+            save_comparison(self.job.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
         points = {"parent": parent_quality} if parent_quality else {}
         plot_rate_distortion(self.job.folder / "rate-distortion.png", {**points, self.stage.name: quality})
         self._publish(child, state, evaluation)
@@ -213,11 +215,16 @@ class StageRun:
         if self.parent is None or self.job.parent is None:
             return None
         metadata = checkpoints.read_metadata(self.job.parent)
-        images = [name for name, _ in self.images]
-        if metadata["validation"] == {"digest": self.val_photos.digest, "images": images}:
+        if metadata["validation"] == self._validation():
             return Quality(**metadata["quality"])
         parent = self.parent.to(self.device)
         return evaluate(parent, self._heeding(self.images), self.stage.lmbda, self.stage.metric)[0].quality
+
+    def _validation(self) -> dict[str, Any]:
+        """What the figures of a published stage depend on beside its codec."""
+        images = [name for name, _ in self.images]
+        settings = {"lmbda": self.stage.lmbda, "metric": self.stage.metric}
+        return {"digest": self.val_photos.digest, "images": images, **settings}
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
         job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts
@@ -232,7 +239,7 @@ class StageRun:
             "stage": self.stage.to_yaml(),
             "code": CODE_VERSION,
             "quality": asdict(evaluation.quality),
-            "validation": {"digest": self.val_photos.digest, "images": [name for name, _ in self.images]},
+            "validation": self._validation(),
         }
         checkpoints.publish(job.checkpoint, child, lineage)
         fault("publish.checkpoint")

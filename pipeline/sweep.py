@@ -37,6 +37,11 @@ class Sweep:
     def chains(self) -> Iterator[tuple[float, list[Chain]]]:
         """Every λ with its chains, the neighbour first; raises RecipeError and ChainError."""
         first = self.neighbour.lmbda if self.neighbour else None
+        if self.baseline is not None and first is None and len(self.lmbdas) > 1:
+            raise ChainError(
+                f"{self.baseline}: a codec is of one λ, and here are {len(self.lmbdas)}; let the others start from its "
+                "weights with --from, or give its --lmbda alone"
+            )
         if first is not None and first not in self.lmbdas:
             raise ChainError(f"λ = {first:g}, which the others are to start from, is not among those of the sweep")
         for lmbda in sorted(self.lmbdas, key=lambda lmbda: (lmbda != first, lmbda)):

@@ -12,9 +12,11 @@ from mini import Notes, mini_chain, run_chain
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pipeline import chain as chain_module
 from pipeline.chain import Chain, ChainError
 from pipeline.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
 from pipeline.errors import Interrupted
+from pipeline.photos import Photos, find_images
 from pipeline.schema import Phase
 from pipeline.stage import StageError
 from pipeline.tracking import EXPERIMENT, Store
@@ -197,12 +199,34 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
     run_chain(chain)
     assert read_metadata(chain.jobs[0].checkpoint)["digest"] == read_metadata(path)["digest"]
     assert [planned.status for planned in chain.plan()] == ["done"]
-    with pytest.raises(StageError, match=r"own.safetensors: not the codec of baseline: heads is 4, the recipe's 8"):
+    with pytest.raises(StageError, match=r"own.safetensors: does not match baseline .*: heads is 4, expected 8"):
         run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
     with pytest.raises(CheckpointError, match=r"nowhere.safetensors: no such file"):
         mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
     with pytest.raises(ChainError, match="this is the chain's own baseline"):
         mini_chain(runs, "baseline", baseline=chain.jobs[0].checkpoint)
+    with pytest.raises(ChainError, match=r"lmbda-0.013/baseline: made from a file given as --baseline .* again"):
+        mini_chain(runs, "phase1").plan()
+    assert chain.jobs[0].checkpoint.is_file()
+
+
+def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(finished[0].folder, runs / "mini" / "lmbda-0.05")
+    change = ["phase1.lmbda=0.05", "phase1.schedule=[]", "phase1.accept.rd_loss_change=0.5"]
+    run_chain(mini_chain(runs, "phase1", change), accept_anyway=False)  # By the parent's own loss it is far worse.
+
+
+def test_images_are_looked_for_once_in_a_chain(finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def find(*about: object) -> Photos:
+        looked.append(about)
+        return find_images(*about)
+
+    monkeypatch.setattr(chain_module, "find_images", find)
+    mini_chain(finished[0].runs, "phase4").plan()
+    assert looked == [(None, "train", 128)]
 
 
 def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> None:

@@ -1,6 +1,8 @@
 """Curves, what one gains on another, and the sweep that makes them."""
 
 import shutil
+import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ from mini import FOLDER, Notes
 from test_chain import STAGES
 from typer.testing import CliRunner
 
+from pipeline import faults
 from pipeline.chain import Chain, ChainError
 from pipeline.checkpoints import read
 from pipeline.cli import app
+from pipeline.errors import Interrupted
 from pipeline.evaluation import Quality
 from pipeline.rate_distortion import (
     KODAK_NAMES,
@@ -109,6 +113,24 @@ def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes],
     assert list(found) == STAGES
     assert [point.lmbda for point in found["phase1"]] == [0.013, 0.05]
     assert "phase1 done done steps left – –" in words(CliRunner().invoke(app, sweep(runs, "--plan")).output)
+
+
+def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCM_FAULT", "publish.record:1")
+    monkeypatch.setenv("HPCM_FAULT_SIGNAL", str(int(signal.SIGTERM)))
+    command = sweep(runs)
+    command[1] = "baseline"
+    monkeypatch.setattr(faults, "_passed", Counter())
+    stopped = CliRunner().invoke(app, command)
+    assert isinstance(stopped.exception, Interrupted)
+    assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
+
+
+def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    file = finished[0].jobs[0].checkpoint
+    wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
+    with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec is of one λ, and here are 2; .* --from"):
+        wanted.grid()
 
 
 def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None:

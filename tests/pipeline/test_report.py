@@ -14,15 +14,18 @@ from test_chain import STAGES
 from typer.testing import CliRunner
 
 from pipeline import comparison, gains_figure
+from pipeline.acceptance import judge
 from pipeline.chain import Chain
 from pipeline.cli import app
 from pipeline.comparison import Comparison, Cost, Peak
+from pipeline.evaluation import Quality, comparison_name
 from pipeline.gains import Claim, Spread, claims, gains
 from pipeline.rate_distortion import curves, deltas, references
 from pipeline.reconstructions import DARKEST, error_map, sights
 from pipeline.records import ChainRecord, PhaseRecord, Records, StageRecord
 from pipeline.report import ReportError, write
 from pipeline.report_tables import quality_grid
+from pipeline.schema import Accept
 
 LMBDA_SCALE = 255**2
 
@@ -176,6 +179,17 @@ def test_an_error_map_ends_where_it_says() -> None:
     assert colours.shape == (1, 3, 3)
     assert colours[0, 0].sum() < 10
     assert (colours[0, 1] == colours[0, 2]).all()
+
+
+def test_images_of_one_name_in_two_folders_are_kept_apart() -> None:
+    assert [comparison_name(name) for name in ("a/001.png", "b/001.png", "c.jpg")] == ["a__001", "b__001", "c"]
+
+
+def test_what_is_not_a_number_is_not_accepted() -> None:
+    parent = Quality(0.4, 30.0, 0.96, 1.0)
+    assert judge(Accept(psnr_drop=0.1), Quality(0.4, 29.95, 0.96, 1.0), parent) == []
+    (refusal,) = judge(Accept(psnr_drop=0.1), Quality(0.4, math.nan, 0.96, math.nan), parent)
+    assert refusal.startswith("psnr_drop is +nan")
 
 
 def test_renditions_are_those_that_were_kept(finished: tuple[Chain, Notes]) -> None:
