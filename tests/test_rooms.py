@@ -29,4 +29,4 @@ def test_modules_know_nothing_of_the_pipeline(path: Path) -> None:
 def test_cuda_holds_no_python() -> None:
     suffixes = {path.suffix for path in (ROOT / "cuda").iterdir()}
     assert suffixes
-    assert suffixes <= {".h", ".cpp", ".cu"}
+    assert suffixes <= {".h", ".cpp", ".cu", ".md"}
