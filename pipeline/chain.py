@@ -82,7 +82,7 @@ class Chain:
         planned: list[Planned] = []
         for job in self.jobs:
             before = planned[-1] if planned else None
-            planned.append(_stand(job, before))
+            planned.append(_status_of(job, before))
         return planned
 
     def run(self, workplace: Workplace) -> None:
@@ -118,7 +118,7 @@ class Chain:
                 if signum := workplace.interruption.agreed():
                     raise Interrupted(signum)
                 # A stage that waited for its parent can be told only now; and by all, before one changes anything.
-                now = _stand(planned.job, None) if number else planned
+                now = _status_of(planned.job, None) if number else planned
                 workplace.wait_for_everyone()
                 self._run_stage(now, workplace, chain_run)
         except BaseException as error:
@@ -217,7 +217,7 @@ def _end_state(error: BaseException) -> EndState:
     return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | Told) else "FAILED"
 
 
-def _stand(job: StageJob, before: Planned | None) -> Planned:
+def _status_of(job: StageJob, before: Planned | None) -> Planned:
     """Where a stage stands; `before` is its parent's plan where that has not been run yet."""
     _ = job.config  # settings that no codec has are an error before anything runs
     exists = job.record.is_file() and job.checkpoint.is_file()
@@ -236,7 +236,7 @@ def _stand(job: StageJob, before: Planned | None) -> Planned:
         phases = [*(phase.name for phase in job.stage.schedule), "evaluation"]
         return Planned(job, "cut off", f"cut off in {phases[state.progress.phase]} at step {state.progress.step}")
     other = job.states.other_form()
-    passed = f"; a training that was cut off is passed over: {_differences(other, inputs)}" if other else ""
+    passed = f"; an interrupted training is left alone: {_differences(other, inputs)}" if other else ""
     return Planned(job, "missing", f"not built yet{passed}")
 
 

@@ -134,11 +134,17 @@ def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: st
     return mean_quality(qualities)
 
 
-def evaluate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str) -> tuple[Evaluation, list[Tensor]]:
-    """Encode and decode every image for real; returns results and reconstructions (1, 3, H, W)."""
+def evaluate(
+    model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str, keep: int = 0
+) -> tuple[Evaluation, list[Tensor]]:
+    """Encode and decode every image for real; returns results and the first `keep` reconstructions (1, 3, H, W)."""
     model.update(force=True)
-    coded = [code(model, name, image, lmbda, metric) for name, image in images]
-    return Evaluation(tuple(result for result, _ in coded)), [x_hat for _, x_hat in coded]
+    results, kept = [], []
+    for name, image in images:
+        result, x_hat = code(model, name, image, lmbda, metric)
+        results.append(result)
+        kept += [x_hat] if len(kept) < keep else []
+    return Evaluation(tuple(results)), kept
 
 
 @torch.no_grad()

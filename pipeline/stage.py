@@ -192,7 +192,9 @@ class StageRun:
 
     def _finish(self, child: HPCM, state: TrainingState) -> None:
         """Evaluate with real bitstreams, accept, publish."""
-        evaluation, reconstructions = evaluate(child, self._heeding(self.images), self.stage.lmbda, self.stage.metric)
+        kept = self.stage.evaluation.reconstructions
+        images = self._heeding(self.images)
+        evaluation, reconstructions = evaluate(child, images, self.stage.lmbda, self.stage.metric, kept)
         quality = evaluation.quality
         parent_quality = self._parent_quality()
         refusal = judge(self.stage.accept, quality, parent_quality)
@@ -204,8 +206,7 @@ class StageRun:
                 "  The trained state is kept. Train longer, relax `accept` in the recipe (or --set accept.…=), "
                 "or publish it as it is with --accept-anyway."
             )
-        kept = self.stage.evaluation.reconstructions
-        for (name, image), x_hat in list(zip(self.images, reconstructions, strict=True))[:kept]:
+        for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
             save_comparison(self.job.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
         points = {"parent": parent_quality} if parent_quality else {}
         plot_rate_distortion(self.job.folder / "rate-distortion.png", {**points, self.stage.name: quality})

@@ -60,7 +60,7 @@ class Sweep:
     def grid(self) -> Grid:
         """What is done and what is left: a row for each stage, a column for each λ in the order of running."""
         columns = {
-            lmbda: {p.name: p for chain in chains for p in self._stand(chain)} for lmbda, chains in self.chains()
+            lmbda: {p.name: p for chain in chains for p in self._plan_of(chain)} for lmbda, chains in self.chains()
         }
         names = dict.fromkeys(name for planned in columns.values() for name in planned)
         grid = Grid(f"{Path(self.recipe).name}, λ by λ", ("stage", *(f"{lmbda:g}" for lmbda in columns)))
@@ -71,7 +71,7 @@ class Sweep:
         grid.add("steps left", *(f"{count:,}" if count else "–" for count in steps))
         return grid
 
-    def _stand(self, chain: Chain) -> list[Planned]:
+    def _plan_of(self, chain: Chain) -> list[Planned]:
         """The chain's plan; of one whose start is still to be trained, that everything is missing."""
         root = chain.jobs[0]
         if root.start is not None and not root.start.is_file():

@@ -69,7 +69,7 @@ def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     other = mini_chain(runs, "baseline", ["optimiser.clip_norm=0.5"])
-    assert other.plan()[0].reason == "not built yet; a training that was cut off is passed over: recipe changed"
+    assert other.plan()[0].reason == "not built yet; an interrupted training is left alone: recipe changed"
     with pytest.raises(Interrupted):
         run_chain(other, Stop("scratch", 2, signal.SIGTERM))
     assert other.plan()[0].reason == "cut off in scratch at step 2"
