@@ -139,7 +139,8 @@ def evaluate(
 ) -> tuple[Evaluation, list[Tensor]]:
     """Encode and decode every image for real; returns results and the first `keep` reconstructions (1, 3, H, W)."""
     model.update(force=True)
-    results, kept = [], []
+    results: list[ImageResult] = []
+    kept: list[Tensor] = []
     for name, image in images:
         result, x_hat = code(model, name, image, lmbda, metric)
         results.append(result)
