@@ -163,7 +163,7 @@ class Chain:
         return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
 
     def _tags(self) -> dict[str, str]:
-        return {"hpcm.recipe": self.recipe, "hpcm.lmbda": f"{self.lmbda:g}", "hpcm.seed": str(self.seed)}
+        return {"hpcm.recipe": self.recipe, "hpcm.lmbda": repr(self.lmbda), "hpcm.seed": str(self.seed)}
 
     def _facts(self) -> dict[str, Any]:
         """`identity`: what the chain's runs are found by; `rebuilt`: how often each stage began anew."""

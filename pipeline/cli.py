@@ -122,21 +122,28 @@ def _confirm(yes: bool, consequences: list[str]) -> None:
 
 @app.command()
 def sync(runs: Runs = Path("runs")) -> None:
-    """Send what waits for MLflow since it could not be reached; exits 1 where something still waits."""
+    """Send the log entries that MLflow could not be reached for; exits 1 where some are left."""
     from pipeline.display import console
     from pipeline.lock import held
     from pipeline.outbox import Outbox
     from pipeline.tracking import Store
 
+    if not runs.is_dir():
+        raise typer.BadParameter(f"no such folder: {runs}", param_hint="--runs")
     folders = sorted(path.parent for path in runs.glob("*/*/outbox/journal.jsonl"))
+    sent = []
     for folder in folders:
-        with held(folder.parent):
-            outbox = Outbox(folder, Store.default(runs), console.print)
-            console.print(f"{folder.parent}: {outbox.waiting} entries to send to {outbox.store.uri}")
-            outbox.close(SYNC_PATIENCE)
+        try:
+            with held(folder.parent):
+                outbox = Outbox(folder, Store.default(runs), console.print)
+                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.uri}")
+                sent.append(outbox.close(SYNC_PATIENCE))
+        except UserError as error:
+            console.print(str(error), soft_wrap=True)
+            sent.append(False)
     if not folders:
-        console.print(f"nothing waits in {runs}")
-    if any(folder.exists() for folder in folders):
+        console.print(f"no log entries to send in {runs}")
+    if not all(sent):
         raise typer.Exit(1)
 
 

@@ -1,6 +1,7 @@
 """`hpcm compare`: the cost of several codecs from one interleaved run, kept in MLflow."""
 
 import json
+import re
 import statistics
 import uuid
 from collections.abc import Mapping, Sequence
@@ -210,11 +211,21 @@ def parse_size(text: str) -> Size:
     return int(height), int(width)
 
 
-def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None = None) -> None:
-    """Write JSON into a folder; log it to MLflow in a run of its own kind, with figures as metrics and the drawing."""
+def default_folder(runs: Path, title: str, device: str) -> Path:
+    """Where a comparison is kept unless another folder is asked for."""
+    return runs / "comparisons" / re.sub(r"[^\w.-]+", "-", f"{title}-{device}")
+
+
+def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None = None) -> bool:
+    """Write JSON into a folder; log it to MLflow in a run of its own kind, with figures as metrics and the drawing.
+
+    False where entries are still to be sent.
+    """
     checkpoints.write_json(folder / FILE, comparison.to_json())
     name = f"compare {comparison.title} on {comparison.device}"
-    outbox = Outbox(folder / "outbox", Store.default(runs), print)
+    # Whatever the folder: `hpcm sync` looks under the runs.
+    queue = default_folder(runs, comparison.title, comparison.device) / "outbox"
+    outbox = Outbox(queue, Store.default(runs), print)
     run = outbox.run(uuid.uuid4().hex, name, tags={KIND_TAG: KIND})
     fields = ("title", "device", "machine", "torch", "rounds", "trained")
     run.parameters({field: getattr(comparison, field) for field in fields})
@@ -228,7 +239,7 @@ def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None 
     for path in filter(None, (folder / FILE, drawing)):
         run.artifact(path)
     run.end("FINISHED")
-    outbox.close()
+    return outbox.close()
 
 
 def read(path: Path) -> Comparison:

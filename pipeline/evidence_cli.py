@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,7 +88,7 @@ def compare(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    folder = output or runs / "comparisons" / re.sub(r"[^\w.-]+", "-", f"{title}-{device}")
+    folder = output or comparison.default_folder(runs, title, device)
     folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
     found = comparison.compare(title, contenders, plan, device, lambda line: console.print(f"  {line}"))
@@ -97,8 +96,8 @@ def compare(
         console.print(grid.rich())
     drawing = folder / "comparison.png"
     save(comparison_display.draw(found), drawing)
-    comparison.keep(found, runs, folder, drawing)
-    console.print(f"written to {folder} and to MLflow", soft_wrap=True)
+    logged = comparison.keep(found, runs, folder, drawing)
+    console.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)
 
 
 def _contenders(

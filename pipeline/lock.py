@@ -28,7 +28,8 @@ def held(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise FolderInUse(
-                f"{folder}: {file.read().strip() or 'another process'} works here; let it end, or end it, first"
+                f"{folder}: {file.read().strip() or 'another process'} is using this folder; "
+                "wait for it to end, or stop it, first"
             ) from error
         file.seek(0)
         file.truncate()

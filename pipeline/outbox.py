@@ -58,13 +58,13 @@ class Outbox:
     def run(self, key: str, name: str, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> Run:
         """The run with this key, opened (again)."""
         run = OutboxRun(self, key)
-        run.say("open", name=name, parent=parent.key if parent else None, tags=dict(tags or {}))
+        run.queue("open", name=name, parent=parent.key if parent else None, tags=dict(tags or {}))
         return run
 
     @property
     def waiting(self) -> int:
         """How many entries have not been sent."""
-        return sum(1 for _ in _entries(self.journal, self._sent))
+        return self.journal.read_bytes()[self._sent :].count(b"\n") if self.journal.exists() else 0
 
     def append(self, run: str, say: str, about: dict[str, Any]) -> None:
         """Put an entry on disk; raises CheckpointError where the disk is full."""
@@ -78,7 +78,7 @@ class Outbox:
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
-                _cut_torn_line(self.journal)
+                self._size = _cut_torn_line(self.journal)
                 raise CheckpointError(
                     f"{self.journal}: cannot be written: {error.strerror}; the last saved state is kept"
                 ) from error
@@ -97,21 +97,24 @@ class Outbox:
                 shutil.copy2(file, name)
         return kept
 
-    def close(self, patience: float = PATIENCE) -> None:
-        """Send what waits, for at most `patience` seconds; what then still waits is said and stays."""
+    def close(self, patience: float = PATIENCE) -> bool:
+        """Send what waits, for at most `patience` seconds; False where something still waits: it is said, and stays."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(patience)
         self._abandoned = self._thread.is_alive()
-        if self._abandoned:
+        # A thread that has ended may also have died.
+        if self._sent != self._size:
             self.note(
-                f"{self.waiting} entries wait for MLflow in {self.folder}; the same command, or `hpcm sync`, sends them"
+                f"{self.waiting} log entries are not sent yet ({self.folder}); "
+                "`hpcm sync`, or the same command, sends them"
             )
-            return
+            return False
         self.sent_path.unlink(missing_ok=True)  # First: a journal without it is sent once more, which changes nothing.
         self.journal.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
+        return True
 
     def _remember(self, entry: dict[str, Any]) -> None:
         run, about = entry["run"], entry["about"]
@@ -126,27 +129,36 @@ class Outbox:
             with self._changed:
                 while self._sent == self._size and not self._closing:
                     self._changed.wait()
-            for end, entry in _entries(self.journal, self._sent):
-                try:
-                    self._send(entry)
-                except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise.
-                    failures += 1
-                    self._runs = {}  # To be opened again: the store decides what of this arrived.
-                    # Where there is no store at all, it is not the entry that is refused.
-                    if not (failures > 1 and self._client is not None and _is_refusal(error)):
-                        self._pause(error, failures)
-                        break
-                    self.note(f"MLflow refuses what run {entry['run']} says of its {entry['say']}: {brief(error)}")
-                else:
+                size = self._size
+            try:
+                for end, entry in _entries(self.journal, self._sent):
+                    self._send_or_report(entry, failures)
+                    fault("outbox")
+                    self._acknowledge(end, entry)
                     if failures:
-                        self.note("MLflow answers again")
-                failures = 0
-                fault("outbox")
-                self._acknowledge(end, entry)
-                if self._abandoned:
-                    return
+                        self.note("log entries reach MLflow again")
+                    failures = 0
+                    if self._abandoned:
+                        return
+                if self._sent < size:
+                    raise CheckpointError(f"{self.journal}: shortened or deleted while it was in use")
+            except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise, and the disk.
+                failures += 1
+                self._runs = {}  # To be opened again: the store decides what of this arrived.
+                self._pause(error, failures)
             if self._closing and self._sent == self._size:
                 return
+
+    def _send_or_report(self, entry: dict[str, Any], failures: int) -> None:
+        """Send an entry; one that MLflow rejects twice is reported, and done with."""
+        try:
+            self._send(entry)
+        except Exception as error:
+            # Where there is no store at all, it is not the entry that is rejected.
+            if not (failures and self._client is not None and _is_rejection(error)):
+                raise
+            self._runs = {}
+            self.note(f"MLflow rejected the {entry['say']} of run {entry['run']}: {brief(error)}")
 
     def _send(self, entry: dict[str, Any]) -> None:
         if self._client is None:
@@ -162,7 +174,8 @@ class Outbox:
 
     def _pause(self, error: Exception, failures: int) -> None:
         if failures == 1:
-            self.note(f"MLflow does not answer ({brief(error)}); what is said to it waits in {self.folder}")
+            problem = str(error) if isinstance(error, CheckpointError) else f"cannot reach MLflow ({brief(error)})"
+            self.note(f"{problem}; log entries are queued in {self.folder} and will be sent later")
         with self._changed:
             pause = 1.0 if self._closing else min(2.0 ** (failures - 1), LONGEST_PAUSE)
             self._changed.wait_for(lambda: self._closing, pause)
@@ -171,11 +184,14 @@ class Outbox:
 
     def _acknowledge(self, end: int, entry: dict[str, Any]) -> None:
         partial = self.sent_path.with_suffix(".partial")
-        partial.write_text(str(end))
-        partial.replace(self.sent_path)
-        self._sent = end
+        try:
+            partial.write_text(str(end))
+            partial.replace(self.sent_path)
+        except OSError as error:
+            raise CheckpointError(f"{self.sent_path}: cannot be written: {error.strerror}") from error
         if entry["say"] == "artifact":
             shutil.rmtree(Path(entry["about"]["path"]).parent, ignore_errors=True)
+        self._sent = end
 
 
 class OutboxRun(Run):
@@ -186,20 +202,20 @@ class OutboxRun(Run):
     def __init__(self, outbox: Outbox, key: str):
         self.outbox, self.key = outbox, key
 
-    def say(self, what: str, **about: Any) -> None:
+    def queue(self, what: str, **about: Any) -> None:
         """Put an entry of this run into the outbox."""
         self.outbox.append(self.key, what, about)
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        self.say("parameters", values={key: str(value)[:6000] for key, value in _flatten(values)})
+        self.queue("parameters", values={key: str(value)[:6000] for key, value in _flatten(values)})
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        self.say("tags", values={key: str(value) for key, value in values.items()})
+        self.queue("tags", values={key: str(value) for key, value in values.items()})
 
     def dataset(self, photos: Photos, context: str) -> None:
         profile = json.dumps({"images": len(photos.paths), "skipped": len(photos.skipped)})
         source = json.dumps({"uri": photos.source})
-        self.say(
+        self.queue(
             "dataset", name=photos.name, digest=photos.digest[:36], source=source, profile=profile, context=context
         )
 
@@ -207,23 +223,33 @@ class OutboxRun(Run):
         last = self.outbox.last_step
         fresh = {key: value for key, value in values.items() if step > last.get((self.key, key), -1)}
         if fresh:
-            self.say("metrics", values=fresh, step=step)
+            self.queue("metrics", values=fresh, step=step)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.say("artifact", path=str(self.outbox.keep(path).absolute()), folder=folder)
+        self.queue("artifact", path=str(self.outbox.keep(path).absolute()), folder=folder)
 
     def end(self, state: EndState) -> None:
-        self.say("end", state=state)
+        self.queue("end", state=state)
 
 
 def _entries(journal: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The entries from an offset on, each with the offset where it ends."""
+    """The entries from an offset on, each with the offset where it ends; raises CheckpointError for a damaged line."""
     if not journal.exists():
         return
     with journal.open("rb") as file:
         file.seek(start)
         while (line := file.readline()).endswith(b"\n"):
-            yield file.tell(), json.loads(line)
+            end = file.tell()
+            try:
+                entry = json.loads(line)
+                entry = {key: entry[key] for key in ("run", "say", "time", "about")}
+            except (ValueError, TypeError, LookupError) as error:
+                number = journal.read_bytes()[:end].count(b"\n")
+                raise CheckpointError(
+                    f"{journal}: line {number} is damaged; move or delete the folder {journal.parent}, "
+                    "and MLflow misses what it had not been sent"
+                ) from error
+            yield end, entry
 
 
 def _offset(path: Path, journal: Path) -> int:
@@ -246,7 +272,7 @@ def _cut_torn_line(journal: Path) -> int:
     return whole
 
 
-def _is_refusal(error: Exception) -> bool:
+def _is_rejection(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"

@@ -18,6 +18,7 @@ from pipeline.cli import app
 from pipeline.comparison import Comparison, Contender, Plan
 from pipeline.comparison_display import grids
 from pipeline.costs import Subject, measure_memory, photograph
+from pipeline.outbox import Outbox
 from pipeline.recipe import load_recipe
 from pipeline.records import Records
 
@@ -142,6 +143,21 @@ def test_the_command_leaves_files_and_an_mlflow_run(finished: tuple[Chain, Notes
     assert kept[-1] == comparison.read(folder / "comparison.json")
     assert kept[-1].trained
     assert Records(runs).chains() == []
+
+
+def test_a_comparison_kept_elsewhere_is_sent_by_sync(
+    measured: Comparison, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outbox.close, "__defaults__", (0.0,))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(comparison, "compare", lambda *given: measured)
+    done = CliRunner().invoke(app, ["compare", "-o", str(tmp_path / "elsewhere"), "--runs", str(runs)])
+    assert done.exit_code == 0, done.output
+    assert f"written to {tmp_path / 'elsewhere'}\n" in done.output
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert CliRunner().invoke(app, ["sync", "--runs", str(runs)]).exit_code == 0
+    (kept,) = Records(runs).artifacts_of_kind("comparison", "comparison.json")
+    assert comparison.read(kept) == measured
 
 
 @pytest.mark.parametrize(

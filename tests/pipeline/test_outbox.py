@@ -1,5 +1,6 @@
 """What runs say reaches MLflow once and in order, whatever becomes of the store or of the run in the meantime."""
 
+import errno
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from test_cli import ENVIRONMENT
 from pipeline import chain as chain_module
 from pipeline import outbox as outbox_module
 from pipeline.chain import Chain
+from pipeline.checkpoints import CheckpointError
 from pipeline.outbox import Outbox
 from pipeline.tracking import Store, find_run
 
@@ -199,7 +201,7 @@ def test_what_mlflow_refuses_is_told_and_does_not_stop_the_rest(runs: Path, tmp_
     outbox.run("k", "a run").metrics({"a\nb": 1.0}, 1)
     outbox.run("k", "a run").metrics({"loss": 1.0}, 2)
     outbox.close(60)
-    assert any("refuses what run k says of its metrics" in note for note in notes)
+    assert any("MLflow rejected the metrics of run k" in note for note in notes)
     assert losses(Store.default(runs), "k") == [2]
 
 
@@ -211,8 +213,77 @@ def test_a_store_that_is_none_refuses_nothing(tmp_path: Path) -> None:
     outbox.close(3)
     assert outbox.waiting == 2
     assert len(notes) == 2
-    assert notes[0].startswith("MLflow does not answer (")
-    assert notes[1].startswith("2 entries wait for MLflow in ")
+    assert notes[0].startswith("cannot reach MLflow (")
+    assert notes[1].startswith("2 log entries are not sent yet (")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Files with a name in this set cannot be written, as on a full disk."""
+    names = {"sent.partial"}
+    write_text = Path.write_text
+
+    def write(path: Path, *content: str) -> int:
+        if path.name in names:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_text(path, *content)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    return names
+
+
+def test_a_full_disk_is_waited_for(runs: Path, tmp_path: Path, full_disk: set[str]) -> None:
+    notes: list[str] = []
+    outbox = Outbox(tmp_path / "outbox", Store.default(runs), notes.append)
+    say_all(outbox, "k")
+    until(lambda: bool(notes))
+    assert "sent: cannot be written: No space left on device" in notes[0]
+    full_disk.clear()
+    assert outbox.close(60)
+    assert losses(Store.default(runs), "k") == list(STEPS)
+
+
+def test_what_a_full_disk_keeps_from_being_sent_stays(runs: Path, tmp_path: Path, full_disk: set[str]) -> None:
+    notes: list[str] = []
+    outbox = Outbox(tmp_path / "outbox", Store.default(runs), notes.append)
+    say_all(outbox, "k")
+    until(lambda: bool(notes))
+    assert not outbox.close(1)
+    assert f"{len(STEPS) + 3} log entries are not sent yet" in notes[-1]
+    full_disk.clear()
+    assert Outbox(tmp_path / "outbox", Store.default(runs)).close(60)
+    assert losses(Store.default(runs), "k") == list(STEPS)
+
+
+def test_a_thread_that_died_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Outbox, "_deliver", lambda self: None)
+    outbox = Outbox(tmp_path / "outbox", Store("nonsense://nowhere"))
+    outbox.run("k", "a run")
+    assert not outbox.close()
+    assert outbox.waiting == 1
+
+
+def test_a_journal_that_was_emptied_in_use_is_told(runs: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    outbox = Outbox(tmp_path / "outbox", Store.default(runs), notes.append)
+    outbox.run("k", "a run")
+    until(lambda: outbox.waiting == 0)
+    os.truncate(outbox.journal, 0)
+    outbox.run("k", "a run")
+    until(lambda: bool(notes))
+    assert "journal.jsonl: shortened or deleted while it was in use" in notes[0]
+    assert not outbox.close(1)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe{", b"{", b"5", b'{"run": "k"}', b"\0\0"])
+def test_a_damaged_line_is_named(damage: bytes, tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox", Store("nonsense://nowhere"))
+    outbox.run("k", "a run").end("FINISHED")
+    outbox.close(0)
+    first, last = outbox.journal.read_bytes().splitlines()
+    outbox.journal.write_bytes(b"\n".join([first, damage, last, b""]))
+    with pytest.raises(CheckpointError, match=r"journal.jsonl: line 2 is damaged; move or delete the folder"):
+        Outbox(tmp_path / "outbox", Store("nonsense://nowhere"))
 
 
 def test_an_artifact_is_kept_as_it_was(runs: Path, tmp_path: Path) -> None:
@@ -244,7 +315,7 @@ def test_a_server_that_goes_away_and_comes_back(line: Line, server: Server, tmp_
         run.metrics({"loss": 1 / step}, step)
         if step == 10:
             until(lambda: bool(notes))
-            assert "MLflow does not answer" in notes[0]
+            assert "cannot reach MLflow" in notes[0]
         if step in (10, 30):
             line.open = True
             until(lambda: outbox.waiting == 0)
@@ -252,7 +323,7 @@ def test_a_server_that_goes_away_and_comes_back(line: Line, server: Server, tmp_
             line.open = False
     outbox.close(60)
     assert losses(Store(server.uri), "away") == list(STEPS)
-    assert "MLflow answers again" in notes
+    assert "log entries reach MLflow again" in notes
 
 
 def test_a_slow_server_is_not_waited_for(line: Line, server: Server, tmp_path: Path) -> None:
@@ -318,7 +389,7 @@ def test_a_chain_goes_on_while_its_server_is_killed_and_restarted(
 
     chain, notes = mini_chain(tmp_path / "runs", "phase4"), Trouble()
     run_chain(chain, notes)
-    assert any("MLflow does not answer" in line for line in notes.lines)
+    assert any("cannot reach MLflow" in line for line in notes.lines)
     client, found = stage_runs(chain)
     held = {name: [(run.info.status, history(client, run)) for run in runs] for name, runs in found.items()}
     server.stop()

@@ -84,9 +84,12 @@ def test_kodak_is_known_by_its_names() -> None:
         assert ("HPCM-Base, published" in labels) == kodak
 
 
+LONG = 0.05000001
+
+
 def sweep(runs: Path, *more: str) -> list[str]:
-    """The command line of a sweep over two λ."""
-    points = ["--lmbda", "0.013", "--lmbda", "0.05"]
+    """The command line of a sweep over two λ, one with more digits than its folder's name."""
+    points = ["--lmbda", "0.013", "--lmbda", str(LONG)]
     return ["rd-curve", "phase1", "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", *points, *more]
 
 
@@ -111,7 +114,7 @@ def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes],
     assert (runs / "mini" / "rate-distortion.png").is_file()
     found = curves(Records(runs).chains())
     assert list(found) == STAGES
-    assert [point.lmbda for point in found["phase1"]] == [0.013, 0.05]
+    assert [point.lmbda for point in found["phase1"]] == [0.013, LONG]
     assert "phase1 done done steps left – –" in words(CliRunner().invoke(app, sweep(runs, "--plan")).output)
 
 
@@ -134,7 +137,7 @@ def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_
 
 
 def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None:
-    options = ["--from", "0.05", "--from-set", "baseline.schedule.scratch.steps=0"]
+    options = ["--from", str(LONG), "--from-set", "baseline.schedule.scratch.steps=0"]
     command = [*sweep(runs, *options)]
     command[1] = "baseline"
     done = CliRunner().invoke(app, command)

@@ -121,7 +121,8 @@ def test_a_second_run_is_told_who_holds_the_folder(runs: Path, tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with pytest.raises(FolderInUse, match=rf"{chain.folder}: process {holder.pid} on \S+, since 20.* works here"):
+        message = rf"{chain.folder}: process {holder.pid} on \S+, since 20.*, is using this folder; wait for it to end"
+        with pytest.raises(FolderInUse, match=message):
             run_chain(chain)
         holder.kill()
     with held(chain.folder):  # What a dead process left is not in the way.
@@ -135,10 +136,47 @@ def test_sync_sends_what_waits(runs: Path, tmp_path: Path) -> None:
     command = hpcm("sync", "--runs", runs)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "2 entries to send" in done.stdout
+    assert "2 log entries to send" in done.stdout
     client = Store.default(runs).client()
     assert client.get_run(find_run(client, "k")).data.metrics == {"loss": 1.0}
     assert not folder.exists()
+
+
+def waiting_entries(runs: Path, name: str) -> Path:
+    """The folder of a chain that has told MLflow of a run with this key, and could not reach it."""
+    folder = runs / "mini" / name / "outbox"
+    outbox = Outbox(folder, Store("http://127.0.0.1:9"))
+    outbox.run(name, "a run")
+    outbox.close(0)
+    return folder
+
+
+def test_sync_goes_on_after_a_chain_that_is_in_use_or_damaged(runs: Path) -> None:
+    busy, damaged, free = (waiting_entries(runs, name) for name in ("a", "b", "c"))
+    (damaged / "journal.jsonl").write_bytes(b"\xff\n")
+    (busy.parent / "lock").write_text("process 1 on elsewhere, since yesterday,\n")
+    script = "import fcntl, sys, time\n"
+    script += "file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(busy.parent / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        done = CliRunner().invoke(app, ["sync", "--runs", str(runs)])
+        holder.kill()
+    assert done.exit_code == 1
+    assert f"{busy.parent}: process 1 on elsewhere, since yesterday, is using this folder" in done.output
+    assert f"{damaged / 'journal.jsonl'}: line 1 is damaged" in done.output
+    assert busy.exists()
+    assert damaged.exists()
+    assert not free.exists()
+    assert find_run(Store.default(runs).client(), "c")
+
+
+def test_sync_of_no_folder_is_an_error(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["sync", "--runs", str(tmp_path / "nowhere")])
+    assert done.exit_code == 2
+    assert "no such folder" in done.output
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_damaged_identity_is_an_error(runs: Path) -> None:
