@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -17,10 +18,11 @@ def coding_arithmetic(device: torch.device, threads: int) -> Iterator[None]:
     Float32 throughout (no autocast, no TF32, no bfloat16 inside products), deterministic algorithms chosen without
     trials, and `threads` threads: matrix products on a CPU divide their sums by that number.
     """
-    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    backends: Any = torch.backends
+    cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
     # From the general to the special: what is not set for itself follows, and need not be set and put back.
-    precisions = torch.backends, cudnn, cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
-    wanted = [(owner, "fp32_precision", "ieee") for owner in precisions]
+    precisions = backends, cudnn, cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
+    wanted: list[tuple[Any, str, str | bool]] = [(owner, "fp32_precision", "ieee") for owner in precisions]
     wanted += [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     with ExitStack() as settings:
         settings.callback(torch.set_num_threads, torch.get_num_threads())
