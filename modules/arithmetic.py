@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 MOST_THREADS = min(os.cpu_count() or 1, 255)
-"""Of what a file may ask: where threads cannot be had, their library ends the process."""
+"""Upper limit on the thread count a file may request; OpenMP aborts the process if threads cannot be created."""
 
 
 @contextmanager
@@ -17,14 +18,19 @@ def coding_arithmetic(device: torch.device, threads: int) -> Iterator[None]:
     Float32 throughout (no autocast, no TF32, no bfloat16 inside products), deterministic algorithms chosen without
     trials, and `threads` threads: matrix products on a CPU divide their sums by that number.
     """
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    backends: Any = torch.backends
+    cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
+    # From the general to the special: what is not set for itself follows, and need not be set and put back.
+    precisions = backends, cudnn, cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
+    wanted: list[tuple[Any, str, str | bool]] = [(owner, "fp32_precision", "ieee") for owner in precisions]
+    wanted += [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     with ExitStack() as settings:
-        settings.callback(torch.set_num_threads, before[0])
-        settings.callback(torch.set_float32_matmul_precision, before[1])
+        settings.callback(torch.set_num_threads, torch.get_num_threads())
         settings.enter_context(torch.autocast(device.type, enabled=False))
-        settings.enter_context(
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        )
+        for owner, name, value in wanted:
+            before = getattr(owner, name)
+            if before != value:
+                settings.callback(setattr, owner, name, before)
+                setattr(owner, name, value)
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("highest")
         yield

@@ -1,8 +1,16 @@
-"""Windowed cross-attention, the context component that the RWKV cells replace (HPCM, ICCV 2025)."""
+"""Windowed cross-attention, the context component that the RWKV cells replace (HPCM, ICCV 2025), and its absence."""
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+
+class PassThroughCell(nn.Module):
+    """No attention: the new context is the prior's output. A module, so that a migration can watch and replace it."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Both (B, C, H, W); returns x."""
+        return x
 
 
 class CrossAttentionCell(nn.Module):

@@ -216,13 +216,13 @@ class HPCM(CompressionModel):
                     decoded = torch.cat((context, from_rows(y_rows, *size)), dim=1)
                     parameters = prior(adaptors[step.adaptor](decoded), next(adaptive)).to(hyper.dtype)
                     if step is not last:
-                        context = attention(parameters, context).to(hyper.dtype) if attention else parameters
+                        context = attention(parameters, context).to(hyper.dtype)
                 step_scales, means = to_rows(parameters, eighth).index_select(1, step.parameters).chunk(2, dim=1)
                 y_rows = y_rows.index_copy(1, step.local, code(step, step_scales, means))
             context_rows = to_rows(context, eighth)
         return from_rows(y_rows, *size)
 
-    def _components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module | None]:
+    def _components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
         return (
             (self.y_spatial_prior_adaptor_list_s1, self.y_spatial_prior_s1_s2, self.attn_s1),
             (self.y_spatial_prior_adaptor_list_s2, self.y_spatial_prior_s1_s2, self.attn_s2),

@@ -2,16 +2,16 @@
 
 from torch import nn
 
-from modules.attention import CrossAttentionCell
+from modules.attention import CrossAttentionCell, PassThroughCell
 from modules.config import Attention, Fusion, HPCMConfig, Prior
 from modules.priors import DWConvSpatialPrior
 from modules.rwkv import RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
 
 
-def attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module | None:
-    """The attention cell of scale 0, 1 or 2, coarse to fine; None for `none`."""
+def attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module:
+    """The attention cell of scale 0, 1 or 2, coarse to fine."""
     if kind == "none":
-        return None
+        return PassThroughCell()
     if kind == "rwkv":
         return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale], config.mix_rate)
     return CrossAttentionCell(2 * config.M, config.heads, config.windows[scale])

@@ -17,11 +17,8 @@ from torch import Tensor
 from modules import HPCM, HPCMConfig
 from pipeline.errors import UserError
 from pipeline.faults import fault
-from pipeline.transfer import state_digest
 
 FORMAT = "hpcm-checkpoint-2"
-UNSEALED = "hpcm-checkpoint-1"
-"""Written before the metadata had a digest of their own."""
 METADATA_KEY = "hpcm"
 
 
@@ -87,6 +84,21 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values in row-major order, hexadecimal."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of a state dict, hexadecimal; independent of its order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
 def inputs_digest(inputs: Mapping[str, str]) -> str:
     """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
     return text_digest(json.dumps(inputs, sort_keys=True))[:16]
@@ -105,6 +117,15 @@ def check_file(path: Path) -> None:
     """Raise CheckpointError unless there is a file."""
     if not path.is_file():
         raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raise CheckpointError where `target` is `source`, or exists and is not to be overwritten."""
+    if target.exists():
+        if source.exists() and target.samefile(source):
+            raise CheckpointError(f"{target}: would replace the file it is made from; give another name")
+        if not overwrite:
+            raise CheckpointError(f"{target}: exists; --overwrite replaces it")
 
 
 def read(path: Path) -> Checkpoint:
@@ -129,13 +150,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") not in (FORMAT, UNSEALED):
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a checkpoint of this pipeline; "
             f"bring official weights in with `hpcm import {path} baseline.safetensors`"
         )
-    seal = metadata.pop("seal", None)
-    if seal != (_seal(metadata) if metadata["format"] == FORMAT else None):
+    if metadata.pop("seal", None) != _seal(metadata):
         raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
     return metadata
 

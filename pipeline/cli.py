@@ -186,11 +186,13 @@ def bench_biwkv4(
 def import_(
     source: Annotated[Path, typer.Argument(help="An official HPCM checkpoint, such as HPCM-Base_0.013.pth.tar.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    overwrite: codec_cli.Overwrite = False,
 ) -> None:
     """Bring an official `.pth.tar` into this pipeline; the preset is recognised by its tensors."""
-    from pipeline.checkpoints import import_official, publish
+    from pipeline.checkpoints import check_target, import_official, publish
     from pipeline.display import console
 
+    check_target(source, target, overwrite)
     model = import_official(source)
     publish(target, model, {"name": "baseline", "imported_from": source.name})
     console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
@@ -200,11 +202,14 @@ def import_(
 def export(
     source: Annotated[Path, typer.Argument(help="A stage's checkpoint.safetensors.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    overwrite: codec_cli.Overwrite = False,
 ) -> None:
     """Write a checkpoint in half precision, to ship it: half the size, and loaded like any other."""
+    from pipeline.checkpoints import check_target
     from pipeline.display import console
     from pipeline.export import export_half
 
+    check_target(source, target, overwrite)
     export_half(source, target)
     console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
 

@@ -81,7 +81,7 @@ def decompress(
     overwrite: Overwrite = False,
     device: Device = "cpu",
 ) -> None:
-    """Decode `.hpcm` files to PNG, or to the format of the name given with --output."""
+    """Decode `.hpcm` files to PNG, or to the format of the name given with --output: all but JPEG keep every bit."""
     from pipeline import codec_files
 
     conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ SUFFIX = ".hpcm"
 COMPRESSION = (SUFFIXES, SUFFIX)
 DECOMPRESSION = ((SUFFIX,), ".png")
 """Suffixes to read, and the one to write."""
+SAVING: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+"""What keeps a decoded picture as it is, or as near as the format can: Pillow's defaults are for small files."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def decompress_file(codec: ImageCodec, conversion: Conversion) -> CodedImage:
     coded = CodedImage.read(conversion.source)
     pixels = to_8_bits(codec.decode(coded))[0].byte().permute(1, 2, 0).cpu().numpy()
     with replacing(conversion.target) as partial:
-        Image.fromarray(pixels).save(partial, format=form, icc_profile=coded.icc_profile or None)
+        picture = Image.fromarray(pixels)
+        picture.save(partial, format=form, icc_profile=coded.icc_profile or None, **SAVING.get(form, {}))
     return coded
 
 

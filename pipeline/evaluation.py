@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
+from pipeline.errors import UserError
 from pipeline.figures import new_figure, save
 from pipeline.objectives import bits_per_pixel
-
-MS_SSIM_MINIMUM = 161
-"""Pixels that each side of an image must have for five scales of an 11-tap window."""
+from pipeline.schema import MS_SSIM_MINIMUM
 
 NamedImage = tuple[str, Tensor]
+
+
+class EvaluationError(UserError):
+    """An image that the loss is not defined for; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,24 @@ def mean_quality(qualities: Sequence[Quality]) -> Quality:
     )
 
 
-def quality_of(image: Tensor, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:
-    """Compare an image with its reconstruction, both (1, 3, H, W), clipped to [0, 1]."""
-    x_hat = x_hat.clamp(0, 1)
-    mse = _mse(image, x_hat)
-    similarity = float(ms_ssim(x_hat, image, data_range=1.0)) if min(image.shape[2:]) >= MS_SSIM_MINIMUM else None
-    distortion = lmbda * (1 - (similarity or 0.0)) if metric == "ms-ssim" else lmbda * 255**2 * mse
-    return Quality(bpp, psnr_db(image, x_hat), similarity, bpp + distortion)
+def quality_of(named: NamedImage, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:
+    """Compare an image with its reconstruction, both (1, 3, H, W), clipped to [0, 1].
+
+    Raises EvaluationError for an image too small for the metric MS-SSIM.
+    """
+    (name, image), x_hat = named, x_hat.clamp(0, 1)
+    height, width = image.shape[2:]
+    similarity = float(ms_ssim(x_hat, image, data_range=1.0)) if min(height, width) >= MS_SSIM_MINIMUM else None
+    if metric == "mse":
+        distortion = 255**2 * _mse(image, x_hat)
+    elif similarity is not None:
+        distortion = 1 - similarity
+    else:
+        raise EvaluationError(
+            f"{name}: {width}×{height} pixels; 'metric: ms-ssim' needs at least {MS_SSIM_MINIMUM} a side.\n"
+            "  Take the image out of the validation images (data.val), or use 'metric: mse'."
+        )
+    return Quality(bpp, psnr_db(image, x_hat), similarity, bpp + lmbda * distortion)
 
 
 def psnr_db(image: Tensor, x_hat: Tensor) -> float:
@@ -126,11 +140,11 @@ def _mse(image: Tensor, x_hat: Tensor) -> float:
 def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str) -> Quality:
     """Mean quality by the model's own likelihoods, without a bitstream; the model's mode is left as it was."""
     qualities = []
-    for _, image in images:
+    for name, image in images:
         image = image.to(model.means_hyper.device)
         coded = model(image, training=False)
         bpp = float(bits_per_pixel(coded["likelihoods"], image.shape[2] * image.shape[3]))
-        qualities.append(quality_of(image, coded["x_hat"], bpp, lmbda, metric))
+        qualities.append(quality_of((name, image), coded["x_hat"], bpp, lmbda, metric))
     return mean_quality(qualities)
 
 
@@ -160,7 +174,7 @@ def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tu
     x_hat = model.decompress(**coded)["x_hat"].mul(255).round().div(255).cpu()
     decoded = time.perf_counter()
     bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
-    quality = quality_of(image, x_hat, bpp, lmbda, metric)
+    quality = quality_of((name, image), x_hat, bpp, lmbda, metric)
     return ImageResult(name, quality, estimated, encoded - start, decoded - encoded), x_hat
 
 

@@ -16,7 +16,11 @@ class SelectionError(UserError):
 
 
 def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]) -> frozenset[str]:
-    """Names of the parameters that `train` selects: `all`, `new` (the ledger's new tensors), or glob patterns."""
+    """Names of the parameters that `train` selects: `all`, `new` (the ledger's new tensors), or a list.
+
+    An entry of a list is `new`, `rwkv` (parameters of RWKV components) or a glob over names. Raises SelectionError for
+    one that selects nothing.
+    """
     names = [name for name, _ in model.named_parameters()]
     if train == "all":
         return frozenset(names)

@@ -79,8 +79,10 @@ class Align(nn.Module):
         for name, calls in sites.items():
             component = self.model.get_submodule(name)
             for inputs, target in calls:
-                error = (component(*inputs) - target).flatten(1).square().mean(1)
-                errors.append((error / target.flatten(1).var(1).clamp_min(1e-12)).mean())
+                # Autocast leaves both in bfloat16, too coarse for their difference.
+                output, target = (x.to(images.dtype).flatten(1) for x in (component(*inputs), target))
+                error = (output - target).square().mean(1)
+                errors.append((error / target.var(1).clamp_min(1e-12)).mean())
         return {"loss": torch.stack(errors).mean()}
 
 

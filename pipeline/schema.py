@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +25,12 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Problem = tuple[tuple[str | int, ...], str]
+
+PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
+"""What stands for one dotted component in a rename rule."""
+
+MS_SSIM_MINIMUM = 161
+"""Pixels that each side of an image must have for five scales of an 11-tap window."""
 
 # Where the images lie does not matter, which they are does: Photos.digest in pipeline/photos.py says that.
 # The rest decides how a stage is watched and judged, or how fast it runs, not which weights come out.
@@ -48,7 +56,7 @@ class ModelChoice(Section):
     preset: str
     phase: int = Field(ge=0, le=4)
     overrides: dict[str, Any] = {}
-    """Codec fields by name, such as `hidden_rate`; the codec checks them when it is built."""
+    """Codec fields by name, such as `prior_hidden_rate`; the codec checks them when it is built."""
 
 
 class Data(Section):
@@ -85,13 +93,28 @@ class Evaluation(Section):
     """How many of them are kept beside their originals."""
 
 
+def _renaming(rules: dict[str, str]) -> dict[str, str]:
+    for old, new in rules.items():
+        names, targets = PLACEHOLDER.findall(old), PLACEHOLDER.findall(new)
+        problem = ""
+        if set("{}") & set(PLACEHOLDER.sub("", old + new)):
+            problem = "a placeholder is a word in braces, such as {i}"
+        elif len(names) > len(set(names)):
+            problem = "a placeholder stands once on the left"
+        elif unknown := sorted(set(targets) - set(names)):
+            problem = f"{{{unknown[0]}}} is not on the left"
+        if problem:
+            raise ValueError(f"{old!r} → {new!r}: {problem}")
+    return rules
+
+
 class Transfer(Section):
     """How a child starts from its parent."""
 
     initialisation: Literal["function-preserving", "design", "scratch"] = "function-preserving"
     """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
     of the child is random and nothing is copied, to compare a migration with training anew."""
-    rename: dict[str, str] = {}
+    rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
     """Module prefix in the parent → prefix in the child; `{i}` stands for one dotted component."""
 
 
@@ -161,7 +184,10 @@ class Stage(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
-        problems = [*_schedule_problems(self)]
+        problems = _schedule_problems(self)
+        if self.metric == "ms-ssim" and self.data.crop < MS_SSIM_MINIMUM:
+            least = f"'metric: ms-ssim' needs at least {MS_SSIM_MINIMUM} pixels a side, such as 256"
+            problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
         if self.parent is None and self.transfer != Transfer():
             problems.append((("transfer",), "a stage without a parent has nothing to transfer"))
         if problems:
@@ -175,6 +201,8 @@ class Stage(Section):
         data workers and the paths (not the contents: their digest is that of the images) of the data.
         """
         fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
+        for phase in fields["schedule"]:
+            phase["lr"] = list(phase["lr"].items())  # The first that selects a parameter has it.
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

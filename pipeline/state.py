@@ -112,11 +112,12 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimiser_tensors` took."""
+    """Put back what `optimiser_tensors` took, on the parameters' devices: there the fused Adam wants its `step` too."""
     for group in optimiser.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.removesuffix(f"/{name}"): t for key, t in tensors.items() if key.partition("/")[2] == name}
             if state:
                 optimiser.state[parameter] = {
-                    key: t.clone() if t.dim() == 0 else torch.empty_like(parameter).copy_(t) for key, t in state.items()
+                    key: torch.empty_like(t if t.dim() == 0 else parameter, device=parameter.device).copy_(t)
+                    for key, t in state.items()
                 }

@@ -1,6 +1,5 @@
 """Transfer: every tensor of parent and child ends in one class, written in a ledger."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules import HPCM
+from pipeline.checkpoints import codec_tensors, tensor_digest
 from pipeline.errors import UserError
 from pipeline.schema import Transfer
 
@@ -57,7 +57,7 @@ class Ledger:
         return cls(
             tuple(
                 Entry(name, None, tuple(tensor.shape), "initialised", True, tensor_digest(tensor))
-                for name, tensor in sorted(_tensors(model).items())
+                for name, tensor in sorted(codec_tensors(model).items())
             )
         )
 
@@ -79,7 +79,7 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     `rules.initialisation` is `design`; with `scratch` nothing is copied. Raises TransferError where a rule matches
     nothing or shapes disagree.
     """
-    ours, theirs = _tensors(child), _tensors(parent)
+    ours, theirs = codec_tensors(child), codec_tensors(parent)
     sources = _renamed(rules.rename, theirs, ours)
     sources |= {name: name for name in ours if name in theirs and name not in sources}
     if rules.initialisation == "scratch":
@@ -112,26 +112,6 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
 def new_components(parent: HPCM, child: HPCM) -> list[str]:
     """Names of the child's RWKV components that the parent does not have."""
     return [name for name in child.rwkv_components() if name not in parent.rwkv_components()]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values in row-major order, hexadecimal."""
-    values = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def state_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a state dict, hexadecimal; independent of its order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
-    return digest.hexdigest()
-
-
-def _tensors(model: HPCM) -> dict[str, Tensor]:
-    tables = model.coding_table_names()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tables}
 
 
 def _renamed(rules: Mapping[str, str], theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, str]:

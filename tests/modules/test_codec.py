@@ -137,15 +137,15 @@ def test_padding_follows_the_attention_windows() -> None:
 
 def test_phi_context_hands_the_prior_on() -> None:
     model = HPCM(preset_config("phi-context", M=32, N=16, widths=(8, 8, 8)))
-    assert model.attn_s1 is None
     assert not any(name.startswith("attn") for name in model.state_dict())
     assert model(torch.rand(1, 3, 128, 128))["x_hat"].shape == (1, 3, 128, 128)
 
 
 def test_named_constructors_take_overrides() -> None:
     with torch.device("meta"):
-        model = HPCM_Phase4(M=320, N=256)
-    assert model.config == preset_config("base", 4)
+        model = HPCM_Phase4(M=64, N=32)
+    assert model.config == preset_config("base", 4, M=64, N=32)
+    assert model.means_hyper.shape == (1, 32, 1, 1)
 
 
 @pytest.mark.parametrize(

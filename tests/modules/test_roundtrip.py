@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from modules import HPCM, preset_config
+from modules.arithmetic import coding_arithmetic
 from modules.rans import BitstreamError, CodingTables
 from modules.transforms import ImageTransform
 
@@ -75,22 +76,84 @@ def test_a_batch_is_its_images(codecs: dict[int, HPCM], picture: Tensor) -> None
 
 
 @pytest.mark.usefixtures("threads")
-def test_other_threads_and_precisions_around_them_change_nothing(codecs: dict[int, HPCM], picture: Tensor) -> None:
+def test_other_threads_and_autocast_around_them_change_nothing(codecs: dict[int, HPCM], picture: Tensor) -> None:
     model = codecs[4]
     torch.set_num_threads(2)
     coded = model.compress(picture)
     expected = reconstruction(model, picture)
-    precision = torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded = model.decompress(coded["strings"], coded["shape"])["x_hat"]
-        assert torch.get_num_threads() == 1
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = model.decompress(coded["strings"], coded["shape"])["x_hat"]
+    assert torch.get_num_threads() == 1
     assert torch.equal(decoded, expected)
+
+
+PRECISIONS = {
+    "all": torch.backends,
+    "cudnn": torch.backends.cudnn,
+    "cuda.matmul": torch.backends.cuda.matmul,
+    "cudnn.conv": torch.backends.cudnn.conv,
+    "mkldnn.matmul": torch.backends.mkldnn.matmul,
+    "mkldnn.conv": torch.backends.mkldnn.conv,
+}
+
+
+@pytest.fixture
+def precisions() -> Iterator[Callable[[], dict[str, str]]]:
+    """What is set for float32 arithmetic; put back afterwards."""
+
+    def read() -> dict[str, str]:
+        return {name: owner.fp32_precision for name, owner in PRECISIONS.items()}
+
+    before = read()
+    yield read
+    torch.set_float32_matmul_precision("highest")
+    for name, owner in PRECISIONS.items():
+        owner.fp32_precision = before[name]
+
+
+@pytest.mark.parametrize(
+    ("owner", "precision"),
+    [
+        ("all", "tf32"),
+        ("cuda.matmul", "tf32"),
+        ("cudnn.conv", "ieee"),
+        ("mkldnn.matmul", "bf16"),
+        ("mkldnn.conv", "bf16"),
+        ("legacy", "medium"),
+        ("legacy", "highest"),
+    ],
+)
+def test_precisions_around_them_change_nothing_and_stay(
+    owner: str,
+    precision: str,
+    codecs: dict[int, HPCM],
+    picture: Tensor,
+    precisions: Callable[[], dict[str, str]],
+) -> None:
+    model, inside = codecs[4], []
+    coded, expected = model.compress(picture), reconstruction(model, picture)
+    if owner == "legacy":
+        torch.set_float32_matmul_precision(precision)
+    else:
+        PRECISIONS[owner].fp32_precision = precision
+    before = precisions()
+    watching = model.g_s.register_forward_hook(lambda *_: inside.append(precisions()))
+    decoded = model.decompress(coded["strings"], coded["shape"])["x_hat"]
+    watching.remove()
+    assert torch.equal(decoded, expected)
+    assert inside == [dict.fromkeys(PRECISIONS, "ieee")]
+    assert precisions() == before
+    assert owner != "legacy" or torch.get_float32_matmul_precision() == precision
+
+
+def test_precisions_that_follow_the_general_one_still_do(precisions: Callable[[], dict[str, str]]) -> None:
+    for precision in ("tf32", "ieee"):
+        torch.backends.fp32_precision = precision
+        with coding_arithmetic(torch.device("cpu"), torch.get_num_threads()):
+            pass
+        for name in ("cuda.matmul", "mkldnn.matmul", "mkldnn.conv"):
+            assert precisions()[name] == precision
 
 
 def test_arithmetic_that_rounds_differently_is_noticed(codecs: dict[int, HPCM], picture: Tensor) -> None:

@@ -54,15 +54,17 @@ class Soak:
         while sum(self.kills.values()) < kills:
             runs = self.folder / f"chain-{self.chains}"
             workers = WORKERS[self.chains % len(WORKERS)]
-            self._one_chain(runs, _settings(workers), kills)
+            code = self._one_chain(runs, _settings(workers), kills)
             chain = mini_chain(runs, self.stage)
-            found = differences(chain, references[self.chains % len(WORKERS)])
+            reference = references[self.chains % len(WORKERS)]
+            found = [f"exit code {code}"] if code else differences(chain, reference)
             self.different += [f"chain {self.chains}: {line}" for line in found]
             self.chains, self.stages = self.chains + 1, self.stages + len(chain.jobs)
             self.tell()
             shutil.rmtree(runs)
 
-    def _one_chain(self, runs: Path, settings: list[str], kills: int) -> None:
+    def _one_chain(self, runs: Path, settings: list[str], kills: int) -> int:
+        """Run, kill and restart a chain until it ends by itself; returns its exit code."""
         while True:
             enough = sum(self.kills.values()) >= kills
             place = self.draw.choice([*PLACES, "at random", "at random"])
@@ -74,15 +76,11 @@ class Soak:
                 process.join(self.draw.uniform(0, self.longest / 4))
                 process.kill()
             code = exit_code(process, 1200)
-            if code == 0:
-                return
-            if code == KILLED:
-                self.kills[place] += 1
-                if sum(self.kills.values()) % 10 == 0:
-                    self.tell()
-            else:
-                self.different.append(f"chain {self.chains}: exit code {code}")
-                return
+            if code != KILLED:
+                return code
+            self.kills[place] += 1
+            if sum(self.kills.values()) % 10 == 0:
+                self.tell()
 
     def tell(self) -> None:
         """Print the tally."""

@@ -13,6 +13,7 @@ import torch
 from compressai.utils.plot.__main__ import parse_json_file
 from mini import mini_codec
 from PIL import Image, ImageCms
+from PIL.JpegImagePlugin import get_sampling
 from skimage.data import coffee
 
 from modules.bitstream import CodedImage, ImageCodec
@@ -90,11 +91,19 @@ def test_without_a_checkpoint_the_shipped_codec_is_used(tmp_path: Path, monkeypa
 
 
 def test_one_file_to_the_name_given(photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, back = photos / "renamed.hpcm", photos / "back.jpg"
+    target = photos / "renamed.hpcm"
     assert hpcm(monkeypatch, "compress", photos / "one.png", "-o", target, "-c", checkpoint) == 0
-    assert hpcm(monkeypatch, "decompress", target, "-o", back, "-c", checkpoint) == 0
-    with Image.open(back) as image:
-        assert (image.format, image.size) == ("JPEG", (60, 40))
+    decoded = {}
+    for suffix in ("png", "webp", "jpg"):
+        back = photos / f"back.{suffix}"
+        assert hpcm(monkeypatch, "decompress", target, "-o", back, "-c", checkpoint) == 0
+        with Image.open(back) as image:
+            decoded[image.format] = np.asarray(image)
+            if suffix == "jpg":
+                assert get_sampling(image) == 0  # colour in full resolution
+                assert max(image.quantization[0]) < 13  # quality 95
+    assert decoded["PNG"].shape == decoded["JPEG"].shape == (40, 60, 3)
+    assert np.array_equal(decoded["PNG"], decoded["WEBP"])
 
 
 @pytest.mark.parametrize(("source", "name"), [("one.png", "one.jpg"), (".", "all.hpcm")])

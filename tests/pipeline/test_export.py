@@ -1,11 +1,14 @@
 """Checkpoints to ship: half the bytes, weights rounded, loadable like any other."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mini import FOLDER, mini_codec
 
+from modules import HPCM
+from pipeline import cli
 from pipeline.checkpoints import CheckpointError, codec_tensors, load_codec, publish, read_metadata, write
 from pipeline.export import export_half
 from pipeline.recipe import load_recipe
@@ -47,3 +50,32 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"g_a.branch.0.weight holds values beyond"):
         export_half(tmp_path / "large.safetensors", tmp_path / "half.safetensors")
     assert not (tmp_path / "half.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_file_that_exists_is_not_replaced_unasked(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target.safetensors"
+    if command == "export":
+        publish(source, mini_codec(0), {"name": "baseline"})
+    else:
+        torch.save(HPCM.from_preset("tiny").state_dict(), source)
+    target.write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(source)
+    before = source.read_bytes()
+
+    def ends_with(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["hpcm", command, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    assert ends_with(source, target) == 1
+    assert "target.safetensors: exists; --overwrite replaces it" in capsys.readouterr().err
+    assert target.read_bytes() == b"mine"
+    assert ends_with(source, tmp_path / "link", "--overwrite") == 1
+    assert "link: would replace the file it is made from" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    assert ends_with(source, target, "--overwrite") == 0
+    assert load_codec(target).config == (mini_codec(0) if command == "export" else HPCM.from_preset("tiny")).config

@@ -5,9 +5,11 @@ import torch
 from mini import mini_codec, mini_stage
 from torch import Tensor
 
-from modules import HPCM
+from modules import HPCM, preset_config
+from pipeline.evaluation import EvaluationError, estimate, quality_of
 from pipeline.freezing import set_trainable, trainable_names
-from pipeline.objectives import Align, RateDistortion, bits_per_pixel, recorded_calls, training_noise
+from pipeline.objectives import Align, Handover, RateDistortion, bits_per_pixel, recorded_calls, training_noise
+from pipeline.schema import Transfer
 from pipeline.transfer import new_components, transfer_weights
 
 
@@ -37,6 +39,13 @@ def test_ms_ssim_takes_the_place_of_mse() -> None:
     model, images = mini_codec(0), torch.rand(1, 3, 256, 256)
     values = RateDistortion(model, 5.0, "ms-ssim")(images, training_noise(model, (256, 256), 0, [0]))
     torch.testing.assert_close(values["loss"], 5.0 * (1 - values["ms_ssim"]) + values["bpp"])
+
+
+def test_an_image_too_small_for_ms_ssim_is_named() -> None:
+    image = torch.rand(1, 3, 161, 170)
+    assert quality_of(("one.png", image), image, 0.5, 5.0, "ms-ssim").rd_loss == pytest.approx(0.5)
+    with pytest.raises(EvaluationError, match=r"two.png: 170×160 pixels; 'metric: ms-ssim' needs at least 161"):
+        estimate(mini_codec(0), [("two.png", image[:, :, 1:])], 5.0, "ms-ssim")
 
 
 def test_noise_is_a_function_of_seed_and_sample() -> None:
@@ -105,6 +114,36 @@ def test_align_is_zero_where_the_child_agrees_and_falls_where_not(images: Tensor
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_codec_without_attention_aligns_and_hands_over(images: Tensor) -> None:
+    sizes = mini_stage("baseline").model.overrides
+    parent, child = (HPCM(preset_config("phi-context", phase, **sizes)).eval() for phase in (0, 1))
+    transfer_weights(parent.requires_grad_(False), child, Transfer())
+    components = new_components(parent, child)
+    noise = training_noise(parent, (128, 128), 0, range(4))
+    Align(child, parent, components)(images, noise)["loss"].backward()
+    assert any(parameter.grad.any() for parameter in child.attn_s3.parameters())
+    handover = Handover(child, parent, components)
+    with torch.no_grad():
+        assert torch.equal(child(images)["likelihoods"]["y"], parent(images)["likelihoods"]["y"])
+    handover.end()
+
+
+def test_align_compares_in_float32_under_autocast(images: Tensor) -> None:
+    parent, child, _ = migrated(4)
+    objective = Align(child, parent, components := new_components(parent, child))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        loss = objective(images, training_noise(child, (128, 128), 0, range(4)))["loss"]
+        with recorded_calls(parent, components) as sites:
+            parent(images, training=True)
+        pairs = [
+            (child.get_submodule(name)(*inputs).double().flatten(1), target.double().flatten(1))
+            for name, calls in sites.items()
+            for inputs, target in calls
+        ]
+    expected = torch.stack([((a - b).square().mean(1) / b.var(1)).mean() for a, b in pairs]).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("phase", [1, 4])

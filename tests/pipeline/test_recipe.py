@@ -123,6 +123,12 @@ WRONG_VALUES = {
     "schedule.0.train=nwe": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
     "schedule.0.train=[]": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
     "schedule.0.name=a/b": "schedule[0].name: should be a word of letters, digits, - and _",
+    "phase1.transfer.rename={'a.{i}': 'b.{j}'}": "transfer.rename: 'a.{i}' → 'b.{j}': {j} is not on the left",
+    "phase1.transfer.rename={'a.{i}.{i}': 'b.{i}'}": "'a.{i}.{i}' → 'b.{i}': a placeholder stands once on the left",
+    "phase1.transfer.rename={'a.{i}': 'b.{i.x}'}": "'a.{i}' → 'b.{i.x}': a placeholder is a word in braces, such",
+    "phase1.transfer.rename={'a.{0}': b}": "a placeholder is a word in braces",
+    "phase1.transfer.rename={'a.{_leaf}': b}": "a placeholder is a word in braces",
+    "phase1.transfer.rename={'a.{i': b}": "a placeholder is a word in braces",
     "model={}": "model.preset: missing; expected here or in common.yaml",
 }
 MISFITS = {
@@ -134,6 +140,7 @@ MISFITS = {
     "phase1.schedule.0.train=all": "schedule[0].objective: 'align' needs a parent and 'train: new'",
     "baseline.schedule.0.objective=align": "schedule[0].objective: 'align' needs a parent",
     "baseline.transfer.rename={a: b}": "transfer: a stage without a parent has nothing to transfer",
+    "phase1.metric=ms-ssim": "common.yaml:3: data.crop: 64 is too small: 'metric: ms-ssim' needs at least 161 pixels",
     "phase1.parent=basline": "parent: there is no stage 'basline'; did you mean 'baseline'?",
     "phase1.parent={a: 1}": "parent: should be a valid string",
     "baseline.parent=phase1": "the stages go in a circle: baseline → phase1 → baseline",
@@ -276,6 +283,12 @@ def test_the_order_of_keys_does_not_matter_to_the_digest(folder: Path) -> None:
     assert load_recipe(folder).stages["phase1"].digest() == before
 
 
+def test_the_order_of_learning_rates_matters_to_the_digest(folder: Path) -> None:
+    rates = ["{new: 1.0e-3, rwkv: 1.0e-4}", "{rwkv: 1.0e-4, new: 1.0e-3}"]
+    stages = [load_recipe(folder, [f"phase1.schedule.frozen.lr={order}"]).stages["phase1"] for order in rates]
+    assert stages[0].digest() != stages[1].digest()
+
+
 counts = st.integers(1, 10**6)
 rates = st.floats(1e-12, 1.0)
 
@@ -307,7 +320,7 @@ def stages(draw: st.DrawFn) -> dict[str, object]:
         "model": {"preset": "tiny", "phase": draw(st.integers(1, 4))},
         "lmbda": draw(rates),
         "metric": draw(st.sampled_from(["mse", "ms-ssim"])),
-        "data": {"crop": draw(counts), "batch_size": draw(counts), "workers": draw(st.integers(0, 8))},
+        "data": {"crop": draw(st.integers(161, 10**6)), "batch_size": draw(counts), "workers": draw(st.integers(0, 8))},
         "optimiser": {"betas": [0.5, draw(st.floats(0.0, 0.999))], "clip_norm": draw(rates)},
         "precision": draw(st.sampled_from(["no", "bf16"])),
         "seed": draw(st.integers(0, 2**32 - 1)),

@@ -15,7 +15,7 @@ from pipeline.data import TrainingCrops
 from pipeline.interruption import Interruption
 from pipeline.photos import find_images
 from pipeline.schema import Phase, Stage
-from pipeline.state import Progress, StateFolder, TrainingState
+from pipeline.state import Progress, StateFolder, TrainingState, optimiser_tensors, restore_optimiser
 from pipeline.tracking import Run
 from pipeline.trainer import Migration, Trainer, TrainingError, _schedule_factor
 from pipeline.transfer import Ledger
@@ -110,6 +110,42 @@ def test_bf16_trains_through_accelerate(tmp_path: Path) -> None:
     assert dtypes == {torch.bfloat16}
     assert end.progress.bad_steps == 0
     assert not torch.equal(end.model["g_a.branch.0.weight"], before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_resumed_optimiser_continues_bit_for_bit(device: str, tmp_path: Path) -> None:
+    def adam(model: torch.nn.Module) -> torch.optim.Adam:
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return torch.optim.Adam([{"params": parameters, "names": names}], fused=True)
+
+    def step(model: torch.nn.Module, optimiser: torch.optim.Adam) -> None:
+        optimiser.zero_grad()
+        model(torch.ones(1, 4, 8, 8, device=device)).square().sum().backward()
+        optimiser.step()
+
+    model, again = (torch.nn.Conv2d(4, 4, 3).to(device, memory_format=torch.channels_last) for _ in range(2))
+    optimiser = adam(model)
+    step(model, optimiser)
+    states = StateFolder(tmp_path, {})
+    states.save(TrainingState(Progress(), model.state_dict(), optimiser_tensors(optimiser), {}))
+    kept, _ = states.newest()
+    assert kept is not None
+    again.load_state_dict(kept.model)
+    resumed = adam(again)
+    restore_optimiser(resumed, kept.optimiser)
+    step(model, optimiser)
+    step(again, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_all_of_a_resumed_optimiser_is_on_the_parameters_device() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3, 2, device="meta"))
+    optimiser = torch.optim.Adam([{"params": [weight], "names": ["weight"]}])
+    kept = {"step/weight": torch.tensor(7.0), "exp_avg/weight": torch.ones(3, 2), "exp_avg_sq/weight": torch.ones(3, 2)}
+    restore_optimiser(optimiser, kept)
+    assert {name: (state.device.type, state.dtype, state.shape) for name, state in optimiser.state[weight].items()} == {
+        name.partition("/")[0]: ("meta", torch.float32, value.shape) for name, value in kept.items()
+    }
 
 
 @pytest.mark.slow

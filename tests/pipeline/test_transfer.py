@@ -8,10 +8,11 @@ from mini import mini_codec, mini_stage
 from torch import Tensor
 
 from modules import HPCM, preset_config
+from pipeline.checkpoints import state_digest
 from pipeline.objectives import Handover
 from pipeline.recipe import load_recipe
 from pipeline.schema import Transfer
-from pipeline.transfer import TransferError, new_components, state_digest, transfer_weights
+from pipeline.transfer import TransferError, new_components, transfer_weights
 
 
 def pair(phase: int) -> tuple[HPCM, HPCM, Transfer]:
