@@ -16,6 +16,8 @@ All numbers are unsigned and little-endian.
 
 z is the CRC-32 of its symbols, then their range-coded bytes. y is the number of threads that the encoder ran (1 byte),
 the CRC-32 of its symbols and of the tables that they were coded with, and their range-coded bytes (`modules.rans`).
+A symbol of y is coded with the table whose scale is nearest to its own by ratio; the official implementation takes the
+next larger one, which is longer (`modules.coders.table_index`).
 
 What is promised: the same machine and build of PyTorch decode to the encoder's own reconstruction, bit for bit,
 whatever the number of threads. Elsewhere the networks may round differently, and one table chosen differently
