@@ -38,8 +38,7 @@ KINDS = [BASELINE | {k: v for change in CHANGES[: phase + 1] for k, v in change.
 
 
 def full_size(phase: int) -> HPCM:
-    with torch.device("meta"):
-        return HPCM.from_preset("base", phase)
+    return HPCM.on_meta(preset_config("base", phase))
 
 
 def test_imports() -> None:
