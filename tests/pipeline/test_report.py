@@ -33,7 +33,7 @@ def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | Non
     phase = name[-1] if name.startswith("phase") else "4" if name == "lean" else "0"
     return StageRecord(
         name, "FINISHED", 1,
-        {"parent": str(parent), "metric": "mse", "model.phase": phase},
+        {"parent": str(parent), "metric": "mse", "model.preset": "tiny", "model.phase": phase},
         {"final/bpp": bpp, "final/psnr_db": psnr_db, "final/rd_loss": loss},
         {"hpcm.stage": name, "hpcm.checkpoint_digest": name},
         (PhaseRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),
@@ -150,8 +150,6 @@ def test_claims_stand_beside_what_was_measured(made: list[ChainRecord]) -> None:
 
 @pytest.mark.parametrize(("title", "counts"), [("made", True), ("checkpoints", True), ("tiny", False)])
 def test_costs_are_those_of_the_recipes_own_codecs(made: list[ChainRecord], title: str, counts: bool) -> None:
-    for record in made:
-        record.stages[0].parameters["model.preset"] = "tiny"
     found = report._claims(made, curves(made), {(title, "cpu"): cost_of(0.7)})
     assert any(quantity.startswith("time") for quantity in found) is counts
 
