@@ -47,8 +47,7 @@ class Noise(NamedTuple):
 
 @cache
 def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in HPCM(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in HPCM.on_meta(config).state_dict().items()}
 
 
 @register_model("hpcm")
@@ -99,6 +98,12 @@ class HPCM(CompressionModel):
     def from_preset(cls, name: str, phase: int = 0, **overrides: Any) -> "HPCM":
         """Build preset `base`, `large`, `phi-context` or `tiny` at phase 0 (Baseline) to 4, untrained."""
         return cls(preset_config(name, phase, **overrides))
+
+    @classmethod
+    def on_meta(cls, config: HPCMConfig) -> "HPCM":
+        """The codec without its weights' values or memory, for what follows from shapes alone."""
+        with torch.device("meta"):
+            return cls(config).to("meta")  # CompressAI's lower bound heeds no default device.
 
     @staticmethod
     def nearest_config(shapes: Mapping[str, tuple[int, ...]]) -> HPCMConfig:

@@ -135,7 +135,3 @@ def _print(rows: Sequence[Row], device: str, console: Console) -> None:
         "Forward, both (with backward): time over the copy's. Of copy's GB/s: both passes, each by the bytes "
         "it must move. Last four: that contender's time over the op's, forward and, for the running maximum, both."
     )
-
-
-if __name__ == "__main__":
-    bench_biwkv4()

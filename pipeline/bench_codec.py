@@ -92,8 +92,8 @@ class Coded:
     products: float | None = None
 
 
-def bench_codec(model: HPCM, size: tuple[int, int] = (768, 512), rounds: int = 5) -> list[Coded]:
-    """Encode and decode a packaged photograph, scaled to `size` (width, height); prints times and memory.
+def bench_codec(model: HPCM, size: tuple[int, int] = (512, 768), rounds: int = 5) -> list[Coded]:
+    """Encode and decode a packaged photograph, scaled to `size` (height, width); prints times and memory.
 
     In each round encoder, its products, decoder and its products take turns: what else the machine does meets all of
     them. Memory is the whole process's before any products run alone, or what PyTorch took of a GPU's.
@@ -122,7 +122,7 @@ def bench_codec(model: HPCM, size: tuple[int, int] = (768, 512), rounds: int = 5
     return results
 
 
-def _photograph(width: int, height: int) -> Tensor:
+def _photograph(height: int, width: int) -> Tensor:
     pixels = torch.from_numpy(read_image(find_images(None, "val", 1).paths[0]))
     image = pixels.permute(2, 0, 1)[None] / 255
     return F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp(0, 1)

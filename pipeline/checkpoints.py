@@ -187,8 +187,7 @@ def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
         blocks += [*config.prior_blocks, *config.prior_last_blocks]
         if max(blocks) > len(checkpoint.tensors):
             raise ValueError("more blocks than the file has tensors")
-        with torch.device("meta"):
-            sketch = HPCM(config)
+        sketch = HPCM.on_meta(config)
     except Exception as error:  # Of values that no codec has, nearly anything.
         raise CheckpointError(f"{path}: its configuration is of no codec ({error})") from error
     _check_fit(sketch, checkpoint.tensors, path)

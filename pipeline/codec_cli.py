@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from pipeline.errors import UserError
 from pipeline.grids import Grid, number
-from pipeline.options import Device, device_of
+from pipeline.options import Device, device_of, size_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation import ImageResult
 
 SHIPPED = Path(__file__).resolve().parent.parent / "stages" / "evidence" / "weights" / "lean.safetensors"
-"""The codec that comes along; its model card lies beside it."""
+"""The bundled codec; its model card lies beside it."""
 
 Checkpoint = Annotated[
     Path,
@@ -30,7 +29,7 @@ Checkpoint = Annotated[
         "--checkpoint",
         "-c",
         help="The codec: a stage's checkpoint.safetensors.",
-        show_default="the one that comes along",
+        show_default="the bundled one",
     ),
 ]
 Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them.")]
@@ -56,7 +55,7 @@ def compress(
 
     conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite)
     codec = _codec(checkpoint, device)
-    grid = Grid("", ("file", "size", "bytes", "bits/pixel", "PSNR dB", "encode s", "decode s"))
+    grid = Grid("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
         done = codec_files.compress_file(codec, conversion)
@@ -86,7 +85,7 @@ def decompress(
 
     conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
     codec = _codec(checkpoint, device)
-    grid = Grid("", ("file", "size"))
+    grid = Grid("", ("file", "W×H"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
         coded = codec_files.decompress_file(codec, conversion)
@@ -101,7 +100,7 @@ def info(files: Coded) -> None:
     from modules.bitstream import CodedImage
     from pipeline.codec_files import SUFFIX, find
 
-    grid = Grid("", ("file", "size", "bits/pixel", "y", "z", "ICC bytes", "model"))
+    grid = Grid("", ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "model"))
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
@@ -115,12 +114,14 @@ def info(files: Coded) -> None:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="The codec: a stage's checkpoint.safetensors.")],
     pictures: Pictures,
+    checkpoint: Checkpoint = SHIPPED,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
     device: Device = "cpu",
 ) -> None:
     """Encode and decode images for real: bits, PSNR, MS-SSIM and times, of each and on average.
+
+    The bits are those of the coded latents, without an `.hpcm` file's header and ICC profile.
 
     The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` draws it.
     """
@@ -155,7 +156,7 @@ def evaluate(
 def bench_codec(
     preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny; untrained.")] = "base",
     phase: Annotated[int, typer.Option(help="0 (Baseline) to 4.")] = 0,
-    size: Annotated[str, typer.Option(help="Width and height of the image in pixels.")] = "768x512",
+    size: Annotated[str, typer.Option(help="Image size, HEIGHTxWIDTH.")] = "512x768",
     rounds: Annotated[int, typer.Option(min=0, help="Times to measure; 0 for memory alone.")] = 5,
     device: Device = "cpu",
 ) -> None:
@@ -165,15 +166,14 @@ def bench_codec(
     from modules import HPCM
     from pipeline import bench_codec
 
+    pixels = size_of(size)
     torch.manual_seed(0)
-    if not (match := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", size)):
-        raise typer.BadParameter(f"{size!r}: give width and height, as in 768x512")
     try:
         model = HPCM.from_preset(preset, phase).eval()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     model.update()
-    bench_codec.bench_codec(model.to(device_of(device)), (int(match[1]), int(match[2])), rounds)
+    bench_codec.bench_codec(model.to(device_of(device)), pixels, rounds)
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:

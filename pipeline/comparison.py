@@ -1,9 +1,11 @@
 """`hpcm compare`: the cost of several codecs from one interleaved run, kept in MLflow."""
 
 import json
+import os
 import re
 import statistics
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 from modules import HPCMConfig, preset_config
 from pipeline import checkpoints
 from pipeline.costs import CODING, MEMORY, TRAINING, Contender, Note, Size, measure_memory, measure_times
+from pipeline.errors import UserError
 from pipeline.evaluation import macs_per_pixel
 from pipeline.outbox import Outbox
 from pipeline.recipe import Recipe
@@ -27,6 +30,10 @@ FILE = "comparison.json"
 COUNTED_AT = (512, 768)
 """Size at which multiplications are counted."""
 PHASES = ("baseline", "phase1", "phase2", "phase3", "phase4")
+
+
+class ComparisonError(UserError):
+    """Codecs that cannot be compared; the message says why, and what to give instead."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at the peak of an activity; None where it did not fit into memory."""
+    """Bytes at the peak of an activity; None where it ran out of memory, or its process died."""
 
     codec: str
     size: str
@@ -128,21 +135,34 @@ def of_recipe(recipe: Recipe) -> list[Contender]:
 
 
 def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
-    """Published codecs; one finds its parent among them by the name in its lineage. Raises CheckpointError."""
-    found: dict[str, tuple[Path, HPCMConfig, str | None]] = {}
-    for path in paths:
-        metadata = checkpoints.read_metadata(path)
-        if "config" not in metadata:
-            raise checkpoints.CheckpointError(f"{path}: a training state; give the stage's checkpoint.safetensors")
-        name = metadata.get("name", path.stem)
-        if name in found:
-            raise checkpoints.CheckpointError(f"{path}: a second codec named {name!r}, after {found[name][0]}")
-        parent = yaml.safe_load(metadata.get("stage", "{}")).get("parent")
-        found[name] = path, HPCMConfig.from_dict(metadata["config"]), parent
-    return [
-        Contender(name, config, path, found[parent][1] if parent in found else None)
-        for name, (path, config, parent) in found.items()
-    ]
+    """Published codecs by the names of their stages, or by path where several have one name.
+
+    One finds its parent among them by the digest in its lineage, or else by name. Raises CheckpointError for a file
+    that `load_codec` refuses, ComparisonError for one given twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ComparisonError("a checkpoint is given twice; give each once")
+    configs = {path: checkpoints.load_codec(path).config for path in paths}
+    metadata = {path: checkpoints.read_metadata(path) for path in paths}
+    names = {path: metadata[path].get("name", path.stem) for path in paths}
+    parents: dict[str, HPCMConfig] = {}
+    for path, config in configs.items():
+        parents[metadata[path]["digest"]] = config
+        parents.setdefault(names[path], config)
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    found = []
+    for path, config in configs.items():
+        by_name = yaml.safe_load(metadata[path].get("stage", "{}")).get("parent")
+        parent = parents.get(metadata[path].get("inputs", {}).get("parent"), parents.get(by_name))
+        name = _short(path, paths) if names[path] in shared else names[path]
+        found.append(Contender(name, config, path, parent))
+    return found
+
+
+def _short(path: Path, others: Sequence[Path]) -> str:
+    """A path from where all of them part, in characters that MLflow takes in a metric's name."""
+    common = os.path.commonpath([other.resolve().parent for other in others])
+    return re.sub(r"[^\w./ -]", "-", path.resolve().relative_to(common).as_posix())
 
 
 @dataclass(frozen=True)
@@ -164,13 +184,15 @@ class Plan:
 
 
 def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str, note: Note) -> Comparison:
-    """Measure; `note` is told of every step."""
+    """Measure; `note` is told of every step. Raises ComparisonError where nothing fits into memory."""
     kmacs = {}
     for contender in contenders:
         kmacs[contender.name] = macs_per_pixel(contender.config, *COUNTED_AT) / 1000
         note(f"{contender.name}: {kmacs[contender.name]:.1f} kMAC a pixel")
     peaks = _peaks(contenders, plan, device, note) if plan.memory else ()
     samples = measure_times(contenders, plan.activities(), plan.rounds, device, note)
+    if not samples:
+        raise ComparisonError(f"{title}: nothing fits into the memory of {device}; give smaller sizes or fewer codecs")
     first = contenders[0].name
     costs = []
     for (size, activity, codec), times in samples.items():
@@ -193,7 +215,7 @@ def _peaks(contenders: Sequence[Contender], plan: Plan, device: str, note: Note)
                     continue
                 found = measure_memory(contender, size, activity, device)
                 peaks.append(Peak(contender.name, size_name(size), activity, found))
-                shown = "did not fit" if found is None else f"{found / 2**20:.0f} MiB"
+                shown = "no figure: out of memory, or its process died" if found is None else f"{found / 2**20:.0f} MiB"
                 note(f"{size_name(size)} {activity}, memory of {contender.name}: {shown}")
     return peaks
 
@@ -201,14 +223,6 @@ def _peaks(contenders: Sequence[Contender], plan: Plan, device: str, note: Note)
 def size_name(size: Size) -> str:
     """`512×768`, height × width."""
     return f"{size[0]}×{size[1]}"
-
-
-def parse_size(text: str) -> Size:
-    """Read `512x768`, height × width; raises ValueError."""
-    height, _, width = text.lower().replace("×", "x").partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ValueError(f"{text!r}: expected HEIGHTxWIDTH in pixels, such as 512x768")
-    return int(height), int(width)
 
 
 def default_folder(runs: Path, title: str, device: str) -> Path:

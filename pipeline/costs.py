@@ -4,6 +4,7 @@ Activities: `forward` (an evaluation without a bitstream), `encode` and `decode`
 of one image, `frozen` (what a codec has new against its parent) and `unfrozen`.
 """
 
+import re
 import resource
 import statistics
 import sys
@@ -11,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ LMBDA = 0.013
 
 Size = tuple[int, int]
 Note = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,20 @@ class Contender:
         model.update()
         return model
 
-    @property
+    @cached_property
     def activities(self) -> tuple[str, ...]:
-        """What can be measured of it: without a parent there is no frozen phase."""
-        return (*CODING, *(TRAINING if self.parent else TRAINING[1:]))
+        """What can be measured of it: where nothing is new there is no frozen phase."""
+        return (*CODING, *(TRAINING if self.new_names() else TRAINING[1:]))
 
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(parameter.numel() for parameter in _on_meta(self.config).parameters())
+        return sum(parameter.numel() for parameter in HPCM.on_meta(self.config).parameters())
 
     def new_names(self) -> frozenset[str]:
         """What a frozen phase trains: parameters that the parent has not, and all of components that it has not."""
         if self.parent is None:
             return frozenset()
-        child, parent = _on_meta(self.config), _on_meta(self.parent)
+        child, parent = HPCM.on_meta(self.config), HPCM.on_meta(self.parent)
         components = tuple(f"{name}." for name in new_components(parent, child))
         theirs = {name: tensor.shape for name, tensor in parent.named_parameters()}
         return frozenset(
@@ -80,11 +83,6 @@ class Contender:
             for name, tensor in child.named_parameters()
             if theirs.get(name) != tensor.shape or name.startswith(components)
         )
-
-
-def _on_meta(config: HPCMConfig) -> HPCM:
-    with torch.device("meta"):
-        return HPCM(config)
 
 
 class Subject:
@@ -130,15 +128,22 @@ class Subject:
         every = frozenset(name for name, _ in model.named_parameters())
         set_trainable(model, self._new if what == "frozen" else every)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimiser = self._optimisers.setdefault(what, torch.optim.Adam(trained, lr=0.0, fused=True))
+        if what not in self._optimisers:
+            self._optimisers[what] = torch.optim.Adam(trained, lr=0.0, fused=True)
+        try:
+            self._step(trained, self._optimisers[what])
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.requires_grad_(False)
+
+    def _step(self, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+        model = self.model
         noise = training_noise(model, (self.image.shape[2], self.image.shape[3]), 0, [0])
         noise = type(noise)(*(part.to(self.image.device) for part in noise))
         loss = RateDistortion(model, LMBDA, "mse")(self.image, noise)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
-        model.zero_grad(set_to_none=True)
-        model.requires_grad_(False)
 
 
 def photograph(size: Size) -> Tensor:
@@ -155,28 +160,64 @@ def measure_times(
     """Seconds by (size, activity, contender), one value a round.
 
     `sizes` says which activities to measure where. Within a round the contenders follow each other in every activity,
-    so that what else the machine does meets all of them; every other round goes backwards.
+    so that what else the machine does meets all of them; every other round goes backwards. What does not fit into
+    memory is noted and left out.
     """
-    subjects = [Subject(contender, photograph(next(iter(sizes))), device) for contender in contenders]
+    image = photograph(next(iter(sizes)))
+    subjects = []
+    for contender in contenders:
+        subject = within_memory(partial(Subject, contender, image, device))
+        if subject is None:
+            note(f"{contender.name}: out of memory beside the others; its times are left out")
+        else:
+            subjects.append(subject)
     samples: dict[tuple[Size, str, str], list[float]] = {}
     for size, activities in sizes.items():
         image = photograph(size)
         for subject in subjects:
             subject.look_at(image)
-        for number in range(-1, rounds):  # the first is not counted: builds, allocations, caches
-            for activity in activities:
-                for subject in subjects[:: -1 if number % 2 else 1]:
-                    if activity not in subject.contender.activities:
-                        continue
-                    seconds = _repeated(
-                        subject.activity(activity), torch.device(device), SHORTEST if number >= 0 else 0
-                    )
-                    if number >= 0:
-                        samples.setdefault((size, activity, subject.contender.name), []).append(seconds)
-                note(
-                    f"{size[0]}×{size[1]} {activity}: " + (f"round {number + 1} of {rounds}" if number >= 0 else "warm")
-                )
+        samples |= _rounds(subjects, size, activities, rounds, note)
     return samples
+
+
+def _rounds(
+    subjects: Sequence[Subject], size: Size, activities: Sequence[str], rounds: int, note: Note
+) -> dict[tuple[Size, str, str], list[float]]:
+    name = f"{size[0]}×{size[1]}"
+    samples: dict[tuple[Size, str, str], list[float]] = {
+        (size, activity, subject.contender.name): []
+        for activity in activities
+        for subject in subjects
+        if activity in subject.contender.activities
+    }
+    for number in range(-1, rounds):  # the first is not counted: builds, allocations, caches
+        shortest = SHORTEST if number >= 0 else 0
+        for activity in activities:
+            for subject in subjects[:: -1 if number % 2 else 1]:
+                key = size, activity, subject.contender.name
+                if key not in samples:
+                    continue
+                seconds = within_memory(partial(_repeated, subject.activity(activity), subject.image.device, shortest))
+                if seconds is None:
+                    note(f"{name} {activity} of {subject.contender.name}: out of memory; left out")
+                    del samples[key]
+                elif number >= 0:
+                    samples[key].append(seconds)
+            note(f"{name} {activity}: " + (f"round {number + 1} of {rounds}" if number >= 0 else "warm"))
+    return samples
+
+
+def within_memory(call: Callable[[], Result]) -> Result | None:
+    """What a call returns; None where it ran out of memory, the machine's or a GPU's."""
+    try:
+        return call()
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch raises a plain RuntimeError; so do cuBLAS and cuDNN.
+        told = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        if not (told or isinstance(error, MemoryError)):
+            raise
+    torch.cuda.empty_cache()
+    return None
 
 
 def _repeated(call: Callable[[], object], device: torch.device, shortest: float) -> float:
@@ -188,15 +229,15 @@ def _repeated(call: Callable[[], object], device: torch.device, shortest: float)
 
 
 def measure_memory(contender: Contender, size: Size, activity: str, device: str) -> int | None:
-    """Bytes at the peak of an activity, measured in a fresh process; None where that process was killed for them.
+    """Bytes at the peak of an activity, measured in a fresh process; None where it ran out of memory or died.
 
     On a GPU, what PyTorch had allocated there at most. On a CPU, the process's largest resident size less what it was
     before the codec was built, so that Python and PyTorch themselves do not count.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         try:
-            return processes.submit(_peak, contender, size, activity, device).result()
-        except BrokenProcessPool:
+            return within_memory(processes.submit(_peak, contender, size, activity, device).result)
+        except BrokenProcessPool:  # killed by the kernel for its memory, or crashed: nothing tells which
             return None
 
 

@@ -183,7 +183,7 @@ def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> f
 
     Convolutions, matrix products and attention count; the elementwise rest does not.
     """
-    model = HPCM(config).to("meta").eval()
+    model = HPCM.on_meta(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, height, width, device="meta"))
     return counter.get_total_flops() / 2 / (height * width)

@@ -20,6 +20,7 @@ from pipeline.options import (
     ValFolder,
     device_of,
     overrides_of,
+    size_of,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
+    if markdown and as_json:
+        raise typer.BadParameter("give --markdown or --json, not both")
+
     from pipeline import audit_display
     from pipeline.audit import audit as audit_runs
     from pipeline.display import console
@@ -55,7 +59,9 @@ def compare(
     checkpoints: Annotated[
         list[Path] | None, typer.Argument(help="Published codecs, the one to compare with first [default: --preset].")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Every phase of this preset, untrained: tiny, base or large.")] = "tiny",
+    preset: Annotated[
+        str | None, typer.Option(help="Every phase of this preset, untrained: tiny, base or large [default: tiny].")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Instead, every stage of this recipe, untrained.")] = None,
     settings: Settings = None,
     device: Device = "cpu",
@@ -83,7 +89,7 @@ def compare(
     try:
         title, contenders = _contenders(checkpoints, recipe, settings, preset)
         sizes, train_sizes = (
-            tuple(map(comparison.parse_size, given or default))
+            tuple(map(size_of, given or default))
             for given, default in ((size, ("256x256", "512x768", "1024x1536")), (train_size, ("256x256", "512x768")))
         )
     except ValueError as error:
@@ -101,14 +107,14 @@ def compare(
 
 
 def _contenders(
-    checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str
+    checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str | None
 ) -> tuple[str, list[Contender]]:
     """What to call the comparison, and whom to compare; raises ValueError for what cannot be meant together."""
     from pipeline import comparison
     from pipeline.recipe import load_recipe
 
-    if checkpoints and recipe:
-        raise ValueError("give checkpoints or --recipe, not both")
+    if sum(map(bool, (checkpoints, recipe, preset))) > 1:
+        raise ValueError("give one of checkpoints, --recipe and --preset")
     if settings and not recipe:
         raise ValueError("--set changes a recipe: give --recipe as well")
     if checkpoints:
@@ -116,7 +122,8 @@ def _contenders(
     if recipe:
         loaded = load_recipe(recipe, settings or ())
         return " ".join([loaded.name, *(settings or ())]), comparison.of_recipe(loaded)
-    return preset, comparison.of_preset(preset)
+    preset = preset or "tiny"
+    return f"preset {preset}", comparison.of_preset(preset)  # "tiny" alone is the recipe's comparison
 
 
 def rd_curve(

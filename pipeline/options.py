@@ -1,6 +1,7 @@
 """Options that several commands have, and what they mean."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ Baseline = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
 AcceptAnyway = Annotated[bool, typer.Option("--accept-anyway", help="Publish stages that miss their limits.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or one of several GPUs, as in cuda:1.")]
 
 
 def overrides_of(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
@@ -30,6 +31,9 @@ def overrides_of(data: str | None, val: str | None, lmbda: float | None, setting
 
 def device_of(name: str) -> "torch.device":
     """The device of this name; raises BadParameter where there is none."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"--device {name}: give cpu, cuda or cuda:N")
+
     import torch
 
     try:
@@ -40,3 +44,11 @@ def device_of(name: str) -> "torch.device":
     except RuntimeError as error:
         raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width in pixels from `512x768`; raises BadParameter."""
+    found = re.fullmatch("([1-9][0-9]*)[xX×]([1-9][0-9]*)", text)
+    if not found:
+        raise typer.BadParameter(f"{text!r}: expected HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(found[1]), int(found[2])

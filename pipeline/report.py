@@ -161,8 +161,7 @@ def _claims(
     names = {name for chain in chains for name in chain.published}
     if not names & {f"phase{n}" for n in range(1, 5)}:
         return {}
-    preset = next(iter(chains[0].published.values())).parameters["model.preset"]
-    titles = (preset, chains[0].recipe, "checkpoints")
+    titles = (chains[0].recipe, "checkpoints")
     fitting = [cost for (title, _), cost in costs.items() if title in titles and "phase4" in cost.codecs]
     deltas = rate_distortion.deltas(curves, rate_distortion.references(chains))
     found: dict[str, list[Claim]] = {}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from modules import HPCM
+from modules import HPCM, preset_config
 from modules.attention import CrossAttentionCell
 from modules.layers import DWConvRB
 from modules.priors import DWConvSpatialPrior
@@ -37,8 +37,7 @@ KINDS = [BASELINE | {k: v for change in CHANGES[: phase + 1] for k, v in change.
 
 
 def full_size(phase: int) -> HPCM:
-    with torch.device("meta"):
-        return HPCM.from_preset("base", phase)
+    return HPCM.on_meta(preset_config("base", phase))
 
 
 def test_imports() -> None:

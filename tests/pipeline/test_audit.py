@@ -152,6 +152,12 @@ def test_a_root_taken_from_a_file_was_not_trained(finished: tuple[Chain, Notes],
     assert "taken from a file" in list(grids(audited))[1].markdown()
 
 
+def test_one_form_at_a_time(runs: Path) -> None:
+    done = CliRunner().invoke(app, ["audit", "--runs", str(runs), "--json", "--markdown"])
+    assert done.exit_code == 2
+    assert "not both" in done.output
+
+
 def test_nothing_yet(runs: Path) -> None:
     done = CliRunner().invoke(app, ["audit", "--runs", str(runs)])
     assert done.exit_code == 0

@@ -85,6 +85,7 @@ def test_without_a_checkpoint_the_shipped_codec_is_used(tmp_path: Path, monkeypa
     Image.fromarray(coffee()[100:300, 100:400]).save(photo)
     assert hpcm(monkeypatch, "compress", photo) == 0
     assert hpcm(monkeypatch, "decompress", coded, "-o", back) == 0
+    assert hpcm(monkeypatch, "evaluate", photo) == 0
     error = np.asarray(Image.open(photo), dtype=float) - np.asarray(Image.open(back), dtype=float)
     assert 10 * np.log10(255**2 / np.square(error).mean()) > 28
     assert coded.stat().st_size < 300 * 200 / 8  # 1 bit per pixel
@@ -135,10 +136,10 @@ def test_products_are_those_of_the_codec_and_run_alone(capsys: pytest.CaptureFix
         encoding.replay()
     assert again.calls == encoding.calls
 
-    results = bench_codec(model, (64, 64), rounds=1)
+    results = bench_codec(model, (64, 128), rounds=1)
     assert [result.direction for result in results] == ["encode", "decode"]
     assert all(result.seconds and result.products and result.memory for result in results)
-    assert "64×64 pixels on cpu" in capsys.readouterr().out
+    assert "64×128 pixels on cpu" in capsys.readouterr().out
 
 
 def test_beside_the_source_and_nothing_replaced_unasked(
@@ -249,7 +250,7 @@ def test_evaluation_is_what_compressai_plots(
     large = np.random.default_rng(1).integers(0, 256, (170, 180, 3), dtype=np.uint8)
     Image.fromarray(large).save(photos / "large.png")
     output = photos.parent / "mini.json"
-    assert hpcm(monkeypatch, "evaluate", checkpoint, photos, "-o", output) == 0
+    assert hpcm(monkeypatch, "evaluate", photos, "-c", checkpoint, "-o", output) == 0
     printed = capsys.readouterr().out
     written = json.loads(output.read_text())
     assert [image["source"] for image in written["images"]] == ["large.png", "more/turned.jpg", "one.png"]

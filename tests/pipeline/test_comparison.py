@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from typer.testing import CliRunner
 from modules import preset_config
 from pipeline import comparison
 from pipeline.chain import Chain
-from pipeline.checkpoints import CheckpointError, load_codec
+from pipeline.checkpoints import CheckpointError, codec_tensors, load_codec, publish, read_metadata, write
 from pipeline.cli import app
-from pipeline.comparison import Comparison, Contender, Plan
+from pipeline.comparison import Comparison, ComparisonError, Contender, Plan
 from pipeline.comparison_display import grids
-from pipeline.costs import Subject, measure_memory, photograph
+from pipeline.costs import Subject, measure_memory, photograph, within_memory
+from pipeline.evaluation import macs_per_pixel
 from pipeline.outbox import Outbox
 from pipeline.recipe import load_recipe
 from pipeline.records import Records
@@ -96,8 +98,14 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_more_memory_than_there_is_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.costs._peak", killed)
+def out_of_memory(*_: object) -> None:
+    """Fails as PyTorch does on a CPU."""
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("end", [killed, out_of_memory])
+def test_more_memory_than_there_is_gives_no_figure(end: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.costs._peak", end)
     assert measure_memory(contenders(0)[0], (128, 128), "decode", "cpu") is None
 
 
@@ -115,8 +123,90 @@ def test_checkpoints_find_their_parents(finished: tuple[Chain, Notes], tmp_path:
     assert [contender.parent for contender in found] == [None, None, found[1].config]
     ours, theirs = found[2].build("cpu").state_dict(), load_codec(paths[3]).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(CheckpointError, match="a second codec named 'baseline'"):
+    with pytest.raises(ComparisonError, match="given twice"):
         comparison.of_checkpoints([paths[0], paths[0]])
+
+
+def test_checkpoints_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{folder}/phase4.safetensors" for folder in ("λ=1", "2")]
+    for path in paths:
+        publish(path, mini_codec(4), {"name": "phase4"})
+    publish(tmp_path / "baseline.safetensors", mini_codec(0), {"name": "baseline"})
+    found = comparison.of_checkpoints([*paths, tmp_path / "baseline.safetensors"])
+    assert [contender.name for contender in found] == ["λ-1/phase4.safetensors", "2/phase4.safetensors", "baseline"]
+
+
+def test_a_parent_is_found_by_its_digest(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("other", "parent", "child")]
+    for path, phase in zip(paths[:2], (0, 1), strict=True):
+        publish(path, mini_codec(phase), {"name": "parent"})
+    lineage = {"stage": "parent: parent", "inputs": {"parent": read_metadata(paths[1])["digest"]}}
+    publish(paths[2], mini_codec(2), {"name": "child", **lineage})
+    found = comparison.of_checkpoints(paths)
+    assert found[2].parent == found[1].config
+
+
+def test_a_configuration_of_no_codec_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "odd", codec_tensors(mini_codec(0)), {"config": {"M": "many"}})
+    with pytest.raises(CheckpointError, match="odd: its configuration is of no codec"):
+        comparison.of_checkpoints([tmp_path / "odd"])
+
+
+def test_a_codec_like_its_parent_has_no_frozen_step() -> None:
+    config = mini_codec(1).config
+    plan = Plan(sizes=(), train_sizes=((64, 64),), rounds=1, memory=False)
+    found = comparison.compare("mini", [Contender("control1", config, None, config)], plan, "cpu", lambda line: None)
+    assert [cost.activity for cost in found.costs] == ["unfrozen"]
+
+
+def test_what_does_not_fit_is_left_out_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.costs.Subject._decode", out_of_memory)
+    monkeypatch.setattr("pipeline.costs.nn.utils.clip_grad_norm_", out_of_memory)
+    plan = Plan(sizes=((64, 64),), train_sizes=((64, 64),), rounds=1, memory=False)
+    notes: list[str] = []
+    found = comparison.compare("mini", contenders(0, 1), plan, "cpu", notes.append)
+    assert {(cost.codec, cost.activity) for cost in found.costs} == {
+        (codec, activity) for codec in ("phase0", "phase1") for activity in ("forward", "encode")
+    }
+    assert "64×64 decode of phase1: out of memory; left out" in notes
+
+    monkeypatch.setattr("pipeline.costs.Subject", out_of_memory)
+    with pytest.raises(ComparisonError, match="nothing fits into the memory of cpu"):
+        comparison.compare("mini", contenders(0), plan, "cpu", notes.append)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"), [(torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("a bug"), False)]
+)
+def test_only_a_lack_of_memory_is_passed_over(error: Exception, memory: bool) -> None:
+    def fail() -> None:
+        raise error
+
+    with nullcontext() if memory else pytest.raises(RuntimeError, match="a bug"):
+        assert within_memory(fail) is None
+
+
+def test_a_step_that_failed_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.costs.nn.utils.clip_grad_norm_", out_of_memory)
+    subject = Subject(contenders(0)[0], photograph((64, 64)), "cpu")
+    assert within_memory(subject.activity("unfrozen")) is None
+    assert all(p.grad is None and not p.requires_grad for p in subject.model.parameters())
+
+
+def test_an_optimiser_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    adam = torch.optim.Adam
+    monkeypatch.setattr("torch.optim.Adam", lambda *args, **kwargs: built.append(1) or adam(*args, **kwargs))
+    subject = Subject(contenders(0)[0], photograph((64, 64)), "cpu")
+    for _ in range(2):
+        subject.activity("unfrozen")()
+    assert len(built) == 1
+
+
+def test_counting_draws_no_weights() -> None:
+    before = torch.get_rng_state()
+    macs_per_pixel(preset_config("tiny", 4))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_recipe_gives_each_codec_once() -> None:
@@ -167,6 +257,11 @@ def test_a_comparison_kept_elsewhere_is_sent_by_sync(
         ("--preset", "huge", "unknown preset"),
         ("--device", "cuda", "no CUDA device"),
         ("--set", "seed=1", "give --recipe as well"),
+        ("--preset=tiny", "--recipe=tiny", "give one of checkpoints"),
+        ("--preset=tiny", "baseline.safetensors", "give one of checkpoints"),
+        ("--device", "xpu", "give cpu, cuda or cuda:N"),
+        ("--device", "hpu", "give cpu, cuda or cuda:N"),
+        ("--device", "meta", "give cpu, cuda or cuda:N"),
     ],
 )
 def test_what_cannot_be_measured_is_named(

@@ -13,7 +13,7 @@ from PIL import Image
 from test_chain import STAGES
 from typer.testing import CliRunner
 
-from pipeline import comparison, gains_figure
+from pipeline import comparison, gains_figure, report
 from pipeline.acceptance import judge
 from pipeline.chain import Chain
 from pipeline.cli import app
@@ -36,7 +36,7 @@ def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | Non
     phase = name[-1] if name.startswith("phase") else "4" if name == "lean" else "0"
     return StageRecord(
         name, "FINISHED", 1,
-        {"parent": str(parent), "metric": "mse", "model.phase": phase},
+        {"parent": str(parent), "metric": "mse", "model.preset": "tiny", "model.phase": phase},
         {"final/bpp": bpp, "final/psnr_db": psnr_db, "final/rd_loss": loss},
         {"hpcm.stage": name, "hpcm.checkpoint_digest": name},
         (PhaseRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),
@@ -129,7 +129,7 @@ def cost_of(ratio: float) -> Comparison:
     ]
     counts = {"baseline": 10, "phase4": 20}
     kmacs = {"baseline": 1.0, "phase4": 2.0}
-    return Comparison("tiny", "cpu", "a machine", "2", 3, False, counts, kmacs, (*costs,), (*peaks,))
+    return Comparison("mini", "cpu", "a machine", "2", 3, False, counts, kmacs, (*costs,), (*peaks,))
 
 
 def test_claims_stand_beside_what_was_measured(made: list[ChainRecord]) -> None:
@@ -149,6 +149,12 @@ def test_claims_stand_beside_what_was_measured(made: list[ChainRecord]) -> None:
     assert phase4["psnr, at λ = 0.013"].measured.mean > 0
     assert found["time, training step at 512×768", 1].measured is None
     assert found["time, training step at 512×768", 1].holds is None
+
+
+@pytest.mark.parametrize(("title", "counts"), [("made", True), ("checkpoints", True), ("tiny", False)])
+def test_costs_are_those_of_the_recipes_own_codecs(made: list[ChainRecord], title: str, counts: bool) -> None:
+    found = report._claims(made, curves(made), {(title, "cpu"): cost_of(0.7)})
+    assert any(quantity.startswith("time") for quantity in found) is counts
 
 
 def test_what_had_fewer_steps_is_no_fair_reference() -> None:
@@ -239,7 +245,7 @@ def test_the_page_holds_everything_and_needs_nothing(finished: tuple[Chain, Note
     assert page.open == []
     assert page.headings == [
         "Recipe mini", "Expected and measured", "Rate and distortion", "Stages", "What a migration costs on its way",
-        "Training", "Reconstructions", "Lineage", "Cost", "tiny on a machine",
+        "Training", "Reconstructions", "Lineage", "Cost", "mini on a machine",
     ]  # fmt: skip
     assert len(page.sources) == 3 + 1 + 2 * 2
     assert all(source.startswith("data:image/") for source in page.sources)
@@ -249,7 +255,7 @@ def test_the_page_holds_everything_and_needs_nothing(finished: tuple[Chain, Note
         assert digest is not None
         assert digest[:12] in text
     drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
-    assert drawn == {"mini-rate-distortion.png", "mini-training-0.013-seed-0.png", "cost-tiny-cpu.png"}
+    assert drawn == {"mini-rate-distortion.png", "mini-training-0.013-seed-0.png", "cost-mini-cpu.png"}
 
 
 def test_the_same_store_gives_the_same_page(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
