@@ -47,7 +47,8 @@ audit: $(READY) ## say what each stage changed, and verify the files
 report: $(READY) ## write runs/report/report.html from MLflow's store
 	$(BIN)/hpcm report $(ARGS)
 
-ui: $(READY) ## open MLflow's pages on http://127.0.0.1:5000
+ui: $(READY) ## serve MLflow's pages; says where the runs are, since the first page is for language models
+	@echo "runs: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}
 
 test: $(READY) ## run the tests, but for the slow ones

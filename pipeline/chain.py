@@ -17,6 +17,7 @@ from pipeline.job import StageJob, Workplace
 from pipeline.lock import held
 from pipeline.outbox import PATIENCE, Outbox
 from pipeline.photos import find_images
+from pipeline.precheck import check_stages
 from pipeline.schema import Stage
 from pipeline.stage import StageRun
 from pipeline.tracking import EndState, Run, Store
@@ -79,6 +80,7 @@ class Chain:
 
     def plan(self) -> list[Planned]:
         """Where every stage stands, root first; raises what reading its inputs raises."""
+        check_stages(self.jobs)
         planned: list[Planned] = []
         for job in self.jobs:
             before = planned[-1] if planned else None
@@ -219,7 +221,6 @@ def _end_state(error: BaseException) -> EndState:
 
 def _status_of(job: StageJob, before: Planned | None) -> Planned:
     """Where a stage stands; `before` is its parent's plan where that has not been run yet."""
-    _ = job.config  # settings that no codec has are an error before anything runs
     exists = job.record.is_file() and job.checkpoint.is_file()
     if before is not None and before.status != "done":
         status: Status = "stale" if exists else "missing"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -120,7 +121,9 @@ def check_file(path: Path) -> None:
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raise CheckpointError where `target` is `source`, or exists and is not to be overwritten."""
+    """Raise CheckpointError where `target` is `source`, exists and is not to be overwritten, or is no .safetensors."""
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: give a name that ends in .safetensors, by which it is known later")
     if target.exists():
         if source.exists() and target.samefile(source):
             raise CheckpointError(f"{target}: would replace the file it is made from; give another name")
@@ -233,6 +236,11 @@ def import_official(source: Path) -> HPCM:
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # Of a damaged pickle, torch may raise anything.
+        start = source.open("rb").read(4)
+        if start == b"PK\3\4" and not zipfile.is_zipfile(source):
+            raise CheckpointError(f"{source}: truncated after {source.stat().st_size} bytes; copy it again") from error
+        if start != b"PK\3\4" and start[:1] != b"\x80":
+            raise CheckpointError(f"{source}: not a PyTorch checkpoint") from error
         raise CheckpointError(
             f"{source}: holds more than tensors, or is damaged; refused, because loading it could run code.\n"
             "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."

@@ -132,6 +132,8 @@ def evaluate(
 
     found = find(pictures, SUFFIXES)
     if output:
+        if output.is_dir():
+            raise typer.BadParameter(f"{output}: a folder; give the JSON file to write")
         output.parent.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     model = _codec(checkpoint, device).model
     results: list[ImageResult] = []

@@ -19,6 +19,8 @@ EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
 }
 """What the design expects of Phases 1 to 4 against the Baseline, in per cent and dB; its authors never measured it."""
 COMPARED_AT = "512×768"
+TANGENT_REACH = 1.0
+"""dB of PSNR up to which a tangent says what the curve does."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Gain:
     psnr_db: Spread
     loss: Spread
     rate_percent: Spread | None
-    """Of the reference's rate, at equal PSNR; None where the slope is not known."""
+    """Of the reference's rate, at equal PSNR; None where the slope is not known, or PSNR too far off."""
     psnr_at_equal_rate: Spread | None
     """dB."""
 
@@ -108,7 +110,9 @@ def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float
         assert spread is not None  # there is a pair
         return spread
 
-    if slope is None and metric == "mse":
+    if any(abs(ours.psnr_db - theirs.psnr_db) > TANGENT_REACH for ours, theirs in pairs):
+        slope = None
+    elif slope is None and metric == "mse":
         slope = over_seeds(lambda a, b: _slope_at_optimum(b, chains[0].lmbda)).mean
     return Gain(
         name, reference,

@@ -13,9 +13,8 @@ import torch
 from modules import HPCM
 from pipeline import checkpoints
 from pipeline.acceptance import judge
-from pipeline.checkpoints import codec_tensors
+from pipeline.checkpoints import CheckpointError, codec_tensors
 from pipeline.data import TrainingCrops, validation_images
-from pipeline.errors import UserError
 from pipeline.evaluation import (
     Evaluation,
     NamedImage,
@@ -29,15 +28,12 @@ from pipeline.evaluation import (
 )
 from pipeline.faults import fault
 from pipeline.job import CODE_VERSION, StageJob, Workplace
+from pipeline.precheck import StageError
 from pipeline.schema import Phase, Transfer
 from pipeline.state import Progress, TrainingState
 from pipeline.tracking import Run
 from pipeline.trainer import Migration, Trainer
 from pipeline.transfer import Ledger, new_components, transfer_weights
-
-
-class StageError(UserError):
-    """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
 
 
 class StageRun:
@@ -50,8 +46,19 @@ class StageRun:
         self.inputs = job.inputs()
         self.train_photos, self.val_photos = job.train_photos, job.val_photos
         self.states = job.states
-        self.parent = checkpoints.load_codec(job.parent) if job.parent else None
         self.device = workplace.interruption.accelerator.device
+
+    @cached_property
+    def parent(self) -> HPCM | None:
+        """The codec that the stage grows from; raises StageError where its file is damaged."""
+        if self.job.parent is None:
+            return None
+        try:
+            return checkpoints.load_codec(self.job.parent)
+        except CheckpointError as error:
+            raise StageError(
+                f"{error}.\n  MLflow keeps a copy of it; or build it again: hpcm run {self.stage.parent} --force"
+            ) from error
 
     @cached_property
     def images(self) -> list[NamedImage]:
@@ -100,7 +107,6 @@ class StageRun:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
         child = HPCM(self.job.config)
-        self._check_crop(child)
         state, passed_over = self.states.newest()
         for line in passed_over:
             self.workplace.watcher.note(line)
@@ -116,14 +122,6 @@ class StageRun:
         trainer.run, trainer.watcher = self.run, self.workplace.watcher
         trainer.on_phase_end = lambda phase, progress: self._validate(child, phase, progress)
         return child, trainer.train(self.states, state)
-
-    def _check_crop(self, child: HPCM) -> None:
-        for model in (child, *([self.parent] if self.parent else [])):
-            if self.stage.data.crop % model.downsampling_factor:
-                raise StageError(
-                    f"{self.stage.name}: data.crop = {self.stage.data.crop} must be a multiple of "
-                    f"{model.downsampling_factor}, which the codec's hierarchy and attention windows need"
-                )
 
     def _begin(self, child: HPCM) -> TrainingState:
         """Transfer, and compare child and parent before the first step."""
@@ -203,8 +201,9 @@ class StageRun:
         if verdict == "refused":
             raise StageError(
                 f"{self.stage.name}: not accepted against its parent: {'; '.join(refusal)}.\n"
-                "  The trained state is kept. Train longer, relax `accept` in the recipe (or --set accept.…=), "
-                "or publish it as it is with --accept-anyway."
+                "  The trained state is kept: relax `accept` in the recipe (or --set "
+                f"{self.stage.name}.accept.…=), or publish it as it is with --accept-anyway. "
+                "A longer schedule trains the stage again from its parent."
             )
         for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
             save_comparison(self.job.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)

@@ -193,7 +193,8 @@ class _PhaseRun:
             raise TrainingError(
                 f"{self.stage.name}/{self.phase.name}: {progress.consecutive_bad} steps in a row had a loss or "
                 f"gradient that is not finite, up to step {progress.step}. The last good state is kept in "
-                f"{self.states.folder}; lower the learning rate or look at the data, then run the same command."
+                f"{self.states.folder}; look at the data, then run the same command; "
+                "or lower the learning rate, with which the stage begins again."
             )
 
     def _watch_loss(self, loss: float) -> tuple[list[float], bool]:

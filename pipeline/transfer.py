@@ -80,6 +80,28 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     nothing or shapes disagree.
     """
     ours, theirs = codec_tensors(child), codec_tensors(parent)
+    sources = tensors_to_copy(parent, child, rules)
+    new = new_tensors(parent, child, sources)
+    if rules.initialisation == "function-preserving":
+        for name in new_components(parent, child):
+            child.rwkv_components()[name].start_as_identity()
+    with torch.no_grad():
+        for name, source in sources.items():
+            ours[name].copy_(theirs[source])
+
+    entries = []
+    for name, tensor in ours.items():
+        origin = sources.get(name)
+        kind: Class = "initialised" if origin is None else "copied" if origin == name else "renamed"
+        entries.append(Entry(name, origin, tuple(tensor.shape), kind, name in new, tensor_digest(tensor)))
+    for name in theirs.keys() - set(sources.values()):
+        entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", False, tensor_digest(theirs[name])))
+    return Ledger(tuple(sorted(entries, key=lambda entry: entry.name)))
+
+
+def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str]:
+    """Child's name → parent's name of every tensor that is transferred; raises what `transfer_weights` raises."""
+    ours, theirs = codec_tensors(child), codec_tensors(parent)
     sources = _renamed(rules.rename, theirs, ours)
     sources |= {name: name for name in ours if name in theirs and name not in sources}
     if rules.initialisation == "scratch":
@@ -90,23 +112,13 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
                 f"{name} has shape {list(ours[name].shape)} in the child but {list(theirs[source].shape)} "
                 f"as {source} in the parent: the stage's model settings must agree where it keeps a component"
             )
-    components = new_components(parent, child)
-    if rules.initialisation == "function-preserving":
-        for name in components:
-            child.rwkv_components()[name].start_as_identity()
-    with torch.no_grad():
-        for name, source in sources.items():
-            ours[name].copy_(theirs[source])
+    return sources
 
-    entries = []
-    for name, tensor in ours.items():
-        origin = sources.get(name)
-        kind: Class = "initialised" if origin is None else "copied" if origin == name else "renamed"
-        new = kind != "copied" or name.startswith(tuple(f"{component}." for component in components))
-        entries.append(Entry(name, origin, tuple(tensor.shape), kind, new, tensor_digest(tensor)))
-    for name in theirs.keys() - set(sources.values()):
-        entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", False, tensor_digest(theirs[name])))
-    return Ledger(tuple(sorted(entries, key=lambda entry: entry.name)))
+
+def new_tensors(parent: HPCM, child: HPCM, sources: Mapping[str, str]) -> frozenset[str]:
+    """The child's tensors that a frozen phase trains: not copied, or of a component that the parent does not have."""
+    components = tuple(f"{component}." for component in new_components(parent, child))
+    return frozenset(name for name in codec_tensors(child) if sources.get(name) != name or name.startswith(components))
 
 
 def new_components(parent: HPCM, child: HPCM) -> list[str]:

@@ -217,6 +217,35 @@ def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chai
     run_chain(mini_chain(runs, "phase1", change), accept_anyway=False)  # By the parent's own loss it is far worse.
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("phase2.schedule.frozen.lr={neww: 1.0e-3}", "phase2: frozen: lr: 'neww' selects no trainable parameter"),
+        ("phase3.schedule.frozen.train=[nothing.*]", "phase3: frozen: train: 'nothing.*' matches no parameter"),
+        ("phase1.transfer.rename={attn_s9: attn_s3}", "phase1: transfer.rename: 'attn_s9' matches no tensor"),
+        ("phase4.model.overrides.N=16", r"phase4: .* has shape \[1, 16.* in the child but \[1, 8.* in the parent"),
+        ("phase2.data.crop=100", "phase2: data.crop = 100 must be a multiple of 128"),
+    ],
+)
+def test_mistakes_in_later_stages_are_told_before_anything_runs(runs: Path, setting: str, message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        mini_chain(runs, "phase4", [setting]).plan()
+
+
+def test_a_damaged_parent_ends_its_childs_run_and_says_what_to_do(
+    finished: tuple[Chain, Notes], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0].runs, tmp_path / "runs")
+    chain = mini_chain(tmp_path / "runs", "phase1")
+    shutil.rmtree(chain.jobs[1].folder)
+    content = bytearray(chain.jobs[0].checkpoint.read_bytes())
+    content[-1] ^= 1
+    chain.jobs[0].checkpoint.write_bytes(content)
+    with pytest.raises(StageError, match=r"do not match their digest; .*(?s:.*)hpcm run baseline --force"):
+        run_chain(chain)
+    assert all(run.info.status != "RUNNING" for run in runs_of(chain)[1])
+
+
 def test_images_are_looked_for_once_in_a_chain(finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
 

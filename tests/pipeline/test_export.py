@@ -62,7 +62,7 @@ def test_a_file_that_exists_is_not_replaced_unasked(
     else:
         torch.save(HPCM.from_preset("tiny").state_dict(), source)
     target.write_bytes(b"mine")
-    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "link.safetensors").symlink_to(source)
     before = source.read_bytes()
 
     def ends_with(*arguments: object) -> int:
@@ -74,8 +74,8 @@ def test_a_file_that_exists_is_not_replaced_unasked(
     assert ends_with(source, target) == 1
     assert "target.safetensors: exists; --overwrite replaces it" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
-    assert ends_with(source, tmp_path / "link", "--overwrite") == 1
-    assert "link: would replace the file it is made from" in capsys.readouterr().err
+    assert ends_with(source, tmp_path / "link.safetensors", "--overwrite") == 1
+    assert "link.safetensors: would replace the file it is made from" in capsys.readouterr().err
     assert source.read_bytes() == before
     assert ends_with(source, target, "--overwrite") == 0
     assert load_codec(target).config == (mini_codec(0) if command == "export" else HPCM.from_preset("tiny")).config

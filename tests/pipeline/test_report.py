@@ -114,6 +114,14 @@ def test_of_one_lmbda_the_loss_gives_the_slope(made: list[ChainRecord]) -> None:
     assert gain.psnr_at_equal_rate.mean == pytest.approx(0.01 * slope, rel=1e-3)
 
 
+def test_what_is_far_from_its_reference_has_no_rate_at_its_psnr() -> None:
+    alone = [chain(0.013, 0, stage("baseline", 0.013, 0.5, 32, None), stage("control1", 0.013, 0.5, 30),
+                   stage("phase1", 0.013, 0.4, 32))]  # fmt: skip
+    (gain,) = gains(alone)
+    assert gain.loss.mean < 0
+    assert (gain.rate_percent, gain.psnr_at_equal_rate) == (None, None)
+
+
 def cost_of(ratio: float) -> Comparison:
     """A comparison in which Phase 4 takes this many times the Baseline's time, and half its memory."""
     codecs = {"baseline": 1.0, "phase4": ratio}
