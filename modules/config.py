@@ -107,6 +107,13 @@ def preset_config(name: str, phase: int = 0, **overrides: Any) -> HPCMConfig:
     return replace(PRESETS[name], **{**replaced, **_known(overrides)})
 
 
+def preset_of(config: HPCMConfig) -> tuple[str, int]:
+    """Preset and phase of a configuration; raises StopIteration for one with overrides."""
+    every = ((name, phase) for name in PRESETS for phase in range(len(_PHASES)))
+    return next(found for found in every if preset_config(*found) == config)
+
+
+
 def _known(values: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(HPCMConfig)]
     for key in values:

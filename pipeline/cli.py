@@ -189,13 +189,16 @@ def import_(
     overwrite: codec_cli.Overwrite = False,
 ) -> None:
     """Bring an official `.pth.tar` into this pipeline; the preset is recognised by its tensors."""
+    from modules.config import preset_of
     from pipeline.checkpoints import check_target, import_official, publish
     from pipeline.display import console
 
     check_target(source, target, overwrite)
     model = import_official(source)
+    preset, phase = preset_of(model.config)
     publish(target, model, {"name": "baseline", "imported_from": source.name})
-    console.print(f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
 
 
 @app.command()
