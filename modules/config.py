@@ -113,7 +113,6 @@ def preset_of(config: HPCMConfig) -> tuple[str, int]:
     return next(found for found in every if preset_config(*found) == config)
 
 
-
 def _known(values: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(HPCMConfig)]
     for key in values:

@@ -110,7 +110,7 @@ def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float
         assert spread is not None  # there is a pair
         return spread
 
-    if any(abs(ours.psnr_db - theirs.psnr_db) > TANGENT_REACH for ours, theirs in pairs):
+    if over_seeds(lambda a, b: abs(a.psnr_db - b.psnr_db)).mean > TANGENT_REACH:
         slope = None
     elif slope is None and metric == "mse":
         slope = over_seeds(lambda a, b: _slope_at_optimum(b, chains[0].lmbda)).mean
