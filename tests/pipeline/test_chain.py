@@ -214,7 +214,9 @@ def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chai
     runs = tmp_path / "runs"
     shutil.copytree(finished[0].folder, runs / "mini" / "lmbda-0.05")
     change = ["phase1.lmbda=0.05", "phase1.schedule=[]", "phase1.accept.rd_loss_change=0.5"]
-    run_chain(mini_chain(runs, "phase1", change), accept_anyway=False)  # By the parent's own loss it is far worse.
+    chain = mini_chain(runs, "phase1", change)
+    run_chain(chain, accept_anyway=False)  # By the parent's own loss it is far worse.
+    assert chain.jobs[1].checkpoint.is_file()
 
 
 @pytest.mark.parametrize(
