@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from pipeline.faults import fault
 
 FORMAT = "hpcm-checkpoint-2"
 METADATA_KEY = "hpcm"
+LONGEST_ZIP_END = 22 + 2**16
+"""Bytes at the end of a zip archive that its last record, with a comment, lies within."""
 
 
 class CheckpointError(UserError):
@@ -236,11 +237,8 @@ def import_official(source: Path) -> HPCM:
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # Of a damaged pickle, torch may raise anything.
-        start = source.open("rb").read(4)
-        if start == b"PK\3\4" and not zipfile.is_zipfile(source):
-            raise CheckpointError(f"{source}: truncated after {source.stat().st_size} bytes; copy it again") from error
-        if start != b"PK\3\4" and start[:1] != b"\x80":
-            raise CheckpointError(f"{source}: not a PyTorch checkpoint") from error
+        if kind := _no_checkpoint(source):
+            raise CheckpointError(f"{source}: {kind}") from error
         raise CheckpointError(
             f"{source}: holds more than tensors, or is damaged; refused, because loading it could run code.\n"
             "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."
@@ -255,6 +253,18 @@ def import_official(source: Path) -> HPCM:
     model = HPCM(HPCM.nearest_config({name: tuple(value.shape) for name, value in tensors.items()}))
     load_weights(model, tensors, source)
     return model
+
+
+def _no_checkpoint(source: Path) -> str:
+    """What a file is that is neither a whole zip archive nor a pickle; empty if it may be one."""
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, size - LONGEST_ZIP_END))
+        end = file.read()
+    if start == b"PK\3\4":
+        return "" if b"PK\5\6" in end else f"truncated after {size} bytes; copy it again"
+    return "" if start[:1] == b"\x80" else "not a PyTorch checkpoint"
 
 
 def publish(path: Path, model: HPCM, lineage: Mapping[str, Any]) -> None:

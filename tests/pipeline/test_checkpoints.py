@@ -218,3 +218,14 @@ def test_metadata_is_readable_by_anyone(published: tuple[Path, HPCM]) -> None:
     metadata = json.loads(json.loads(header[8 : 8 + length])["__metadata__"]["hpcm"])
     assert metadata["config"]["M"] == model.config.M
     assert metadata["name"] == "phase4"
+
+
+def test_what_is_no_official_checkpoint_is_told_apart(tmp_path: Path) -> None:
+    whole, cut, text = (tmp_path / name for name in ("whole.pth.tar", "cut.pth.tar", "notes.txt"))
+    torch.save(mini_codec(0).state_dict(), whole)
+    cut.write_bytes(whole.read_bytes()[:5000])
+    text.write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match="cut.pth.tar: truncated after 5000 bytes"):
+        import_official(cut)
+    with pytest.raises(CheckpointError, match="notes.txt: not a PyTorch checkpoint"):
+        import_official(text)
