@@ -225,7 +225,7 @@ def test_what_is_no_official_checkpoint_is_told_apart(tmp_path: Path) -> None:
     torch.save(mini_codec(0).state_dict(), whole)
     cut.write_bytes(whole.read_bytes()[:5000])
     text.write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match="cut.pth.tar: truncated after 5000 bytes"):
+    with pytest.raises(CheckpointError, match=r"cut.pth.tar: truncated after 5000 bytes"):
         import_official(cut)
-    with pytest.raises(CheckpointError, match="notes.txt: not a PyTorch checkpoint"):
+    with pytest.raises(CheckpointError, match=r"notes.txt: not a PyTorch checkpoint"):
         import_official(text)
