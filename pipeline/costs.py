@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from modules import HPCM, HPCMConfig
-from pipeline.checkpoints import load_codec
+from pipeline.checkpoints import codec_tensors, load_codec
 from pipeline.freezing import set_trainable
 from pipeline.objectives import RateDistortion, training_noise
 from pipeline.photos import find_images, read_image
 from pipeline.timing import timed
-from pipeline.transfer import new_components
+from pipeline.transfer import new_tensors
 
 CODING = ("forward", "encode", "decode")
 TRAINING = ("frozen", "unfrozen")
@@ -76,13 +76,9 @@ class Contender:
         if self.parent is None:
             return frozenset()
         child, parent = HPCM.on_meta(self.config), HPCM.on_meta(self.parent)
-        components = tuple(f"{name}." for name in new_components(parent, child))
-        theirs = {name: tensor.shape for name, tensor in parent.named_parameters()}
-        return frozenset(
-            name
-            for name, tensor in child.named_parameters()
-            if theirs.get(name) != tensor.shape or name.startswith(components)
-        )
+        theirs = {name: tensor.shape for name, tensor in codec_tensors(parent).items()}
+        kept = {name: name for name, tensor in codec_tensors(child).items() if theirs.get(name) == tensor.shape}
+        return new_tensors(parent, child, kept)
 
 
 class Subject:
