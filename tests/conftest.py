@@ -1,6 +1,4 @@
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see pipeline/__init__.py
 
@@ -8,10 +6,6 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
-
-GOLDENS = Path(__file__).parent / "goldens"
-sys.path.insert(0, str(GOLDENS))
-
 
 settings.register_profile("hpcm", deadline=None)  # How long an example takes depends on what else the machine does.
 settings.load_profile("hpcm")

@@ -42,10 +42,10 @@ def full_size(phase: int) -> HPCM:
 
 def test_imports() -> None:
     import modules
-    import pipeline.cli
+    import pipeline.commands.main
 
     assert all(hasattr(modules, name) for name in modules.__all__)
-    commands = {command.name or command.callback.__name__ for command in pipeline.cli.app.registered_commands}
+    commands = {command.name or command.callback.__name__ for command in pipeline.commands.main.app.registered_commands}
     assert {"run", "plan", "import", "audit"} <= commands
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from mini import Notes, mini_chain, run_chain
 
-from pipeline.chain import Chain
-from pipeline.tracking import Store
+from pipeline.chain.chain import Chain
+from pipeline.tracking.store import Store
 
 
 @pytest.fixture(scope="session")

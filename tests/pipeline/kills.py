@@ -16,13 +16,10 @@ from mini import FOLDER
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-import pipeline.cli
-import pipeline.display
-import pipeline.stage  # noqa: F401 (imported for the processes that are forked)
 from modules import Noise
-from pipeline.chain import Chain
-from pipeline.objectives import RateDistortion
-from pipeline.tracking import EXPERIMENT, Store
+from pipeline.chain.chain import Chain
+from pipeline.tracking.store import EXPERIMENT, Store
+from pipeline.training.objectives import RateDistortion
 
 KILLED = -9
 
@@ -69,7 +66,7 @@ def exit_code(process: Process, timeout: float = 240) -> int:
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> None:
-    from pipeline.cli import main
+    from pipeline.commands.main import main
 
     os.environ.update({"ACCELERATE_USE_CPU": "true", "LOG": os.devnull, **environment})
     log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -85,7 +82,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
 
 def _compute_in_double() -> None:
     """Train in float64, where the order of a sum practically never decides how a latent is rounded."""
-    from pipeline import data
+    from pipeline.data import crops as data
 
     in_single = data._to_tensor
     data._to_tensor = lambda image: in_single(image).double()

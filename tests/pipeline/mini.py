@@ -1,19 +1,26 @@
 """The mini recipe: a codec so small that a whole chain takes seconds."""
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from modules import HPCM, preset_config
-from pipeline.chain import Chain
-from pipeline.interruption import Interruption
-from pipeline.job import Workplace
-from pipeline.recipe import load_recipe
-from pipeline.schema import Stage
-from pipeline.trainer import Watcher
+from pipeline.chain.chain import Chain
+from pipeline.chain.stage_inputs import Workplace
+from pipeline.common.processes import Interruption
+from pipeline.recipes.loading import load_recipe
+from pipeline.recipes.schema import Phase, Stage
+from pipeline.tracking.store import EXPERIMENT, Store
+from pipeline.training.trainer import Watcher
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"
+STAGES = ["baseline", "phase1", "phase2", "phase3", "phase4"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150", "PYTHONUNBUFFERED": "1"}
 
 
 def mini_stage(name: str) -> Stage:
@@ -50,3 +57,51 @@ def run_chain(chain: Chain, watcher: Watcher | None = None, accept_anyway: bool 
     """Run a chain in this process."""
     with Interruption(Accelerator(cpu=True)) as interruption:
         chain.run(Workplace(chain.folder, interruption, watcher or Watcher(), accept_anyway))
+
+
+def runs_of(chain: Chain) -> tuple[MlflowClient, list[Run]]:
+    """A client and all runs of the chain's store, oldest first."""
+    client = Store.default(chain.runs).client()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return client, client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+
+
+def steps_of(client: MlflowClient, run: Run) -> dict[str, list[int]]:
+    """The steps at which each metric was logged, in the order of logging."""
+    return {
+        key: [
+            metric.step for metric in sorted(client.get_metric_history(run.info.run_id, key), key=lambda m: m.timestamp)
+        ]
+        for key in run.data.metrics
+    }
+
+
+class Stop(Notes):
+    """Sends a signal to its own process at a step of a phase."""
+
+    def __init__(self, phase: str, step: int, signum: int) -> None:
+        super().__init__()
+        self.at, self.signum = (phase, step), signum
+
+    def phase(self, phase: Phase, done: int) -> None:
+        self.now = [phase.name, done]
+
+    def step(self, values: dict[str, float] | None) -> None:
+        self.now[1] += 1
+        if tuple(self.now) == self.at:
+            os.kill(os.getpid(), self.signum)
+
+
+def hpcm(*arguments: object, launcher: tuple[str, ...] = ("-m", "pipeline")) -> list[str]:
+    """The command line of `hpcm`."""
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+class Malicious:
+    """Pickled, it runs a command where it is loaded: it makes the file `target`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.target}",)

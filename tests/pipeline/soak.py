@@ -2,8 +2,8 @@
 
     python tests/pipeline/soak.py --kills 100 --seed 0
 
-Half of the chains read their data in worker processes. A kill falls on a chosen place (pipeline/faults.py) or on a
-moment drawn at random. Exits 1 where anything differs.
+Half of the chains read their data in worker processes. A kill falls on a chosen place
+(pipeline/common/fault_injection.py) or on a moment drawn at random. Exits 1 where anything differs.
 """
 
 import argparse

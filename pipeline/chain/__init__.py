@@ -1,0 +1,1 @@
+"""Which stages run, when and why; one stage from its inputs to its publication."""

@@ -1,0 +1,21 @@
+"""Whether a stage's result may take its parent's place."""
+
+from pipeline.evaluation.quality import Quality
+from pipeline.recipes.schema import Accept
+
+
+def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]:
+    """Which limits a result breaks against its parent, a phrase each."""
+    if parent is None:
+        return []
+    measured = {
+        "bpp_change": quality.bpp / parent.bpp - 1,
+        "psnr_drop": parent.psnr_db - quality.psnr_db,
+        "rd_loss_change": quality.rd_loss / parent.rd_loss - 1,
+    }
+    allowed = limits.model_dump()
+    return [
+        f"{name} is {value:+.4f}, allowed {allowed[name]:+.4f}"
+        for name, value in measured.items()
+        if allowed[name] is not None and not value <= allowed[name]  # NaN is within no limit.
+    ]

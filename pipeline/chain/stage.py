@@ -1,0 +1,276 @@
+"""The life of a stage: transfer, schedule, evaluation, acceptance, publication."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modules import HPCM
+from pipeline.chain.acceptance import judge
+from pipeline.chain.precheck import StageError
+from pipeline.chain.stage_inputs import CODE_VERSION, StageJob, Workplace
+from pipeline.common import files
+from pipeline.common.fault_injection import fault
+from pipeline.data.crops import TrainingCrops, validation_images
+from pipeline.evaluation.coding import (
+    Evaluation,
+    comparison_name,
+    estimate,
+    evaluate,
+    macs_per_pixel,
+    plot_rate_distortion,
+    save_comparison,
+)
+from pipeline.evaluation.quality import NamedImage, Quality
+from pipeline.recipes.schema import Phase, Transfer
+from pipeline.tracking.store import Run
+from pipeline.training.trainer import Migration, Trainer
+from pipeline.training.transfer import Ledger, new_components, transfer_weights
+from pipeline.weights import checkpoints
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors
+from pipeline.weights.training_state import Progress, TrainingState
+
+
+class StageRun:
+    """One attempt at a stage, from wherever the last one stopped."""
+
+    def __init__(self, job: StageJob, workplace: Workplace, run: Run):
+        self.job, self.workplace, self.run = job, workplace, run
+        self.stage = job.stage
+        self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
+        self.inputs = job.inputs()
+        self.train_photos, self.val_photos = job.train_photos, job.val_photos
+        self.states = job.states
+        self.device = workplace.interruption.accelerator.device
+
+    @cached_property
+    def parent(self) -> HPCM | None:
+        """The codec that the stage grows from; raises StageError where its file is damaged."""
+        if self.job.parent is None:
+            return None
+        try:
+            return checkpoints.load_codec(self.job.parent)
+        except CheckpointError as error:
+            raise StageError(
+                f"{error}.\n  MLflow keeps a copy of it; or build it again: hpcm run {self.stage.parent} --force"
+            ) from error
+
+    @cached_property
+    def images(self) -> list[NamedImage]:
+        """The validation images, in memory."""
+        return list(validation_images(self.val_photos, self.stage.evaluation.images))
+
+    def execute(self) -> None:
+        """Live the stage's life to its publication."""
+        self._describe()
+        if self.job.imported is not None:
+            child, state = self._import(self.job.imported), TrainingState(Progress(), {}, {}, {})
+        else:
+            child, state = self._train()
+        child = child.to(self.device).eval().requires_grad_(False)
+        self.workplace.alone(lambda: self._finish(child, state))
+
+    def note_end(self, error: BaseException) -> None:
+        """Say with the attempt what ended it."""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        self.run.tags({self._attempt_tag: f"{self._attempt}; {reason}"})
+
+    def _describe(self) -> None:
+        self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.job.config.to_dict()})
+        self.run.dataset(self.train_photos, "training")
+        self.run.dataset(self.val_photos, "validation")
+        self.run.tags({f"hpcm.input.{name.replace(' ', '_')}": value for name, value in self.inputs.items()})
+        for photos in (self.train_photos, self.val_photos):
+            for path, reason in photos.skipped:
+                self.workplace.watcher.note(f"skipped {path}: {reason}")
+
+    def _import(self, path: Path) -> HPCM:
+        model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
+        if model.config != self.job.config:
+            differing = [
+                f"{name} is {value}, expected {getattr(self.job.config, name)}"
+                for name, value in vars(model.config).items()
+                if value != getattr(self.job.config, name)
+            ]
+            raise StageError(
+                f"{path}: does not match {self.stage.name} of the recipe: {'; '.join(differing)}.\n"
+                "  Give a checkpoint of that size, or choose the recipe that fits this one."
+            )
+        return model
+
+    def _train(self) -> tuple[HPCM, TrainingState]:
+        seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        child = HPCM(self.job.config)
+        state, passed_over = self.states.newest()
+        for line in passed_over:
+            self.workplace.watcher.note(line)
+        self.workplace.wait_for_everyone()
+        if state is None:
+            state = self._begin(child)
+        ledger = Ledger.from_json(state.facts["ledger"])
+        self._note_start(state, ledger)
+        components = tuple(new_components(self.parent, child)) if self.parent else ()
+        crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
+        migration = Migration(child, self.parent, components, ledger.new)
+        trainer = Trainer(self.stage, migration, crops, self.workplace.interruption)
+        trainer.run, trainer.watcher = self.run, self.workplace.watcher
+        trainer.on_phase_end = lambda phase, progress: self._validate(child, phase, progress)
+        return child, trainer.train(self.states, state)
+
+    def _begin(self, child: HPCM) -> TrainingState:
+        """Transfer, and compare child and parent before the first step."""
+        child.to(self.device)
+        facts: dict[str, Any] = {}
+        if self.job.start is not None:
+            ledger = transfer_weights(self._import(self.job.start).to(self.device), child, Transfer())
+        elif self.parent is None:
+            ledger = Ledger.of_root(child)
+        else:
+            ledger = transfer_weights(self.parent.to(self.device), child, self.stage.transfer)
+        facts["ledger"] = ledger.to_json()
+        state = TrainingState(Progress(), codec_tensors(child), {}, facts)
+
+        def compare_and_save() -> None:
+            if self.parent is not None:
+                before, after = self._estimate(self.parent), self._estimate(child)
+                gap = after.rd_loss - before.rd_loss
+                facts.update(parent=asdict(before), step0=asdict(after), step0_gap=gap)
+                self.run.metrics(before.metrics("val/parent"), 0)
+                self.run.metrics({**after.metrics("val"), "val/step0_gap": gap}, 0)
+            self.states.save(state)
+
+        self.workplace.alone(compare_and_save)
+        return state
+
+    def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
+        self.workplace.watcher.note(f"transfer: {counts}")
+        self.run.tags({"hpcm.ledger": counts})
+        if "step0_gap" in state.facts:
+            self.run.tags({"hpcm.step0_loss": state.facts["step0"]["rd_loss"]})
+            self.workplace.watcher.note(
+                f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
+                f"{state.facts['step0_gap']:+.4f} against the parent"
+            )
+        progress = state.progress
+        if progress.stage_step or progress.phase:
+            at = [phase.name for phase in self.stage.schedule] + ["evaluation"]
+            self._attempt = f"resumed in {at[progress.phase]} at step {progress.step}"
+            self.workplace.watcher.note(self._attempt)
+        self.run.tags({self._attempt_tag: self._attempt})
+
+    def _estimate(self, model: HPCM) -> Quality:
+        return estimate(model, self._heeding(self.images), self.stage.lmbda, self.stage.metric)
+
+    def _heeding(self, images: list[NamedImage]) -> Iterator[NamedImage]:
+        """The images, with an ear for signals in between."""
+        for image in images:
+            self.workplace.interruption.stop_if_asked()
+            fault("evaluation")
+            yield image
+        self.workplace.interruption.stop_if_asked()
+
+    def _validate(self, child: HPCM, phase: Phase, progress: Progress) -> None:
+        def measure() -> None:
+            quality = self._estimate(child)
+            self.run.metrics(quality.metrics("val"), progress.stage_step)
+            similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
+            self.workplace.watcher.note(
+                f"after {phase.name}: validation loss {quality.rd_loss:.4f}, {quality.bpp:.4f} bpp, "
+                f"{quality.psnr_db:.2f} dB{similarity}"
+            )
+
+        self.workplace.alone(measure)
+
+    def _finish(self, child: HPCM, state: TrainingState) -> None:
+        """Evaluate with real bitstreams, accept, publish."""
+        kept = self.stage.evaluation.reconstructions
+        images = self._heeding(self.images)
+        evaluation, reconstructions = evaluate(child, images, self.stage.lmbda, self.stage.metric, kept)
+        quality = evaluation.quality
+        parent_quality = self._parent_quality()
+        refusal = judge(self.stage.accept, quality, parent_quality)
+        verdict = "accepted" if not refusal else "accepted anyway" if self.workplace.accept_anyway else "refused"
+        self.run.tags({"hpcm.acceptance": "; ".join([verdict, *refusal])})
+        if verdict == "refused":
+            raise StageError(
+                f"{self.stage.name}: not accepted against its parent: {'; '.join(refusal)}.\n"
+                "  The trained state is kept: relax `accept` in the recipe (or --set "
+                f"{self.stage.name}.accept.…=), or publish it as it is with --accept-anyway. "
+                "A longer schedule trains the stage again from its parent."
+            )
+        for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
+            save_comparison(self.job.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
+        points = {"parent": parent_quality} if parent_quality else {}
+        plot_rate_distortion(self.job.folder / "rate-distortion.png", {**points, self.stage.name: quality})
+        self._publish(child, state, evaluation)
+
+    def _parent_quality(self) -> Quality | None:
+        if self.parent is None or self.job.parent is None:
+            return None
+        metadata = checkpoints.read_metadata(self.job.parent)
+        if metadata["validation"] == self._validation():
+            return Quality(**metadata["quality"])
+        parent = self.parent.to(self.device)
+        return evaluate(parent, self._heeding(self.images), self.stage.lmbda, self.stage.metric)[0].quality
+
+    def _validation(self) -> dict[str, Any]:
+        """What the figures of a published stage depend on beside its codec."""
+        images = [name for name, _ in self.images]
+        settings = {"lmbda": self.stage.lmbda, "metric": self.stage.metric}
+        return {"digest": self.val_photos.digest, "images": images, **settings}
+
+    def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
+        job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts
+        parameters = sum(parameter.numel() for parameter in child.parameters())
+        macs = macs_per_pixel(job.config)
+        (folder / "stage.yaml").write_text(self.stage.to_yaml())
+        files.write_json(folder / "ledger.json", facts.get("ledger", []))
+        files.write_json(folder / "evaluation.json", evaluation.to_json(self.stage.name))
+        lineage = {
+            "name": self.stage.name,
+            "inputs": self.inputs,
+            "stage": self.stage.to_yaml(),
+            "code": CODE_VERSION,
+            "quality": asdict(evaluation.quality),
+            "validation": self._validation(),
+        }
+        checkpoints.publish(job.checkpoint, child, lineage)
+        fault("publish.checkpoint")
+        digest = checkpoints.read_metadata(job.checkpoint)["digest"]
+        self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
+        self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
+        self.run.tags({"hpcm.checkpoint": str(job.checkpoint.absolute()), "hpcm.checkpoint_digest": digest})
+        for name in (
+            "stage.yaml",
+            "ledger.json",
+            "evaluation.json",
+            "rate-distortion.png",
+            "checkpoint.safetensors",
+        ):
+            self.run.artifact(folder / name)
+        if (folder / "reconstructions").is_dir():
+            self.run.artifact(folder / "reconstructions", "reconstructions")
+        self.run.end("FINISHED")
+        record = {
+            "digest": digest,
+            "inputs": self.inputs,
+            "mlflow_key": self.run.key,
+            "parameters": parameters,
+            "kmacs_per_pixel": macs / 1000,
+            "quality": asdict(evaluation.quality),
+            "training_seconds": progress.seconds,
+            "steps": progress.stage_step,
+            "skipped_steps": progress.bad_steps,
+            "facts": {key: value for key, value in facts.items() if key != "ledger"},
+        }
+        # Last: with the record the stage counts as done.
+        files.write_json(job.record, record)
+        fault("publish.record")
+        job.forget_states()

@@ -1,0 +1,138 @@
+"""What a stage is made from and where: settings, place, parent, digests."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from modules import HPCMConfig, preset_config
+from pipeline.common.processes import Interruption
+from pipeline.data.images import Photos, find_images
+from pipeline.recipes.loading import RecipeError
+from pipeline.recipes.schema import Stage
+from pipeline.training.trainer import Watcher
+from pipeline.weights import checkpoints
+from pipeline.weights.training_state import StateFolder
+
+CODE_VERSION = "1"
+"""Counted up when a recipe gives other weights, by more than rounding: what was built before is then stale."""
+
+
+@dataclass(frozen=True)
+class StartOver:
+    """What a person wants built anew though it need not be, and how to ask whether that is meant."""
+
+    force: bool = False
+    """Build the chain's last stage again though it is current."""
+    fresh: bool = False
+    """Begin again what was cut off in training."""
+    confirm: Callable[[list[str]], None] = lambda consequences: None
+    """Raises what stops the run where the person does not agree."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all stages of a chain share: where they lie, the processes they run on, who watches."""
+
+    folder: Path
+    interruption: Interruption
+    watcher: Watcher = field(default_factory=Watcher)
+    accept_anyway: bool = False
+    start_over: StartOver = field(default_factory=StartOver)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process evaluates, publishes and talks to MLflow."""
+        return self.interruption.accelerator.is_main_process
+
+    def wait_for_everyone(self) -> None:
+        """Let no process run ahead of what another writes."""
+        self.interruption.accelerator.wait_for_everyone()
+
+    def alone(self, work: Callable[[], None]) -> None:
+        """Let the first process do something that all wait for; where it raises, all stop."""
+        self.interruption.alone(work)
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage and its place: settings and the parent's checkpoint (None for a root).
+
+    A root may be taken from a file (`imported`), or be trained from a file's weights instead of random ones (`start`).
+    """
+
+    stage: Stage
+    folder: Path
+    parent: Path | None
+    imported: Path | None = None
+    start: Path | None = None
+    find: Callable[[Path | None, Literal["train", "val"], int], Photos] = find_images
+    """Finds the images; the stages of a chain share one that remembers, since folders can be large and far away."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the stage publishes."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def record(self) -> Path:
+        """What is known of the published stage beyond its checkpoint: times, digests, runs."""
+        return self.folder / "record.json"
+
+    @cached_property
+    def config(self) -> HPCMConfig:
+        """The codec to be built; raises RecipeError for settings that it does not have."""
+        choice = self.stage.model
+        try:
+            return preset_config(choice.preset, choice.phase, **choice.overrides)
+        except ValueError as error:
+            raise RecipeError(f"{self.stage.name}: model: {error}") from error
+
+    @property
+    def states(self) -> StateFolder:
+        """Where the stage's training states lie; the parent must be published."""
+        return StateFolder(self.folder / "state", self.inputs())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a training of the stage, in whatever form, was cut off."""
+        return not self.record.is_file() and any((self.folder / "state").glob("*/*"))
+
+    def forget_states(self) -> None:
+        """Delete the training states of every form: the stage is published, or begins anew."""
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+    @cached_property
+    def train_photos(self) -> Photos:
+        """Training images; raises DataError."""
+        data = self.stage.data
+        return self.find(Path(data.train) if data.train else None, "train", data.crop)
+
+    @cached_property
+    def val_photos(self) -> Photos:
+        """Validation images; raises DataError."""
+        data = self.stage.data
+        return self.find(Path(data.val) if data.val else None, "val", 1)
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of all that the result is made from, by name; the parent must be published."""
+        if self.imported is not None:
+            return {"baseline": self._file_digest, "model": repr(self.config)}
+        images = self.train_photos.digest
+        found = {"recipe": self.stage.digest(), "training images": images, "code version": CODE_VERSION}
+        if self.start is not None:
+            found["start"] = self._file_digest
+        if self.parent is not None:
+            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
+        return found
+
+    @cached_property
+    def _file_digest(self) -> str:
+        """SHA-256 of the file that the root is taken from or starts from."""
+        path = self.imported or self.start
+        assert path is not None
+        checkpoints.check_file(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,234 @@
+"""The commands that look at what was built: `hpcm audit`, `compare`, `rd-curve` and `report`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.commands.options import (
+    AcceptAnyway,
+    Baseline,
+    DataFolder,
+    Device,
+    RecipeName,
+    Runs,
+    Settings,
+    ValFolder,
+    device_of,
+    overrides_of,
+    size_of,
+)
+
+if TYPE_CHECKING:
+    from pipeline.chain.lambda_sweep import Sweep
+    from pipeline.evidence.measurement import Contender
+
+
+def audit(
+    runs: Runs = Path("runs"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
+    if markdown and as_json:
+        raise typer.BadParameter("give --markdown or --json, not both")
+
+    from pipeline.commands.display import console
+    from pipeline.evidence import audit_display
+    from pipeline.evidence.audit import audit as audit_runs
+
+    chains = audit_runs(runs)
+    if as_json:
+        print(json.dumps(audit_display.to_json(chains), indent=1, ensure_ascii=False))
+    elif markdown:
+        print("\n".join(grid.markdown() for chain in chains for grid in audit_display.grids(chain)))
+    else:
+        for chain in chains:
+            console.print(*(grid.rich() for grid in audit_display.grids(chain)))
+        if not chains:
+            console.print(f"no chains yet in {runs}")
+    if not all(stage.sound for chain in chains for stage in chain.stages):
+        raise typer.Exit(1)
+
+
+def compare(
+    checkpoints: Annotated[
+        list[Path] | None, typer.Argument(help="Published codecs, the one to compare with first [default: --preset].")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Every phase of this preset, untrained: tiny, base or large [default: tiny].")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Instead, every stage of this recipe, untrained.")] = None,
+    settings: Settings = None,
+    device: Device = "cpu",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Image size for coding, HEIGHTxWIDTH; repeatable [default: 256x256 512x768 1024x1536]."),
+    ] = None,
+    train_size: Annotated[
+        list[str] | None, typer.Option(help="The same for training steps of one image [default: 256x256 512x768].")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, whose median counts.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a fresh process each.")] = True,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Measure what every phase costs, taking turns in one run: parameters, MACs, times, peak memory.
+
+    Written to MLflow as well, where `hpcm report` finds it.
+    """
+    from pipeline.commands.display import console
+    from pipeline.common.figure_style import save
+    from pipeline.evidence import comparison, comparison_display
+
+    device_of(device)
+    try:
+        title, contenders = _contenders(checkpoints, recipe, settings, preset)
+        sizes, train_sizes = (
+            tuple(map(size_of, given or default))
+            for given, default in ((size, ("256x256", "512x768", "1024x1536")), (train_size, ("256x256", "512x768")))
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    folder = output or comparison.default_folder(runs, title, device)
+    folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
+    plan = comparison.Plan(sizes, train_sizes, rounds, memory)
+    found = comparison.compare(title, contenders, plan, device, lambda line: console.print(f"  {line}"))
+    for grid in comparison_display.grids(found):
+        console.print(grid.rich())
+    drawing = folder / "comparison.png"
+    save(comparison_display.draw(found), drawing)
+    logged = comparison.keep(found, runs, folder, drawing)
+    console.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)
+
+
+def _contenders(
+    checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str | None
+) -> tuple[str, list[Contender]]:
+    """What to call the comparison, and whom to compare; raises ValueError for what cannot be meant together."""
+    from pipeline.evidence import comparison
+    from pipeline.recipes.loading import load_recipe
+
+    if sum(map(bool, (checkpoints, recipe, preset))) > 1:
+        raise ValueError("give one of checkpoints, --recipe and --preset")
+    if settings and not recipe:
+        raise ValueError("--set changes a recipe: give --recipe as well")
+    if checkpoints:
+        return "checkpoints", comparison.of_checkpoints(checkpoints)
+    if recipe:
+        loaded = load_recipe(recipe, settings or ())
+        return " ".join([loaded.name, *(settings or ())]), comparison.of_recipe(loaded)
+    preset = preset or "tiny"
+    return f"preset {preset}", comparison.of_preset(preset)  # "tiny" alone is the recipe's comparison
+
+
+def rd_curve(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Stages to reach at every λ [default: all that no other grows from].")
+    ] = None,
+    recipe: RecipeName = "tiny",
+    lmbda: Annotated[
+        list[float] | None, typer.Option(help="λ of a point; repeatable [default: the six of the published codecs].")
+    ] = None,
+    data: DataFolder = None,
+    val: ValFolder = None,
+    baseline: Baseline = None,
+    settings: Settings = None,
+    start_from: Annotated[
+        float | None, typer.Option("--from", help="λ whose trained root the others' roots start from.")
+    ] = None,
+    from_settings: Annotated[
+        list[str] | None,
+        typer.Option("--from-set", help="Settings of those, as in `baseline.schedule.scratch.steps=500`."),
+    ] = None,
+    runs: Runs = Path("runs"),
+    plan: Annotated[bool, typer.Option("--plan", help="Say what is done and what is left, and stop.")] = False,
+    accept_anyway: AcceptAnyway = False,
+) -> None:
+    """Run a recipe at several λ and draw the rate–distortion curves, from real bitstreams.
+
+    Each λ is a chain of its own. The same command, given again, continues where the last one stopped.
+    """
+    from pipeline.chain import lambda_sweep as sweep
+    from pipeline.commands.display import console
+
+    if from_settings and start_from is None:
+        raise typer.BadParameter("--from-set is for roots that start from another λ's: give --from as well")
+    neighbour = sweep.Neighbour(start_from, tuple(from_settings or ())) if start_from is not None else None
+    overrides = tuple(overrides_of(data, val, None, settings))
+    lmbdas = tuple(lmbda or sweep.LMBDAS)
+    wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, neighbour, baseline)
+    if plan:
+        console.print(wanted.grid().rich())
+    else:
+        _run_sweep(wanted, accept_anyway)
+
+
+def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
+    from pipeline.chain.stage_inputs import Workplace
+    from pipeline.commands.display import ProgressWatcher, console
+    from pipeline.common.processes import Interruption, processes
+    from pipeline.training.trainer import Watcher
+
+    todo = list(sweep.chains())
+    accelerator = processes(todo[0][1][0].precision)
+    main = accelerator.is_main_process
+    if main:
+        console.print(sweep.grid().rich())
+    for lmbda, chains in todo:
+        for chain in chains:
+            if main:
+                console.print(f"λ = {lmbda:g}, to {chain.jobs[-1].stage.name}")
+            with (
+                Interruption(accelerator) as interruption,
+                ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
+            ):
+                chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
+        if main:
+            console.print(sweep.grid().rich())
+    if main:
+        _draw_curves(sweep)
+
+
+def _draw_curves(sweep: Sweep) -> None:
+    from pipeline.commands.display import console
+    from pipeline.common.figure_style import save
+    from pipeline.evidence import rate_distortion
+    from pipeline.tracking.records import Records
+
+    records = Records(sweep.runs)
+    wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for _, chains in sweep.chains() for chain in chains}
+    found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
+    curves = rate_distortion.curves(found)
+    console.print(rate_distortion.points_grid("Real bitstreams of whole validation images", curves).rich())
+    console.print(rate_distortion.deltas_grid(curves, rate_distortion.references(found)).rich())
+    path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
+    save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
+    console.print(f"drawn in {path}", soft_wrap=True)
+
+
+def report(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write [default: report in --runs].")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in the store].")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write one self-contained HTML page, and its figures as PNG, from MLflow's store alone."""
+    from pipeline.commands.display import console
+    from pipeline.evidence.report import write
+
+    page = write(runs, output or runs / "report", recipe or ())
+    console.print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (audit, compare, rd_curve, report):
+        app.command()(command)

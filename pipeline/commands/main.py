@@ -1,0 +1,243 @@
+"""The command `hpcm`."""
+
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.commands import codec, evidence
+from pipeline.commands.options import (
+    AcceptAnyway,
+    Baseline,
+    DataFolder,
+    Device,
+    RecipeName,
+    Runs,
+    Settings,
+    ValFolder,
+    device_of,
+    overrides_of,
+)
+from pipeline.common.errors import Interrupted, LostProcess, Told, UserError
+
+# A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
+warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+
+if TYPE_CHECKING:
+    from pipeline.chain.chain import Chain
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",
+)
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench, name="bench")
+
+Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
+Start = Annotated[
+    Path | None, typer.Option(help="Train the first stage from this codec's weights instead of random ones.")
+]
+
+SYNC_PATIENCE = 120.0
+"""Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
+
+
+def _chain(
+    stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
+) -> "Chain":
+    from pipeline.chain.chain import Chain
+    from pipeline.recipes.loading import load_recipe
+
+    if all(files):
+        raise typer.BadParameter("give --baseline, which is not trained, or --start, which is, not both")
+
+    loaded = load_recipe(recipe, overrides)
+    return Chain(loaded.name, loaded.chain(stage), runs, *files)
+
+
+@app.command()
+def run(
+    stage: Annotated[str, typer.Argument(help="The stage to reach, such as phase4; its ancestors are run as needed.")],
+    recipe: RecipeName = "tiny",
+    data: DataFolder = None,
+    val: ValFolder = None,
+    lmbda: Lmbda = None,
+    baseline: Baseline = None,
+    start: Start = None,
+    settings: Settings = None,
+    runs: Runs = Path("runs"),
+    accept_anyway: AcceptAnyway = False,
+    force: Annotated[bool, typer.Option("--force", help="Build the stage again though it is current.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again what was cut off; do not resume it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before anything is moved or deleted.")] = False,
+) -> None:
+    """Build a stage and everything before it: run what is missing, resume what was cut off.
+
+    The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
+    Several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
+    """
+    from pipeline.chain.stage_inputs import StartOver, Workplace
+    from pipeline.commands.display import ProgressWatcher, closing_grid, console, plan_grid
+    from pipeline.common.processes import Interruption, processes
+    from pipeline.training.trainer import Watcher
+
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    accelerator = processes(chain.precision)
+    main = accelerator.is_main_process
+    if main:
+        console.print(plan_grid(chain, chain.plan()).rich())
+    with (
+        Interruption(accelerator) as interruption,
+        ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
+    ):
+        start_over = StartOver(force, fresh, partial(_confirm, yes))
+        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway, start_over))
+    if main:
+        console.print(closing_grid(chain).rich())
+
+
+def _confirm(yes: bool, consequences: list[str]) -> None:
+    """Say what will be moved and deleted, and ask; raises ChainError where nobody agrees."""
+    from pipeline.chain.chain import ChainError
+    from pipeline.commands.display import console
+
+    for line in consequences:
+        console.print(line)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ChainError("nothing was changed: there is no terminal to ask at; give --yes if this is meant")
+    if not typer.confirm("Go on?"):
+        raise ChainError("nothing was changed")
+
+
+@app.command()
+def sync(runs: Runs = Path("runs")) -> None:
+    """Send the log entries that MLflow could not be reached for; exits 1 where some are left."""
+    from pipeline.commands.display import console
+    from pipeline.common.folder_lock import held
+    from pipeline.tracking.outbox import Outbox
+    from pipeline.tracking.store import Store
+
+    if not runs.is_dir():
+        raise typer.BadParameter(f"no such folder: {runs}", param_hint="--runs")
+    folders = sorted(path.parent for path in runs.glob("*/*/outbox/journal.jsonl"))
+    sent = []
+    for folder in folders:
+        try:
+            with held(folder.parent):
+                outbox = Outbox(folder, Store.default(runs), console.print)
+                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.uri}")
+                sent.append(outbox.close(SYNC_PATIENCE))
+        except UserError as error:
+            console.print(str(error), soft_wrap=True)
+            sent.append(False)
+    if not folders:
+        console.print(f"no log entries to send in {runs}")
+    if not all(sent):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(help="The stage to reach.")] = "phase4",
+    recipe: RecipeName = "tiny",
+    data: DataFolder = None,
+    val: ValFolder = None,
+    lmbda: Lmbda = None,
+    baseline: Baseline = None,
+    start: Start = None,
+    settings: Settings = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Say what `run` would do, and why."""
+    from pipeline.commands.display import console, plan_grid
+
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    console.print(plan_grid(chain, chain.plan()).rich())
+
+
+@bench.command("biwkv4")
+def bench_biwkv4(
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
+    import torch
+
+    from pipeline.evidence.bench_biwkv4 import bench_biwkv4 as measure
+
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"{dtype!r}: there are {', '.join(dtypes)}")
+    measure(dtype=dtypes[dtype], device=str(device_of(device)))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="An official HPCM checkpoint, such as HPCM-Base_0.013.pth.tar.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    overwrite: codec.Overwrite = False,
+) -> None:
+    """Bring an official `.pth.tar` into this pipeline; the preset is recognised by its tensors."""
+    from modules.config import preset_of
+    from pipeline.commands.display import console
+    from pipeline.weights.checkpoints import check_target, import_official, publish
+
+    check_target(source, target, overwrite)
+    model = import_official(source)
+    preset, phase = preset_of(model.config)
+    publish(target, model, {"name": "baseline", "imported_from": source.name})
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A stage's checkpoint.safetensors.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    overwrite: codec.Overwrite = False,
+) -> None:
+    """Write a checkpoint in half precision, to ship it: half the size, and loaded like any other."""
+    from pipeline.commands.display import console
+    from pipeline.weights.checkpoints import check_target
+    from pipeline.weights.export import export_half
+
+    check_target(source, target, overwrite)
+    export_half(source, target)
+    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
+
+
+codec.register(app, bench)
+evidence.register(app)
+
+
+def main() -> None:
+    """Run the command line; what a person can mend is one screen on stderr and exit code 1, a signal 128 + number."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # The processes' own farewell would wait for the one that is gone.
+    except Told as stop:
+        sys.exit(stop.exit_code)
+    except Interrupted as stop:
+        print(f"{stop}; saved. The same command continues from there.", file=sys.stderr)
+        sys.exit(stop.exit_code)

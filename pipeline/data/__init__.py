@@ -1,0 +1,1 @@
+"""Images on disk, and crops of them by number."""

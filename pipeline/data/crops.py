@@ -1,0 +1,158 @@
+"""Batches for training and whole images for validation.
+
+What a training step sees is a function of (seed, step) alone. Every crop has a number n, counted over the
+whole run and all processes: n decides the photograph, the position and the flip. So any worker, any process
+and any resumed run gives the same crop for the same n.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from pipeline.data.images import DataError, Photos, read_image
+
+MEMORY_BUDGET = 2**30
+"""Bytes of decoded images that a training process and its workers keep together."""
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingCrops(Dataset[dict[str, Any]]):
+    """Square crops by number n ≥ 0, without end: `{"image": float32 (3, crop, crop) in [0, 1], "sample": n}`.
+
+    Each epoch of as many numbers as photographs shows every photograph once, in an order drawn from
+    (seed, epoch); position and flip are drawn from (seed, n). A photograph that cannot be decoded is named
+    once in a warning, and the next usable one takes its place.
+    """
+
+    def __init__(self, photos: Photos, crop: int, seed: int, flip: bool = True) -> None:
+        self.photos = photos
+        self.crop = crop
+        self.seed = seed
+        self.flip = flip
+        self._decoded: dict[int, np.ndarray] = {}
+        # Shared memory, so that of all reading processes one gives the warning.
+        self._named = torch.zeros(len(photos.paths), dtype=torch.bool).share_memory_()
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """The crop number n. Raises DataError where no photograph at all can be decoded."""
+        epoch, place = divmod(n, len(self.photos.paths))
+        image = self._usable(int(_order(self.seed, epoch, len(self.photos.paths))[place]))
+        draw = np.random.default_rng([self.seed, 1, n])
+        top, left = (int(draw.integers(side - self.crop + 1)) for side in image.shape[:2])
+        square = image[top : top + self.crop, left : left + self.crop]
+        if self.flip and draw.integers(2):
+            square = square[:, ::-1]
+        return {"image": _to_tensor(square), "sample": n}
+
+    def _usable(self, first: int) -> np.ndarray:
+        count = len(self.photos.paths)
+        for index in ((first + offset) % count for offset in range(count)):
+            try:
+                return self._read(index)
+            except DataError as problem:
+                if not self._named[index]:
+                    self._named[index] = True
+                    logger.warning("%s; the next usable image takes its place", problem)
+        raise DataError(f"{self.photos.source}: none of the {count} images can be decoded")
+
+    def _read(self, index: int) -> np.ndarray:
+        if index in self._decoded:
+            return self._decoded[index]
+        path = self.photos.paths[index]
+        image = read_image(path)
+        if min(image.shape[:2]) < self.crop:
+            raise DataError(f"{path}: smaller than {self.crop}×{self.crop} pixels")
+        reader = get_worker_info()
+        if 3 * self.photos.pixels * (reader.num_workers if reader else 1) <= MEMORY_BUDGET:
+            self._decoded[index] = image
+        return image
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    # Divided by NumPy: torch would start threads, which for a crop costs more than the division.
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The sample numbers of one process, step by step, from `start_step` on for `steps` steps.
+
+    Step s is samples s·batch_size … (s + 1)·batch_size − 1, all processes together; process `rank` takes the
+    rank-th part of it. Raises DataError where `world_size` does not divide `batch_size`.
+    """
+
+    start_step: int
+    steps: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise DataError(
+                f"a batch of {self.batch_size} cannot be shared evenly by {self.world_size} processes; "
+                f"make data.batch_size a multiple of {self.world_size}"
+            )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // self.world_size
+        for step in range(self.start_step, self.start_step + self.steps):
+            first = step * self.batch_size + self.rank * share
+            yield list(range(first, first + share))
+
+
+def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0) -> DataLoader[Any]:
+    """Batches in step order: `image` (B / world_size, 3, crop, crop) and `sample` (B / world_size,)."""
+    return DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=workers,
+        # Children of the trainer's own notice when it is killed, and end; a fork server's would stay.
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_stand_apart,
+        # Without its own, the loader draws from the global generator, and a resumed run would draw once more.
+        generator=torch.Generator(),
+    )
+
+
+def _stand_apart(worker: int) -> None:
+    """Leave the trainer's process group: Ctrl-C is for the trainer, which saves before its workers end."""
+    os.setpgid(0, 0)
+
+
+def validation_images(photos: Photos, limit: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Whole images in order, at most `limit`: (name, float32 (1, 3, H, W) in [0, 1]).
+
+    One that cannot be decoded is left out with a warning. Raises DataError where none can.
+    """
+    given = 0
+    for name, path in zip(photos.names, photos.paths, strict=True):
+        if given == limit:
+            return
+        try:
+            image = read_image(path)
+        except DataError as problem:
+            logger.warning("%s; left out of validation", problem)
+            continue
+        given += 1
+        yield name, _to_tensor(image)[None]
+    if not given:
+        raise DataError(f"{photos.source}: none of the {len(photos.paths)} images can be decoded")

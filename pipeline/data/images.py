@@ -1,0 +1,203 @@
+"""Photographs on disk: which of a folder are usable, and their pixels."""
+
+import hashlib
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipeline.common.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# Pillow goes by content, and some of its formats start other programs (EPS runs Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+# Wheels of scikit-image and scikit-learn carry these, so no network is needed.
+PACKAGED = {
+    "train": (
+        ("scikit-image", "skimage/data/astronaut.png"),
+        ("scikit-image", "skimage/data/chelsea.png"),
+        ("scikit-image", "skimage/data/motorcycle_left.png"),
+        ("scikit-image", "skimage/data/motorcycle_right.png"),
+        ("scikit-image", "skimage/data/rocket.jpg"),
+        ("scikit-learn", "sklearn/datasets/images/china.jpg"),
+    ),
+    "val": (
+        ("scikit-image", "skimage/data/coffee.png"),
+        ("scikit-learn", "sklearn/datasets/images/flower.jpg"),
+    ),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(UserError):
+    """Images that cannot be used; the message names the file or folder and what to do."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Images whose headers were read, in the order of their names.
+
+    `names` are relative to the folder, with `/`; `pixels` counts all images together; `skipped` pairs each
+    unusable file with the reason. `digest` is the SHA-256 (hexadecimal) of every name and size in bytes: it
+    notices images that come, go or change their size on disk, without reading their contents. `name` and
+    `source` tell a run's tracking what it was trained on.
+    """
+
+    name: str
+    source: str
+    names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    pixels: int
+    skipped: tuple[tuple[Path, str], ...]
+    digest: str
+
+
+def find_images(folder: Path | None, split: Literal["train", "val"], minimum: int) -> Photos:
+    """Find the usable images of a folder and those below it; of None, the packaged photographs.
+
+    Only headers are read. For training, images with a side shorter than `minimum` pixels are skipped. Raises
+    DataError where no usable image is left.
+    """
+    if folder is None:
+        found = [(name, Path(str(distribution(wheel).locate_file(name)))) for wheel, name in PACKAGED[split]]
+        name, source = f"packaged-{split}", "photographs in the wheels of scikit-image and scikit-learn"
+    else:
+        found = files_below(folder)
+        name, source = folder.resolve().name, str(folder.resolve())
+
+    digest, pixels = hashlib.sha256(), 0
+    usable: list[tuple[str, Path]] = []
+    skipped: list[tuple[Path, str]] = []
+    for relative, path in sorted(found):
+        try:
+            size = _file_size(path)
+            with _opened(path) as picture:
+                width, height = picture.size
+            if split == "train" and min(width, height) < minimum:
+                raise DataError(f"{path}: {width}×{height}, smaller than {minimum}×{minimum} pixels")
+        except DataError as problem:
+            skipped.append((path, str(problem).removeprefix(f"{path}: ")))
+            continue
+        usable.append((relative, path))
+        pixels += width * height
+        digest.update(os.fsencode(relative) + f"\0{size}\n".encode())
+    if not usable:
+        raise DataError(_nothing_usable(source, split, skipped))
+    names, paths = zip(*usable, strict=True)
+    return Photos(name, source, names, paths, pixels, tuple(skipped), digest.hexdigest())
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
+    """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError."""
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}; give a folder of images ({' '.join(suffixes)})")
+    found = []
+    for root, _, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
+        paths = (Path(root, file) for file in files if file.lower().endswith(suffixes))
+        found += [(path.relative_to(folder).as_posix(), path) for path in paths]
+    return found
+
+
+def _nothing_usable(source: str, split: str, skipped: list[tuple[Path, str]]) -> str:
+    lines = [
+        f"{source}: no usable image for {split}; looked for {' '.join(SUFFIXES)} here and below",
+        *(f"  skipped {path}: {reason}" for path, reason in skipped[:5]),
+        *([f"  … and {len(skipped) - 5} more"] if len(skipped) > 5 else []),
+        "Give another folder (data.train, data.val), or none for the packaged photographs.",
+    ]
+    return "\n".join(lines)
+
+
+def _file_size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except OSError as problem:
+        raise DataError(f"{path}: {problem.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: not a regular file")
+    if status.st_size == 0:
+        raise DataError(f"{path}: empty file")
+    return status.st_size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as picture:
+                yield picture
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{path}: broken, or no image ({' '.join(FORMATS)})") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    # On damaged files Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError …
+    except Exception as problem:
+        raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels (H, W, 3), uint8 RGB, the right way up (EXIF); the ICC profile that they are in, or b''.
+
+    `changes` says in a few words each what the file had and the pixels have not.
+    """
+
+    pixels: np.ndarray
+    icc_profile: bytes
+    changes: tuple[str, ...]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decode an image into uint8 RGB, (H, W, 3), as `read_picture` does."""
+    return read_picture(path).pixels
+
+
+def read_picture(path: Path) -> Picture:
+    """Decode an image, the right way up (EXIF).
+
+    16 bits a channel become 8, transparency is laid on white, grey, palette and CMYK become RGB without a
+    colour profile, and of several pages or frames the first counts. Raises DataError naming the file.
+    """
+    with _opened(path) as picture:
+        changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
+        if getattr(picture, "n_frames", 1) > 1:
+            changes.append("only the first frame was kept")
+        icc_profile = picture.info.get("icc_profile", b"")
+        if icc_profile and icc_profile[16:20] != b"RGB ":
+            changes.append(f"its colour profile, which is not for RGB, was left out of the {picture.mode} image")
+            icc_profile = b""
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode[0] in "IF":
+            return Picture(_from_deep_grey(np.asarray(upright)), icc_profile, tuple(changes))
+        if upright.has_transparency_data:
+            changes.append("transparency was laid on white")
+            opaque = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(opaque, upright.convert("RGBA"))
+        return Picture(np.array(upright.convert("RGB")), icc_profile, tuple(changes))
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether a channel has more than 8 bits, which of RGB only the decoder's settings tell."""
+    settings = [(tile.codec_name, tile.args) for tile in getattr(picture, "tile", [])]
+    return picture.mode[0] in "IF" or any(
+        args[1] > 255 if codec == "ppm" else ";16" in str(args) for codec, args in settings
+    )
+
+
+def _from_deep_grey(grey: np.ndarray) -> np.ndarray:
+    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("grey values beyond 16 bits; save the image with 8 or 16")
+    eight = np.round(grey / 257).astype(np.uint8)
+    return np.repeat(eight[:, :, None], 3, axis=2)

@@ -1,0 +1,1 @@
+"""What a codec achieves on images and files."""

@@ -1,0 +1,149 @@
+"""What a codec achieves on whole images: quality estimated for a curve, or with real bitstreams for the record."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from modules import HPCM, HPCMConfig
+from pipeline.common.figure_style import new_figure, save
+from pipeline.evaluation.quality import NamedImage, Quality, bits_per_pixel, mean_quality, quality_of
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image through encoder and decoder; times in seconds, `estimated_bpp` what the likelihoods predicted."""
+
+    name: str
+    quality: Quality
+    estimated_bpp: float
+    encode_seconds: float
+    decode_seconds: float
+
+    def to_compressai(self) -> dict[str, float | None]:
+        """The values under CompressAI's names."""
+        return {
+            "psnr-rgb": self.quality.psnr_db,
+            "ms-ssim-rgb": self.quality.ms_ssim,
+            "bpp": self.quality.bpp,
+            "encoding_time": self.encode_seconds,
+            "decoding_time": self.decode_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results per image and their mean."""
+
+    images: tuple[ImageResult, ...]
+
+    @property
+    def quality(self) -> Quality:
+        """The mean over images."""
+        return mean_quality([image.quality for image in self.images])
+
+    @property
+    def mean(self) -> ImageResult:
+        """The mean of every value over images."""
+        names = ("estimated_bpp", "encode_seconds", "decode_seconds")
+        means = {name: float(np.mean([getattr(image, name) for image in self.images])) for name in names}
+        return ImageResult("mean", self.quality, **means)
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Everything, in the layout of `compressai.utils.eval_model`, whose plotting tool reads it.
+
+        `results` holds means, as curves of one point: bits per pixel, dB, and seconds an image.
+        """
+        means = self.mean.to_compressai()
+        return {
+            "name": name,
+            "description": "Inference (ans)",
+            "results": {key: [mean] for key, mean in means.items() if mean is not None},
+            "images": [
+                {"source": image.name, "estimated_bpp": image.estimated_bpp, **image.to_compressai()}
+                for image in self.images
+            ],
+        }
+
+
+@torch.no_grad()
+def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str) -> Quality:
+    """Mean quality by the model's own likelihoods, without a bitstream; the model's mode is left as it was."""
+    qualities = []
+    for name, image in images:
+        image = image.to(model.means_hyper.device)
+        coded = model(image, training=False)
+        bpp = float(bits_per_pixel(coded["likelihoods"], image.shape[2] * image.shape[3]))
+        qualities.append(quality_of((name, image), coded["x_hat"], bpp, lmbda, metric))
+    return mean_quality(qualities)
+
+
+def evaluate(
+    model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str, keep: int = 0
+) -> tuple[Evaluation, list[Tensor]]:
+    """Encode and decode every image for real; returns results and the first `keep` reconstructions (1, 3, H, W)."""
+    model.update(force=True)
+    results: list[ImageResult] = []
+    kept: list[Tensor] = []
+    for name, image in images:
+        result, x_hat = code(model, name, image, lmbda, metric)
+        results.append(result)
+        kept += [x_hat] if len(kept) < keep else []
+    return Evaluation(tuple(results)), kept
+
+
+@torch.no_grad()
+def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tuple[ImageResult, Tensor]:
+    """Encode and decode one image (1, 3, H, W) for real; returns the result and the reconstruction, in 8 bits."""
+    x = image.to(model.means_hyper.device)
+    pixels = x.shape[2] * x.shape[3]
+    estimated = float(bits_per_pixel(model(x, training=False, reconstruct=False)["likelihoods"], pixels))
+    start = time.perf_counter()
+    coded = model.compress(x)
+    encoded = time.perf_counter()
+    x_hat = model.decompress(**coded)["x_hat"].mul(255).round().div(255).cpu()
+    decoded = time.perf_counter()
+    bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
+    quality = quality_of((name, image), x_hat, bpp, lmbda, metric)
+    return ImageResult(name, quality, estimated, encoded - start, decoded - encoded), x_hat
+
+
+def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:
+    """Multiply-accumulates of encoding and decoding one image, per pixel, counted by PyTorch on its operations.
+
+    Convolutions, matrix products and attention count; the elementwise rest does not.
+    """
+    model = HPCM.on_meta(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, height, width, device="meta"))
+    return counter.get_total_flops() / 2 / (height * width)
+
+
+def comparison_name(image: str) -> str:
+    """What an image's reconstruction is kept under: `b__001` for `b/001.jpg`."""
+    return image.rpartition(".")[0].replace("/", "__")
+
+
+def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
+    """Write original and reconstruction, both (1, 3, H, W), side by side as a PNG."""
+    both = torch.cat((image.cpu(), x_hat.cpu()), dim=3)[0].clamp(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((both * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
+    """Draw one labelled point per stage: bits per pixel against PSNR in dB."""
+    figure, (axes,) = new_figure(1)
+    for name, quality in points.items():
+        axes.plot(quality.bpp, quality.psnr_db, "o", label=name)
+    axes.set(xlabel="rate in bits per pixel", ylabel="PSNR in dB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)

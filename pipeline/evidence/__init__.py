@@ -1,0 +1,1 @@
+"""Costs, curves, gains, audit, report."""

@@ -1,0 +1,122 @@
+"""Whether the files of every stage are what MLflow recorded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.tracking.records import ChainRecord, Records, StageRecord
+from pipeline.tracking.store import KEY_TAG
+from pipeline.weights import checkpoints
+from pipeline.weights.checkpoints import CheckpointError
+
+
+@dataclass(frozen=True)
+class StageAudit:
+    """A stage's record and what the look at its files found."""
+
+    record: StageRecord
+    files: str
+    """`verified`, `superseded` (the files moved aside, verified there), or `not published`."""
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether files and record agree."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class ChainAudit:
+    """One chain, its stages in the order in which they were begun."""
+
+    record: ChainRecord
+    stages: tuple[StageAudit, ...]
+
+
+def audit(runs: Path) -> list[ChainAudit]:
+    """Read every chain in the store of this folder of runs, newest first, and check its files."""
+    records = Records(runs)
+    return [
+        ChainAudit(chain, tuple(_check(records, chain, stage) for stage in chain.stages)) for chain in records.chains()
+    ]
+
+
+def _check(records: Records, chain: ChainRecord, stage: StageRecord) -> StageAudit:
+    if stage.digest is None:
+        return StageAudit(stage, "not published", ())
+    published = Path(stage.tags["hpcm.checkpoint"])
+    aside = _set_aside(published, stage)
+    path = aside or published
+    problems = [*_check_checkpoint(path, stage), *_check_record(path.with_name("record.json"), stage)]
+    problems += _check_kept_copy(records, stage)
+    problems += _check_parent(chain, stage)
+    files = "superseded" if aside else "verified"
+    return StageAudit(stage, files if not problems else "not as recorded", tuple(problems))
+
+
+def _set_aside(published: Path, stage: StageRecord) -> Path | None:
+    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place."""
+    assert stage.digest is not None
+    pattern = f"{published.parent.name}-{stage.digest[:12]}*"
+    folders = sorted((published.parent.parent / "superseded").glob(pattern))
+    if not folders or _digest(published) == stage.digest:
+        return None
+    return folders[-1] / published.name
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return str(checkpoints.read_metadata(path)["digest"])
+    except CheckpointError:
+        return None
+
+
+def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:
+    try:
+        metadata = checkpoints.read(path).metadata
+    except CheckpointError as error:
+        return [str(error)]
+    if metadata["digest"] != stage.digest:
+        return [f"{path}: not the checkpoint that was recorded ({stage.digest[:12] if stage.digest else '–'}…)"]
+    problems = []
+    recorded = {key: stage.tags.get(f"hpcm.input.{key.replace(' ', '_')}") for key in metadata.get("inputs", {})}
+    problems += [
+        f"{path}: made from another {key} than recorded"
+        for key, value in metadata.get("inputs", {}).items()
+        if recorded[key] != value
+    ]
+    if stage.quality is not None and metadata.get("quality") != vars(stage.quality):
+        problems.append(f"{path}: its quality is not the recorded one")
+    return problems
+
+
+def _check_record(path: Path, stage: StageRecord) -> list[str]:
+    """The stage's own record beside its checkpoint, by which the chain knows what is done."""
+    try:
+        record = json.loads(path.read_text())
+        same = record["digest"] == stage.digest and record["mlflow_key"] == stage.tags.get(KEY_TAG)
+    except FileNotFoundError:
+        return [f"{path}: no such file"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{path}: unreadable ({error})"]
+    return [] if same else [f"{path}: names another checkpoint or MLflow run"]
+
+
+def _check_kept_copy(records: Records, stage: StageRecord) -> list[str]:
+    """The copy that MLflow keeps as an artifact."""
+    try:
+        copy = records.artifact(stage.run_id, "checkpoint.safetensors")
+        digest = checkpoints.read(copy).metadata["digest"]
+    except (CheckpointError, OSError) as error:
+        return [f"MLflow's copy: {error}"]
+    except Exception as error:  # MLflow's stores raise what their backends raise.
+        return [f"MLflow's copy cannot be fetched: {type(error).__name__}: {error}"]
+    return [] if digest == stage.digest else ["MLflow's copy is not the checkpoint that was recorded"]
+
+
+def _check_parent(chain: ChainRecord, stage: StageRecord) -> list[str]:
+    """The digest of the parent must be one that the chain's record knows."""
+    digest = stage.tags.get("hpcm.input.parent")
+    if digest is None or any(other.digest == digest for other in chain.stages if other.name == stage.parent):
+        return []
+    return [f"its parent {digest[:12]}… is not a {stage.parent} of this chain"]

@@ -1,0 +1,97 @@
+"""An audit for people (tables) and for programs (JSON)."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.common.tables import Grid, number
+from pipeline.evidence.audit import ChainAudit, StageAudit
+from pipeline.tracking.records import PhaseRecord
+
+
+def grids(chain: ChainAudit) -> Iterable[Grid]:
+    """Two tables a chain: what came out of each stage, and what was done to it."""
+    title = f"{chain.record.title}: {chain.record.state.lower()}"
+    results = Grid(title, ("stage", "parent", "loss in", "step 0", "out", "bpp", "PSNR dB", "files"), left=2)
+    story = Grid("what was done", ("stage", "transferred", "trained", "and then"), left=4)
+    for stage in chain.stages:
+        results.add(*_result_cells(stage))
+        record = stage.record
+        trained = "\n".join(map(phase_text, record.phases)) or "taken from a file"
+        story.add(record.name, record.tags.get("hpcm.ledger", "–").replace(", ", "\n"), trained, _history(stage))
+    yield results
+    yield story
+
+
+def phase_text(phase: PhaseRecord) -> str:
+    """`frozen: 60 steps in 0.3 min, handover 40; new 0.001`."""
+    minutes = "" if phase.seconds is None else f" in {phase.seconds / 60:.1f} min"
+    handover = f", handover {phase.handover}" if phase.handover else ""
+    rates = ", ".join(f"{group} {rate}" for group, rate in phase.rates.items())
+    return f"{phase.name}: {phase.steps:,} steps{minutes}{handover}; {rates}"
+
+
+def _result_cells(stage: StageAudit) -> list[str]:
+    record = stage.record
+    achieved = vars(record.quality) if record.quality else {}
+    return [
+        record.name,
+        record.parent or "–",
+        number(record.parent_loss),
+        number(record.step0_loss),
+        number(achieved.get("rd_loss")),
+        number(achieved.get("bpp")),
+        number(achieved.get("psnr_db"), ".2f"),
+        stage.files,
+    ]
+
+
+def _history(stage: StageAudit) -> str:
+    tags = stage.record.tags
+    state = stage.record.state.lower() if stage.record.state != "FINISHED" else ""
+    attempts = stage.record.attempts
+    # One attempt that went well is nothing to tell.
+    told = attempts if state or len(attempts) > 1 else []
+    verdict = tags.get("hpcm.acceptance", "")
+    return "\n".join(filter(None, (state, verdict, *told, *stage.problems))) or "–"
+
+
+def to_json(chains: Iterable[ChainAudit]) -> list[dict[str, Any]]:
+    """Everything that was read and found."""
+    return [
+        {
+            **{key: getattr(chain.record, key) for key in ("recipe", "lmbda", "seed", "state", "run_id")},
+            "stages": [_stage_json(stage) for stage in chain.stages],
+        }
+        for chain in chains
+    ]
+
+
+def _stage_json(stage: StageAudit) -> dict[str, Any]:
+    record = stage.record
+    return {
+        "name": record.name,
+        "parent": record.parent,
+        "state": record.state,
+        "run_id": record.run_id,
+        "ledger": _counts(record.tags.get("hpcm.ledger", "")),
+        "phases": [asdict(phase) for phase in record.phases],
+        "loss": {"parent": record.parent_loss, "step0": record.step0_loss},
+        "quality": asdict(record.quality) if record.quality else None,
+        "seconds": record.seconds,
+        "attempts": record.attempts,
+        "acceptance": record.tags.get("hpcm.acceptance"),
+        "inputs": {
+            key.removeprefix("hpcm.input."): v for key, v in record.tags.items() if key.startswith("hpcm.input.")
+        },
+        "checkpoint": record.tags.get("hpcm.checkpoint"),
+        "digest": record.digest,
+        "files": stage.files,
+        "problems": list(stage.problems),
+    }
+
+
+def _counts(ledger: str) -> dict[str, int]:
+    """`12 copied, 3 dropped` as a mapping."""
+    pairs = (part.split(" ", 1) for part in ledger.split(", ") if part)
+    return {kind: int(count) for count, kind in pairs}

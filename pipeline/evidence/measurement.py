@@ -1,0 +1,256 @@
+"""What codecs cost beside each other: times that take turns, and peak memory in a process of its own each.
+
+Activities: `forward` (an evaluation without a bitstream), `encode` and `decode` (real bitstreams), and a training step
+of one image, `frozen` (what a codec has new against its parent) and `unfrozen`.
+"""
+
+import re
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modules import HPCM, HPCMConfig
+from pipeline.common.timing import timed
+from pipeline.data.images import find_images, read_image
+from pipeline.training.objectives import RateDistortion, training_noise
+from pipeline.training.parameter_groups import set_trainable
+from pipeline.training.transfer import new_tensors
+from pipeline.weights.checkpoints import codec_tensors, load_codec
+
+CODING = ("forward", "encode", "decode")
+TRAINING = ("frozen", "unfrozen")
+MEMORY = ("decode", *TRAINING)
+"""Activities whose memory is measured; a decoder's process has encoded first."""
+SHORTEST = 0.2
+"""Seconds for which a measurement repeats what it measures."""
+LMBDA = 0.013
+"""Of the loss of the training steps; their time does not depend on it."""
+
+Size = tuple[int, int]
+Note = Callable[[str], None]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A codec to be measured: of a published checkpoint, or untrained."""
+
+    name: str
+    config: HPCMConfig
+    checkpoint: Path | None
+    parent: HPCMConfig | None
+    """The codec that it grows from, against which a frozen phase finds what is new."""
+
+    def build(self, device: str) -> HPCM:
+        """The codec, ready to code."""
+        if self.checkpoint is not None:
+            return load_codec(self.checkpoint).to(device)
+        torch.manual_seed(0)
+        model = HPCM(self.config).to(device).eval()
+        model.update()
+        return model
+
+    @cached_property
+    def activities(self) -> tuple[str, ...]:
+        """What can be measured of it: where nothing is new there is no frozen phase."""
+        return (*CODING, *(TRAINING if self.new_names() else TRAINING[1:]))
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in HPCM.on_meta(self.config).parameters())
+
+    def new_names(self) -> frozenset[str]:
+        """What a frozen phase trains: parameters that the parent has not, and all of components that it has not."""
+        if self.parent is None:
+            return frozenset()
+        child, parent = HPCM.on_meta(self.config), HPCM.on_meta(self.parent)
+        theirs = {name: tensor.shape for name, tensor in codec_tensors(parent).items()}
+        kept = {name: name for name, tensor in codec_tensors(child).items() if theirs.get(name) == tensor.shape}
+        return new_tensors(parent, child, kept)
+
+
+class Subject:
+    """A contender in memory, and its activities on one image (1, 3, H, W)."""
+
+    def __init__(self, contender: Contender, image: Tensor, device: str):
+        self.contender, self.image = contender, image.to(device)
+        self.model = contender.build(device)
+        self._new = contender.new_names()
+        self._coded: dict[str, object] = {}
+        self._optimisers: dict[str, torch.optim.Optimizer] = {}
+
+    def activity(self, name: str) -> Callable[[], object]:
+        """The activity as a call."""
+        activities: dict[str, Callable[[], object]] = {
+            "forward": self._forward,
+            "encode": self._encode,
+            "decode": self._decode,
+            "frozen": partial(self._train, "frozen"),
+            "unfrozen": partial(self._train, "unfrozen"),
+        }
+        return activities[name]
+
+    def look_at(self, image: Tensor) -> None:
+        """Go on with another image; what was kept for the last one is let go."""
+        self.image, self._coded, self._optimisers = image.to(self.image.device), {}, {}
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        self.model.eval()(self.image)
+
+    def _encode(self) -> None:
+        self._coded = self.model.eval().compress(self.image)
+
+    def _decode(self) -> None:
+        self.model.eval()
+        if not self._coded:
+            self._encode()
+        self.model.decompress(**self._coded)  # type: ignore[arg-type]
+
+    def _train(self, what: str) -> None:
+        model = self.model.train()
+        every = frozenset(name for name, _ in model.named_parameters())
+        set_trainable(model, self._new if what == "frozen" else every)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if what not in self._optimisers:
+            self._optimisers[what] = torch.optim.Adam(trained, lr=0.0, fused=True)
+        try:
+            self._step(trained, self._optimisers[what])
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.requires_grad_(False)
+
+    def _step(self, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+        model = self.model
+        noise = training_noise(model, (self.image.shape[2], self.image.shape[3]), 0, [0])
+        noise = type(noise)(*(part.to(self.image.device) for part in noise))
+        loss = RateDistortion(model, LMBDA, "mse")(self.image, noise)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+
+
+def photograph(size: Size) -> Tensor:
+    """A packaged photograph, cut or continued by its mirror images to (1, 3, H, W)."""
+    pixels = read_image(find_images(None, "val", 1).paths[0])[: size[0], : size[1]]
+    missing = [(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
+    pixels = np.pad(pixels, [*missing, (0, 0)], mode="symmetric")
+    return torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+
+
+def measure_times(
+    contenders: Sequence[Contender], sizes: Mapping[Size, Sequence[str]], rounds: int, device: str, note: Note
+) -> dict[tuple[Size, str, str], list[float]]:
+    """Seconds by (size, activity, contender), one value a round.
+
+    `sizes` says which activities to measure where. Within a round the contenders follow each other in every activity,
+    so that what else the machine does meets all of them; every other round goes backwards. What does not fit into
+    memory is noted and left out.
+    """
+    image = photograph(next(iter(sizes)))
+    subjects = []
+    for contender in contenders:
+        subject = within_memory(partial(Subject, contender, image, device))
+        if subject is None:
+            note(f"{contender.name}: out of memory beside the others; its times are left out")
+        else:
+            subjects.append(subject)
+    samples: dict[tuple[Size, str, str], list[float]] = {}
+    for size, activities in sizes.items():
+        image = photograph(size)
+        for subject in subjects:
+            subject.look_at(image)
+        samples |= _rounds(subjects, size, activities, rounds, note)
+    return samples
+
+
+def _rounds(
+    subjects: Sequence[Subject], size: Size, activities: Sequence[str], rounds: int, note: Note
+) -> dict[tuple[Size, str, str], list[float]]:
+    name = f"{size[0]}×{size[1]}"
+    samples: dict[tuple[Size, str, str], list[float]] = {
+        (size, activity, subject.contender.name): []
+        for activity in activities
+        for subject in subjects
+        if activity in subject.contender.activities
+    }
+    for number in range(-1, rounds):  # the first is not counted: builds, allocations, caches
+        shortest = SHORTEST if number >= 0 else 0
+        for activity in activities:
+            for subject in subjects[:: -1 if number % 2 else 1]:
+                key = size, activity, subject.contender.name
+                if key not in samples:
+                    continue
+                seconds = within_memory(partial(_repeated, subject.activity(activity), subject.image.device, shortest))
+                if seconds is None:
+                    note(f"{name} {activity} of {subject.contender.name}: out of memory; left out")
+                    del samples[key]
+                elif number >= 0:
+                    samples[key].append(seconds)
+            note(f"{name} {activity}: " + (f"round {number + 1} of {rounds}" if number >= 0 else "warm"))
+    return samples
+
+
+def within_memory(call: Callable[[], Result]) -> Result | None:
+    """What a call returns; None where it ran out of memory, the machine's or a GPU's."""
+    try:
+        return call()
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch raises a plain RuntimeError; so do cuBLAS and cuDNN.
+        told = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        if not (told or isinstance(error, MemoryError)):
+            raise
+    torch.cuda.empty_cache()
+    return None
+
+
+def _repeated(call: Callable[[], object], device: torch.device, shortest: float) -> float:
+    """Median time of a call, repeated until `shortest` seconds are over."""
+    times = [timed(call, device)]
+    while sum(times) < shortest:
+        times.append(timed(call, device))
+    return statistics.median(times)
+
+
+def measure_memory(contender: Contender, size: Size, activity: str, device: str) -> int | None:
+    """Bytes at the peak of an activity, measured in a fresh process; None where it ran out of memory or died.
+
+    On a GPU, what PyTorch had allocated there at most. On a CPU, the process's largest resident size less what it was
+    before the codec was built, so that Python and PyTorch themselves do not count.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        try:
+            return within_memory(processes.submit(_peak, contender, size, activity, device).result)
+        except BrokenProcessPool:  # killed by the kernel for its memory, or crashed: nothing tells which
+            return None
+
+
+def _peak(contender: Contender, size: Size, activity: str, device: str) -> int:
+    image = photograph(size)
+    if device != "cpu":
+        Subject(contender, image, device).activity(activity)()
+        return torch.cuda.max_memory_allocated(device)
+    before = _largest_resident_size()
+    Subject(contender, image, device).activity(activity)()
+    return _largest_resident_size() - before
+
+
+def _largest_resident_size() -> int:
+    """Bytes. Of Linux's two figures the one that a process does not inherit from the one that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,95 @@
+"""Reconstructions side by side, with where they are wrong: the piece of each image that the codecs code worst."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from pipeline.evaluation.coding import comparison_name
+from pipeline.tracking.records import ChainRecord, Records, StageRecord
+
+SIDE = 256
+"""Pixels of the piece shown, one to one."""
+DARKEST = 32
+"""Error, of 255, at which the error map's colour ends."""
+
+
+@dataclass(frozen=True)
+class Rendition:
+    """One codec's version of the piece, (H, W, 3) in 8 bits, its error map, and the whole image's figures."""
+
+    stage: str
+    pixels: np.ndarray
+    errors: np.ndarray
+    bpp: float
+    psnr_db: float
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One image: a piece of the original and its renditions."""
+
+    name: str
+    original: np.ndarray
+    renditions: tuple[Rendition, ...]
+
+
+def sights(records: Records, chain: ChainRecord, most: int = 3) -> list[Sight]:
+    """The first images that every stage worth seeing kept, `most` at most."""
+    stages = worth_seeing(chain)
+    kept = [_kept(records, stage) for stage in stages]
+    names = [name for name in kept[0] if all(name in other for other in kept)] if kept else []
+    return [_sight(records, name, stages) for name in names[:most]]
+
+
+def worth_seeing(chain: ChainRecord) -> list[StageRecord]:
+    """The Baseline and everything that nothing grew from: the last phase, the last control, a lean one."""
+    parents = {stage.parent for stage in chain.published.values()}
+    return [stage for name, stage in chain.published.items() if stage.parent is None or name not in parents]
+
+
+def _kept(records: Records, stage: StageRecord) -> list[str]:
+    return [Path(name).stem for name in records.artifact_names(stage.run_id, "reconstructions")]
+
+
+def _sight(records: Records, name: str, stages: Sequence[StageRecord]) -> Sight:
+    pairs = [_pair(records.artifact(stage.run_id, f"reconstructions/{name}.png")) for stage in stages]
+    original = pairs[0][0]
+    errors = [np.abs(x_hat.astype(float) - x).mean(axis=2) for x, x_hat in pairs]
+    piece = _worst_piece(sum(errors[1:], errors[0]))
+    renditions = [
+        Rendition(stage.name, x_hat[piece], error_map(error[piece]), *_figures(records, stage, name))
+        for stage, (_, x_hat), error in zip(stages, pairs, errors, strict=True)
+    ]
+    return Sight(name, original[piece], tuple(renditions))
+
+
+def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Original and reconstruction from the picture in which they lie side by side."""
+    with Image.open(path) as picture:
+        both = np.asarray(picture.convert("RGB"))
+    middle = both.shape[1] // 2
+    return both[:, :middle], both[:, middle:]
+
+
+def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:
+    """Where a square of SIDE pixels holds most error, on a grid of half its side; smaller images whole."""
+    height, width = errors.shape
+    tops, lefts = (range(0, max(side - SIDE, 0) + 1, SIDE // 2) for side in (height, width))
+    places = [(slice(top, top + SIDE), slice(left, left + SIDE)) for top in tops for left in lefts]
+    return max(places, key=lambda place: float(errors[place].sum()))
+
+
+def error_map(errors: np.ndarray) -> np.ndarray:
+    """Mean absolute error of a pixel (H, W), of 255, as colours from black to yellow (H, W, 3)."""
+    return (colormaps["inferno"](np.clip(errors / DARKEST, 0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def _figures(records: Records, stage: StageRecord, name: str) -> tuple[float, float]:
+    evaluation = json.loads(records.artifact(stage.run_id, "evaluation.json").read_text())
+    image = next(image for image in evaluation["images"] if comparison_name(image["source"]) == name)
+    return image["bpp"], image["psnr-rgb"]

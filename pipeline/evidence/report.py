@@ -1,0 +1,242 @@
+"""`hpcm report`: one page, made from MLflow's store alone, that a colleague can be sent."""
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pipeline.common.errors import UserError
+from pipeline.common.figure_style import save
+from pipeline.common.tables import Grid
+from pipeline.evidence import (
+    comparison,
+    comparison_display,
+    gains_figure,
+    rate_distortion,
+    report_tables,
+    training_curves,
+)
+from pipeline.evidence.comparison import Comparison
+from pipeline.evidence.control_gains import Claim, claims, gains
+from pipeline.evidence.reconstructions import SIDE, Sight, sights
+from pipeline.tracking.records import ChainRecord, Records, StageRecord
+
+PAGE = "report.html"
+
+
+class ReportError(UserError):
+    """Nothing to report on; the message says what to run first."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage in the lineage and those that grew from it."""
+
+    stage: StageRecord
+    children: tuple["Node", ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one recipe's chains say."""
+
+    recipe: str
+    facts: tuple[tuple[str, str], ...]
+    curves: str
+    """The figure, as a data URI."""
+    several_lmbdas: bool
+    deltas: Grid
+    claims: dict[str, list[Claim]]
+    """By quantity, Phases 1 to 4; empty where the recipe has none of them."""
+    gains: str
+    """The figure of what was gained on controls, as a data URI; empty where the recipe has none."""
+    quality: Grid
+    migration: Grid
+    training: tuple[tuple[str, str], ...]
+    """Title and figure of each chain."""
+    sights: tuple[Sight, ...]
+    seen_at: str
+    lineage: tuple[tuple[str, Node], ...]
+
+
+def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
+    """Write page and figures into a folder; returns the page's path. Raises ReportError where no stage is published.
+
+    `recipes` names those to report on, in their order; none for all in the store.
+    """
+    records = Records(runs)
+    chains = records.published_chains()
+    there = sorted({chain.recipe for chain in chains}, key=lambda recipe: -_stages_of(chains, recipe))
+    unknown = [recipe for recipe in recipes if recipe not in there]
+    if unknown or not there:
+        known = f"; there are {', '.join(there)}" if there else ""
+        raise ReportError(f"{runs}: no published stage of {' or '.join(unknown) or 'any recipe'} in its store{known}")
+    costs = [comparison.read(path) for path in records.artifacts_of_kind(comparison.KIND, comparison.FILE)]
+    newest = {(cost.title, cost.device): cost for cost in costs}
+    drawn = _Drawn(folder)
+    sections = [_section(records, [c for c in chains if c.recipe == name], newest, drawn) for name in recipes or there]
+    page = _template().render(
+        sections=sections,
+        comparisons=[
+            (
+                cost,
+                list(comparison_display.grids(cost)),
+                drawn.add(f"cost-{title}-{device}", comparison_display.draw(cost)),
+            )
+            for (title, device), cost in newest.items()
+        ],
+        date=_date(max(stage.ended for chain in chains for stage in chain.stages)),
+        side=SIDE,
+    )
+    path = folder / PAGE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _stages_of(chains: Sequence[ChainRecord], recipe: str) -> int:
+    return sum(len(chain.published) for chain in chains if chain.recipe == recipe)
+
+
+def _section(
+    records: Records, chains: list[ChainRecord], costs: dict[tuple[str, str], Comparison], drawn: "_Drawn"
+) -> Section:
+    chains = sorted(chains, key=lambda chain: (chain.lmbda, chain.seed))
+    recipe = chains[0].recipe
+    curves = rate_distortion.curves(chains)
+    figure = rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, chains))
+    best = _fullest(chains)
+    fair = [gain for gain in gains(chains) if gain.fair and gain.rate_percent]
+    return Section(
+        recipe,
+        tuple(_facts(records, chains)),
+        drawn.add(f"{recipe}-rate-distortion", figure),
+        len({chain.lmbda for chain in chains}) > 1,
+        rate_distortion.deltas_grid(curves, rate_distortion.references(chains)),
+        _claims(chains, curves, costs),
+        drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
+        report_tables.quality_grid(chains),
+        report_tables.migration_grid(chains),
+        tuple(
+            (
+                chain.title,
+                drawn.add(f"{recipe}-training-{chain.lmbda:g}-seed-{chain.seed}", training_curves.draw(records, chain)),
+            )
+            for chain in chains
+            if chain is best or chain.seed == best.seed
+        ),
+        tuple(sights(records, best)),
+        best.title,
+        tuple((chain.title, node) for chain in chains for node in _lineage(chain, None)),
+    )
+
+
+def _fullest(chains: Sequence[ChainRecord]) -> ChainRecord:
+    """The chain with most stages; of several, the one at the middle λ, and there the first seed."""
+    most = max(len(chain.published) for chain in chains)
+    full = [chain for chain in chains if len(chain.published) == most]
+    lmbdas = sorted({chain.lmbda for chain in full})
+    return next(chain for chain in full if chain.lmbda == lmbdas[len(lmbdas) // 2])
+
+
+def _facts(records: Records, chains: Sequence[ChainRecord]) -> Iterator[tuple[str, str]]:
+    """What was trained, on what, judged by what."""
+    stages = [stage for chain in chains for stage in chain.published.values()]
+    first = stages[0]
+    size = f"{first.metrics['model/parameters'] / 1e6:.1f} M parameters"
+    yield "codec", f"{first.parameters['model.preset']}, {size} as {first.name}"
+    yield "λ", ", ".join(f"{lmbda:g}" for lmbda in sorted({chain.lmbda for chain in chains}))
+    yield "seeds", ", ".join(map(str, sorted({chain.seed for chain in chains})))
+    images = records.validation_images(first)
+    yield "validation", f"{len(images)} whole images"
+    yield "training", f"crops of {first.parameters['data.crop']}², batches of {first.parameters['data.batch_size']}"
+    hours = sum(stage.seconds or 0 for stage in stages) / 3600
+    yield "time", f"{hours:.1f} hours of training steps in {len(stages)} stages"
+
+
+def _claims(
+    chains: Sequence[ChainRecord], curves: dict[str, rate_distortion.Curve], costs: dict[tuple[str, str], Comparison]
+) -> dict[str, list[Claim]]:
+    names = {name for chain in chains for name in chain.published}
+    if not names & {f"phase{n}" for n in range(1, 5)}:
+        return {}
+    titles = (chains[0].recipe, "checkpoints")
+    fitting = [cost for (title, _), cost in costs.items() if title in titles and "phase4" in cost.codecs]
+    deltas = rate_distortion.deltas(curves, rate_distortion.references(chains))
+    found: dict[str, list[Claim]] = {}
+    for claim in claims(gains(chains), deltas, fitting[-1] if fitting else None):
+        found.setdefault(claim.quantity, []).append(claim)
+    return {quantity: row for quantity, row in found.items() if any(claim.measured for claim in row)}
+
+
+def _lineage(chain: ChainRecord, parent: str | None) -> list[Node]:
+    """The trees of published stages that grew from `parent`."""
+    found = [stage for stage in chain.published.values() if stage.parent == parent]
+    return [Node(stage, tuple(_lineage(chain, stage.name))) for stage in found]
+
+
+class _Drawn:
+    """Figures of the page: each is embedded, and kept as a PNG beside it."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, figure: Figure) -> str:
+        """Keep a figure; returns it as a data URI."""
+        save(figure, self._folder / (re.sub(r"[^\w.-]+", "-", name) + ".png"))
+        file = io.BytesIO()
+        save(figure, file, "svg")
+        return _data_uri(file.getvalue(), "svg+xml")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _picture(pixels: np.ndarray) -> str:
+    """Pixels (H, W, 3) in 8 bits, without loss, as a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
+    return _data_uri(file.getvalue(), "png")
+
+
+def _date(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%-d %B %Y")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.evidence", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"picture": _picture, "claim": _claim_text, "expected": _expected_text}
+    template: Any = environment.get_template(PAGE)
+    return template
+
+
+def _claim_text(claim: Claim) -> str:
+    """`−2.3 ± 0.4 %`."""
+    if claim.measured is None:
+        return "–"
+    unit, form = _unit(claim)
+    return f"{claim.measured.text(form)} {unit}".replace("-", "−")
+
+
+def _expected_text(claim: Claim) -> str:
+    """`−30 … −45 %`: the nearer end first."""
+    unit, _ = _unit(claim)
+    near, far = sorted(claim.expected, key=abs)
+    return f"{near:+g} … {far:+g} {unit}".replace("-", "−")
+
+
+def _unit(claim: Claim) -> tuple[str, str]:
+    return ("dB", "+.2f") if claim.quantity.startswith("psnr") else ("%", "+.1f")

@@ -1,0 +1,43 @@
+"""How rate and PSNR moved through all stages of a chain."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipeline.common.figure_style import codec_colours, new_figure
+from pipeline.tracking.records import ChainRecord, History, Records, StageRecord
+
+MEASURES = (("bpp", "rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
+
+
+def draw(records: Records, chain: ChainRecord) -> Figure:
+    """Rate and PSNR of the training crops by step, every stage beginning where its parent ended."""
+    figure, axes = new_figure(len(MEASURES), height=2.3)
+    colours = codec_colours(list(chain.published))
+    for axis, (key, label) in zip(axes, MEASURES, strict=True):
+        shown: list[float] = []
+        for name, stage in chain.published.items():
+            start = chain.total_steps(name) - stage.steps
+            for number, curve in enumerate(_pieces(records, stage, key)):
+                steps, values = [start + step for step, _ in curve], [value for _, value in curve]
+                style = "--" if name.startswith("control") else "-"
+                axis.plot(steps, values, style, color=colours[name], linewidth=1, label=None if number else name)
+                # A Baseline begins so far away that nothing else would be seen.
+                shown += values if stage.parent else values[len(values) // 3 :]
+            axis.axvline(start, color="0.85", linewidth=0.8, zorder=0)
+        if shown:
+            low, high = np.quantile(shown, (0.01, 0.99))
+            axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+        axis.set(ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[-1].set(xlabel="training step along the chain")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
+    return figure
+
+
+def _pieces(records: Records, stage: StageRecord, key: str) -> Sequence[History]:
+    """The measure phase by phase; a phase that does not have it leaves a gap."""
+    keys = [f"train/{phase.name}/{key}" for phase in stage.phases]
+    return [records.history(stage.run_id, key) for key in keys if key in stage.metrics]

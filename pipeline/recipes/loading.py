@@ -1,0 +1,204 @@
+"""A recipe: a folder of stages, read, merged with its defaults and overrides, and checked as a whole."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.recipes.schema import Stage
+from pipeline.recipes.yaml_source import (
+    Node,
+    NoSuchPlace,
+    RecipeError,
+    merge,
+    nearest,
+    put,
+    read_file,
+    read_text,
+    shown,
+)
+
+PROJECT = Path(__file__).resolve().parents[2]
+STAGES = PROJECT / "stages"
+DEFAULTS = "common.yaml"
+MOST_LINES = 10
+WORDINGS = {
+    "missing": f"missing; expected here or in {DEFAULTS}",
+    "too_short": "should have at least {min_length} entries, not {actual_length}",
+    "too_long": "should have at most {max_length} entries, not {actual_length}",
+    "string_pattern_mismatch": "should be a word of letters, digits, - and _, not {found}",
+    "model_type": "should be a mapping of keys and values, not {found}",
+    "dict_type": "should be a mapping of keys and values, not {found}",
+    "value_error": "{error}",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages by name, each with a parent among them or none."""
+
+    name: str
+    stages: Mapping[str, Stage]
+
+    def chain(self, stage_name: str) -> list[Stage]:
+        """The stage and all it grows from, root first. Raises RecipeError where there is no such stage."""
+        if stage_name not in self.stages:
+            names = list(self.stages)
+            hint = nearest(stage_name, names)
+            raise RecipeError(f"recipe {self.name} has no stage '{stage_name}'{hint} ({', '.join(names)})")
+        stage = self.stages[stage_name]
+        return [*(self.chain(stage.parent) if stage.parent else []), stage]
+
+
+@dataclass(frozen=True)
+class Override:
+    """`--set path=value`: dotted keys, entries of a list by number or name, the value in YAML.
+
+    A path that begins with a stage's name is for that stage, any other for every stage that has the place.
+    """
+
+    text: str
+    path: tuple[str, ...]
+    value: Node
+
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        """Read `a.b=value`. Raises RecipeError."""
+        path, equals, value = text.partition("=")
+        if not (equals and all(path.split("."))):
+            raise RecipeError(f"--set {text}: expected key=value, such as --set data.crop=128")
+        return cls(text, tuple(path.split(".")), read_text(value, f"--set {text}"))
+
+    def apply(self, trees: Mapping[str, Node]) -> dict[str, Node]:
+        """The stages with the value in its place. Raises RecipeError where no stage has the place."""
+        head, *rest = self.path
+        scope = [head] if head in trees and rest else list(trees)
+        path = rest if scope == [head] else self.path
+        changed: dict[str, Node] = {}
+        refusal = NoSuchPlace("no stage has a parent to transfer from")
+        for name in scope:
+            root = trees[name].plain().get("parent") is None
+            if root and path[0] == "transfer" and len(scope) > 1:
+                continue
+            try:
+                changed[name] = put(trees[name], path, self.value)
+            except NoSuchPlace as problem:
+                refusal = problem
+        if not changed:
+            raise RecipeError(f"--set {self.text}: {refusal}")
+        return {**trees, **changed}
+
+
+def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read every stage of a recipe, by its name under `stages/` or by its folder's path.
+
+    `common.yaml` gives the defaults, a stage's own file goes before it key by key (lists as a whole), and
+    `overrides` (see Override) before both. Raises RecipeError with all that is wrong, one line each.
+    """
+    path = _find_folder(folder)
+    defaults = read_file(path / DEFAULTS, _label(path / DEFAULTS))
+    files = sorted(file for file in path.glob("*.yaml") if file.name != DEFAULTS and file.name[0] != ".")
+    if not files:
+        raise RecipeError(f"{_label(path)}: no stage here; expected a YAML file for each beside {DEFAULTS}")
+    trees = {file.stem: merge(defaults, read_file(file, _label(file))) for file in files}
+    for override in map(Override.parse, overrides):
+        trees = override.apply(trees)
+
+    problems: list[str] = []
+    stages: dict[str, Stage] = {}
+    for name, tree in trees.items():
+        try:
+            stages[name] = Stage.model_validate(tree.plain())
+        except ValidationError as failure:
+            problems += _explain(failure, tree)
+        problems += _misplaced(name, trees)
+    _report(problems)
+    return Recipe(path.name, stages)
+
+
+def _find_folder(folder: str | Path) -> Path:
+    named = STAGES / folder
+    if isinstance(folder, str) and named.is_dir() and named.parent == STAGES:
+        return named
+    if Path(folder).is_dir():
+        return Path(folder).resolve()
+    names = sorted(path.parent.name for path in STAGES.glob(f"*/{DEFAULTS}"))
+    raise RecipeError(
+        f"no recipe '{folder}'{nearest(folder, names) or '.'} There are {', '.join(names)}; or give the path of a "
+        f"folder with {DEFAULTS} and a YAML file for each stage"
+    )
+
+
+def _label(path: Path) -> str:
+    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
+
+
+def _misplaced(name: str, trees: Mapping[str, Node]) -> list[str]:
+    """What is wrong with a stage's place in the chain: its name, its parent, a circle."""
+    tree = trees[name]
+    fields = tree.plain()
+    if fields.get("name", name) != name:
+        return [f"{tree.origin_of(['name'])}: name: should be '{name}', as the file is called"]
+    line = [name]
+    while isinstance(parent := trees[line[-1]].plain().get("parent"), str):
+        where = f"{trees[line[-1]].origin_of(['parent'])}: parent"
+        if parent not in trees:
+            hint = nearest(parent, list(trees)) or f"; expected one of {', '.join(trees)}, or null"
+            return [f"{where}: there is no stage {parent!r}{hint}"]
+        if parent in line:
+            once = parent == name == min(line)
+            return [f"{where}: the stages go in a circle: {' → '.join([*line, name])}"] if once else []
+        line.append(parent)
+    return []
+
+
+def _explain(failure: ValidationError, tree: Node) -> list[str]:
+    lines = []
+    for error in failure.errors(include_url=False):
+        if error["type"] == "misfit":
+            lines += [_line(tree, path, problem) for path, problem in error["ctx"]["problems"]]
+        else:
+            lines.append(_line(tree, error["loc"], _wording(error)))
+    return lines
+
+
+def _line(tree: Node, path: tuple[str | int, ...], problem: str) -> str:
+    dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    return f"{tree.origin_of(path)}: {dotted}: {problem}"
+
+
+def _wording(error: ErrorDetails) -> str:
+    """A validation error in a user's words: what was expected, what was found, the nearest valid one."""
+    key, context = str(error["loc"][-1]), error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        valid = _fields(error["loc"][:-1])
+        return "unknown key" + (nearest(key, valid) or f"; expected one of {', '.join(valid)}")
+    if error["type"] in WORDINGS:
+        return WORDINGS[error["type"]].format(found=shown(error["input"]), **context)
+    hint = nearest(error["input"], context["expected"].split("'")[1::2]) if "expected" in context else ""
+    expected = error["msg"].replace("Input should", "should").replace("valid tuple", "list")
+    return f"{expected}, not {shown(error['input'])}{hint}"
+
+
+def _fields(path: tuple[str | int, ...]) -> list[str]:
+    """Keys that the schema knows in the mapping at `path`."""
+    section: type[BaseModel] = Stage
+    for key in path:
+        if isinstance(key, str):
+            section = _section(section.model_fields[key].annotation)
+    return list(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    return next((item for item in get_args(annotation) if item is not Ellipsis), annotation)
+
+
+def _report(problems: Iterable[str]) -> None:
+    lines = list(dict.fromkeys(problems))
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"… and {len(lines) - MOST_LINES} more"]
+    if lines:
+        raise RecipeError("\n".join(lines))

@@ -1,0 +1,229 @@
+"""What a stage may say: frozen, typed fields, with units and ranges."""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from pipeline.recipes.yaml_source import nearest, shown
+
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Count = Annotated[int, Field(ge=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Problem = tuple[tuple[str | int, ...], str]
+
+PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
+"""What stands for one dotted component in a rename rule."""
+
+MS_SSIM_MINIMUM = 161
+"""Pixels that each side of an image must have for five scales of an 11-tap window."""
+
+# Where the images lie does not matter, which they are does: Photos.digest in pipeline/data/images.py says that.
+# The rest decides how a stage is watched and judged, or how fast it runs, not which weights come out.
+WITHOUT_INFLUENCE: dict[str, Any] = {
+    "data": {"train", "val", "workers"},
+    "log_every": True,
+    "checkpoint_every": True,
+    "gradient_checkpointing": True,
+    "evaluation": True,
+    "accept": True,
+}
+
+
+class Section(BaseModel):
+    """Common ground: frozen, no unknown keys, no conversions (`true` is no number, `"3"` neither)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelChoice(Section):
+    """The codec: a preset's sizes, a phase's components, and any field of the codec set otherwise."""
+
+    preset: str
+    phase: int = Field(ge=0, le=4)
+    overrides: dict[str, Any] = {}
+    """Codec fields by name, such as `prior_hidden_rate`; the codec checks them when it is built."""
+
+
+class Data(Section):
+    """Images and how a batch is cut from them."""
+
+    train: str | None = None
+    """Folder of training images, relative to the working directory; null for the packaged photographs."""
+    val: str | None = None
+    """The same for validation, on whole images."""
+    crop: PositiveInt
+    """Side of the square training crops, in pixels."""
+    batch_size: PositiveInt
+    """Crops a step, all processes together."""
+    workers: Count = 0
+    """Reading processes a training process; 0 reads in the training process itself."""
+
+
+class Optimiser(Section):
+    """Adam and what guards its steps."""
+
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    clip_norm: PositiveFloat = 1.0
+    """Largest norm of the gradient over all trainable parameters."""
+    max_bad_steps: PositiveInt = 10
+    """Steps with a non-finite loss or gradient, one after another, before the run stops."""
+
+
+class Evaluation(Section):
+    """What is measured on the validation images."""
+
+    images: PositiveInt | None = None
+    """At most that many images; null for all."""
+    reconstructions: Count = 4
+    """How many of them are kept beside their originals."""
+
+
+def _renaming(rules: dict[str, str]) -> dict[str, str]:
+    for old, new in rules.items():
+        names, targets = PLACEHOLDER.findall(old), PLACEHOLDER.findall(new)
+        problem = ""
+        if set("{}") & set(PLACEHOLDER.sub("", old + new)):
+            problem = "a placeholder is a word in braces, such as {i}"
+        elif len(names) > len(set(names)):
+            problem = "a placeholder stands once on the left"
+        elif unknown := sorted(set(targets) - set(names)):
+            problem = f"{{{unknown[0]}}} is not on the left"
+        if problem:
+            raise ValueError(f"{old!r} → {new!r}: {problem}")
+    return rules
+
+
+class Transfer(Section):
+    """How a child starts from its parent."""
+
+    initialisation: Literal["function-preserving", "design", "scratch"] = "function-preserving"
+    """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
+    of the child is random and nothing is copied, to compare a migration with training anew."""
+    rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
+    """Module prefix in the parent → prefix in the child; `{i}` stands for one dotted component."""
+
+
+def _trainable(value: object) -> object:
+    patterns = isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)
+    if patterns or value in ("all", "new"):
+        return value
+    hint = nearest(value, ["all", "new"])
+    raise ValueError(f"should be 'all', 'new' or a list of name patterns, not {shown(value)}{hint}")
+
+
+class Phase(Section):
+    """One stretch of training with its own trainable parameters, objective and fresh optimiser."""
+
+    name: Word
+    train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
+    """`new`: what was not copied from the parent, and all of a component that the parent does not have."""
+    objective: Literal["rate-distortion", "align"]
+    """`align`: the new components alone, on their inputs and outputs in the parent."""
+    steps: Count
+    handover: Count = 0
+    """Steps over which a new component takes over from the parent's; within `steps`."""
+    lr: dict[str, PositiveFloat] = Field(min_length=1)
+    """Learning rate by parameter group or name pattern."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """`cosine`: from the learning rate down to zero at the last step."""
+    warmup: Count = 0
+    """Steps of linear rise to the learning rate."""
+
+
+class Accept(Section):
+    """Limits against the parent on the validation images; null is not checked."""
+
+    bpp_change: float | None = None
+    """Largest relative change of bits per pixel; 0.01 allows one per cent more."""
+    psnr_drop: float | None = None
+    """Largest loss of PSNR, in dB."""
+    rd_loss_change: float | None = None
+    """Largest relative change of the rate–distortion loss."""
+
+
+class Stage(Section):
+    """One stage of a migration, complete: all that decides what `parent` is turned into."""
+
+    name: Word
+    parent: Word | None
+    """Stage whose checkpoint is taken up; null starts from random weights."""
+    model: ModelChoice
+    lmbda: PositiveFloat
+    """λ of λ·255²·MSE + bpp, or of λ·(1 − MS-SSIM) + bpp."""
+    metric: Literal["mse", "ms-ssim"] = "mse"
+    data: Data
+    optimiser: Optimiser = Optimiser()
+    precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    """Recompute the RWKV components' activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    log_every: PositiveInt = 10
+    """Steps."""
+    checkpoint_every: PositiveInt = 500
+    """Steps."""
+    evaluation: Evaluation = Evaluation()
+    transfer: Transfer = Transfer()
+    schedule: tuple[Phase, ...]
+    accept: Accept = Accept()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Stage":
+        problems = _schedule_problems(self)
+        if self.metric == "ms-ssim" and self.data.crop < MS_SSIM_MINIMUM:
+            least = f"'metric: ms-ssim' needs at least {MS_SSIM_MINIMUM} pixels a side, such as 256"
+            problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
+        if self.parent is None and self.transfer != Transfer():
+            problems.append((("transfer",), "a stage without a parent has nothing to transfer"))
+        if problems:
+            raise PydanticCustomError("misfit", "the stage does not fit together", {"problems": problems})
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of what influences the trained weights, as hexadecimal.
+
+        Left out are the intervals of logging and saving, evaluation and acceptance, gradient checkpointing,
+        data workers and the paths (not the contents: their digest is that of the images) of the data.
+        """
+        fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
+        for phase in fields["schedule"]:
+            phase["lr"] = list(phase["lr"].items())  # The first that selects a parameter has it.
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The stage with every default written out; reads back as the same stage."""
+        fields = self.model_dump(mode="json")
+        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _schedule_problems(stage: Stage) -> list[Problem]:
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    for index, phase in enumerate(stage.schedule):
+        at = ("schedule", index)
+        if phase.name in seen:
+            problems.append(((*at, "name"), f"a second phase named '{phase.name}'"))
+        seen.add(phase.name)
+        for key, length in (("handover", phase.handover), ("warmup", phase.warmup)):
+            if length > phase.steps:
+                problems.append(((*at, key), f"{length} steps are more than the phase's {phase.steps}"))
+        if phase.handover and (stage.parent is None or phase.objective != "rate-distortion"):
+            problems.append(((*at, "handover"), "needs a parent and 'objective: rate-distortion'"))
+        if phase.objective == "align" and (stage.parent is None or phase.train != "new"):
+            problems.append(((*at, "objective"), "'align' needs a parent and 'train: new'"))
+    return problems

@@ -1,0 +1,197 @@
+"""YAML as data that remembers where every value was written."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.common.errors import UserError
+
+DEEPEST = 20
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used; the message fits one screen and says what to change."""
+
+
+class NoSuchPlace(RecipeError):
+    """A path into a list or a scalar that has no such entry."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A mapping, list or scalar with its origin: `stages/tiny/phase3.yaml:7`, or `--set seed=3`."""
+
+    value: Any
+    origin: str
+
+    def plain(self) -> Any:
+        """The value alone, lists as tuples."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return tuple(child.plain() for child in self.value)
+        return self.value
+
+    def origin_of(self, path: Sequence[str | int]) -> str:
+        """Where the value at `path` was written; of what nobody wrote, where it would belong."""
+        node = self
+        for key in path:
+            children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
+            if not (isinstance(children, dict) and key in children):
+                break
+            node = children[key]
+        return node.origin
+
+
+def nearest(word: object, valid: Sequence[str]) -> str:
+    """The hint `; did you mean 'seed'?`, or nothing where no valid word is close."""
+    close = get_close_matches(str(word), valid, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def shown(value: object) -> str:
+    """A value as YAML would write it, cut short where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def merge(base: Node, over: Node) -> Node:
+    """Lay `over` on `base`: mappings key by key, anything else replaced."""
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    merged = {key: merge(base.value[key], child) if key in base.value else child for key, child in over.value.items()}
+    return Node(base.value | merged, over.origin)
+
+
+def put(node: Node, path: Sequence[str], value: Node) -> Node:
+    """Replace the value at `path`; a list's entry goes by its number or its `name`.
+
+    Mappings that are missing on the way are made. Raises NoSuchPlace where a list has no such entry, or
+    where a scalar stands in the way.
+    """
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(node.value, list):
+        index = _entry(node, head)
+        items = [*node.value[:index], put(node.value[index], rest, value), *node.value[index + 1 :]]
+        return Node(items, node.origin)
+    if not (isinstance(node.value, dict) or node.value is None):
+        raise NoSuchPlace(f"the value {shown(node.value)} ({node.origin}) has no '{head}' in it")
+    children = node.value or {}
+    child = put(children.get(head, Node({}, value.origin)), rest, value)
+    return Node(children | {head: child}, node.origin)
+
+
+def _entry(node: Node, head: str) -> int:
+    names = [item.value.get("name") if isinstance(item.value, dict) else None for item in node.value]
+    words = [str(name.value) if name else "" for name in names]
+    if head.isdecimal() and int(head) < len(words):
+        return int(head)
+    if head in words:
+        return words.index(head)
+    known = ", ".join(filter(None, words)) or "no names"
+    raise NoSuchPlace(f"no entry '{head}' in this list of {len(words)} ({known}){nearest(head, words)}")
+
+
+def read_file(path: Path, label: str) -> Node:
+    """Read a YAML mapping; `label` names the file in origins and messages."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = problem.object.count(b"\n", 0, problem.start) + 1
+        raise RecipeError(f"{label}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    except OSError as problem:
+        raise RecipeError(f"{label}: cannot be read: {problem.strerror}") from None
+    node = _parse(text, label, lines=True)
+    if node.value is None:
+        raise RecipeError(f"{label}: the file is empty; expected 'key: value' lines")
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{node.origin}: expected a mapping of 'key: value' lines")
+    return node
+
+
+def read_text(text: str, origin: str) -> Node:
+    """Parse one value that stands in no file; every part of it has the same origin."""
+    return _parse(text, origin, lines=False)
+
+
+def _parse(text: str, label: str, lines: bool) -> Node:
+    def origin(mark: yaml.Mark | None) -> str:
+        return f"{label}:{mark.line + 1}" if lines and mark else label
+
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        return _build(loader, root, origin) if root else Node(None, origin(None))
+    except yaml.reader.ReaderError as problem:
+        line = text.count("\n", 0, problem.position) + 1
+        where = f"{label}:{line}" if lines else label
+        raise RecipeError(f"{where}: a control character (code {problem.character}) is no text") from None
+    except yaml.MarkedYAMLError as problem:
+        where = origin(problem.problem_mark or problem.context_mark)
+        tab = "; indent with spaces, not tabs" if r"'\t'" in str(problem.problem) else ""
+        raise RecipeError(f"{where}: {problem.problem or problem.context}{tab}") from None
+    except (ValueError, OverflowError):
+        raise RecipeError(f"{label}: a '\\U' escape names no character") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's scalars and nothing that a recipe has no use for.
+
+    YAML 1.1 reads `1e-3` as a string, `no` as false, `010` as eight and `1:30` as ninety; 1.2 does not.
+    """
+
+    yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            self._refuse(event, "anchors and aliases (& and *) are not allowed; write the value again")
+        if getattr(event, "tag", None):
+            self._refuse(event, f"the tag '{event.tag}' is not allowed; a recipe is plain data")
+        if self.depth == DEEPEST:
+            self._refuse(event, f"nested deeper than {DEEPEST} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, event: Any, problem: str) -> None:
+        raise yaml.constructor.ConstructorError(problem=problem, problem_mark=event.start_mark)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]{0,17})", list("-+0123456789")),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?\.inf|\.nan", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first)
+
+
+def _build(loader: _Loader, node: yaml.Node, origin: Any) -> Node:
+    where = origin(node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_build(loader, item, origin) for item in node.value], where)
+    if not isinstance(node, yaml.MappingNode):
+        return Node(loader.construct_object(node), where)
+    children: dict[str, Node] = {}
+    for key_node, value_node in node.value:
+        key_origin = origin(key_node.start_mark)
+        key = key_node.value
+        if key_node.tag != "tag:yaml.org,2002:str":
+            raise RecipeError(f"{key_origin}: a key must be a word; write it in quotes if it is one")
+        if key in children:
+            raise RecipeError(f"{key_origin}: {key}: written twice; first at {children[key].origin}")
+        children[key] = Node(_build(loader, value_node, origin).value, key_origin)
+    return Node(children, where)

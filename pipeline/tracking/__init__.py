@@ -1,0 +1,1 @@
+"""MLflow: the store, the outbox, the records read back."""

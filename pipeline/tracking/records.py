@@ -1,0 +1,307 @@
+"""What MLflow holds of chains, stages and comparisons, read back."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from pipeline.common.errors import UserError
+from pipeline.evaluation.quality import Quality
+from pipeline.tracking.store import EXPERIMENT, Store, brief
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+KIND_TAG = "hpcm.kind"
+History = list[tuple[int, float]]
+"""Values of a metric by step of the stage."""
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """One phase of a stage's schedule and what became of it."""
+
+    name: str
+    objective: str
+    steps: int
+    handover: int
+    rates: dict[str, str]
+    """Learning rate by parameter group."""
+    seconds: float | None
+    """Time its steps took, without interruptions; None where it has not begun."""
+    loss: float | None
+    """R-D loss on the validation images at its end, estimated."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage's run."""
+
+    run_id: str
+    state: str
+    ended: int
+    """Milliseconds since 1970; 0 while it runs."""
+    parameters: dict[str, str]
+    metrics: dict[str, float]
+    """The last value of each."""
+    tags: dict[str, str]
+    phases: tuple[PhaseRecord, ...]
+    """Empty for a root that was taken from a file."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name in its recipe."""
+        return self.tags["hpcm.stage"]
+
+    @property
+    def parent(self) -> str | None:
+        """The stage it grew from."""
+        parent = self.parameters.get("parent")
+        return None if parent == "None" else parent
+
+    @property
+    def model_phase(self) -> int:
+        """0 for a codec with the Baseline's components, up to 4."""
+        return int(self.parameters.get("model.phase", 0))
+
+    @property
+    def digest(self) -> str | None:
+        """Of the published weights; None where the stage has published none."""
+        return self.tags.get("hpcm.checkpoint_digest")
+
+    @property
+    def quality(self) -> Quality | None:
+        """What it achieved in real bitstreams on whole validation images; None where it was not evaluated."""
+        values = {name: self.metrics.get(f"final/{name}") for name in ("bpp", "psnr_db", "ms_ssim", "rd_loss")}
+        if any(value is None for name, value in values.items() if name != "ms_ssim"):
+            return None
+        return Quality(**values)  # type: ignore[arg-type]
+
+    @property
+    def parent_loss(self) -> float | None:
+        """Estimated R-D loss of the parent on the same images."""
+        return self.metrics.get("val/parent/rd_loss")
+
+    @property
+    def step0_loss(self) -> float | None:
+        """The same of the child before its first step."""
+        value = self.tags.get("hpcm.step0_loss")
+        return None if value is None else float(value)
+
+    @property
+    def steps(self) -> int:
+        """Training steps of the whole schedule."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """Time all training steps took, without interruptions."""
+        known = [phase.seconds for phase in self.phases if phase.seconds is not None]
+        return sum(known) if known else None
+
+    @property
+    def attempts(self) -> list[str]:
+        """How each attempt began and, where it was noted, what ended it; oldest first."""
+        return [value for key, value in sorted(self.tags.items()) if key.startswith("hpcm.attempt.")]
+
+
+@dataclass(frozen=True)
+class ChainRecord:
+    """One chain, with every run of its stages, oldest first."""
+
+    run_id: str
+    state: str
+    recipe: str
+    lmbda: float
+    seed: int
+    stages: tuple[StageRecord, ...]
+
+    @property
+    def title(self) -> str:
+        """What tells it from other chains."""
+        return f"{self.recipe}, λ = {self.lmbda:g}, seed {self.seed}"
+
+    @cached_property
+    def published(self) -> dict[str, StageRecord]:
+        """The run of each stage that published last, by name, parents before children."""
+        latest: dict[str, StageRecord] = {}
+        for stage in sorted(self.stages, key=lambda stage: stage.ended):
+            if stage.digest is not None and stage.quality is not None:
+                latest[stage.name] = stage
+        ordered: dict[str, StageRecord] = {}
+
+        def place(name: str | None) -> None:
+            if name in latest and name not in ordered:
+                place(latest[name].parent)
+                ordered[name] = latest[name]
+
+        for name in sorted(latest):
+            place(name)
+        return ordered
+
+    def total_steps(self, name: str) -> int:
+        """Training steps of a published stage and of all it grew from."""
+        stage = self.published[name]
+        before = self.total_steps(stage.parent) if stage.parent in self.published else 0
+        return before + stage.steps
+
+    def reference(self, name: str) -> str | None:
+        """What a stage is judged against: the Baseline's components with as many steps of training in all.
+
+        Such a stage is a control. Where the chain has none it is the root, which has had fewer steps; None for what
+        has the Baseline's components itself.
+        """
+        stages = self.published
+        if stages[name].model_phase == 0:
+            return None
+        plain = [other for other, stage in stages.items() if stage.model_phase == 0]
+        equal = [other for other in plain if self.total_steps(other) == self.total_steps(name)]
+        roots = [other for other in plain if stages[other].parent is None]
+        return next(iter(equal + roots), None)
+
+
+class RecordsError(UserError):
+    """A store that is not there or cannot be read."""
+
+
+class Records:
+    """The MLflow store of a folder of runs, for reading; raises RecordsError where there is none."""
+
+    def __init__(self, runs: Path):
+        store = Store.default(runs)
+        if store.database is not None and not store.database.is_file():
+            raise RecordsError(f"{store.database}: no such file: nothing was run in {runs} yet; --runs names another")
+        try:
+            self._client = store.client()
+            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        except Exception as error:  # MLflow's stores raise what their backends raise.
+            given = "" if store.database else " (MLFLOW_TRACKING_URI)"
+            raise RecordsError(f"{store.uri}{given}: cannot be read as an MLflow store: {brief(error)}") from error
+        assert experiment is not None  # the client sees to it
+        self._experiment = experiment.experiment_id
+
+    @cached_property
+    def _runs(self) -> list["Run"]:
+        """Every run, oldest first."""
+        found: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment], order_by=["attributes.start_time ASC"], max_results=1000, page_token=token
+            )
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def chains(self) -> list[ChainRecord]:
+        """Every chain that has begun a stage, newest first."""
+        stages: dict[str, list[Run]] = {}
+        for run in self._runs:
+            if "hpcm.stage" in run.data.tags:
+                stages.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run)
+        chains = [run for run in self._runs if run.info.run_id in stages]
+        return [self._chain(run, stages[run.info.run_id]) for run in reversed(chains)]
+
+    def published_chains(self) -> list[ChainRecord]:
+        """Those that have published a stage; of several of one recipe, λ and seed, the newest."""
+        newest: dict[tuple[str, float, int], ChainRecord] = {}
+        for chain in self.chains():
+            if chain.published:
+                newest.setdefault((chain.recipe, chain.lmbda, chain.seed), chain)
+        return list(newest.values())
+
+    def artifacts_of_kind(self, kind: str, path: str) -> list[Path]:
+        """This artifact of every run of a kind, such as `comparison`, oldest run first."""
+        runs = [run for run in self._runs if run.data.tags.get(KIND_TAG) == kind]
+        return [self.artifact(run.info.run_id, path) for run in runs]
+
+    def artifact(self, run_id: str, path: str) -> Path:
+        """A file or folder that a run kept, brought here if it lies elsewhere."""
+        uri = urlsplit(self._client.get_run(run_id).info.artifact_uri)
+        if uri.scheme in ("", "file"):
+            return Path(url2pathname(uri.path)) / path
+        return Path(self._client.download_artifacts(run_id, path, self._elsewhere.name))
+
+    def artifact_names(self, run_id: str, folder: str | None = None) -> list[str]:
+        """Paths of what a run kept, in one folder."""
+        return [file.path for file in self._client.list_artifacts(run_id, folder)]
+
+    def validation_images(self, stage: StageRecord) -> list[str]:
+        """Names of the images that a published stage was evaluated on."""
+        evaluation = json.loads(self.artifact(stage.run_id, "evaluation.json").read_text())
+        return [image["source"] for image in evaluation["images"]]
+
+    def history(self, run_id: str, key: str) -> History:
+        """All values of a metric."""
+        return sorted((metric.step, metric.value) for metric in self._client.get_metric_history(run_id, key))
+
+    @cached_property
+    def _elsewhere(self) -> "TemporaryDirectory[str]":
+        return TemporaryDirectory(prefix="hpcm-", ignore_cleanup_errors=True)
+
+    def _chain(self, run: "Run", stages: Sequence["Run"]) -> ChainRecord:
+        records = tuple(self._stage(stage) for stage in stages)
+        first = records[0].parameters
+        return ChainRecord(
+            run.info.run_id,
+            run.info.status,
+            run.data.tags["hpcm.recipe"],
+            float(records[0].tags["hpcm.lmbda"]),
+            int(run.data.tags.get("hpcm.seed", first.get("seed", 0))),
+            records,
+        )
+
+    def _stage(self, run: "Run") -> StageRecord:
+        data = run.data
+        phases = () if "hpcm.input.baseline" in data.tags else self._phases(run)
+        return StageRecord(
+            run.info.run_id, run.info.status, run.info.end_time or 0,
+            dict(data.params), dict(data.metrics), dict(data.tags), phases,
+        )  # fmt: skip
+
+    def _phases(self, run: "Run") -> tuple[PhaseRecord, ...]:
+        """The schedule in its order, which the store does not keep: by when each phase logged its first step."""
+        parameters = run.data.params
+        names = {key.split(".")[1] for key in parameters if key.startswith("schedule.")}
+        times = {name: self._metric(run, f"train/{name}/step_seconds") for name in names}
+        losses = dict(self._metric(run, "val/rd_loss"))
+        phases: list[PhaseRecord] = []
+        start = 0
+        for name in sorted(names, key=lambda name: (times[name][0][0] if times[name] else float("inf"), name)):
+            prefix = f"schedule.{name}."
+            steps = int(parameters[f"{prefix}steps"])
+            phases.append(
+                PhaseRecord(
+                    name,
+                    parameters[f"{prefix}objective"],
+                    steps,
+                    int(parameters[f"{prefix}handover"]),
+                    _rates(parameters, prefix),
+                    _seconds(start, times[name]),
+                    losses.get(start + steps),
+                )
+            )
+            start += steps
+        return tuple(phases)
+
+    def _metric(self, run: "Run", key: str) -> History:
+        return self.history(run.info.run_id, key) if key in run.data.metrics else []
+
+
+def _rates(parameters: dict[str, str], prefix: str) -> dict[str, str]:
+    """Learning rates by group; of rates by name pattern, which have one parameter together, the text."""
+    keys = [key for key in parameters if key == f"{prefix}lr" or key.startswith(f"{prefix}lr.")]
+    return {key.removeprefix(prefix).removeprefix("lr").removeprefix(".") or "by name": parameters[key] for key in keys}
+
+
+def _seconds(start: int, means: History) -> float | None:
+    """Time of a phase that begins after step `start`, from the mean step times logged on the way."""
+    steps = [start, *(step for step, _ in means)]
+    return sum((b - a) * mean for (a, b), (_, mean) in zip(pairwise(steps), means, strict=True)) if means else None

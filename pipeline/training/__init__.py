@@ -1,0 +1,1 @@
+"""Transfer, parameter groups, objectives, the trainer."""

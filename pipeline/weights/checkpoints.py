@@ -1,0 +1,228 @@
+"""Files of weights: complete or absent, checked by digest, never executed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules import HPCM, HPCMConfig
+from pipeline.common.errors import UserError
+from pipeline.common.files import replacing, text_digest
+
+FORMAT = "hpcm-checkpoint-2"
+METADATA_KEY = "hpcm"
+LONGEST_ZIP_END = 22 + 2**16
+"""Bytes at the end of a zip archive that its last record, with a comment, lies within."""
+
+
+class CheckpointError(UserError):
+    """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors and what is known of them; `metadata` is JSON-able and includes `config` and `digest` once published."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that `path` holds either the whole of it or what was there before.
+
+    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) and `seal` (over the rest) are
+    added. Raises FileError.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
+    fields["seal"] = _seal(fields)
+    with replacing(path) as partial:
+        # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
+        try:
+            save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(str(error)) from error
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values in row-major order, hexadecimal."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of a state dict, hexadecimal; independent of its order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
+def inputs_digest(inputs: Mapping[str, str]) -> str:
+    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
+    return text_digest(json.dumps(inputs, sort_keys=True))[:16]
+
+
+def check_file(path: Path) -> None:
+    """Raise CheckpointError unless there is a file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raise CheckpointError where `target` is `source`, exists and is not to be overwritten, or is no .safetensors."""
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: give a name that ends in .safetensors, by which it is known later")
+    if target.exists():
+        if source.exists() and target.samefile(source):
+            raise CheckpointError(f"{target}: would replace the file it is made from; give another name")
+        if not overwrite:
+            raise CheckpointError(f"{target}: exists; --overwrite replaces it")
+
+
+def read(path: Path) -> Checkpoint:
+    """Read what `write` wrote; raises CheckpointError for anything else, and where a digest disagrees."""
+    metadata = read_metadata(path)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        digest = state_digest(tensors)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if digest != metadata["digest"]:
+        raise CheckpointError(f"{path}: the weights do not match their digest; the file is damaged")
+    return Checkpoint(tensors, metadata)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone; raises CheckpointError for a file that `write` did not write."""
+    check_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this pipeline; "
+            f"bring official weights in with `hpcm import {path} baseline.safetensors`"
+        )
+    if metadata.pop("seal", None) != _seal(metadata):
+        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
+    return metadata
+
+
+def _seal(metadata: Mapping[str, Any]) -> str:
+    return text_digest(json.dumps(metadata, sort_keys=True))
+
+
+def load_codec(path: Path | str) -> HPCM:
+    """The codec of a published checkpoint, in evaluation mode, its coding tables built.
+
+    Raises CheckpointError where file and codec do not fit, naming the tensors.
+    """
+    checkpoint = read(Path(path))
+    if "config" not in checkpoint.metadata:
+        raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
+    config = _codec_config(checkpoint, path)
+    model = HPCM(config)
+    load_weights(model, checkpoint.tensors, path)
+    model.update()
+    return model.eval()
+
+
+def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
+    """The configuration, once it is known that what it describes is no larger than the file."""
+    try:
+        config = HPCMConfig.from_dict(checkpoint.metadata["config"])
+        blocks = [*config.depths, *sum(config.prior_depths, ()), config.fusion_blocks]
+        blocks += [*config.prior_blocks, *config.prior_last_blocks]
+        if max(blocks) > len(checkpoint.tensors):
+            raise ValueError("more blocks than the file has tensors")
+        sketch = HPCM.on_meta(config)
+    except Exception as error:  # Of values that no codec has, nearly anything.
+        raise CheckpointError(f"{path}: its configuration is of no codec ({error})") from error
+    _check_fit(sketch, checkpoint.tensors, path)
+    return config
+
+
+def codec_tensors(model: HPCM) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a codec: all but the coding tables, which follow from the weights."""
+    return {name: t for name, t in model.state_dict().items() if name not in model.coding_table_names()}
+
+
+def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load `tensors` into `model`, every one and nothing else; raises CheckpointError naming what does not fit."""
+    _check_fit(model, tensors, source)
+    model.load_state_dict(tensors)
+
+
+def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    expected = codec_tensors(model)
+    problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != expected[name].shape:
+            problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
+        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            problems.append(f"not plain  {name}: a sparse, quantised or empty form of a tensor")
+        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            problems.append(f"not finite {name}: NaN, infinite or integer values")
+    if problems:
+        more = [f"… and {len(problems) - 12} more"] if len(problems) > 12 else []
+        raise CheckpointError(
+            "\n  ".join([f"{source}: {len(problems)} tensors do not fit the codec:", *problems[:12], *more])
+        )
+
+
+def import_official(source: Path) -> HPCM:
+    """The codec in an official `.pth.tar`, its preset recognised by its tensors; nothing in the file is executed.
+
+    Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
+    """
+    check_file(source)
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # Of a damaged pickle, torch may raise anything.
+        if kind := _no_checkpoint(source):
+            raise CheckpointError(f"{source}: {kind}") from error
+        raise CheckpointError(
+            f"{source}: holds more than tensors, or is damaged; refused, because loading it could run code.\n"
+            "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}
+    model = HPCM(HPCM.nearest_config({name: tuple(value.shape) for name, value in tensors.items()}))
+    load_weights(model, tensors, source)
+    return model
+
+
+def _no_checkpoint(source: Path) -> str:
+    """What a file is that is neither a whole zip archive nor a pickle; empty if it may be one."""
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, size - LONGEST_ZIP_END))
+        end = file.read()
+    if start == b"PK\3\4":
+        return "" if b"PK\5\6" in end else f"truncated after {size} bytes; copy it again"
+    return "" if start[:1] == b"\x80" else "not a PyTorch checkpoint"
+
+
+def publish(path: Path, model: HPCM, lineage: Mapping[str, Any]) -> None:
+    """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand."""
+    write(path, codec_tensors(model), {"config": model.config.to_dict(), **lineage})

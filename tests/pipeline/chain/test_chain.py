@@ -1,0 +1,255 @@
+"""A whole chain: what it leaves behind, how it resumes, why it reruns."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mini import STAGES, Notes, Stop, mini_chain, run_chain, runs_of, steps_of
+
+from pipeline.chain import chain as chain_module
+from pipeline.chain.chain import Chain, ChainError
+from pipeline.chain.stage import StageError
+from pipeline.common.errors import Interrupted
+from pipeline.data.images import Photos, find_images
+from pipeline.recipes.schema import Phase
+from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
+
+
+def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:
+    chain, _ = finished
+    parent_digest = None
+    for phase, job in enumerate(chain.jobs):
+        checkpoint = read(job.checkpoint)
+        assert load_codec(job.checkpoint).config == job.config
+        assert checkpoint.metadata["name"] == STAGES[phase]
+        assert checkpoint.metadata["inputs"].get("parent") == parent_digest
+        parent_digest = checkpoint.metadata["digest"]
+        record = json.loads(job.record.read_text())
+        assert record["digest"] == parent_digest
+        assert {path.name for path in job.folder.iterdir()} >= {
+            "stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "reconstructions",
+        }  # fmt: skip
+        assert not (job.folder / "state").exists()
+    assert [planned.status for planned in chain.plan()] == ["done"] * 5
+
+
+def test_mlflow_holds_the_chain_and_its_stages(finished: tuple[Chain, Notes]) -> None:
+    chain, _ = finished
+    client, (parent, *stages) = runs_of(chain)
+    assert [run.data.tags["hpcm.stage"] for run in stages] == STAGES
+    assert {run.data.tags["mlflow.parentRunId"] for run in stages} == {parent.info.run_id}
+    assert {run.info.status for run in (parent, *stages)} == {"FINISHED"}
+    phase4 = stages[-1]
+    assert phase4.data.params["schedule.frozen.handover"] == "4"
+    assert {"train/align/loss", "train/frozen/bpp", "train/unfrozen/psnr_db", "val/psnr_db", "val/step0_gap"} <= (
+        phase4.data.metrics.keys()
+    )
+    assert "train/frozen/psnr_db" not in phase4.data.metrics
+    assert {entry.dataset.name for entry in phase4.inputs.dataset_inputs} == {"packaged-train", "packaged-val"}
+    for key, steps in steps_of(client, phase4).items():
+        assert steps == sorted(set(steps)), key
+    artifacts = {artifact.path for artifact in client.list_artifacts(phase4.info.run_id)}
+    assert artifacts == {
+        "checkpoint.safetensors", "evaluation.json", "ledger.json",
+        "rate-distortion.png", "reconstructions", "stage.yaml",
+    }  # fmt: skip
+
+
+def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
+    chain, moments = mini_chain(runs, "phase2"), {}
+
+    class Moments(Notes):
+        def phase(self, phase: Phase, done: int) -> None:
+            state = sorted((chain.folder / "phase2" / "state").glob("*/phase-*"))
+            if state:
+                moments[phase.name] = read(state[-1])
+
+    run_chain(chain, Moments())
+    ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
+    new = {entry["name"] for entry in ledger if entry["kind"] in ("renamed", "initialised")}
+
+    def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+        return {name for name in after if not torch.equal(before[f"model/{name}"], after[name])}
+
+    tensors = moments["unfrozen"].tensors
+    at_unfreeze = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+    fixed = {name for name in at_unfreeze if name.startswith("entropy_estimation")}
+    assert moved(moments["frozen"].tensors, at_unfreeze) == new
+    end = read(chain.jobs[-1].checkpoint).tensors
+    assert moved(moments["unfrozen"].tensors, end) == end.keys() - fixed
+
+
+def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: tuple[Chain, Notes]) -> None:
+    chain, reference = mini_chain(runs, "phase1"), finished[0]
+    for stop in (Stop("frozen", 2, signal.SIGTERM), Stop("unfrozen", 3, signal.SIGINT)):
+        with pytest.raises(Interrupted) as caught:
+            run_chain(chain, stop)
+        assert caught.value.exit_code == 128 + stop.signum
+        assert runs_of(chain)[1][-1].info.status == "KILLED"
+        assert f"cut off in {stop.at[0]} at step {stop.at[1]}" in chain.plan()[-1].reason
+    notes = Notes()
+    run_chain(chain, notes)
+    assert "resumed in unfrozen at step 3" in notes.lines
+    assert notes.steps == 2
+
+    client, (_, _, phase1) = runs_of(chain)
+    assert phase1.info.status == "FINISHED"
+    attempts = [value for key, value in sorted(phase1.data.tags.items()) if key.startswith("hpcm.attempt.")]
+    assert attempts == [
+        "started; stopped by SIGTERM",
+        "resumed in frozen at step 2; stopped by SIGINT",
+        "resumed in unfrozen at step 3",
+    ]
+    expected = next(run for run in runs_of(reference)[1] if run.data.tags.get("hpcm.stage") == "phase1")
+    assert steps_of(client, phase1) == steps_of(runs_of(reference)[0], expected)
+    for key, value in expected.data.metrics.items():
+        if not key.endswith("seconds"):
+            assert phase1.data.metrics[key] == value, key
+    assert chain.jobs[1].checkpoint.read_bytes() == reference.jobs[1].checkpoint.read_bytes()
+
+
+def test_what_is_done_is_left_alone(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    chain, notes = finished[0], Notes()
+    before = [job.checkpoint.stat().st_mtime_ns for job in chain.jobs]
+    run_chain(chain, notes)
+    assert notes.lines == [f"{name}: done" for name in STAGES]
+    assert [job.checkpoint.stat().st_mtime_ns for job in chain.jobs] == before
+
+
+def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    shutil.copytree(finished[0].runs, tmp_path / "runs")
+    original = mini_chain(tmp_path / "runs", "phase1").jobs[1].checkpoint.read_bytes()
+    chain = mini_chain(tmp_path / "runs", "phase2", ["phase1.seed=7"])
+    plan = chain.plan()
+    assert [(planned.status, planned.reason) for planned in plan] == [
+        ("done", "current"), ("stale", "stale: recipe changed"), ("stale", "waits for phase1"),
+    ]  # fmt: skip
+    run_chain(chain)
+    superseded = sorted((chain.folder / "superseded").iterdir())
+    assert [path.name.split("-")[0] for path in superseded] == ["phase1", "phase2"]
+    assert (superseded[0] / "checkpoint.safetensors").read_bytes() == original
+    assert chain.jobs[1].checkpoint.read_bytes() != original
+    assert [planned.status for planned in chain.plan()] == ["done"] * 3
+
+
+def test_chains_of_other_seeds_lie_beside_the_first(finished: tuple[Chain, Notes]) -> None:
+    chain = mini_chain(finished[0].runs, "phase1", ["seed=3"])
+    assert chain.folder.name == "lmbda-0.013-seed-3"
+    assert [planned.status for planned in chain.plan()] == ["missing", "missing"]
+    # A stage's own seed is a setting like others: it makes that stage stale.
+    chain = mini_chain(finished[0].runs, "phase1", ["phase1.seed=3"])
+    assert chain.folder == finished[0].folder
+    assert [planned.status for planned in chain.plan()] == ["done", "stale"]
+
+
+def test_settings_without_influence_keep_a_stage_current(finished: tuple[Chain, Notes]) -> None:
+    chain = mini_chain(
+        finished[0].runs, "phase4", ["log_every=7", "accept.psnr_drop=9.0", "gradient_checkpointing=true"]
+    )
+    assert {planned.status for planned in chain.plan()} == {"done"}
+
+
+def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Path, tmp_path: Path) -> None:
+    model = load_codec(finished[0].jobs[0].checkpoint)
+    path = tmp_path / "own.safetensors"
+    publish(path, model, {})
+    chain = mini_chain(runs, "baseline", baseline=path)
+    run_chain(chain)
+    assert read_metadata(chain.jobs[0].checkpoint)["digest"] == read_metadata(path)["digest"]
+    assert [planned.status for planned in chain.plan()] == ["done"]
+    with pytest.raises(StageError, match=r"own.safetensors: does not match baseline .*: heads is 4, expected 8"):
+        run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
+    with pytest.raises(CheckpointError, match=r"nowhere.safetensors: no such file"):
+        mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
+    with pytest.raises(ChainError, match="this is the chain's own baseline"):
+        mini_chain(runs, "baseline", baseline=chain.jobs[0].checkpoint)
+    with pytest.raises(ChainError, match=r"lmbda-0.013/baseline: made from a file given as --baseline .* again"):
+        mini_chain(runs, "phase1").plan()
+    assert chain.jobs[0].checkpoint.is_file()
+
+
+def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(finished[0].folder, runs / "mini" / "lmbda-0.05")
+    change = ["phase1.lmbda=0.05", "phase1.schedule=[]", "phase1.accept.rd_loss_change=0.5"]
+    chain = mini_chain(runs, "phase1", change)
+    run_chain(chain, accept_anyway=False)  # By the parent's own loss it is far worse.
+    assert chain.jobs[1].checkpoint.is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("phase2.schedule.frozen.lr={neww: 1.0e-3}", "phase2: frozen: lr: 'neww' selects no trainable parameter"),
+        ("phase3.schedule.frozen.train=[nothing.*]", "phase3: frozen: train: 'nothing.*' matches no parameter"),
+        ("phase1.transfer.rename={attn_s9: attn_s3}", "phase1: transfer.rename: 'attn_s9' matches no tensor"),
+        ("phase4.model.overrides.N=16", r"phase4: .* has shape \[1, 16.* in the child but \[1, 8.* in the parent"),
+        ("phase2.data.crop=100", "phase2: data.crop = 100 must be a multiple of 128"),
+    ],
+)
+def test_mistakes_in_later_stages_are_told_before_anything_runs(runs: Path, setting: str, message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        mini_chain(runs, "phase4", [setting]).plan()
+
+
+def test_a_damaged_parent_ends_its_childs_run_and_says_what_to_do(
+    finished: tuple[Chain, Notes], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0].runs, tmp_path / "runs")
+    chain = mini_chain(tmp_path / "runs", "phase1")
+    shutil.rmtree(chain.jobs[1].folder)
+    content = bytearray(chain.jobs[0].checkpoint.read_bytes())
+    content[-1] ^= 1
+    chain.jobs[0].checkpoint.write_bytes(content)
+    with pytest.raises(StageError, match=r"do not match their digest; .*(?s:.*)hpcm run baseline --force"):
+        run_chain(chain)
+    assert all(run.info.status != "RUNNING" for run in runs_of(chain)[1])
+
+
+def test_images_are_looked_for_once_in_a_chain(finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def find(*about: object) -> Photos:
+        looked.append(about)
+        return find_images(*about)
+
+    monkeypatch.setattr(chain_module, "find_images", find)
+    mini_chain(finished[0].runs, "phase4").plan()
+    assert looked == [(None, "train", 128)]
+
+
+def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> None:
+    limits = ["phase1.accept.bpp_change=-0.9"]
+    chain = mini_chain(runs, "phase1", limits)
+    with pytest.raises(StageError, match=r"phase1: not accepted .* bpp_change is .*, allowed -0.9000") as caught:
+        run_chain(chain, accept_anyway=False)
+    assert "--accept-anyway" in str(caught.value)
+    assert runs_of(chain)[1][-1].info.status == "FAILED"
+    assert not chain.jobs[1].checkpoint.exists()
+    notes = Notes()
+    run_chain(mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"]), notes)
+    assert notes.steps == 0
+    assert "resumed in evaluation at step 0" in notes.lines
+    assert chain.jobs[1].checkpoint.exists()
+
+
+def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 4, signal.SIGTERM))
+    newest = sorted((chain.folder / "baseline" / "state").glob("*/phase-*"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 255
+    newest.write_bytes(content)
+    notes = Notes()
+    run_chain(chain, notes)
+    assert any("do not match their digest" in line for line in notes.lines)
+    assert "resumed in scratch at step 3" in notes.lines
+
+
+def test_crops_that_do_not_fit_the_windows_are_refused(runs: Path) -> None:
+    with pytest.raises(StageError, match=r"data.crop = 96 must be a multiple of 128"):
+        run_chain(mini_chain(runs, "baseline", ["data.crop=96"]))

@@ -1,0 +1,79 @@
+"""A chain that is killed at the nastiest places, or asked to stop there, ends as one that was never touched."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from kills import KILLED, attempt, differences, exit_code, stage_runs
+from mini import Notes, mini_chain
+
+from pipeline.chain.chain import Chain
+from pipeline.common.processes import Interruption
+
+PLACES = [
+    "evaluation:2",  # in the comparison at step 0, after that of the Baseline's one phase and its evaluation
+    "write.partial:1",
+    "step:5",
+    "step:1",  # twice in one phase
+    "phase:1",  # at the unfreeze
+    "write.renamed:1",
+    "outbox:3",  # sent, but not noted as sent
+    "publish.checkpoint:1",
+    "publish.record:1",  # between stages
+]
+
+
+def test_a_chain_killed_at_every_nasty_place(runs: Path, empty_store: Path, tmp_path: Path) -> None:
+    settings = ["data.workers=1"]
+    untouched, chain = mini_chain(tmp_path / "untouched", "phase1", settings), mini_chain(runs, "phase1", settings)
+    untouched.runs.mkdir()
+    shutil.copy(empty_store / "mlflow.db", untouched.runs)
+    assert exit_code(attempt(untouched.runs, "phase1", settings)) == 0
+    codes = [exit_code(attempt(runs, "phase1", settings, {"HPCM_FAULT": place})) for place in PLACES]
+    assert codes == [KILLED] * len(PLACES)
+    assert exit_code(attempt(runs, "phase1", settings)) == 0
+    assert differences(chain, untouched) == []
+    (run,) = stage_runs(chain)[1]["phase1"]
+    assert len([tag for tag in run.data.tags if tag.startswith("hpcm.attempt.")]) > 4
+
+
+@pytest.mark.parametrize(
+    ("place", "signum", "code"),
+    [
+        ("step:2", signal.SIGUSR1, 143),
+        ("evaluation:1", signal.SIGTERM, 143),  # validation at the phase's end
+        ("evaluation:2", signal.SIGINT, 130),  # the evaluation with real bitstreams
+        ("write.partial:3", signal.SIGTERM, 143),
+    ],
+)
+def test_a_signal_is_heard_wherever_it_comes(
+    place: str, signum: int, code: int, runs: Path, tmp_path: Path, finished: tuple[Chain, Notes]
+) -> None:
+    log = tmp_path / "log"
+    asked = {"HPCM_FAULT": place, "HPCM_FAULT_SIGNAL": str(signum), "LOG": str(log)}
+    assert exit_code(attempt(runs, "baseline", [], asked)) == code
+    assert f"stopped by {signal.Signals(signum).name}" in log.read_text()
+    chain = mini_chain(runs, "baseline")
+    ((run,),) = stage_runs(chain)[1].values()
+    assert run.info.status == "KILLED"
+    assert exit_code(attempt(runs, "baseline")) == 0
+    assert differences(chain, finished[0]) == []
+
+
+def _stop_twice() -> None:
+    with Interruption(Accelerator(cpu=True)) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signum == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(600)
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=_stop_twice)
+    process.start()
+    assert exit_code(process) == -signal.SIGINT

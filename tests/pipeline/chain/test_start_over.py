@@ -1,0 +1,185 @@
+"""What a plan notices, what a person can have built anew, and who works in a folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from mini import ENVIRONMENT, FOLDER, Notes, Stop, hpcm, mini_chain, run_chain, runs_of
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipeline.chain import stage_inputs as job_module
+from pipeline.chain.chain import Chain, ChainError
+from pipeline.chain.stage_inputs import StartOver, Workplace
+from pipeline.commands.main import app
+from pipeline.common.errors import Interrupted
+from pipeline.common.folder_lock import FolderInUse, held
+from pipeline.common.processes import Interruption
+from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.store import Store, find_run
+
+
+@pytest.fixture
+def built(finished: tuple[Chain, Notes], tmp_path: Path) -> Chain:
+    """A chain to Phase 1 that is current, to be changed as a test likes."""
+    shutil.copytree(finished[0].runs, tmp_path / "built")
+    return mini_chain(tmp_path / "built", "phase1")
+
+
+def start_over(chain: Chain, confirm: Callable[[list[str]], None], **wish: bool) -> Notes:
+    notes = Notes()
+    with Interruption(Accelerator(cpu=True)) as interruption:
+        chain.run(Workplace(chain.folder, interruption, notes, True, StartOver(**wish, confirm=confirm)))
+    return notes
+
+
+def refuse(consequences: list[str]) -> None:
+    raise ChainError("nothing was changed")
+
+
+def test_a_changed_code_version_is_noticed(built: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_module, "CODE_VERSION", "of tomorrow")
+    assert [planned.reason for planned in built.plan()] == ["stale: code version changed", "waits for baseline"]
+
+
+def test_changed_images_are_noticed(built: Chain, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (128, 128)).save(tmp_path / "photos" / "black.png")
+    chain = mini_chain(built.runs, "phase1", [f"phase1.data.train={tmp_path / 'photos'}"])
+    assert [planned.reason for planned in chain.plan()] == ["current", "stale: training images changed"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"digest": "a"}'])
+def test_a_damaged_record_makes_a_stage_stale(built: Chain, content: str) -> None:
+    built.jobs[0].record.write_text(content)
+    assert built.plan()[0].reason == f"stale: {built.jobs[0].record} is damaged"
+
+
+def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    other = mini_chain(runs, "baseline", ["optimiser.clip_norm=0.5"])
+    assert other.plan()[0].reason == "not built yet; an interrupted training is left alone: recipe changed"
+    with pytest.raises(Interrupted):
+        run_chain(other, Stop("scratch", 2, signal.SIGTERM))
+    assert other.plan()[0].reason == "cut off in scratch at step 2"
+    assert chain.plan()[0].reason == "cut off in scratch at step 5"
+
+
+def test_force_builds_a_current_stage_again(built: Chain) -> None:
+    before, asked = built.jobs[1].checkpoint.read_bytes(), []
+    notes = start_over(built, asked.extend, force=True)
+    assert asked == [f"phase1: what is published moves to {built.folder / 'superseded'}"]
+    assert notes.lines[:2] == ["baseline: done", "phase1: not built yet"]
+    assert built.jobs[1].checkpoint.read_bytes() == before
+    (aside,) = (built.folder / "superseded").iterdir()
+    assert (aside / "checkpoint.safetensors").read_bytes() == before
+    stages = [run.data.tags.get("hpcm.stage") for run in runs_of(built)[1]]
+    assert stages.count("phase1") == 2  # The old run keeps what it was told.
+
+
+def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
+    chain, asked = mini_chain(runs, "baseline"), []
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    with pytest.raises(ChainError, match="nothing was changed"):
+        start_over(chain, refuse, fresh=True)
+    assert chain.plan()[0].reason == "cut off in scratch at step 5"
+    notes = start_over(chain, asked.extend, fresh=True)
+    assert asked == ["baseline: the training that was cut off is deleted"]
+    assert notes.steps == 6
+    cut_off, whole = [run for run in runs_of(chain)[1] if "hpcm.stage" in run.data.tags]
+    assert [run.info.status for run in (cut_off, whole)] == ["KILLED", "FINISHED"]
+
+
+def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
+    before = sorted(built.folder.rglob("*"))
+    command = ["run", "phase1", "--recipe", str(FOLDER), "--runs", str(built.runs), "--force"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ChainError)
+    assert "no terminal to ask at; give --yes" in str(result.exception)
+    assert [path for path in sorted(built.folder.rglob("*")) if path.name != "lock"] == [
+        path for path in before if path.name != "lock"
+    ]
+
+
+def test_a_second_run_is_told_who_holds_the_folder(runs: Path, tmp_path: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    script = "import sys, time; from pathlib import Path; from pipeline.common.folder_lock import held\n"
+    script += "with held(Path(sys.argv[1])):\n    print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(chain.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        message = rf"{chain.folder}: process {holder.pid} on \S+, since 20.*, is using this folder; wait for it to end"
+        with pytest.raises(FolderInUse, match=message):
+            run_chain(chain)
+        holder.kill()
+    with held(chain.folder):  # What a dead process left is not in the way.
+        assert f"process {os.getpid()} on" in (chain.folder / "lock").read_text()
+
+
+def test_sync_sends_what_waits(runs: Path, tmp_path: Path) -> None:
+    folder = runs / "mini" / "lmbda-0.013" / "outbox"
+    Outbox(folder, Store("http://127.0.0.1:9")).run("k", "a run").metrics({"loss": 1.0}, 3)
+    assert (folder / "journal.jsonl").exists()
+    command = hpcm("sync", "--runs", runs)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 log entries to send" in done.stdout
+    client = Store.default(runs).client()
+    assert client.get_run(find_run(client, "k")).data.metrics == {"loss": 1.0}
+    assert not folder.exists()
+
+
+def waiting_entries(runs: Path, name: str) -> Path:
+    """The folder of a chain that has told MLflow of a run with this key, and could not reach it."""
+    folder = runs / "mini" / name / "outbox"
+    outbox = Outbox(folder, Store("http://127.0.0.1:9"))
+    outbox.run(name, "a run")
+    outbox.close(0)
+    return folder
+
+
+def test_sync_goes_on_after_a_chain_that_is_in_use_or_damaged(runs: Path) -> None:
+    busy, damaged, free = (waiting_entries(runs, name) for name in ("a", "b", "c"))
+    (damaged / "journal.jsonl").write_bytes(b"\xff\n")
+    (busy.parent / "lock").write_text("process 1 on elsewhere, since yesterday,\n")
+    script = "import fcntl, sys, time\n"
+    script += "file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(busy.parent / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        done = CliRunner().invoke(app, ["sync", "--runs", str(runs)])
+        holder.kill()
+    assert done.exit_code == 1
+    assert f"{busy.parent}: process 1 on elsewhere, since yesterday, is using this folder" in done.output
+    assert f"{damaged / 'journal.jsonl'}: line 1 is damaged" in done.output
+    assert busy.exists()
+    assert damaged.exists()
+    assert not free.exists()
+    assert find_run(Store.default(runs).client(), "c")
+
+
+def test_sync_of_no_folder_is_an_error(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["sync", "--runs", str(tmp_path / "nowhere")])
+    assert done.exit_code == 2
+    assert "no such folder" in done.output
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_damaged_identity_is_an_error(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    chain.folder.mkdir(parents=True)
+    (chain.folder / "chain.json").write_text(json.dumps(["?"]))
+    with pytest.raises(ChainError, match=r"chain.json: damaged; delete it"):
+        run_chain(chain)

@@ -1,0 +1,168 @@
+"""What a person at the shell meets: errors of one screen, exit codes, kills and several processes."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mini import ENVIRONMENT, FOLDER, Malicious, hpcm, mini_chain, mini_codec, runs_of, steps_of
+
+from pipeline.commands import main as cli
+from pipeline.weights.checkpoints import codec_tensors, write
+
+
+def recipe(tmp_path: Path, stage: str, old: str, new: str) -> Path:
+    """A copy of the mini recipe with one thing changed in a stage."""
+    folder = tmp_path / "mini"
+    folder.mkdir()
+    for path in FOLDER.glob("*.yaml"):
+        text = path.read_text()
+        (folder / path.name).write_text(text.replace(old, new) if path.stem == stage else text)
+    return folder
+
+
+def bad_key(tmp_path: Path) -> list[object]:
+    return ["plan", "phase1", "--recipe", recipe(tmp_path, "phase1", "handover: 4", "hand_over: 4")]
+
+
+def bad_pattern(tmp_path: Path) -> list[object]:
+    folder = recipe(tmp_path, "baseline", "lr: {default: 1.0e-3}", 'lr: {"g_x.*": 1.0e-3, default: 1.0e-3}')
+    return ["run", "baseline", "--recipe", folder, "--runs", tmp_path / "runs"]
+
+
+def bad_stage(tmp_path: Path) -> list[object]:
+    return ["plan", "phase9", "--recipe", FOLDER]
+
+
+def bad_checkpoint(tmp_path: Path) -> list[object]:
+    model = mini_codec(0)
+    tensors = codec_tensors(model)
+    tensors["h_a.branch.1.weights"] = tensors.pop("h_a.branch.1.weight")
+    tensors["means_hyper"] = torch.zeros(1, 9, 1, 1)
+    write(tmp_path / "odd.safetensors", tensors, {"config": model.config.to_dict()})
+    runs, file = tmp_path / "runs", tmp_path / "odd.safetensors"
+    return ["run", "baseline", "--recipe", FOLDER, "--runs", runs, "--baseline", file]
+
+
+def bad_pickle(tmp_path: Path) -> list[object]:
+    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth.tar")
+    return ["import", tmp_path / "evil.pth.tar", tmp_path / "baseline.safetensors"]
+
+
+def bad_folder(tmp_path: Path) -> list[object]:
+    (tmp_path / "empty").mkdir()
+    return ["plan", "phase1", "--recipe", FOLDER, "--data", tmp_path / "empty"]
+
+
+def file_for_images(tmp_path: Path) -> list[object]:
+    (tmp_path / "file.pth.tar").touch()
+    return ["plan", "phase1", "--recipe", FOLDER, "--data", tmp_path / "file.pth.tar"]
+
+
+def file_for_runs(tmp_path: Path) -> list[object]:
+    (tmp_path / "file").touch()
+    return ["run", "baseline", "--recipe", FOLDER, "--runs", tmp_path / "file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (bad_key, ["phase1.yaml:7", "schedule[1].hand_over", "did you mean 'handover'"]),
+        (bad_pattern, ["lr: 'g_x.*' selects no trainable parameter"]),
+        (bad_stage, ["phase9", "phase4"]),
+        (
+            bad_checkpoint,
+            ["odd.safetensors", "missing", "unexpected", "wrong size", "h_a.branch.1.weights", "means_hyper"],
+        ),
+        (bad_pickle, ["evil.pth.tar", "refused", "torch.save(model.state_dict()"]),
+        (bad_folder, ["empty: no usable image for train", "Give another folder"]),
+        (file_for_images, ["file.pth.tar: not a folder; give a folder of images"]),
+        (file_for_runs, ["/file/mini/lmbda-0.013: Not a directory"]),
+        (lambda _: ["import", FOLDER, "baseline.safetensors"], ["mini: a folder, not a file"]),
+        (lambda path: ["audit", "--runs", path / "nowhere"], ["nothing was run in", "--runs names another"]),
+    ],
+)
+def test_bad_input_is_one_screen_that_says_what_to_do(
+    arguments: Callable[[Path], list[object]],
+    expected: list[str],
+    tmp_path: Path,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hpcm", *map(str, arguments(tmp_path))])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    message = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) < 24
+    for phrase in expected:
+        assert phrase in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_help_does_not_wait_for_pytorch() -> None:
+    code = """if True:
+        import atexit, sys
+        atexit.register(lambda: print({"torch", "mlflow", "matplotlib"} & sys.modules.keys()))
+        sys.argv = ["hpcm", "--help"]
+        from pipeline.commands import main as cli
+        cli.main()"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert "rd-curve" in done.stdout
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    ("phase", "signum", "code"),
+    [("frozen", signal.SIGTERM, 143), ("unfrozen", signal.SIGKILL, -9)],
+)
+def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int, code: int, runs: Path) -> None:
+    settings = [f"phase1.schedule.{phase}.steps=30"]
+    command = hpcm("run", "phase1", "--recipe", FOLDER, "--runs", runs, "--accept-anyway", "--set", *settings)
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.strip().startswith(f"{phase} 10/"):
+                first.send_signal(signum)
+                break
+        first.stdout.read()
+        assert first.wait(timeout=60) == code
+
+    chain = mini_chain(runs, "phase1", settings)
+    reason = chain.plan()[-1].reason
+    assert reason.startswith(f"cut off in {phase} at step ")
+    stood = int(reason.rsplit(" ", 1)[1])
+    assert stood >= 9
+    resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed in {phase} at step {stood}" in resumed.stdout
+
+    client, found = runs_of(chain)
+    identity = json.loads((chain.folder / "chain.json").read_text())["identity"]
+    own = [run for run in found if run.data.tags["hpcm.key"].startswith(f"{identity}/")]
+    assert [run.data.tags["hpcm.stage"] for run in own] == ["baseline", "phase1"]
+    assert {run.info.status for run in own} == {"FINISHED"}
+    phase1 = own[-1]
+    for key, steps in steps_of(client, phase1).items():
+        assert steps == sorted(set(steps)), key
+    first_step = {"frozen": 2, "unfrozen": 8}[phase]
+    assert steps_of(client, phase1)[f"train/{phase}/bpp"] == list(range(first_step + 2, first_step + 31, 2))
+
+
+def test_of_two_launched_processes_one_speaks(runs: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "pipeline")
+    sweep = ["rd-curve", "baseline", "--recipe", FOLDER, "--lmbda", "0.013", "--runs", runs]
+    command = hpcm(*sweep, launcher=launcher)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after scratch: ") == 1
+    assert mini_chain(runs, "baseline").plan()[0].status == "done"
+    second = {**ENVIRONMENT, "RANK": "1"}
+    done = subprocess.run(hpcm(*sweep, "--plan"), env=second, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -1,0 +1,397 @@
+"""Recipes: what is read, what is refused, and how a mistake is named."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.recipes.loading import RecipeError, load_recipe
+from pipeline.recipes.schema import Stage
+from pipeline.recipes.yaml_source import merge, read_text
+
+COMMON = """\
+model: {preset: tiny}
+lmbda: 0.013
+data: {crop: 64, batch_size: 4}
+seed: 3
+"""
+BASELINE = """\
+name: baseline
+parent: null
+model: {phase: 0}
+schedule:
+  - {name: scratch, train: all, objective: rate-distortion, steps: 9, lr: {default: 1e-3}}
+"""
+PHASE1 = """\
+name: phase1
+parent: baseline
+model: {phase: 1}
+transfer: {rename: {attn_s3.conv_out: attn_s3.output_proj}}
+schedule:
+  - {name: align, train: new, objective: align, steps: 2, lr: {new: 1.0e-3}}
+  - name: frozen
+    train: new
+    objective: rate-distortion
+    steps: 4
+    handover: 2
+    lr: {new: 5.0e-5}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "common.yaml").write_text(COMMON)
+    (tmp_path / "baseline.yaml").write_text(BASELINE)
+    (tmp_path / "phase1.yaml").write_text(PHASE1)
+    return tmp_path
+
+
+def refusal(folder: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(folder, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
+def test_shipped_recipes_go_from_baseline_to_phase_4(name: str) -> None:
+    chain = load_recipe(name).chain("phase4")
+    assert [stage.name for stage in chain] == ["baseline", "phase1", "phase2", "phase3", "phase4"]
+    assert [stage.model.phase for stage in chain] == [0, 1, 2, 3, 4]
+    for stage in chain[1:]:
+        assert [phase.name for phase in stage.schedule] == ["align", "frozen", "unfrozen"]
+        assert stage.schedule[1].handover > 0
+
+
+def test_a_stage_goes_before_the_defaults_and_an_override_before_both(folder: Path) -> None:
+    (folder / "phase1.yaml").write_text(PHASE1 + "data: {crop: 128}\n")
+    recipe = load_recipe(folder, ["data.batch_size=16"])
+    assert recipe.stages["phase1"].data.crop == 128
+    assert recipe.stages["baseline"].data.crop == 64
+    assert all(stage.data.batch_size == 16 and stage.seed == 3 for stage in recipe.chain("phase1"))
+
+
+def test_overrides_reach_lists_by_number_and_name_and_one_stage_by_its_name(folder: Path) -> None:
+    overrides = ["schedule.frozen.steps=7", "baseline.schedule.0.steps=5", "phase1.seed=8"]
+    recipe = load_recipe(folder, overrides)
+    assert [phase.steps for phase in recipe.stages["phase1"].schedule] == [2, 7]
+    assert recipe.stages["baseline"].schedule[0].steps == 5
+    assert (recipe.stages["baseline"].seed, recipe.stages["phase1"].seed) == (3, 8)
+
+
+def test_an_override_replaces_a_mapping_as_a_whole(folder: Path) -> None:
+    assert load_recipe(folder, ["transfer.rename={}"]).stages["phase1"].transfer.rename == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("1", 1.0), ("1_000.5", 1000.5), (".5", 0.5), ("2E+1", 20.0)]
+)
+def test_numbers_are_read_as_people_write_them(folder: Path, text: str, value: float) -> None:
+    assert load_recipe(folder, [f"lmbda={text}"]).stages["baseline"].lmbda == value
+
+
+def test_words_that_yaml_1_1_takes_for_other_things_stay_words() -> None:
+    words = "[no, yes, on, Off, 010, 1:30, 0x1f, 2024-01-01]"
+    assert read_text(words, "here").plain() == tuple(words.strip("[]").split(", "))
+
+
+UNKNOWN_KEYS = {
+    "schedule.1.hand_over=3": "schedule[1].hand_over: unknown key; did you mean 'handover'?",
+    "sedd=3": "sedd: unknown key; did you mean 'seed'?",
+    "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, workers",
+}
+WRONG_VALUES = {
+    "data.crop=true": "data.crop: should be a valid integer, not true",
+    "data.crop=64.0": "data.crop: should be a valid integer",
+    "data.crop='64'": 'data.crop: should be a valid integer, not "64"',
+    "lmbda=true": "lmbda: should be a valid number, not true",
+    "optimiser.betas=[0.9, 0.99, 0.999]": "optimiser.betas: should have at most 2 entries, not 3",
+    "optimiser.betas=[0.9]": "optimiser.betas[1]: missing",
+    "lmbda=.nan": "lmbda: should be a finite number",
+    "lmbda=0": "lmbda: should be greater than 0, not 0",
+    "seed=" + 40 * "1": "seed: should be a valid integer",
+    "metric=mes": "metric: should be 'mse' or 'ms-ssim', not \"mes\"; did you mean 'mse'?",
+    "data=3": "data: should be a mapping of keys and values, not 3",
+    "data=null": "data: should be a mapping of keys and values, not null",
+    "schedule=3": "schedule: should be a list, not 3",
+    "schedule=[3]": "schedule[0]: should be a mapping",
+    "schedule.0.lr={}": "schedule[0].lr: should have at least 1 entries, not 0",
+    "schedule.0.lr.new=-1": "schedule[0].lr.new: should be greater than 0, not -1",
+    "schedule.0.train=nwe": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
+    "schedule.0.train=[]": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
+    "schedule.0.name=a/b": "schedule[0].name: should be a word of letters, digits, - and _",
+    "phase1.transfer.rename={'a.{i}': 'b.{j}'}": "transfer.rename: 'a.{i}' → 'b.{j}': {j} is not on the left",
+    "phase1.transfer.rename={'a.{i}.{i}': 'b.{i}'}": "'a.{i}.{i}' → 'b.{i}': a placeholder stands once on the left",
+    "phase1.transfer.rename={'a.{i}': 'b.{i.x}'}": "'a.{i}' → 'b.{i.x}': a placeholder is a word in braces, such",
+    "phase1.transfer.rename={'a.{0}': b}": "a placeholder is a word in braces",
+    "phase1.transfer.rename={'a.{_leaf}': b}": "a placeholder is a word in braces",
+    "phase1.transfer.rename={'a.{i': b}": "a placeholder is a word in braces",
+    "model={}": "model.preset: missing; expected here or in common.yaml",
+}
+MISFITS = {
+    "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the phase's 1",
+    "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the phase's 4",
+    "phase1.schedule.1.name=align": "schedule[1].name: a second phase named 'align'",
+    "phase1.schedule.0.handover=1": "schedule[0].handover: needs a parent and 'objective: rate-distortion'",
+    "baseline.schedule.0.handover=1": "schedule[0].handover: needs a parent",
+    "phase1.schedule.0.train=all": "schedule[0].objective: 'align' needs a parent and 'train: new'",
+    "baseline.schedule.0.objective=align": "schedule[0].objective: 'align' needs a parent",
+    "baseline.transfer.rename={a: b}": "transfer: a stage without a parent has nothing to transfer",
+    "phase1.metric=ms-ssim": "common.yaml:3: data.crop: 64 is too small: 'metric: ms-ssim' needs at least 161 pixels",
+    "phase1.parent=basline": "parent: there is no stage 'basline'; did you mean 'baseline'?",
+    "phase1.parent={a: 1}": "parent: should be a valid string",
+    "baseline.parent=phase1": "the stages go in a circle: baseline → phase1 → baseline",
+    "baseline.parent=baseline": "the stages go in a circle: baseline → baseline",
+    "phase1.name=phase2": "name: should be 'phase1', as the file is called",
+}
+NO_PLACE = {
+    "schedule.5.steps=1": "no entry '5' in this list of 2 (align, frozen)",
+    "schedule.frosen.steps=1": "did you mean 'frozen'?",
+    "seed.x=1": "has no 'x' in it",
+    "seed": "expected key=value",
+    "a..b=1": "expected key=value",
+    "lmbda=[1": "expected ',' or ']'",
+    "data.train=!!python/object/apply:os.system ['true']": "is not allowed",
+    "data.train=&a x": "anchors and aliases",
+    'data.train="\\UFFFFFFFF"': "names no character",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), (UNKNOWN_KEYS | WRONG_VALUES | MISFITS | NO_PLACE).items(), ids=str)
+def test_mistakes_are_named(folder: Path, override: str, message: str) -> None:
+    assert message in refusal(folder, override)
+
+
+def test_a_mistake_in_an_override_names_the_override(folder: Path) -> None:
+    assert refusal(folder, "data.crop=x") == '--set data.crop=x: data.crop: should be a valid integer, not "x"'
+
+
+def test_every_mistake_has_the_file_and_line_where_it_was_written(folder: Path) -> None:
+    (folder / "common.yaml").write_text(COMMON.replace("crop: 64", "crop: wide"))
+    (folder / "phase1.yaml").write_text(PHASE1.replace("handover", "hand_over").replace("steps: 2", "steps: -2"))
+    assert refusal(folder).splitlines() == [
+        f'{folder}/common.yaml:3: data.crop: should be a valid integer, not "wide"',
+        f"{folder}/phase1.yaml:6: schedule[0].steps: should be greater than or equal to 0, not -2",
+        f"{folder}/phase1.yaml:11: schedule[1].hand_over: unknown key; did you mean 'handover'?",
+    ]
+
+
+def test_a_missing_key_is_placed_where_it_belongs(folder: Path) -> None:
+    (folder / "phase1.yaml").write_text(PHASE1.replace("    steps: 4\n", "").replace("    handover: 2\n", ""))
+    assert "phase1.yaml:7: schedule[1].steps: missing" in refusal(folder)
+
+
+def test_a_long_list_of_mistakes_fits_one_screen(folder: Path) -> None:
+    lines = refusal(folder, *(f"wrong{i}=1" for i in range(15))).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "… and 5 more"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "common.yaml: the file is empty"),
+        (b"# nothing\n", "common.yaml: the file is empty"),
+        (b"- 1\n", "common.yaml:1: expected a mapping"),
+        (b"a: 1\nb: \xff\n", "common.yaml:2: not UTF-8 text"),
+        (b"a: 1\n\nb: \x07\n", "common.yaml:3: a control character (code 7)"),
+        (b"a: 1\nb:\n\tc: 2\n", "common.yaml:3: found character '\\t'"),
+        (b"a: 1\na: 2\n", "common.yaml:2: a: written twice; first at"),
+        (b"a: &x 1\nb: *x\n", "common.yaml:1: anchors and aliases"),
+        (b"a: 1\nb: *x\n", "common.yaml:2: anchors and aliases"),
+        (b"a: !!python/name:os.system ''\n", "common.yaml:1: the tag"),
+        (b"a: 1\n1: 2\n", "common.yaml:2: a key must be a word"),
+        (b"? [a]\n: 2\n", "common.yaml:1: a key must be a word"),
+        (b"a: " + 10**5 * b"[", "common.yaml:1: nested deeper than 20 levels"),
+        (b"a: 1\n---\nb: 1\n", "common.yaml:2: "),
+        (b"a: 1\n b: [\n", "common.yaml:2: "),
+    ],
+)
+def test_files_that_are_no_recipe(folder: Path, content: bytes, message: str) -> None:
+    (folder / "common.yaml").write_bytes(content)
+    assert message in refusal(folder)
+
+
+def test_a_byte_order_mark_is_no_mistake(folder: Path) -> None:
+    plain = load_recipe(folder)
+    (folder / "common.yaml").write_text(COMMON, encoding="utf-8-sig")
+    assert load_recipe(folder) == plain
+
+
+def test_missing_folder_files_and_stages(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe 'tyni'; did you mean 'tiny'"):
+        load_recipe("tyni")
+    with pytest.raises(RecipeError, match=r"no stage 'fase1'; did you mean 'phase1'\? \(baseline, phase1\)"):
+        load_recipe(folder).chain("fase1")
+    (folder / "common.yaml").unlink()
+    assert "common.yaml: cannot be read: No such file" in refusal(folder)
+    (folder / "common.yaml").write_text(COMMON)
+    (folder / "baseline.yaml").unlink()
+    (folder / "phase1.yaml").unlink()
+    assert "no stage here" in refusal(folder)
+
+
+def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:
+    stage = load_recipe(folder).stages["phase1"]
+    with pytest.raises(ValidationError, match="frozen"):
+        stage.seed = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        Stage.model_validate(stage.model_dump() | {"parent": None})
+
+
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence", "ablations"])
+def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
+    for stage in load_recipe(name).stages.values():
+        text = stage.to_yaml()
+        assert Stage.model_validate(read_text(text, "resolved").plain()) == stage
+        assert yaml.safe_load(text)["name"] == stage.name
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("seed=4", False),
+        ("lmbda=0.02", False),
+        ("schedule.align.steps=3", False),
+        ("schedule.align.lr.new=2e-3", False),
+        ("transfer.initialisation=design", False),
+        ("model.overrides.hidden_rate=2", False),
+        ("data.batch_size=8", False),
+        ("lmbda=13e-3", True),
+        ("data.workers=4", True),
+        ("data.train=photos", True),
+        ("log_every=7", True),
+        ("checkpoint_every=7", True),
+        ("evaluation.images=7", True),
+        ("gradient_checkpointing=true", True),
+        ("accept.psnr_drop=0.5", True),
+    ],
+)
+def test_the_digest_follows_what_influences_the_weights(folder: Path, override: str, same: bool) -> None:
+    plain, changed = (load_recipe(folder, sets).stages["phase1"] for sets in ([], [override]))
+    assert plain != changed or override == "lmbda=13e-3"
+    assert (plain.digest() == changed.digest()) is same
+
+
+def test_the_order_of_keys_does_not_matter_to_the_digest(folder: Path) -> None:
+    before = load_recipe(folder).stages["phase1"].digest()
+    fields = yaml.safe_load(PHASE1)
+    (folder / "phase1.yaml").write_text(yaml.safe_dump(fields, sort_keys=True))
+    assert load_recipe(folder).stages["phase1"].digest() == before
+
+
+def test_the_order_of_learning_rates_matters_to_the_digest(folder: Path) -> None:
+    rates = ["{new: 1.0e-3, rwkv: 1.0e-4}", "{rwkv: 1.0e-4, new: 1.0e-3}"]
+    stages = [load_recipe(folder, [f"phase1.schedule.frozen.lr={order}"]).stages["phase1"] for order in rates]
+    assert stages[0].digest() != stages[1].digest()
+
+
+counts = st.integers(1, 10**6)
+rates = st.floats(1e-12, 1.0)
+
+
+@st.composite
+def phases(draw: st.DrawFn, name: str) -> dict[str, object]:
+    """A phase of a schedule that a stage with a parent may have."""
+    steps = draw(counts)
+    align = draw(st.booleans())
+    return {
+        "name": name,
+        "objective": "align" if align else "rate-distortion",
+        "train": "new" if align else draw(st.sampled_from(["all", "new", ["attn_*", "h_s.*"]])),
+        "steps": steps,
+        "handover": 0 if align else draw(st.integers(0, steps)),
+        "warmup": draw(st.integers(0, steps)),
+        "decay": draw(st.sampled_from(["constant", "cosine"])),
+        "lr": draw(st.dictionaries(st.sampled_from(["default", "new", "rwkv", "attn_*"]), rates, min_size=1)),
+    }
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> dict[str, object]:
+    """A stage that the schema takes."""
+    names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,7}", fullmatch=True), max_size=4, unique=True))
+    return {
+        "name": "child",
+        "parent": "root",
+        "model": {"preset": "tiny", "phase": draw(st.integers(1, 4))},
+        "lmbda": draw(rates),
+        "metric": draw(st.sampled_from(["mse", "ms-ssim"])),
+        "data": {"crop": draw(st.integers(161, 10**6)), "batch_size": draw(counts), "workers": draw(st.integers(0, 8))},
+        "optimiser": {"betas": [0.5, draw(st.floats(0.0, 0.999))], "clip_norm": draw(rates)},
+        "precision": draw(st.sampled_from(["no", "bf16"])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "accept": {"psnr_drop": draw(st.none() | st.floats(-1, 1))},
+        "schedule": [draw(phases(name)) for name in names],
+    }
+
+
+@given(stages())
+def test_every_stage_reads_back_as_itself(fields: dict[str, object]) -> None:
+    stage = Stage.model_validate(read_text(yaml.safe_dump(fields), "here").plain())
+    again = Stage.model_validate(read_text(stage.to_yaml(), "resolved").plain())
+    assert again == stage
+    assert again.digest() == stage.digest()
+
+
+@given(stages(), st.data())
+def test_a_value_of_another_kind_is_refused_by_its_key(fields: dict[str, object], data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(sorted(fields)))
+    wrong = data.draw(st.sampled_from([{"no": 1}, [[]], "\n", -1.5, math.inf, True]))
+    with pytest.raises(ValidationError) as caught:
+        Stage.model_validate(tuples(fields | {key: wrong}))
+    assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} <= {key}
+
+
+plain_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**17), 10**17)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs", "Cc"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcno1 .", max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def tuples(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
+@given(plain_values)
+def test_whatever_yaml_writes_is_read_as_it_was(value: object) -> None:
+    text = yaml.safe_dump(value, allow_unicode=True)
+    assert read_text(text, "here").plain() == tuples(value)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_value_or_an_error_with_its_place(text: str) -> None:
+    refused = ""
+    try:
+        value = read_text(text, "here").plain()
+    except RecipeError as error:
+        refused = str(error)
+    assert refused.startswith("here") if refused else value == tuples(yaml.safe_load(yaml.safe_dump(value)))
+
+
+@given(plain_values, plain_values)
+def test_merging_keeps_the_upper_layer(base: object, over: object) -> None:
+    layers = [read_text(yaml.safe_dump(value), "here") for value in (base, over)]
+    merged = merge(*layers).plain()
+    if isinstance(base, dict) and isinstance(over, dict):
+        assert merged.keys() == base.keys() | over.keys()
+        assert all(merged[key] == tuples(base[key]) for key in base.keys() - over.keys())
+    else:
+        assert merged == tuples(over)
+    assert merge(layers[1], layers[1]) == layers[1]
+
+
+@given(st.floats(min_value=1e-12, max_value=1e3))
+def test_learning_rates_survive_any_spelling(rate: float) -> None:
+    for text in (repr(rate), f"{rate:e}", f"{rate:.17g}"):
+        assert math.isclose(read_text(text, "here").plain(), rate, rel_tol=1e-6)

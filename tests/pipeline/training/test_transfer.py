@@ -1,0 +1,166 @@
+"""Every tensor lands in one class, and the child starts as near to its parent as its form allows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mini import mini_codec, mini_stage
+from torch import Tensor
+
+from modules import HPCM, preset_config
+from pipeline.recipes.loading import load_recipe
+from pipeline.recipes.schema import Transfer
+from pipeline.training.objectives import Handover
+from pipeline.training.transfer import TransferError, new_components, transfer_weights
+from pipeline.weights.checkpoints import state_digest
+
+
+def pair(phase: int) -> tuple[HPCM, HPCM, Transfer]:
+    """Parent, child and the mini recipe's rules for reaching a phase."""
+    return mini_codec(phase - 1).eval(), mini_codec(phase).eval(), mini_stage(f"phase{phase}").transfer
+
+
+@pytest.mark.parametrize("phase", range(1, 5))
+def test_every_tensor_is_in_one_class(phase: int) -> None:
+    parent, child, rules = pair(phase)
+    before = {name: tensor.clone() for name, tensor in child.state_dict().items()}
+    ledger = transfer_weights(parent, child, rules)
+    ours = {entry.name for entry in ledger.entries if entry.kind != "dropped"}
+    used = {entry.source for entry in ledger.entries if entry.source}
+    tables = set(child.coding_table_names())
+    assert ours == child.state_dict().keys() - tables
+    assert used == parent.state_dict().keys() - tables
+    assert len(ledger.entries) == sum(ledger.counts().values())
+    for entry in ledger.entries:
+        if entry.kind in ("copied", "renamed"):
+            assert torch.equal(child.state_dict()[entry.name], parent.state_dict()[entry.source])
+        elif entry.kind == "initialised" and "gamma" not in entry.name and "input_proj" not in entry.name:
+            assert torch.equal(child.state_dict()[entry.name], before[entry.name])
+    components = tuple(f"{component}." for component in new_components(parent, child))
+    assert ledger.new == {name for name in ours if name.startswith(components)}
+
+
+@torch.no_grad()
+def test_phase3_starts_where_phase2_ended(picture: Tensor) -> None:
+    parent, child, rules = pair(3)
+    transfer_weights(parent, child, rules)
+    expected, actual = parent(picture), child(picture)
+    torch.testing.assert_close(actual["x_hat"], expected["x_hat"])
+    torch.testing.assert_close(actual["likelihoods"]["y"], expected["likelihoods"]["y"])
+
+
+@torch.no_grad()
+def test_the_designs_own_initialisation_does_not(picture: Tensor) -> None:
+    parent, child, _ = pair(3)
+    transfer_weights(parent, child, Transfer(initialisation="design"))
+    assert not torch.allclose(child(picture)["likelihoods"]["y"], parent(picture)["likelihoods"]["y"], atol=1e-3)
+
+
+def test_from_scratch_nothing_is_copied() -> None:
+    parent, child, rules = pair(3)
+    before = state_digest(child.state_dict())
+    ledger = transfer_weights(parent, child, rules.model_copy(update={"initialisation": "scratch"}))
+    assert state_digest(child.state_dict()) == before
+    assert ledger.counts().keys() == {"initialised", "dropped"}
+    assert ledger.new == child.state_dict().keys() - set(child.coding_table_names())
+
+
+@pytest.mark.parametrize("phase", range(1, 5))
+@pytest.mark.parametrize("initialisation", ["design", "function-preserving"])
+@torch.no_grad()
+def test_a_handover_starts_exactly_at_the_parent(phase: int, initialisation: str, picture: Tensor) -> None:
+    parent, child, _ = pair(phase)
+    transfer_weights(parent, child, Transfer(initialisation=initialisation))
+    expected = parent(picture)
+    handover = Handover(child, parent, new_components(parent, child))
+    started = child(picture)
+    assert torch.equal(started["x_hat"], expected["x_hat"])
+    assert torch.equal(started["likelihoods"]["y"], expected["likelihoods"]["y"])
+    handover.share.fill_(1.0)
+    ended = child(picture)
+    handover.end()
+    assert torch.equal(ended["likelihoods"]["y"], child(picture)["likelihoods"]["y"])
+
+
+def test_large_priors_hand_their_last_1x1_on() -> None:
+    sizes = {"M": 16, "N": 8, "widths": (8, 8, 8), "heads": 4}
+    parent, child = (HPCM(preset_config("large", phase, **sizes)) for phase in (3, 4))
+    transfer_weights(parent, child, load_recipe("large").stages["phase4"].transfer)
+    for prior in ("y_spatial_prior_s1_s2", "y_spatial_prior_s3"):
+        theirs, ours = (model.get_submodule(prior).branch_2[-1].weight for model in (parent, child))
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ({"attn_s4.conv_out": "attn_s3.output_proj"}, r"'attn_s4.conv_out' matches no tensor of the parent"),
+        ({"attn_s3.conv_out": "attn_s3.out"}, r"to attn_s3.out.\w+, which the child does not have"),
+        ({"attn_s3.conv_out": "h_s.branch.0"}, r"h_s.branch.0.\w+ has shape \[.*\] in the child but"),
+        (
+            {"attn_s3.conv_out": "attn_s3.output_proj", "attn_s1.conv_out": "attn_s3.output_proj"},
+            r"attn_s3.output_proj.\w+ would be taken from attn_s3.conv_out.\w+ and attn_s1.conv_out",
+        ),
+    ],
+)
+def test_rules_that_fit_nowhere_are_named(rename: dict[str, str], message: str) -> None:
+    parent, child, _ = pair(1)
+    with pytest.raises(TransferError, match=message):
+        transfer_weights(parent, child, Transfer(rename=rename))
+
+
+modules_by_phase = {
+    phase: sorted({name.rpartition(".")[0] for name in mini_codec(phase).state_dict() if "." in name})
+    for phase in (2, 4)
+}
+
+
+@settings(max_examples=40)
+@given(
+    st.dictionaries(st.sampled_from(modules_by_phase[2]), st.sampled_from(modules_by_phase[4]), max_size=3),
+    st.sampled_from(["function-preserving", "design", "scratch"]),
+)
+def test_any_rules_leave_every_tensor_in_one_class_or_are_named(rename: dict[str, str], start: str) -> None:
+    parent, child = mini_codec(2), mini_codec(4)
+    theirs = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+    refused = ""
+    try:
+        ledger = transfer_weights(parent, child, Transfer(rename=rename, initialisation=start))
+    except TransferError as error:
+        refused = str(error)
+    if refused:
+        assert any(name in refused for pair in rename.items() for name in pair)
+        return
+    ours, tables = child.state_dict(), set(child.coding_table_names())
+    kinds = {kind: [entry for entry in ledger.entries if entry.kind == kind] for kind in ledger.counts()}
+    kept = [entry for kind, entries in kinds.items() if kind != "dropped" for entry in entries]
+    assert sorted(entry.name for entry in kept) == sorted(ours.keys() - tables)
+    for entry in kept:
+        assert entry.source is None or torch.equal(ours[entry.name], theirs[entry.source])
+        assert (entry.kind == "copied") == (entry.source == entry.name)
+    used = {entry.source for entry in kept if entry.source}
+    assert {entry.name for entry in kinds.get("dropped", [])} == theirs.keys() - used - tables
+    assert all(torch.equal(parent.state_dict()[name], tensor) for name, tensor in theirs.items())
+
+
+def test_other_sizes_are_named() -> None:
+    parent, child = mini_codec(0), HPCM(preset_config("tiny", 1))
+    with pytest.raises(TransferError, match="settings must agree"):
+        transfer_weights(parent, child, Transfer())
+
+
+names = st.lists(st.text("ab.", min_size=1, max_size=6), unique=True, min_size=1, max_size=5)
+
+
+@settings(max_examples=50)
+@given(names, st.randoms(use_true_random=False))
+def test_digest_sees_values_names_and_shapes_but_not_order(keys: list[str], random: object) -> None:
+    tensors = {key: torch.randn(4) for key in keys}
+    shuffled = list(tensors.items())
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    digest = state_digest(tensors)
+    assert state_digest(dict(shuffled)) == digest
+    key = keys[0]
+    assert state_digest({**tensors, key: tensors[key] + 1}) != digest
+    assert state_digest({**tensors, key: tensors[key].view(2, 2)}) != digest
+    assert state_digest({**tensors, key + "x": tensors[key]}) != digest

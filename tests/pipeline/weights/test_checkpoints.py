@@ -1,0 +1,223 @@
+"""Files of weights: whole, verified, and never executed."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mini import Malicious, mini_codec
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules import HPCM
+from pipeline.weights import checkpoints
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, publish
+from pipeline.weights.training_state import Progress, StateFolder, TrainingState
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Path, HPCM]:
+    model = mini_codec(4).eval()
+    path = tmp_path / "checkpoint.safetensors"
+    publish(path, model, {"name": "phase4"})
+    return path, model
+
+
+def test_a_published_codec_loads_by_itself(published: tuple[Path, HPCM], picture: Tensor) -> None:
+    path, model = published
+    loaded = load_codec(path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(picture)["x_hat"], model(picture)["x_hat"])
+    assert len(loaded.compress(picture)["strings"]) == 2
+
+
+def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_path: Path) -> None:
+    path, model = published
+    model.update()
+    publish(tmp_path / "again.safetensors", model, {"name": "phase4"})
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_others_may_read_a_checkpoint_as_far_as_the_umask_allows(published: tuple[Path, HPCM], tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert published[0].stat().st_mode == ordinary.stat().st_mode
+
+
+def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
+    published: tuple[Path, HPCM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = published
+    before = path.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: cannot be written: .*No space"):
+        publish(path, mini_codec(4), {})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_state(small_disk: Path) -> None:
+    states = StateFolder(small_disk, {})
+    tensors = {"weight": torch.zeros(200_000)}
+    states.save(TrainingState(Progress(stage_step=1), tensors, {}, {}))
+    states.save(TrainingState(Progress(stage_step=2), tensors, {}, {}))
+    with pytest.raises(CheckpointError, match=r"step-00000003.safetensors: cannot be written: .*\n  What was saved"):
+        states.save(TrainingState(Progress(stage_step=3), tensors, {}, {}))
+    assert [path.name for path in sorted(states.folder.iterdir())] == [
+        "phase-00-step-00000001.safetensors", "phase-00-step-00000002.safetensors",
+    ]  # fmt: skip
+    state, passed_over = states.newest()
+    assert state is not None
+    assert (state.progress.stage_step, passed_over) == (2, [])
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"\0" + content[1:]])
+def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    states = StateFolder(tmp_path, {})
+    for step in (1, 2, 3):
+        states.save(TrainingState(Progress(stage_step=step), {"weight": torch.zeros(9)}, {}, {}))
+    before, newest = sorted(states.folder.iterdir())
+    newest.write_bytes(damage(newest.read_bytes()))
+    state, passed_over = states.newest()
+    assert state is not None
+    assert state.progress.stage_step == 2
+    assert before.name.startswith("phase-00-step-00000002")
+    assert len(passed_over) == 1
+    assert str(newest) in passed_over[0]
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, 5000])
+def test_truncated_files_are_recognised(published: tuple[Path, HPCM], cut: int) -> None:
+    path, _ = published
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: not a readable safetensors file"):
+        load_codec(path)
+
+
+def test_flipped_bits_are_recognised(published: tuple[Path, HPCM]) -> None:
+    path, _ = published
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="do not match their digest"):
+        load_codec(path)
+
+
+def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_codec(path)
+
+
+def test_foreign_safetensors_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline; .*hpcm import"):
+        load_codec(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_codec(tmp_path / "nowhere.safetensors")
+
+
+def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    model = mini_codec(0)
+    tensors = codec_tensors(model)
+    del tensors["h_a.branch.1.weight"]
+    tensors["h_a.branch.1.weights"] = torch.zeros(3)
+    tensors["means_hyper"] = torch.zeros(1, 9, 1, 1)
+    tensors["scales_hyper"] = torch.full((1, 8, 1, 1), float("nan"))
+    path = tmp_path / "odd.safetensors"
+    checkpoints.write(path, tensors, {"config": model.config.to_dict()})
+    with pytest.raises(CheckpointError) as caught:
+        load_codec(path)
+    message = str(caught.value)
+    assert "4 tensors do not fit" in message
+    assert "missing    h_a.branch.1.weight [8, 16, 2, 2]" in message
+    assert "unexpected h_a.branch.1.weights [3]" in message
+    assert "wrong size means_hyper [1, 9, 1, 1], expected [1, 8, 1, 1]" in message
+    assert "not finite scales_hyper" in message
+
+
+@pytest.mark.parametrize(("preset", "wrapped"), [("base", False), ("tiny", True)])
+def test_official_files_are_imported(preset: str, wrapped: bool, tmp_path: Path) -> None:
+    model = HPCM.from_preset(preset)
+    state = model.state_dict()
+    path = tmp_path / "official.pth.tar"
+    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}} if wrapped else state, path)
+    imported = import_official(path)
+    assert imported.config == model.config
+    expected, actual = codec_tensors(model), codec_tensors(imported)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize("save", ["torch", "pickle"])
+def test_code_in_a_pickle_is_not_run(save: str, tmp_path: Path) -> None:
+    path, mark = tmp_path / "evil.pth.tar", tmp_path / "ran"
+    content = {"state_dict": {"g_a.branch.0.weight": torch.zeros(1)}, "extra": Malicious(mark)}
+    if save == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"evil.pth.tar: holds more than tensors"):
+        import_official(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02.", b"random" * 100])
+def test_files_that_are_no_checkpoints_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.pth.tar"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"broken.pth.tar: "):
+        import_official(path)
+
+
+def test_an_official_file_with_odd_tensors_names_them(tmp_path: Path) -> None:
+    state = HPCM.from_preset("tiny").state_dict()
+    state["attn_s1.conv_q.weight"] = torch.zeros(7, 7, 1, 1)
+    path = tmp_path / "odd.pth.tar"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"wrong size attn_s1.conv_q.weight \[7, 7, 1, 1\], expected \[96, 96"):
+        import_official(path)
+
+
+def test_metadata_is_readable_by_anyone(published: tuple[Path, HPCM]) -> None:
+    path, model = published
+    header = path.read_bytes()
+    length = struct.unpack("<Q", header[:8])[0]
+    metadata = json.loads(json.loads(header[8 : 8 + length])["__metadata__"]["hpcm"])
+    assert metadata["config"]["M"] == model.config.M
+    assert metadata["name"] == "phase4"
+
+
+def test_what_is_no_official_checkpoint_is_told_apart(tmp_path: Path) -> None:
+    whole, cut, text = (tmp_path / name for name in ("whole.pth.tar", "cut.pth.tar", "notes.txt"))
+    torch.save(mini_codec(0).state_dict(), whole)
+    cut.write_bytes(whole.read_bytes()[:5000])
+    text.write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match=r"cut.pth.tar: truncated after 5000 bytes"):
+        import_official(cut)
+    with pytest.raises(CheckpointError, match=r"notes.txt: not a PyTorch checkpoint"):
+        import_official(text)
