@@ -6,7 +6,7 @@ All numbers are unsigned and little-endian.
 |---|---|---|
 | 0 | 4 | `HPCM` |
 | 4 | 1 | version of this format: 1 |
-| 5 | 1 | colour: 0 = RGB, 8 bits a channel, in the colour space of the ICC profile (sRGB where there is none) |
+| 5 | 1 | color: 0 = RGB, 8 bits a channel, in the color space of the ICC profile (sRGB where there is none) |
 | 6 | 8 | identity of the model: start of the SHA-256 of all that a decoder computes with (`model_identity`) |
 | 14 | 4 + 4 | height and width in pixels, the right way up |
 | 22 | 4 + 4 + 4 | lengths of the ICC profile, of z and of y |
@@ -79,10 +79,10 @@ class Header:
         fields = data[: _HEADER.size]
         if _CHECK.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(fields),):
             raise BitstreamError("damaged: the header does not match its checksum")
-        _, _, colour, *values = _HEADER.unpack(fields)
+        _, _, color, *values = _HEADER.unpack(fields)
         header = cls(*values)
-        if colour != RGB:
-            raise BitstreamError(f"colour format {colour}; this program reads {RGB} (RGB, 8 bits a channel)")
+        if color != RGB:
+            raise BitstreamError(f"color format {color}; this program reads {RGB} (RGB, 8 bits a channel)")
         _check_size(header.height, header.width)
         return header
 

@@ -13,13 +13,13 @@ from compressai.registry import register_model
 from torch import Tensor, nn
 
 from modules import components
-from modules.arithmetic import MOST_THREADS, coding_arithmetic
 from modules.coders import Decoder, Encoder, Estimator
 from modules.config import PRESETS, HPCMConfig, preset_config
+from modules.determinism import MOST_THREADS, coding_arithmetic
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
-from modules.initialisation import centre_scales, initialise_convolutions, spread_latent
+from modules.initialization import center_scales, initialize_convolutions, spread_latent
 from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
 from modules.rwkv import RWKVComponent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
@@ -91,7 +91,7 @@ class HPCM(CompressionModel):
             components.attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
         )
         self.context_net = nn.ModuleList(components.fusion(config.context_net, config) for _ in range(2))
-        self._initialise()
+        self._initialize()
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -115,11 +115,11 @@ class HPCM(CompressionModel):
 
         return max((preset_config(name, phase) for name in PRESETS for phase in range(5)), key=agreement)
 
-    def _initialise(self) -> None:
-        initialise_convolutions(self)
+    def _initialize(self) -> None:
+        initialize_convolutions(self)
         priors = self.y_spatial_prior_s1_s2, self.y_spatial_prior_s3
         # h_s ends in a residual block, whose input carries the scales: its transposed convolution is the head.
-        centre_scales([self.h_s.branch[:-1], *priors], self.config.M)
+        center_scales([self.h_s.branch[:-1], *priors], self.config.M)
         spread_latent(self.g_a, self.g_s)
 
     def _adaptors(self, count: int) -> nn.ModuleList:

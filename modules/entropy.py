@@ -1,4 +1,4 @@
-"""Generalised Gaussian entropy model: likelihoods, and the tables of the range coder (HPCM: shape β = 1.5)."""
+"""Generalized Gaussian entropy model: likelihoods, and the tables of the range coder (HPCM: shape β = 1.5)."""
 
 import math
 from typing import Any
@@ -62,7 +62,7 @@ class GeneralizedGaussian(nn.Module):
         return float(high)
 
     def tables(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coding tables for (n,) scales: quantised CDFs (n, longest), their lengths (n,) and offsets (n,), int32.
+        """Coding tables for (n,) scales: quantized CDFs (n, longest), their lengths (n,) and offsets (n,), int32.
 
         A table covers −c … c with c = ⌈scale · quantile⌉; the mass outside is one escape symbol at its end.
         """

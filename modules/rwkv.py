@@ -77,8 +77,8 @@ class OmniShift(nn.Module):
 
     def kernel(self) -> Tensor:
         """The equivalent depth-wise kernel, (C, 1, 5, 5)."""
-        centre = self.alpha[0] + self.alpha[1] * self.conv1x1.weight
-        inner = self.alpha[2] * self.conv3x3.weight + F.pad(centre, (1, 1, 1, 1))
+        center = self.alpha[0] + self.alpha[1] * self.conv1x1.weight
+        inner = self.alpha[2] * self.conv3x3.weight + F.pad(center, (1, 1, 1, 1))
         return self.alpha[3] * self.conv5x5.weight + F.pad(inner, (1, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:

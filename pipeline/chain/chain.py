@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.stage import StageRun
-from pipeline.chain.stage_inputs import StageJob, Workplace
+from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common import files
-from pipeline.common.errors import Interrupted, Told, UserError
+from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import FileError
 from pipeline.common.folder_lock import held
@@ -34,17 +34,17 @@ class ChainError(UserError):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """A stage with where it stands and why."""
 
-    job: StageJob
+    task: StageTask
     status: Status
     reason: str
 
     @property
     def name(self) -> str:
         """The stage's name."""
-        return self.job.stage.name
+        return self.task.stage.name
 
 
 class Chain:
@@ -68,36 +68,36 @@ class Chain:
         self.precision = stages[0].precision
         self.seed = stages[0].seed
         self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
-        self.jobs = []
+        self.tasks = []
         find = cache(find_images)
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
-            job = StageJob(stage, self.folder / stage.name, parent, *files, find=find)
+            task = StageTask(stage, self.folder / stage.name, parent, *files, find=find)
             for file in filter(None, files):
-                if file.absolute() == job.checkpoint.absolute():
+                if file.absolute() == task.checkpoint.absolute():
                     raise ChainError(f"{file}: this is the chain's own {stage.name}, which need not be given")
-            self.jobs.append(job)
+            self.tasks.append(task)
         self.outbox: Outbox | None = None
 
-    def plan(self) -> list[Planned]:
+    def plan(self) -> list[PlannedStage]:
         """Where every stage stands, root first; raises what reading its inputs raises."""
-        check_stages(self.jobs)
-        planned: list[Planned] = []
-        for job in self.jobs:
+        check_stages(self.tasks)
+        planned: list[PlannedStage] = []
+        for task in self.tasks:
             before = planned[-1] if planned else None
-            planned.append(_status_of(job, before))
+            planned.append(_status_of(task, before))
         return planned
 
-    def run(self, workplace: Workplace) -> None:
+    def run(self, context: RunContext) -> None:
         """Run what is missing, cut off or stale; raises what stops a stage, the state being kept.
 
         Raises FolderInUse where another process runs a chain in the same folder.
         """
-        with workplace.interruption.noticing_lost_processes(), ExitStack() as exits:
-            workplace.alone(lambda: self._enter(workplace, exits))
+        with context.processes.noticing_lost_processes(), ExitStack() as exits:
+            context.on_main_process(lambda: self._enter(context, exits))
             try:
-                self._run_stages(workplace)
+                self._run_stages(context)
             except BaseException as error:
                 if self.outbox is not None:
                     self.outbox.close(PATIENCE_INTERRUPTED if _end_state(error) == "KILLED" else PATIENCE)
@@ -105,43 +105,43 @@ class Chain:
             if self.outbox is not None:
                 self.outbox.close()
             # All is done, but whoever asked to stop may have more in mind than this chain.
-            if signum := workplace.interruption.agreed():
+            if signum := context.processes.agreed_signal():
                 raise Interrupted(signum)
 
-    def _enter(self, workplace: Workplace, exits: ExitStack) -> None:
+    def _enter(self, context: RunContext, exits: ExitStack) -> None:
         exits.enter_context(held(self.folder))
-        self._start_over(workplace)
-        self.outbox = Outbox(self.folder / "outbox", Store.default(self.runs), workplace.watcher.note)
+        self._start_over(context)
+        self.outbox = Outbox(self.folder / "outbox", Store.default(self.runs), context.watcher.note)
 
-    def _run_stages(self, workplace: Workplace) -> None:
+    def _run_stages(self, context: RunContext) -> None:
         plan = self.plan()
-        workplace.wait_for_everyone()
+        context.wait_for_everyone()
         chain_run = self._chain_run()
         try:
             for number, planned in enumerate(plan):
-                if signum := workplace.interruption.agreed():
+                if signum := context.processes.agreed_signal():
                     raise Interrupted(signum)
                 # A stage that waited for its parent can be told only now; and by all, before one changes anything.
-                now = _status_of(planned.job, None) if number else planned
-                workplace.wait_for_everyone()
-                self._run_stage(now, workplace, chain_run)
+                now = _status_of(planned.task, None) if number else planned
+                context.wait_for_everyone()
+                self._run_stage(now, context, chain_run)
         except BaseException as error:
             with suppress(FileError):
                 chain_run.end(_end_state(error))
             raise
         chain_run.end("FINISHED")
 
-    def _run_stage(self, planned: Planned, workplace: Workplace, chain_run: Run) -> None:
-        workplace.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
+    def _run_stage(self, planned: PlannedStage, context: RunContext, chain_run: Run) -> None:
+        context.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
         if planned.status == "done":
-            if workplace.is_main:
-                planned.job.forget_states()  # which a kill after publication left behind
+            if context.is_main:
+                planned.task.forget_states()  # which a kill after publication left behind
             return
         if planned.status == "stale":
-            workplace.alone(lambda: self._set_aside(planned.job))
+            context.on_main_process(lambda: self._set_aside(planned.task))
         fault("stage")
         run = self._stage_run(planned, chain_run)
-        stage_run = StageRun(planned.job, workplace, run)
+        stage_run = StageRun(planned.task, context, run)
         try:
             stage_run.execute()
         except BaseException as error:
@@ -155,14 +155,14 @@ class Chain:
             return Run()
         name = f"{self.recipe} λ={self.lmbda:g}" + (f" seed {self.seed}" if self.seed else "")
         run = self.outbox.run(self._facts()["identity"], name, tags=self._tags())
-        run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [job.stage.name for job in self.jobs]})
+        run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [task.stage.name for task in self.tasks]})
         return run
 
-    def _stage_run(self, planned: Planned, chain_run: Run) -> Run:
+    def _stage_run(self, planned: PlannedStage, chain_run: Run) -> Run:
         if self.outbox is None:
             return Run()
         rebuilt = self._facts()["rebuilt"].get(planned.name, 0)
-        key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.job.inputs())}"
+        key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.task.inputs())}"
         tags = {**self._tags(), "hpcm.stage": planned.name}
         return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
 
@@ -180,97 +180,98 @@ class Chain:
         except (ValueError, TypeError, LookupError) as error:
             raise ChainError(f"{path}: damaged; delete it, and MLflow gets new runs for this chain") from error
 
-    def _begin_anew(self, job: StageJob) -> None:
+    def _begin_anew(self, task: StageTask) -> None:
         """Give the stage a new run in MLflow: the old one keeps what it was told."""
         facts = self._facts()
-        rebuilt = {**facts["rebuilt"], job.stage.name: facts["rebuilt"].get(job.stage.name, 0) + 1}
+        rebuilt = {**facts["rebuilt"], task.stage.name: facts["rebuilt"].get(task.stage.name, 0) + 1}
         files.write_json(self.folder / "chain.json", {**facts, "rebuilt": rebuilt})
 
-    def _start_over(self, workplace: Workplace) -> None:
+    def _start_over(self, context: RunContext) -> None:
         """Make way for what a person wants built anew; asks first."""
-        wish, target = workplace.start_over, self.jobs[-1]
+        wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
-        begun = [job for job in self.jobs if wish.fresh and job.is_begun]
+        begun = [task for task in self.tasks if wish.fresh and task.is_begun]
         consequences = [
-            *(f"{job.stage.name}: what is published moves to {self.folder / 'superseded'}" for job in published),
-            *(f"{job.stage.name}: the training that was cut off is deleted" for job in begun),
+            *(f"{task.stage.name}: what is published moves to {self.folder / 'superseded'}" for task in published),
+            *(f"{task.stage.name}: the training that was cut off is deleted" for task in begun),
         ]
         if consequences:
             wish.confirm(consequences)
-        for job in begun:
-            self._begin_anew(job)
-            job.forget_states()
-        for job in published:
-            self._set_aside(job)
+        for task in begun:
+            self._begin_anew(task)
+            task.forget_states()
+        for task in published:
+            self._set_aside(task)
 
-    def _set_aside(self, job: StageJob) -> None:
+    def _set_aside(self, task: StageTask) -> None:
         """Move what a stage published out of the way: nothing that was won is deleted."""
-        self._begin_anew(job)
-        digest = _record(job).get("digest", "damaged")
-        target = self.folder / "superseded" / f"{job.stage.name}-{digest[:12]}"
+        self._begin_anew(task)
+        digest = _record(task).get("digest", "damaged")
+        target = self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         number = 0
         while target.exists():
             number += 1
-            target = target.with_name(f"{job.stage.name}-{digest[:12]}-{number}")
-        job.folder.rename(target)
+            target = target.with_name(f"{task.stage.name}-{digest[:12]}-{number}")
+        task.folder.rename(target)
         fault("set-aside")
 
 
 def _end_state(error: BaseException) -> EndState:
-    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | Told) else "FAILED"
+    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped) else "FAILED"
 
 
-def _status_of(job: StageJob, before: Planned | None) -> Planned:
+def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
     """Where a stage stands; `before` is its parent's plan where that has not been run yet."""
-    exists = job.record.is_file() and job.checkpoint.is_file()
+    exists = task.record.is_file() and task.checkpoint.is_file()
     if before is not None and before.status != "done":
         status: Status = "stale" if exists else "missing"
-        return Planned(job, status, f"waits for {before.name}")
-    inputs = job.inputs()
+        return PlannedStage(task, status, f"waits for {before.name}")
+    inputs = task.inputs()
     if exists:
-        _check_source(job)
-        changed = _changes(job, inputs)
+        _check_source(task)
+        changed = _changes(task, inputs)
         if not changed:
-            return Planned(job, "done", "current")
-        return Planned(job, "stale", f"stale: {changed}")
-    state, _passed_over = job.states.newest()
+            return PlannedStage(task, "done", "current")
+        return PlannedStage(task, "stale", f"stale: {changed}")
+    state, _passed_over = task.states.newest()
     if state is not None:
-        phases = [*(phase.name for phase in job.stage.schedule), "evaluation"]
-        return Planned(job, "cut off", f"cut off in {phases[state.progress.phase]} at step {state.progress.step}")
-    other = job.states.other_form()
+        names = [*(segment.name for segment in task.stage.schedule), "evaluation"]
+        at = f"{names[state.progress.segment]} at step {state.progress.step}"
+        return PlannedStage(task, "cut off", f"cut off in {at}")
+    other = task.states.other_form()
     passed = f"; an interrupted training is left alone: {_differences(other, inputs)}" if other else ""
-    return Planned(job, "missing", f"not built yet{passed}")
+    return PlannedStage(task, "missing", f"not built yet{passed}")
 
 
-def _check_source(job: StageJob) -> None:
+def _check_source(task: StageTask) -> None:
     """Raise ChainError where a root came from a file and none is given: more likely forgotten than meant."""
-    if job.imported or job.start:
+    if task.imported or task.start:
         return
     for option, make in (("baseline", " (with make: BASELINE=)"), ("start", "")):
-        if option in _record(job).get("inputs", {}):
+        if option in _record(task).get("inputs", {}):
             raise ChainError(
-                f"{job.folder}: made from a file given as --{option}{make}; give it again.\n"
+                f"{task.folder}: made from a file given as --{option}{make}; give it again.\n"
                 "  To train this stage from the beginning instead, choose another folder with --runs."
             )
 
 
-def _record(job: StageJob) -> dict[str, Any]:
+def _record(task: StageTask) -> dict[str, Any]:
     """What was recorded of a published stage; empty where the file is damaged."""
     try:
-        record = json.loads(job.record.read_text())
+        record = json.loads(task.record.read_text())
         return record if isinstance(record, dict) else {}
     except (ValueError, OSError):
         return {}
 
 
-def _changes(job: StageJob, inputs: dict[str, str]) -> str:
+def _changes(task: StageTask, inputs: dict[str, str]) -> str:
     """Why a published stage is not current, or an empty string."""
-    record = _record(job)
+    record = _record(task)
     if not {"digest", "inputs"} <= record.keys():
-        return f"{job.record} is damaged"
+        return f"{task.record} is damaged"
     try:
-        digest = checkpoints.read_metadata(job.checkpoint)["digest"]
+        digest = checkpoints.read_metadata(task.checkpoint)["digest"]
     except CheckpointError as error:
         return str(error)
     if digest != record["digest"]:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.chain.chain import Chain, ChainError, Planned
-from pipeline.common.tables import Grid
+from pipeline.chain.chain import Chain, ChainError, PlannedStage
+from pipeline.common.tables import Table
 from pipeline.recipes.loading import Recipe, load_recipe
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
@@ -13,7 +13,7 @@ LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class StartingPoint:
     """The λ whose trained root the other λ's roots start from, and their settings: fewer steps, as a rule."""
 
     lmbda: float
@@ -30,13 +30,13 @@ class Sweep:
     """Empty for all that no other grows from."""
     lmbdas: tuple[float, ...]
     runs: Path
-    neighbour: Neighbour | None = None
+    starting_point: StartingPoint | None = None
     baseline: Path | None = None
-    """File that the roots are taken from; with a neighbour, its root alone."""
+    """File that the roots are taken from; with a starting_point, its root alone."""
 
     def chains(self) -> Iterator[tuple[float, list[Chain]]]:
-        """Every λ with its chains, the neighbour first; raises RecipeError and ChainError."""
-        first = self.neighbour.lmbda if self.neighbour else None
+        """Every λ with its chains, the starting_point first; raises RecipeError and ChainError."""
+        first = self.starting_point.lmbda if self.starting_point else None
         if self.baseline is not None and first is None and len(self.lmbdas) > 1:
             raise ChainError(
                 f"{self.baseline}: a codec is of one λ, and here are {len(self.lmbdas)}; let the others start from its "
@@ -50,32 +50,32 @@ class Sweep:
     def _chains(self, lmbda: float) -> list[Chain]:
         baseline, start = self.baseline, None
         settings: tuple[str, ...] = ()
-        if self.neighbour is not None and lmbda != self.neighbour.lmbda:
-            root = self._chains(self.neighbour.lmbda)[0].jobs[0]
-            baseline, start, settings = None, root.checkpoint, self.neighbour.settings
+        if self.starting_point is not None and lmbda != self.starting_point.lmbda:
+            root = self._chains(self.starting_point.lmbda)[0].tasks[0]
+            baseline, start, settings = None, root.checkpoint, self.starting_point.settings
         recipe = load_recipe(self.recipe, [*self.overrides, f"lmbda={lmbda!r}", *settings])
         targets = self.targets or leaves(recipe)
         return [Chain(recipe.name, recipe.chain(target), self.runs, baseline, start) for target in targets]
 
-    def grid(self) -> Grid:
+    def table(self) -> Table:
         """What is done and what is left: a row for each stage, a column for each λ in the order of running."""
         columns = {
             lmbda: {p.name: p for chain in chains for p in self._plan_of(chain)} for lmbda, chains in self.chains()
         }
         names = dict.fromkeys(name for planned in columns.values() for name in planned)
-        grid = Grid(f"{Path(self.recipe).name}, λ by λ", ("stage", *(f"{lmbda:g}" for lmbda in columns)))
+        table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *(f"{lmbda:g}" for lmbda in columns)))
         for name in names:
-            grid.add(name, *(_cell(planned[name]) for planned in columns.values()))
-        left = [[p.job.stage for p in planned.values() if p.status != "done"] for planned in columns.values()]
-        steps = [sum(phase.steps for stage in stages for phase in stage.schedule) for stages in left]
-        grid.add("steps left", *(f"{count:,}" if count else "–" for count in steps))
-        return grid
+            table.add(name, *(_cell(planned[name]) for planned in columns.values()))
+        left = [[p.task.stage for p in planned.values() if p.status != "done"] for planned in columns.values()]
+        steps = [sum(segment.steps for stage in stages for segment in stage.schedule) for stages in left]
+        table.add("steps left", *(f"{count:,}" if count else "–" for count in steps))
+        return table
 
-    def _plan_of(self, chain: Chain) -> list[Planned]:
+    def _plan_of(self, chain: Chain) -> list[PlannedStage]:
         """The chain's plan; of one whose start is still to be trained, that everything is missing."""
-        root = chain.jobs[0]
+        root = chain.tasks[0]
         if root.start is not None and not root.start.is_file():
-            return [Planned(job, "missing", "waits for its start") for job in chain.jobs]
+            return [PlannedStage(task, "missing", "waits for its start") for task in chain.tasks]
         return chain.plan()
 
 
@@ -85,7 +85,7 @@ def leaves(recipe: Recipe) -> list[str]:
     return [name for name in recipe.stages if name not in parents]
 
 
-def _cell(planned: Planned) -> str:
+def _cell(planned: PlannedStage) -> str:
     """`done`, `–`, `stale`, or where it was cut off."""
     if planned.status == "cut off":
         return planned.reason.removeprefix("cut off in ").replace(" at step ", " ")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from modules import HPCM, HPCMConfig
-from pipeline.chain.stage_inputs import StageJob
+from pipeline.chain.stage_task import StageTask
 from pipeline.common.errors import UserError
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
 from pipeline.training.transfer import new_tensors, tensors_to_copy
@@ -15,16 +15,16 @@ class StageError(UserError):
     """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
 
 
-def check_stages(jobs: Sequence[StageJob]) -> None:
+def check_stages(tasks: Sequence[StageTask]) -> None:
     """Check sizes, rename rules, `train` and `lr` of stages that grow from one another, root first.
 
     Raises StageError naming the stage, and RecipeError for settings that no codec has.
     """
     parent: HPCM | None = None
-    for job in jobs:
-        child = _sketch(job.config)
-        with _naming(job.stage.name):
-            _check(job, parent, child)
+    for task in tasks:
+        child = _sketch(task.config)
+        with _naming(task.stage.name):
+            _check(task, parent, child)
         parent = child
 
 
@@ -41,21 +41,21 @@ def _naming(stage: str) -> Iterator[None]:
         raise StageError(f"{stage}: {error}") from error
 
 
-def _check(job: StageJob, parent: HPCM | None, child: HPCM) -> None:
-    if job.imported is not None:
+def _check(task: StageTask, parent: HPCM | None, child: HPCM) -> None:
+    if task.imported is not None:
         return
     for model in filter(None, (child, parent)):
-        if job.stage.data.crop % model.downsampling_factor:
+        if task.stage.data.crop % model.downsampling_factor:
             raise StageError(
-                f"data.crop = {job.stage.data.crop} must be a multiple of {model.downsampling_factor}, "
+                f"data.crop = {task.stage.data.crop} must be a multiple of {model.downsampling_factor}, "
                 "which the codec's hierarchy and attention windows need"
             )
     new = frozenset(child.state_dict())
     if parent is not None:
-        new = new_tensors(parent, child, tensors_to_copy(parent, child, job.stage.transfer))
-    elif job.start is not None:
+        new = new_tensors(parent, child, tensors_to_copy(parent, child, task.stage.transfer))
+    elif task.start is not None:
         new = frozenset()
-    for phase in job.stage.schedule:
-        with _naming(phase.name):
-            set_trainable(child, trainable_names(child, phase.train, new))
-            parameter_groups(child, phase.lr, new)
+    for segment in task.stage.schedule:
+        with _naming(segment.name):
+            set_trainable(child, trainable_names(child, segment.train, new))
+            parameter_groups(child, segment.lr, new)

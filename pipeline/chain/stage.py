@@ -13,7 +13,7 @@ import torch
 from modules import HPCM
 from pipeline.chain.acceptance import judge
 from pipeline.chain.precheck import StageError
-from pipeline.chain.stage_inputs import CODE_VERSION, StageJob, Workplace
+from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
 from pipeline.common import files
 from pipeline.common.fault_injection import fault
 from pipeline.data.crops import TrainingCrops, validation_images
@@ -27,9 +27,9 @@ from pipeline.evaluation.coding import (
     save_comparison,
 )
 from pipeline.evaluation.quality import NamedImage, Quality
-from pipeline.recipes.schema import Phase, Transfer
+from pipeline.recipes.schema import Segment, Transfer
 from pipeline.tracking.store import Run
-from pipeline.training.trainer import Migration, Trainer
+from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
@@ -39,22 +39,22 @@ from pipeline.weights.training_state import Progress, TrainingState
 class StageRun:
     """One attempt at a stage, from wherever the last one stopped."""
 
-    def __init__(self, job: StageJob, workplace: Workplace, run: Run):
-        self.job, self.workplace, self.run = job, workplace, run
-        self.stage = job.stage
+    def __init__(self, task: StageTask, context: RunContext, run: Run):
+        self.task, self.context, self.run = task, context, run
+        self.stage = task.stage
         self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
-        self.inputs = job.inputs()
-        self.train_photos, self.val_photos = job.train_photos, job.val_photos
-        self.states = job.states
-        self.device = workplace.interruption.accelerator.device
+        self.inputs = task.inputs()
+        self.train_photos, self.val_photos = task.train_photos, task.val_photos
+        self.states = task.states
+        self.device = context.processes.accelerator.device
 
     @cached_property
     def parent(self) -> HPCM | None:
         """The codec that the stage grows from; raises StageError where its file is damaged."""
-        if self.job.parent is None:
+        if self.task.parent is None:
             return None
         try:
-            return checkpoints.load_codec(self.job.parent)
+            return checkpoints.load_codec(self.task.parent)
         except CheckpointError as error:
             raise StageError(
                 f"{error}.\n  MLflow keeps a copy of it; or build it again: hpcm run {self.stage.parent} --force"
@@ -68,12 +68,12 @@ class StageRun:
     def execute(self) -> None:
         """Live the stage's life to its publication."""
         self._describe()
-        if self.job.imported is not None:
-            child, state = self._import(self.job.imported), TrainingState(Progress(), {}, {}, {})
+        if self.task.imported is not None:
+            child, state = self._import(self.task.imported), TrainingState(Progress(), {}, {}, {})
         else:
             child, state = self._train()
         child = child.to(self.device).eval().requires_grad_(False)
-        self.workplace.alone(lambda: self._finish(child, state))
+        self.context.on_main_process(lambda: self._finish(child, state))
 
     def note_end(self, error: BaseException) -> None:
         """Say with the attempt what ended it."""
@@ -81,21 +81,21 @@ class StageRun:
         self.run.tags({self._attempt_tag: f"{self._attempt}; {reason}"})
 
     def _describe(self) -> None:
-        self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.job.config.to_dict()})
+        self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.task.config.to_dict()})
         self.run.dataset(self.train_photos, "training")
         self.run.dataset(self.val_photos, "validation")
         self.run.tags({f"hpcm.input.{name.replace(' ', '_')}": value for name, value in self.inputs.items()})
         for photos in (self.train_photos, self.val_photos):
             for path, reason in photos.skipped:
-                self.workplace.watcher.note(f"skipped {path}: {reason}")
+                self.context.watcher.note(f"skipped {path}: {reason}")
 
     def _import(self, path: Path) -> HPCM:
         model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
-        if model.config != self.job.config:
+        if model.config != self.task.config:
             differing = [
-                f"{name} is {value}, expected {getattr(self.job.config, name)}"
+                f"{name} is {value}, expected {getattr(self.task.config, name)}"
                 for name, value in vars(model.config).items()
-                if value != getattr(self.job.config, name)
+                if value != getattr(self.task.config, name)
             ]
             raise StageError(
                 f"{path}: does not match {self.stage.name} of the recipe: {'; '.join(differing)}.\n"
@@ -106,11 +106,11 @@ class StageRun:
     def _train(self) -> tuple[HPCM, TrainingState]:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
-        child = HPCM(self.job.config)
+        child = HPCM(self.task.config)
         state, passed_over = self.states.newest()
         for line in passed_over:
-            self.workplace.watcher.note(line)
-        self.workplace.wait_for_everyone()
+            self.context.watcher.note(line)
+        self.context.wait_for_everyone()
         if state is None:
             state = self._begin(child)
         ledger = Ledger.from_json(state.facts["ledger"])
@@ -118,17 +118,18 @@ class StageRun:
         components = tuple(new_components(self.parent, child)) if self.parent else ()
         crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
         migration = Migration(child, self.parent, components, ledger.new)
-        trainer = Trainer(self.stage, migration, crops, self.workplace.interruption)
-        trainer.run, trainer.watcher = self.run, self.workplace.watcher
-        trainer.on_phase_end = lambda phase, progress: self._validate(child, phase, progress)
+        reporting = Reporting(
+            self.run, self.context.watcher, lambda segment, progress: self._validate(child, segment, progress)
+        )
+        trainer = Trainer(self.stage, migration, crops, self.context.processes, reporting)
         return child, trainer.train(self.states, state)
 
     def _begin(self, child: HPCM) -> TrainingState:
         """Transfer, and compare child and parent before the first step."""
         child.to(self.device)
         facts: dict[str, Any] = {}
-        if self.job.start is not None:
-            ledger = transfer_weights(self._import(self.job.start).to(self.device), child, Transfer())
+        if self.task.start is not None:
+            ledger = transfer_weights(self._import(self.task.start).to(self.device), child, Transfer())
         elif self.parent is None:
             ledger = Ledger.of_root(child)
         else:
@@ -145,58 +146,58 @@ class StageRun:
                 self.run.metrics({**after.metrics("val"), "val/step0_gap": gap}, 0)
             self.states.save(state)
 
-        self.workplace.alone(compare_and_save)
+        self.context.on_main_process(compare_and_save)
         return state
 
     def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
-        self.workplace.watcher.note(f"transfer: {counts}")
+        self.context.watcher.note(f"transfer: {counts}")
         self.run.tags({"hpcm.ledger": counts})
         if "step0_gap" in state.facts:
             self.run.tags({"hpcm.step0_loss": state.facts["step0"]["rd_loss"]})
-            self.workplace.watcher.note(
+            self.context.watcher.note(
                 f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
                 f"{state.facts['step0_gap']:+.4f} against the parent"
             )
         progress = state.progress
-        if progress.stage_step or progress.phase:
-            at = [phase.name for phase in self.stage.schedule] + ["evaluation"]
-            self._attempt = f"resumed in {at[progress.phase]} at step {progress.step}"
-            self.workplace.watcher.note(self._attempt)
+        if progress.stage_step or progress.segment:
+            at = [segment.name for segment in self.stage.schedule] + ["evaluation"]
+            self._attempt = f"resumed in {at[progress.segment]} at step {progress.step}"
+            self.context.watcher.note(self._attempt)
         self.run.tags({self._attempt_tag: self._attempt})
 
     def _estimate(self, model: HPCM) -> Quality:
-        return estimate(model, self._heeding(self.images), self.stage.lmbda, self.stage.metric)
+        return estimate(model, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)
 
-    def _heeding(self, images: list[NamedImage]) -> Iterator[NamedImage]:
+    def _interruptible(self, images: list[NamedImage]) -> Iterator[NamedImage]:
         """The images, with an ear for signals in between."""
         for image in images:
-            self.workplace.interruption.stop_if_asked()
+            self.context.processes.stop_if_asked()
             fault("evaluation")
             yield image
-        self.workplace.interruption.stop_if_asked()
+        self.context.processes.stop_if_asked()
 
-    def _validate(self, child: HPCM, phase: Phase, progress: Progress) -> None:
+    def _validate(self, child: HPCM, segment: Segment, progress: Progress) -> None:
         def measure() -> None:
             quality = self._estimate(child)
             self.run.metrics(quality.metrics("val"), progress.stage_step)
             similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
-            self.workplace.watcher.note(
-                f"after {phase.name}: validation loss {quality.rd_loss:.4f}, {quality.bpp:.4f} bpp, "
+            self.context.watcher.note(
+                f"after {segment.name}: validation loss {quality.rd_loss:.4f}, {quality.bpp:.4f} bpp, "
                 f"{quality.psnr_db:.2f} dB{similarity}"
             )
 
-        self.workplace.alone(measure)
+        self.context.on_main_process(measure)
 
     def _finish(self, child: HPCM, state: TrainingState) -> None:
         """Evaluate with real bitstreams, accept, publish."""
         kept = self.stage.evaluation.reconstructions
-        images = self._heeding(self.images)
+        images = self._interruptible(self.images)
         evaluation, reconstructions = evaluate(child, images, self.stage.lmbda, self.stage.metric, kept)
         quality = evaluation.quality
         parent_quality = self._parent_quality()
         refusal = judge(self.stage.accept, quality, parent_quality)
-        verdict = "accepted" if not refusal else "accepted anyway" if self.workplace.accept_anyway else "refused"
+        verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
         self.run.tags({"hpcm.acceptance": "; ".join([verdict, *refusal])})
         if verdict == "refused":
             raise StageError(
@@ -206,19 +207,19 @@ class StageRun:
                 "A longer schedule trains the stage again from its parent."
             )
         for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
-            save_comparison(self.job.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
+            save_comparison(self.task.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
         points = {"parent": parent_quality} if parent_quality else {}
-        plot_rate_distortion(self.job.folder / "rate-distortion.png", {**points, self.stage.name: quality})
+        plot_rate_distortion(self.task.folder / "rate-distortion.png", {**points, self.stage.name: quality})
         self._publish(child, state, evaluation)
 
     def _parent_quality(self) -> Quality | None:
-        if self.parent is None or self.job.parent is None:
+        if self.parent is None or self.task.parent is None:
             return None
-        metadata = checkpoints.read_metadata(self.job.parent)
+        metadata = checkpoints.read_metadata(self.task.parent)
         if metadata["validation"] == self._validation():
             return Quality(**metadata["quality"])
         parent = self.parent.to(self.device)
-        return evaluate(parent, self._heeding(self.images), self.stage.lmbda, self.stage.metric)[0].quality
+        return evaluate(parent, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)[0].quality
 
     def _validation(self) -> dict[str, Any]:
         """What the figures of a published stage depend on beside its codec."""
@@ -227,9 +228,9 @@ class StageRun:
         return {"digest": self.val_photos.digest, "images": images, **settings}
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
-        job, folder, progress, facts = self.job, self.job.folder, state.progress, state.facts
+        task, folder, progress, facts = self.task, self.task.folder, state.progress, state.facts
         parameters = sum(parameter.numel() for parameter in child.parameters())
-        macs = macs_per_pixel(job.config)
+        macs = macs_per_pixel(task.config)
         (folder / "stage.yaml").write_text(self.stage.to_yaml())
         files.write_json(folder / "ledger.json", facts.get("ledger", []))
         files.write_json(folder / "evaluation.json", evaluation.to_json(self.stage.name))
@@ -241,12 +242,12 @@ class StageRun:
             "quality": asdict(evaluation.quality),
             "validation": self._validation(),
         }
-        checkpoints.publish(job.checkpoint, child, lineage)
+        checkpoints.publish(task.checkpoint, child, lineage)
         fault("publish.checkpoint")
-        digest = checkpoints.read_metadata(job.checkpoint)["digest"]
+        digest = checkpoints.read_metadata(task.checkpoint)["digest"]
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
-        self.run.tags({"hpcm.checkpoint": str(job.checkpoint.absolute()), "hpcm.checkpoint_digest": digest})
+        self.run.tags({"hpcm.checkpoint": str(task.checkpoint.absolute()), "hpcm.checkpoint_digest": digest})
         for name in (
             "stage.yaml",
             "ledger.json",
@@ -271,6 +272,6 @@ class StageRun:
             "facts": {key: value for key, value in facts.items() if key != "ledger"},
         }
         # Last: with the record the stage counts as done.
-        files.write_json(job.record, record)
+        files.write_json(task.record, record)
         fault("publish.record")
-        job.forget_states()
+        task.forget_states()

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.commands.options import Device, device_of, size_of
 from pipeline.common.errors import UserError
-from pipeline.common.tables import Grid, number
+from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,11 +55,11 @@ def compress(
 
     conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite)
     codec = _codec(checkpoint, device)
-    grid = Grid("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
+    table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
         done = codec_files.compress_file(codec, conversion)
-        grid.add(
+        table.add(
             conversion.name,
             f"{done.width}×{done.height}",
             f"{done.file_bytes}",
@@ -70,7 +70,7 @@ def compress(
         )
         return done.changes
 
-    _end(grid, _each([(conversion.source, conversion) for conversion in conversions], convert))
+    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
 
 def decompress(
@@ -85,14 +85,14 @@ def decompress(
 
     conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
     codec = _codec(checkpoint, device)
-    grid = Grid("", ("file", "W×H"))
+    table = Table("", ("file", "W×H"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
         coded = codec_files.decompress_file(codec, conversion)
-        grid.add(conversion.name, f"{coded.width}×{coded.height}")
+        table.add(conversion.name, f"{coded.width}×{coded.height}")
         return ()
 
-    _end(grid, _each([(conversion.source, conversion) for conversion in conversions], convert))
+    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
 
 def info(files: Coded) -> None:
@@ -100,17 +100,17 @@ def info(files: Coded) -> None:
     from modules.bitstream import CodedImage
     from pipeline.evaluation.codec_files import SUFFIX, find
 
-    grid = Grid("", ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "model"))
+    table = Table("", ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "model"))
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
         coded = CodedImage.read(path)
         bpp = 8 * path.stat().st_size / (coded.width * coded.height)
         lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
-        grid.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
+        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
         return ()
 
-    _end(grid, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
+    _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
 
 
 def evaluate(
@@ -146,14 +146,14 @@ def evaluate(
         return picture.changes
 
     complete = _each([(path, (name, path)) for name, path in found], measure)
-    grid = Grid("", ("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
+    table = Table("", ("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
     if results:
         evaluation = Evaluation(tuple(results))
         for result in (*results, evaluation.mean):
-            grid.add(*_cells(result))
+            table.add(*_cells(result))
         if output:
             write_json(output, evaluation.to_json(str(read_metadata(checkpoint).get("name", checkpoint.stem))))
-    _end(grid, complete)
+    _end(table, complete)
 
 
 def bench_codec(
@@ -238,8 +238,8 @@ def _cells(result: ImageResult) -> list[str]:
     ]
 
 
-def _end(grid: Grid, complete: bool) -> None:
-    if grid.rows:
-        _console().print(grid.rich())
+def _end(table: Table, complete: bool) -> None:
+    if table.rows:
+        _console().print(table.rich())
     if not complete:
         raise typer.Exit(1)

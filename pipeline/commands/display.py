@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.chain.chain import Chain, Planned
-from pipeline.common.tables import Grid, number
-from pipeline.recipes.schema import Phase
+from pipeline.chain.chain import Chain, PlannedStage
+from pipeline.common.tables import Table, number
+from pipeline.recipes.schema import Segment
 from pipeline.training.trainer import Watcher
 
 # Of the processes that `accelerate launch` starts, the first alone speaks.
@@ -41,9 +41,9 @@ class ProgressWatcher(Watcher):
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def phase(self, phase: Phase, done: int) -> None:
-        self.name, self.done, self.total = phase.name, done, phase.steps
-        self.bar.reset(self.task, description=phase.name, total=phase.steps, completed=done, values="")
+    def segment(self, segment: Segment, done: int) -> None:
+        self.name, self.done, self.total = segment.name, done, segment.steps
+        self.bar.reset(self.task, description=segment.name, total=segment.steps, completed=done, values="")
 
     def step(self, values: dict[str, float] | None) -> None:
         self.done += 1
@@ -68,26 +68,26 @@ def _values(values: dict[str, float]) -> str:
     return "  ".join(form.format(values[key]) for key, form in shown if key in values)
 
 
-def plan_grid(chain: Chain, plan: Sequence[Planned]) -> Grid:
+def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
     """What `hpcm plan` prints."""
     title = f"{chain.recipe}, λ = {chain.lmbda:g}, in {chain.folder}"
-    grid = Grid(title, ("stage", "status", "why", "phases (steps)"), left=4)
+    table = Table(title, ("stage", "status", "why", "segments (steps)"), left=4)
     for planned in plan:
-        phases = ", ".join(f"{phase.name} ({phase.steps:,})" for phase in planned.job.stage.schedule)
-        if planned.job.imported is not None:
-            phases = f"taken from {planned.job.imported}"
-        grid.add(planned.name, planned.status, planned.reason.removeprefix("stale: "), phases)
-    return grid
+        segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
+        if planned.task.imported is not None:
+            segments = f"taken from {planned.task.imported}"
+        table.add(planned.name, planned.status, planned.reason.removeprefix("stale: "), segments)
+    return table
 
 
-def closing_grid(chain: Chain) -> Grid:
+def closing_table(chain: Chain) -> Table:
     """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
     columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
-    grid = Grid(f"{chain.recipe}, λ = {chain.lmbda:g}", columns)
-    for job in chain.jobs:
-        if job.record.is_file():
-            grid.add(job.stage.name, *_record_row(json.loads(job.record.read_text())))
-    return grid
+    table = Table(f"{chain.recipe}, λ = {chain.lmbda:g}", columns)
+    for task in chain.tasks:
+        if task.record.is_file():
+            table.add(task.stage.name, *_record_row(json.loads(task.record.read_text())))
+    return table
 
 
 def _record_row(record: dict[str, Any]) -> list[str]:

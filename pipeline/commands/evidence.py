@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,10 +44,10 @@ def audit(
     if as_json:
         print(json.dumps(audit_display.to_json(chains), indent=1, ensure_ascii=False))
     elif markdown:
-        print("\n".join(grid.markdown() for chain in chains for grid in audit_display.grids(chain)))
+        print("\n".join(table.markdown() for chain in chains for table in audit_display.tables(chain)))
     else:
         for chain in chains:
-            console.print(*(grid.rich() for grid in audit_display.grids(chain)))
+            console.print(*(table.rich() for table in audit_display.tables(chain)))
         if not chains:
             console.print(f"no chains yet in {runs}")
     if not all(stage.sound for chain in chains for stage in chain.stages):
@@ -98,8 +97,8 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
     found = comparison.compare(title, contenders, plan, device, lambda line: console.print(f"  {line}"))
-    for grid in comparison_display.grids(found):
-        console.print(grid.rich())
+    for table in comparison_display.tables(found):
+        console.print(table.rich())
     drawing = folder / "comparison.png"
     save(comparison_display.draw(found), drawing)
     logged = comparison.keep(found, runs, folder, drawing)
@@ -158,39 +157,30 @@ def rd_curve(
 
     if from_settings and start_from is None:
         raise typer.BadParameter("--from-set is for roots that start from another λ's: give --from as well")
-    neighbour = sweep.Neighbour(start_from, tuple(from_settings or ())) if start_from is not None else None
+    starting_point = sweep.StartingPoint(start_from, tuple(from_settings or ())) if start_from is not None else None
     overrides = tuple(overrides_of(data, val, None, settings))
     lmbdas = tuple(lmbda or sweep.LMBDAS)
-    wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, neighbour, baseline)
+    wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, starting_point, baseline)
     if plan:
-        console.print(wanted.grid().rich())
+        console.print(wanted.table().rich())
     else:
         _run_sweep(wanted, accept_anyway)
 
 
 def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
-    from pipeline.chain.stage_inputs import Workplace
-    from pipeline.commands.display import ProgressWatcher, console
-    from pipeline.common.processes import Interruption, processes
-    from pipeline.training.trainer import Watcher
+    from pipeline.commands.display import console
+    from pipeline.commands.running import run_chain
+    from pipeline.common.processes import start_accelerator
 
     todo = list(sweep.chains())
-    accelerator = processes(todo[0][1][0].precision)
-    main = accelerator.is_main_process
-    if main:
-        console.print(sweep.grid().rich())
+    accelerator = start_accelerator(todo[0][1][0].precision)
+    console.print(sweep.table().rich())
     for lmbda, chains in todo:
         for chain in chains:
-            if main:
-                console.print(f"λ = {lmbda:g}, to {chain.jobs[-1].stage.name}")
-            with (
-                Interruption(accelerator) as interruption,
-                ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
-            ):
-                chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway))
-        if main:
-            console.print(sweep.grid().rich())
-    if main:
+            console.print(f"λ = {lmbda:g}, to {chain.tasks[-1].stage.name}")
+            run_chain(chain, accelerator, accept_anyway)
+        console.print(sweep.table().rich())
+    if accelerator.is_main_process:
         _draw_curves(sweep)
 
 
@@ -204,8 +194,8 @@ def _draw_curves(sweep: Sweep) -> None:
     wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for _, chains in sweep.chains() for chain in chains}
     found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
     curves = rate_distortion.curves(found)
-    console.print(rate_distortion.points_grid("Real bitstreams of whole validation images", curves).rich())
-    console.print(rate_distortion.deltas_grid(curves, rate_distortion.references(found)).rich())
+    console.print(rate_distortion.points_table("Real bitstreams of whole validation images", curves).rich())
+    console.print(rate_distortion.deltas_table(curves, rate_distortion.references(found)).rich())
     path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
     save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
     console.print(f"drawn in {path}", soft_wrap=True)

@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +22,7 @@ from pipeline.commands.options import (
     device_of,
     overrides_of,
 )
-from pipeline.common.errors import Interrupted, LostProcess, Told, UserError
+from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
 
 # A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
@@ -85,24 +84,16 @@ def run(
     The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
     Several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
     """
-    from pipeline.chain.stage_inputs import StartOver, Workplace
-    from pipeline.commands.display import ProgressWatcher, closing_grid, console, plan_grid
-    from pipeline.common.processes import Interruption, processes
-    from pipeline.training.trainer import Watcher
+    from pipeline.chain.stage_task import Rebuild
+    from pipeline.commands.display import closing_table, console, plan_table
+    from pipeline.commands.running import run_chain
+    from pipeline.common.processes import start_accelerator
 
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
-    accelerator = processes(chain.precision)
-    main = accelerator.is_main_process
-    if main:
-        console.print(plan_grid(chain, chain.plan()).rich())
-    with (
-        Interruption(accelerator) as interruption,
-        ProgressWatcher() if main else nullcontext(Watcher()) as watcher,
-    ):
-        start_over = StartOver(force, fresh, partial(_confirm, yes))
-        chain.run(Workplace(chain.folder, interruption, watcher, accept_anyway, start_over))
-    if main:
-        console.print(closing_grid(chain).rich())
+    accelerator = start_accelerator(chain.precision)
+    console.print(plan_table(chain, chain.plan()).rich())
+    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)))
+    console.print(closing_table(chain).rich())
 
 
 def _confirm(yes: bool, consequences: list[str]) -> None:
@@ -160,10 +151,10 @@ def plan(
     runs: Runs = Path("runs"),
 ) -> None:
     """Say what `run` would do, and why."""
-    from pipeline.commands.display import console, plan_grid
+    from pipeline.commands.display import console, plan_table
 
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
-    console.print(plan_grid(chain, chain.plan()).rich())
+    console.print(plan_table(chain, chain.plan()).rich())
 
 
 @bench.command("biwkv4")
@@ -188,7 +179,7 @@ def import_(
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     overwrite: codec.Overwrite = False,
 ) -> None:
-    """Bring an official `.pth.tar` into this pipeline; the preset is recognised by its tensors."""
+    """Bring an official `.pth.tar` into this pipeline; the preset is recognized by its tensors."""
     from modules.config import preset_of
     from pipeline.commands.display import console
     from pipeline.weights.checkpoints import check_target, import_official, publish
@@ -236,7 +227,7 @@ def main() -> None:
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # The processes' own farewell would wait for the one that is gone.
-    except Told as stop:
+    except MainProcessStopped as stop:
         sys.exit(stop.exit_code)
     except Interrupted as stop:
         print(f"{stop}; saved. The same command continues from there.", file=sys.stderr)

@@ -16,7 +16,7 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
 
 
-class Told(Exception):
+class MainProcessStopped(Exception):
     """The first process stopped and said why; this one stops with the same `exit_code`."""
 
     def __init__(self, exit_code: int):

@@ -1,4 +1,4 @@
-"""How every figure looks: one colour for a codec wherever it appears, light grids, no frame above and right."""
+"""How every figure looks: one color for a codec wherever it appears, light tables, no frame above and right."""
 
 import re
 from collections.abc import Sequence
@@ -30,22 +30,22 @@ def new_figure(rows: int, columns: int = 1, height: float = 3.2) -> tuple[Figure
     return figure, list(axes.flat)
 
 
-def codec_colours(names: Sequence[str]) -> dict[str, str]:
-    """Black for a Baseline, greys for its controls, the darker the later, and a colour each for phases and others."""
-    palette = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
-    colours, others = {}, iter(palette[5:])
+def codec_colors(names: Sequence[str]) -> dict[str, str]:
+    """Black for a Baseline, grays for its controls, the darker the later, and a color each for phases and others."""
+    palette = [to_hex(color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    colors, others = {}, iter(palette[5:])
     for name in names:
         phase = re.fullmatch(r"phase(\d)", name)
         if phase:
-            colours[name] = palette[(int(phase[1]) - 1) % 5]
+            colors[name] = palette[(int(phase[1]) - 1) % 5]
         elif name == "baseline":
-            colours[name] = "#111111"
+            colors[name] = "#111111"
         elif name.startswith("control"):
             step = int(name[-1]) if name[-1].isdecimal() else 3
-            colours[name] = to_hex((0.85 - 0.1 * min(step, 5),) * 3)
+            colors[name] = to_hex((0.85 - 0.1 * min(step, 5),) * 3)
         else:
-            colours[name] = next(others, "#b0b0b0")
-    return colours
+            colors[name] = next(others, "#b0b0b0")
+    return colors
 
 
 def save(figure: Figure, target: Path | IO[bytes], kind: str = "png") -> None:

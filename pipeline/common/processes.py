@@ -11,19 +11,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from pipeline.common.errors import Interrupted, LostProcess, Told
+from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def processes(precision: str) -> Accelerator:
+def start_accelerator(precision: str) -> Accelerator:
     """The processes of this run, as `accelerate launch` started them, or the one."""
     # The others wait while the first evaluates, which can take long; that one of them has died, they notice.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
 
 
-class Interruption:
+class ProcessGroup:
     """While entered, remembers the first signal, so that work stops where it can be continued."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -31,7 +31,7 @@ class Interruption:
         self.signum = 0
         self._previous: dict[int, Any] = {}
 
-    def agreed(self) -> int:
+    def agreed_signal(self) -> int:
         """The signal that any process received (0 for none): the same answer for all, who must all ask."""
         if self.accelerator.num_processes == 1:
             return self.signum
@@ -43,7 +43,7 @@ class Interruption:
         if self.signum:
             raise Interrupted(self.signum)
 
-    def alone(self, work: Callable[[], None]) -> None:
+    def on_main_process(self, work: Callable[[], None]) -> None:
         """Let the first process do something that all wait for; where it raises, all stop."""
         error: BaseException | None = None
         if self.accelerator.is_main_process:
@@ -55,7 +55,7 @@ class Interruption:
             told = [getattr(error, "exit_code", 1) if error else 0]
             broadcast_object_list(told)
             if told[0] and error is None:
-                raise Told(told[0])
+                raise MainProcessStopped(told[0])
         if error is not None:
             raise error
 
@@ -73,7 +73,7 @@ class Interruption:
                 "  The last saved state is kept; the same command, with any number of processes, goes on from there."
             ) from error
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "ProcessGroup":
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self

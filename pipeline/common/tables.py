@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 
 from rich import box
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 
 @dataclass(frozen=True)
-class Grid:
+class Table:
     """A table of text, whose title may be empty; its first `left` columns are aligned left, the others right."""
 
     title: str
@@ -20,10 +20,10 @@ class Grid:
         """Add a row."""
         self.rows.append(cells)
 
-    def rich(self) -> Table:
+    def rich(self) -> RichTable:
         """For a terminal; lines too long for it are folded."""
         title = Text(self.title) if self.title else None
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for number, column in enumerate(self.columns):
             text = number < self.left
             table.add_column(Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")

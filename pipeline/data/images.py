@@ -167,8 +167,8 @@ def read_image(path: Path) -> np.ndarray:
 def read_picture(path: Path) -> Picture:
     """Decode an image, the right way up (EXIF).
 
-    16 bits a channel become 8, transparency is laid on white, grey, palette and CMYK become RGB without a
-    colour profile, and of several pages or frames the first counts. Raises DataError naming the file.
+    16 bits a channel become 8, transparency is laid on white, gray, palette and CMYK become RGB without a
+    color profile, and of several pages or frames the first counts. Raises DataError naming the file.
     """
     with _opened(path) as picture:
         changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
@@ -176,11 +176,11 @@ def read_picture(path: Path) -> Picture:
             changes.append("only the first frame was kept")
         icc_profile = picture.info.get("icc_profile", b"")
         if icc_profile and icc_profile[16:20] != b"RGB ":
-            changes.append(f"its colour profile, which is not for RGB, was left out of the {picture.mode} image")
+            changes.append(f"its color profile, which is not for RGB, was left out of the {picture.mode} image")
             icc_profile = b""
         upright = ImageOps.exif_transpose(picture)
         if upright.mode[0] in "IF":
-            return Picture(_from_deep_grey(np.asarray(upright)), icc_profile, tuple(changes))
+            return Picture(_from_deep_gray(np.asarray(upright)), icc_profile, tuple(changes))
         if upright.has_transparency_data:
             changes.append("transparency was laid on white")
             opaque = Image.new("RGBA", upright.size, "white")
@@ -196,8 +196,8 @@ def _is_deep(picture: Image.Image) -> bool:
     )
 
 
-def _from_deep_grey(grey: np.ndarray) -> np.ndarray:
-    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("grey values beyond 16 bits; save the image with 8 or 16")
-    eight = np.round(grey / 257).astype(np.uint8)
+def _from_deep_gray(gray: np.ndarray) -> np.ndarray:
+    if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
+        raise ValueError("gray values beyond 16 bits; save the image with 8 or 16")
+    eight = np.round(gray / 257).astype(np.uint8)
     return np.repeat(eight[:, :, None], 3, axis=2)

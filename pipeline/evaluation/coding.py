@@ -139,7 +139,7 @@ def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
 
 
 def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
-    """Draw one labelled point per stage: bits per pixel against PSNR in dB."""
+    """Draw one labeled point per stage: bits per pixel against PSNR in dB."""
     figure, (axes,) = new_figure(1)
     for name, quality in points.items():
         axes.plot(quality.bpp, quality.psnr_db, "o", label=name)

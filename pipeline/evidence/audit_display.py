@@ -4,31 +4,31 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.common.tables import Grid, number
+from pipeline.common.tables import Table, number
 from pipeline.evidence.audit import ChainAudit, StageAudit
-from pipeline.tracking.records import PhaseRecord
+from pipeline.tracking.records import SegmentRecord
 
 
-def grids(chain: ChainAudit) -> Iterable[Grid]:
+def tables(chain: ChainAudit) -> Iterable[Table]:
     """Two tables a chain: what came out of each stage, and what was done to it."""
     title = f"{chain.record.title}: {chain.record.state.lower()}"
-    results = Grid(title, ("stage", "parent", "loss in", "step 0", "out", "bpp", "PSNR dB", "files"), left=2)
-    story = Grid("what was done", ("stage", "transferred", "trained", "and then"), left=4)
+    results = Table(title, ("stage", "parent", "loss in", "step 0", "out", "bpp", "PSNR dB", "files"), left=2)
+    story = Table("what was done", ("stage", "transferred", "trained", "and then"), left=4)
     for stage in chain.stages:
         results.add(*_result_cells(stage))
         record = stage.record
-        trained = "\n".join(map(phase_text, record.phases)) or "taken from a file"
+        trained = "\n".join(map(segment_text, record.segments)) or "taken from a file"
         story.add(record.name, record.tags.get("hpcm.ledger", "–").replace(", ", "\n"), trained, _history(stage))
     yield results
     yield story
 
 
-def phase_text(phase: PhaseRecord) -> str:
+def segment_text(segment: SegmentRecord) -> str:
     """`frozen: 60 steps in 0.3 min, handover 40; new 0.001`."""
-    minutes = "" if phase.seconds is None else f" in {phase.seconds / 60:.1f} min"
-    handover = f", handover {phase.handover}" if phase.handover else ""
-    rates = ", ".join(f"{group} {rate}" for group, rate in phase.rates.items())
-    return f"{phase.name}: {phase.steps:,} steps{minutes}{handover}; {rates}"
+    minutes = "" if segment.seconds is None else f" in {segment.seconds / 60:.1f} min"
+    handover = f", handover {segment.handover}" if segment.handover else ""
+    rates = ", ".join(f"{group} {rate}" for group, rate in segment.rates.items())
+    return f"{segment.name}: {segment.steps:,} steps{minutes}{handover}; {rates}"
 
 
 def _result_cells(stage: StageAudit) -> list[str]:
@@ -75,7 +75,7 @@ def _stage_json(stage: StageAudit) -> dict[str, Any]:
         "state": record.state,
         "run_id": record.run_id,
         "ledger": _counts(record.tags.get("hpcm.ledger", "")),
-        "phases": [asdict(phase) for phase in record.phases],
+        "segments": [asdict(segment) for segment in record.segments],
         "loss": {"parent": record.parent_loss, "step0": record.step0_loss},
         "quality": asdict(record.quality) if record.quality else None,
         "seconds": record.seconds,

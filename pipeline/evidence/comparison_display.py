@@ -4,16 +4,16 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from pipeline.common.figure_style import codec_colours, new_figure
-from pipeline.common.tables import Grid, number
+from pipeline.common.figure_style import codec_colors, new_figure
+from pipeline.common.tables import Table, number
 from pipeline.evidence.comparison import COUNTED_AT, Comparison, size_name
 from pipeline.evidence.measurement import CODING, MEMORY, TRAINING
 
 
-def grids(comparison: Comparison) -> Iterable[Grid]:
+def tables(comparison: Comparison) -> Iterable[Table]:
     """A table of sizes and multiplications, then one of times and one of memory for every image size."""
     first = comparison.codecs[0]
-    size = Grid(
+    size = Table(
         f"{comparison.title} on {comparison.device} ({comparison.machine}), {comparison.rounds} rounds",
         ("codec", "parameters", "kMAC/pixel", f"× {first}"),
     )
@@ -29,30 +29,30 @@ def grids(comparison: Comparison) -> Iterable[Grid]:
             yield _memory(comparison, name)
 
 
-def _times(comparison: Comparison, size: str) -> Grid:
+def _times(comparison: Comparison, size: str) -> Table:
     measured = {cost.activity for cost in comparison.costs if cost.size == size}
     activities = [activity for activity in (*CODING, *TRAINING) if activity in measured]
-    grid = Grid(f"{size}: seconds (× {comparison.codecs[0]})", ("codec", *activities))
+    table = Table(f"{size}: seconds (× {comparison.codecs[0]})", ("codec", *activities))
     for codec in comparison.codecs:
         costs = [comparison.cost(codec, size, activity) for activity in activities]
-        grid.add(codec, *("–" if c is None else f"{c.seconds:.3f}{_times_first(c.ratio)}" for c in costs))
-    return grid
+        table.add(codec, *("–" if c is None else f"{c.seconds:.3f}{_times_first(c.ratio)}" for c in costs))
+    return table
 
 
-def _memory(comparison: Comparison, size: str) -> Grid:
+def _memory(comparison: Comparison, size: str) -> Table:
     first = comparison.codecs[0]
     measured = {peak.activity for peak in comparison.peaks if peak.size == size}
     activities = [activity for activity in MEMORY if activity in measured]
     headings = ["encode and decode" if activity == "decode" else activity for activity in activities]
-    grid = Grid(f"{size}: peak memory in MiB (× {first})", ("codec", *headings))
+    table = Table(f"{size}: peak memory in MiB (× {first})", ("codec", *headings))
     for codec in comparison.codecs:
         cells = []
         for activity in activities:
             found, reference = comparison.peak(codec, size, activity), comparison.peak(first, size, activity)
             ratio = found / reference if found and reference else None
             cells.append(number(found and found / 2**20, ".0f") + _times_first(ratio))
-        grid.add(codec, *cells)
-    return grid
+        table.add(codec, *cells)
+    return table
 
 
 def _times_first(ratio: float | None) -> str:
@@ -63,13 +63,13 @@ def draw(comparison: Comparison) -> Figure:
     """Bars of everything relative to the first codec, a panel for each image size."""
     sizes = comparison.sizes
     figure, axes = new_figure(len(sizes), height=2.6)
-    colours = codec_colours(comparison.codecs)
+    colors = codec_colors(comparison.codecs)
     for axis, size in zip(axes, sizes, strict=True):
         labels, groups = _ratios(comparison, size)
         width = 0.8 / len(comparison.codecs)
         for place, codec in enumerate(comparison.codecs):
             at = [index + (place - (len(comparison.codecs) - 1) / 2) * width for index in range(len(labels))]
-            axis.bar(at, [group.get(codec, 0) for group in groups], width, color=colours[codec], label=codec)
+            axis.bar(at, [group.get(codec, 0) for group in groups], width, color=colors[codec], label=codec)
         axis.axhline(1, color="0.3", linewidth=0.8)
         axis.set_xticks(range(len(labels)), labels)
         axis.set(title=size, ylabel=f"× {comparison.codecs[0]}")

@@ -51,7 +51,7 @@ class Contender:
     config: HPCMConfig
     checkpoint: Path | None
     parent: HPCMConfig | None
-    """The codec that it grows from, against which a frozen phase finds what is new."""
+    """The codec that it grows from, against which a frozen segment finds what is new."""
 
     def build(self, device: str) -> HPCM:
         """The codec, ready to code."""
@@ -64,7 +64,7 @@ class Contender:
 
     @cached_property
     def activities(self) -> tuple[str, ...]:
-        """What can be measured of it: where nothing is new there is no frozen phase."""
+        """What can be measured of it: where nothing is new there is no frozen segment."""
         return (*CODING, *(TRAINING if self.new_names() else TRAINING[1:]))
 
     def parameters(self) -> int:
@@ -72,7 +72,7 @@ class Contender:
         return sum(parameter.numel() for parameter in HPCM.on_meta(self.config).parameters())
 
     def new_names(self) -> frozenset[str]:
-        """What a frozen phase trains: parameters that the parent has not, and all of components that it has not."""
+        """What a frozen segment trains: parameters that the parent has not, and all of components that it has not."""
         if self.parent is None:
             return frozenset()
         child, parent = HPCM.on_meta(self.config), HPCM.on_meta(self.parent)
@@ -89,7 +89,7 @@ class Subject:
         self.model = contender.build(device)
         self._new = contender.new_names()
         self._coded: dict[str, object] = {}
-        self._optimisers: dict[str, torch.optim.Optimizer] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def activity(self, name: str) -> Callable[[], object]:
         """The activity as a call."""
@@ -104,7 +104,7 @@ class Subject:
 
     def look_at(self, image: Tensor) -> None:
         """Go on with another image; what was kept for the last one is let go."""
-        self.image, self._coded, self._optimisers = image.to(self.image.device), {}, {}
+        self.image, self._coded, self._optimizers = image.to(self.image.device), {}, {}
 
     @torch.no_grad()
     def _forward(self) -> None:
@@ -124,22 +124,22 @@ class Subject:
         every = frozenset(name for name, _ in model.named_parameters())
         set_trainable(model, self._new if what == "frozen" else every)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if what not in self._optimisers:
-            self._optimisers[what] = torch.optim.Adam(trained, lr=0.0, fused=True)
+        if what not in self._optimizers:
+            self._optimizers[what] = torch.optim.Adam(trained, lr=0.0, fused=True)
         try:
-            self._step(trained, self._optimisers[what])
+            self._step(trained, self._optimizers[what])
         finally:
             model.zero_grad(set_to_none=True)
             model.requires_grad_(False)
 
-    def _step(self, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    def _step(self, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         model = self.model
         noise = training_noise(model, (self.image.shape[2], self.image.shape[3]), 0, [0])
         noise = type(noise)(*(part.to(self.image.device) for part in noise))
         loss = RateDistortion(model, LMBDA, "mse")(self.image, noise)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        optimizer.step()
 
 
 def photograph(size: Size) -> Tensor:

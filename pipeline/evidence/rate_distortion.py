@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
-from pipeline.common.figure_style import codec_colours, new_figure
-from pipeline.common.tables import Grid, number
+from pipeline.common.figure_style import codec_colors, new_figure
+from pipeline.common.tables import Table, number
 from pipeline.evaluation.quality import Quality, mean_quality
 from pipeline.tracking.records import ChainRecord, Records
 
@@ -140,22 +140,22 @@ def deltas(found: Mapping[str, Curve], references: Mapping[str, str]) -> dict[st
     return result
 
 
-def points_grid(title: str, found: Mapping[str, Curve]) -> Grid:
+def points_table(title: str, found: Mapping[str, Curve]) -> Table:
     """Every point of every curve."""
-    grid = Grid(title, ("stage", "λ", "seeds", "bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
+    table = Table(title, ("stage", "λ", "seeds", "bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
     for name, curve in found.items():
         for point in curve:
             quality = point.quality
-            grid.add(
+            table.add(
                 name, f"{point.lmbda:g}", str(point.seeds), number(quality.bpp), number(quality.psnr_db, ".2f"),
                 number(quality.ms_ssim), number(quality.rd_loss),
             )  # fmt: skip
-    return grid
+    return table
 
 
-def deltas_grid(found: Mapping[str, Curve], references: Mapping[str, str]) -> Grid:
+def deltas_table(found: Mapping[str, Curve], references: Mapping[str, str]) -> Table:
     """BD-rate and BD-PSNR of every stage, or why there is none."""
-    grid = Grid(
+    table = Table(
         "Bjøntegaard against the reference, by pchip; – where curves fold back or do not overlap",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
@@ -164,11 +164,11 @@ def deltas_grid(found: Mapping[str, Curve], references: Mapping[str, str]) -> Gr
         try:
             d = delta(found[name], found[reference], reference)
         except ValueError as error:
-            grid.add(name, str(error), "–", "–", "–", "–")
+            table.add(name, str(error), "–", "–", "–", "–")
             continue
         values = number(d.bd_rate, "+.2f"), number(d.bd_psnr, "+.3f"), number(d.bd_rate_ms_ssim, "+.2f")
-        grid.add(name, reference, str(d.points), *values)
-    return grid
+        table.add(name, reference, str(d.points), *values)
+    return table
 
 
 def all_on_kodak(records: Records, chains: Iterable[ChainRecord]) -> bool:
@@ -187,9 +187,9 @@ def draw(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
     """bpp against PSNR and, where known, MS-SSIM; the published curve with them where the images are Kodak's."""
     similar = all(point.quality.ms_ssim is not None for curve in found.values() for point in curve)
     figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
-    colours = codec_colours(list(found))
+    colors = codec_colors(list(found))
     for name, curve in found.items():
-        style: dict[str, Any] = {"color": colours[name], "label": name, "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"color": colors[name], "label": name, "marker": "o", "markersize": 4}
         if name.startswith("control"):
             style |= {"linestyle": "--", "markersize": 3}
         rates = [point.quality.bpp for point in curve]

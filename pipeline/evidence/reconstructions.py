@@ -15,7 +15,7 @@ from pipeline.tracking.records import ChainRecord, Records, StageRecord
 SIDE = 256
 """Pixels of the piece shown, one to one."""
 DARKEST = 32
-"""Error, of 255, at which the error map's colour ends."""
+"""Error, of 255, at which the error map's color ends."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Rendition:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ComparedCrop:
     """One image: a piece of the original and its renditions."""
 
     name: str
@@ -38,15 +38,15 @@ class Sight:
     renditions: tuple[Rendition, ...]
 
 
-def sights(records: Records, chain: ChainRecord, most: int = 3) -> list[Sight]:
+def compared_crops(records: Records, chain: ChainRecord, most: int = 3) -> list[ComparedCrop]:
     """The first images that every stage worth seeing kept, `most` at most."""
-    stages = worth_seeing(chain)
+    stages = stages_to_show(chain)
     kept = [_kept(records, stage) for stage in stages]
     names = [name for name in kept[0] if all(name in other for other in kept)] if kept else []
-    return [_sight(records, name, stages) for name in names[:most]]
+    return [_compared_crop(records, name, stages) for name in names[:most]]
 
 
-def worth_seeing(chain: ChainRecord) -> list[StageRecord]:
+def stages_to_show(chain: ChainRecord) -> list[StageRecord]:
     """The Baseline and everything that nothing grew from: the last phase, the last control, a lean one."""
     parents = {stage.parent for stage in chain.published.values()}
     return [stage for name, stage in chain.published.items() if stage.parent is None or name not in parents]
@@ -56,7 +56,7 @@ def _kept(records: Records, stage: StageRecord) -> list[str]:
     return [Path(name).stem for name in records.artifact_names(stage.run_id, "reconstructions")]
 
 
-def _sight(records: Records, name: str, stages: Sequence[StageRecord]) -> Sight:
+def _compared_crop(records: Records, name: str, stages: Sequence[StageRecord]) -> ComparedCrop:
     pairs = [_pair(records.artifact(stage.run_id, f"reconstructions/{name}.png")) for stage in stages]
     original = pairs[0][0]
     errors = [np.abs(x_hat.astype(float) - x).mean(axis=2) for x, x_hat in pairs]
@@ -65,7 +65,7 @@ def _sight(records: Records, name: str, stages: Sequence[StageRecord]) -> Sight:
         Rendition(stage.name, x_hat[piece], error_map(error[piece]), *_figures(records, stage, name))
         for stage, (_, x_hat), error in zip(stages, pairs, errors, strict=True)
     ]
-    return Sight(name, original[piece], tuple(renditions))
+    return ComparedCrop(name, original[piece], tuple(renditions))
 
 
 def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:
-    """Where a square of SIDE pixels holds most error, on a grid of half its side; smaller images whole."""
+    """Where a square of SIDE pixels holds most error, on a table of half its side; smaller images whole."""
     height, width = errors.shape
     tops, lefts = (range(0, max(side - SIDE, 0) + 1, SIDE // 2) for side in (height, width))
     places = [(slice(top, top + SIDE), slice(left, left + SIDE)) for top in tops for left in lefts]
@@ -85,7 +85,7 @@ def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:
 
 
 def error_map(errors: np.ndarray) -> np.ndarray:
-    """Mean absolute error of a pixel (H, W), of 255, as colours from black to yellow (H, W, 3)."""
+    """Mean absolute error of a pixel (H, W), of 255, as colors from black to yellow (H, W, 3)."""
     return (colormaps["inferno"](np.clip(errors / DARKEST, 0, 1))[..., :3] * 255).astype(np.uint8)
 
 

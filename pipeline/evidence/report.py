@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
-from pipeline.common.tables import Grid
+from pipeline.common.tables import Table
 from pipeline.evidence import (
     comparison,
     comparison_display,
@@ -27,7 +27,7 @@ from pipeline.evidence import (
 )
 from pipeline.evidence.comparison import Comparison
 from pipeline.evidence.control_gains import Claim, claims, gains
-from pipeline.evidence.reconstructions import SIDE, Sight, sights
+from pipeline.evidence.reconstructions import SIDE, ComparedCrop, compared_crops
 from pipeline.tracking.records import ChainRecord, Records, StageRecord
 
 PAGE = "report.html"
@@ -38,15 +38,15 @@ class ReportError(UserError):
 
 
 @dataclass(frozen=True)
-class Node:
+class LineageNode:
     """A stage in the lineage and those that grew from it."""
 
     stage: StageRecord
-    children: tuple["Node", ...]
+    children: tuple["LineageNode", ...]
 
 
 @dataclass(frozen=True)
-class Section:
+class RecipeReport:
     """What one recipe's chains say."""
 
     recipe: str
@@ -54,18 +54,18 @@ class Section:
     curves: str
     """The figure, as a data URI."""
     several_lmbdas: bool
-    deltas: Grid
+    deltas: Table
     claims: dict[str, list[Claim]]
     """By quantity, Phases 1 to 4; empty where the recipe has none of them."""
     gains: str
     """The figure of what was gained on controls, as a data URI; empty where the recipe has none."""
-    quality: Grid
-    migration: Grid
+    quality: Table
+    migration: Table
     training: tuple[tuple[str, str], ...]
     """Title and figure of each chain."""
-    sights: tuple[Sight, ...]
-    seen_at: str
-    lineage: tuple[tuple[str, Node], ...]
+    compared_crops: tuple[ComparedCrop, ...]
+    crops_from: str
+    lineage: tuple[tuple[str, LineageNode], ...]
 
 
 def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
@@ -83,13 +83,15 @@ def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     costs = [comparison.read(path) for path in records.artifacts_of_kind(comparison.KIND, comparison.FILE)]
     newest = {(cost.title, cost.device): cost for cost in costs}
     drawn = _Drawn(folder)
-    sections = [_section(records, [c for c in chains if c.recipe == name], newest, drawn) for name in recipes or there]
+    sections = [
+        _recipe_report(records, [c for c in chains if c.recipe == name], newest, drawn) for name in recipes or there
+    ]
     page = _template().render(
         sections=sections,
         comparisons=[
             (
                 cost,
-                list(comparison_display.grids(cost)),
+                list(comparison_display.tables(cost)),
                 drawn.add(f"cost-{title}-{device}", comparison_display.draw(cost)),
             )
             for (title, device), cost in newest.items()
@@ -106,25 +108,25 @@ def _stages_of(chains: Sequence[ChainRecord], recipe: str) -> int:
     return sum(len(chain.published) for chain in chains if chain.recipe == recipe)
 
 
-def _section(
+def _recipe_report(
     records: Records, chains: list[ChainRecord], costs: dict[tuple[str, str], Comparison], drawn: "_Drawn"
-) -> Section:
+) -> RecipeReport:
     chains = sorted(chains, key=lambda chain: (chain.lmbda, chain.seed))
     recipe = chains[0].recipe
     curves = rate_distortion.curves(chains)
     figure = rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, chains))
     best = _fullest(chains)
     fair = [gain for gain in gains(chains) if gain.fair and gain.rate_percent]
-    return Section(
+    return RecipeReport(
         recipe,
         tuple(_facts(records, chains)),
         drawn.add(f"{recipe}-rate-distortion", figure),
         len({chain.lmbda for chain in chains}) > 1,
-        rate_distortion.deltas_grid(curves, rate_distortion.references(chains)),
+        rate_distortion.deltas_table(curves, rate_distortion.references(chains)),
         _claims(chains, curves, costs),
         drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
-        report_tables.quality_grid(chains),
-        report_tables.migration_grid(chains),
+        report_tables.quality_table(chains),
+        report_tables.migration_table(chains),
         tuple(
             (
                 chain.title,
@@ -133,7 +135,7 @@ def _section(
             for chain in chains
             if chain is best or chain.seed == best.seed
         ),
-        tuple(sights(records, best)),
+        tuple(compared_crops(records, best)),
         best.title,
         tuple((chain.title, node) for chain in chains for node in _lineage(chain, None)),
     )
@@ -177,10 +179,10 @@ def _claims(
     return {quantity: row for quantity, row in found.items() if any(claim.measured for claim in row)}
 
 
-def _lineage(chain: ChainRecord, parent: str | None) -> list[Node]:
+def _lineage(chain: ChainRecord, parent: str | None) -> list[LineageNode]:
     """The trees of published stages that grew from `parent`."""
     found = [stage for stage in chain.published.values() if stage.parent == parent]
-    return [Node(stage, tuple(_lineage(chain, stage.name))) for stage in found]
+    return [LineageNode(stage, tuple(_lineage(chain, stage.name))) for stage in found]
 
 
 class _Drawn:

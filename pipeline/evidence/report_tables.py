@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
-from pipeline.common.tables import Grid
+from pipeline.common.tables import Table
 from pipeline.evidence.control_gains import Spread, gains
 from pipeline.tracking.records import ChainRecord, StageRecord
 
 
-def quality_grid(chains: Sequence[ChainRecord]) -> Grid:
+def quality_table(chains: Sequence[ChainRecord]) -> Table:
     """Every stage at every λ, mean ± standard deviation over seeds, and its gain on its reference."""
-    grid = Grid(
+    table = Table(
         "Real bitstreams of whole validation images",
         ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "bpp", "PSNR dB", "MS-SSIM"),
         left=3,
@@ -20,26 +20,26 @@ def quality_grid(chains: Sequence[ChainRecord]) -> Grid:
         cells = [_over(stages, _quality(key), form) for key, form in
                  (("rd_loss", ".4f"), ("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"))]  # fmt: skip
         change = (_text(gain.loss, "+.4f"), _text(gain.rate_percent, "+.2f")) if gain else ("–", "–")
-        grid.add(f"{lmbda:g}", name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
-    return grid
+        table.add(f"{lmbda:g}", name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
+    return table
 
 
-def migration_grid(chains: Sequence[ChainRecord]) -> Grid:
-    """Loss against the parent's, estimated on the validation images: before the first step and after each phase."""
+def migration_table(chains: Sequence[ChainRecord]) -> Table:
+    """Loss against the parent's, estimated on the validation images: before the first step and after each segment."""
     groups = [group for group in _groups(chains) if group[2][0].parent_loss is not None]
-    longest_first = sorted((stage.phases for _, _, stages in groups for stage in stages), key=len, reverse=True)
-    phases = list(dict.fromkeys(phase.name for schedule in longest_first for phase in schedule))
-    grid = Grid(
+    longest_first = sorted((stage.segments for _, _, stages in groups for stage in stages), key=len, reverse=True)
+    segments = list(dict.fromkeys(segment.name for schedule in longest_first for segment in schedule))
+    table = Table(
         "Loss against the parent's",
-        ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in phases), "step, frozen : unfrozen"),
+        ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in segments), "step, frozen : unfrozen"),
         left=3,
     )
     for lmbda, name, stages in groups:
-        after = [_over(stages, _loss_after(phase), "+.4f") for phase in phases]
+        after = [_over(stages, _loss_after(segment), "+.4f") for segment in segments]
         step0 = _over(stages, _step0, "+.4f")
         ratio = _over(stages, _frozen_share, ".2f")
-        grid.add(f"{lmbda:g}", name, stages[0].parent or "–", str(len(stages)), step0, *after, ratio)
-    return grid
+        table.add(f"{lmbda:g}", name, stages[0].parent or "–", str(len(stages)), step0, *after, ratio)
+    return table
 
 
 def _groups(chains: Sequence[ChainRecord]) -> list[tuple[float, str, list[StageRecord]]]:
@@ -76,7 +76,7 @@ def _step0(stage: StageRecord) -> float | None:
 
 def _loss_after(name: str) -> Callable[[StageRecord], float | None]:
     def value(stage: StageRecord) -> float | None:
-        losses = [phase.loss for phase in stage.phases if phase.name == name and phase.loss is not None]
+        losses = [segment.loss for segment in stage.segments if segment.name == name and segment.loss is not None]
         return losses[0] - stage.parent_loss if losses and stage.parent_loss is not None else None
 
     return value
@@ -84,5 +84,7 @@ def _loss_after(name: str) -> Callable[[StageRecord], float | None]:
 
 def _frozen_share(stage: StageRecord) -> float | None:
     """Time of a frozen step over that of an unfrozen one."""
-    times = {phase.name: phase.seconds / phase.steps for phase in stage.phases if phase.seconds and phase.steps}
+    times = {
+        segment.name: segment.seconds / segment.steps for segment in stage.segments if segment.seconds and segment.steps
+    }
     return times["frozen"] / times["unfrozen"] if times.keys() >= {"frozen", "unfrozen"} else None

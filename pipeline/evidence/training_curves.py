@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.common.figure_style import codec_colours, new_figure
+from pipeline.common.figure_style import codec_colors, new_figure
 from pipeline.tracking.records import ChainRecord, History, Records, StageRecord
 
 MEASURES = (("bpp", "rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
@@ -14,7 +14,7 @@ MEASURES = (("bpp", "rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
 def draw(records: Records, chain: ChainRecord) -> Figure:
     """Rate and PSNR of the training crops by step, every stage beginning where its parent ended."""
     figure, axes = new_figure(len(MEASURES), height=2.3)
-    colours = codec_colours(list(chain.published))
+    colors = codec_colors(list(chain.published))
     for axis, (key, label) in zip(axes, MEASURES, strict=True):
         shown: list[float] = []
         for name, stage in chain.published.items():
@@ -22,7 +22,7 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
             for number, curve in enumerate(_pieces(records, stage, key)):
                 steps, values = [start + step for step, _ in curve], [value for _, value in curve]
                 style = "--" if name.startswith("control") else "-"
-                axis.plot(steps, values, style, color=colours[name], linewidth=1, label=None if number else name)
+                axis.plot(steps, values, style, color=colors[name], linewidth=1, label=None if number else name)
                 # A Baseline begins so far away that nothing else would be seen.
                 shown += values if stage.parent else values[len(values) // 3 :]
             axis.axvline(start, color="0.85", linewidth=0.8, zorder=0)
@@ -38,6 +38,6 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
 
 
 def _pieces(records: Records, stage: StageRecord, key: str) -> Sequence[History]:
-    """The measure phase by phase; a phase that does not have it leaves a gap."""
-    keys = [f"train/{phase.name}/{key}" for phase in stage.phases]
+    """The measure segment by segment; a segment that does not have it leaves a gap."""
+    keys = [f"train/{segment.name}/{key}" for segment in stage.segments]
     return [records.history(stage.run_id, key) for key in keys if key in stage.metrics]

@@ -10,9 +10,9 @@ from pydantic_core import ErrorDetails
 
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import (
-    Node,
     NoSuchPlace,
     RecipeError,
+    YamlNode,
     merge,
     nearest,
     put,
@@ -62,7 +62,7 @@ class Override:
 
     text: str
     path: tuple[str, ...]
-    value: Node
+    value: YamlNode
 
     @classmethod
     def parse(cls, text: str) -> "Override":
@@ -72,12 +72,12 @@ class Override:
             raise RecipeError(f"--set {text}: expected key=value, such as --set data.crop=128")
         return cls(text, tuple(path.split(".")), read_text(value, f"--set {text}"))
 
-    def apply(self, trees: Mapping[str, Node]) -> dict[str, Node]:
+    def apply(self, trees: Mapping[str, YamlNode]) -> dict[str, YamlNode]:
         """The stages with the value in its place. Raises RecipeError where no stage has the place."""
         head, *rest = self.path
         scope = [head] if head in trees and rest else list(trees)
         path = rest if scope == [head] else self.path
-        changed: dict[str, Node] = {}
+        changed: dict[str, YamlNode] = {}
         refusal = NoSuchPlace("no stage has a parent to transfer from")
         for name in scope:
             root = trees[name].plain().get("parent") is None
@@ -136,7 +136,7 @@ def _label(path: Path) -> str:
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
-def _misplaced(name: str, trees: Mapping[str, Node]) -> list[str]:
+def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
     """What is wrong with a stage's place in the chain: its name, its parent, a circle."""
     tree = trees[name]
     fields = tree.plain()
@@ -155,7 +155,7 @@ def _misplaced(name: str, trees: Mapping[str, Node]) -> list[str]:
     return []
 
 
-def _explain(failure: ValidationError, tree: Node) -> list[str]:
+def _explain(failure: ValidationError, tree: YamlNode) -> list[str]:
     lines = []
     for error in failure.errors(include_url=False):
         if error["type"] == "misfit":
@@ -165,7 +165,7 @@ def _explain(failure: ValidationError, tree: Node) -> list[str]:
     return lines
 
 
-def _line(tree: Node, path: tuple[str | int, ...], problem: str) -> str:
+def _line(tree: YamlNode, path: tuple[str | int, ...], problem: str) -> str:
     dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
     return f"{tree.origin_of(path)}: {dotted}: {problem}"
 

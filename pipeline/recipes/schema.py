@@ -44,13 +44,13 @@ WITHOUT_INFLUENCE: dict[str, Any] = {
 }
 
 
-class Section(BaseModel):
+class Settings(BaseModel):
     """Common ground: frozen, no unknown keys, no conversions (`true` is no number, `"3"` neither)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelChoice(Section):
+class ModelChoice(Settings):
     """The codec: a preset's sizes, a phase's components, and any field of the codec set otherwise."""
 
     preset: str
@@ -59,7 +59,7 @@ class ModelChoice(Section):
     """Codec fields by name, such as `prior_hidden_rate`; the codec checks them when it is built."""
 
 
-class Data(Section):
+class Data(Settings):
     """Images and how a batch is cut from them."""
 
     train: str | None = None
@@ -74,7 +74,7 @@ class Data(Section):
     """Reading processes a training process; 0 reads in the training process itself."""
 
 
-class Optimiser(Section):
+class Optimizer(Settings):
     """Adam and what guards its steps."""
 
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
@@ -84,7 +84,7 @@ class Optimiser(Section):
     """Steps with a non-finite loss or gradient, one after another, before the run stops."""
 
 
-class Evaluation(Section):
+class EvaluationSettings(Settings):
     """What is measured on the validation images."""
 
     images: PositiveInt | None = None
@@ -108,10 +108,10 @@ def _renaming(rules: dict[str, str]) -> dict[str, str]:
     return rules
 
 
-class Transfer(Section):
+class Transfer(Settings):
     """How a child starts from its parent."""
 
-    initialisation: Literal["function-preserving", "design", "scratch"] = "function-preserving"
+    initialization: Literal["function-preserving", "design", "scratch"] = "function-preserving"
     """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
     of the child is random and nothing is copied, to compare a migration with training anew."""
     rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
@@ -126,8 +126,8 @@ def _trainable(value: object) -> object:
     raise ValueError(f"should be 'all', 'new' or a list of name patterns, not {shown(value)}{hint}")
 
 
-class Phase(Section):
-    """One stretch of training with its own trainable parameters, objective and fresh optimiser."""
+class Segment(Settings):
+    """One part of a stage's schedule, with its own trainable parameters, objective and fresh optimizer."""
 
     name: Word
     train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
@@ -145,7 +145,7 @@ class Phase(Section):
     """Steps of linear rise to the learning rate."""
 
 
-class Accept(Section):
+class Accept(Settings):
     """Limits against the parent on the validation images; null is not checked."""
 
     bpp_change: float | None = None
@@ -156,7 +156,7 @@ class Accept(Section):
     """Largest relative change of the rate–distortion loss."""
 
 
-class Stage(Section):
+class Stage(Settings):
     """One stage of a migration, complete: all that decides what `parent` is turned into."""
 
     name: Word
@@ -167,7 +167,7 @@ class Stage(Section):
     """λ of λ·255²·MSE + bpp, or of λ·(1 − MS-SSIM) + bpp."""
     metric: Literal["mse", "ms-ssim"] = "mse"
     data: Data
-    optimiser: Optimiser = Optimiser()
+    optimizer: Optimizer = Optimizer()
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     """Recompute the RWKV components' activations in the backward pass: less memory, more time."""
@@ -177,9 +177,9 @@ class Stage(Section):
     """Steps."""
     checkpoint_every: PositiveInt = 500
     """Steps."""
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationSettings = EvaluationSettings()
     transfer: Transfer = Transfer()
-    schedule: tuple[Phase, ...]
+    schedule: tuple[Segment, ...]
     accept: Accept = Accept()
 
     @model_validator(mode="after")
@@ -201,8 +201,8 @@ class Stage(Section):
         data workers and the paths (not the contents: their digest is that of the images) of the data.
         """
         fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
-        for phase in fields["schedule"]:
-            phase["lr"] = list(phase["lr"].items())  # The first that selects a parameter has it.
+        for segment in fields["schedule"]:
+            segment["lr"] = list(segment["lr"].items())  # The first that selects a parameter has it.
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -214,16 +214,16 @@ class Stage(Section):
 def _schedule_problems(stage: Stage) -> list[Problem]:
     problems: list[Problem] = []
     seen: set[str] = set()
-    for index, phase in enumerate(stage.schedule):
+    for index, segment in enumerate(stage.schedule):
         at = ("schedule", index)
-        if phase.name in seen:
-            problems.append(((*at, "name"), f"a second phase named '{phase.name}'"))
-        seen.add(phase.name)
-        for key, length in (("handover", phase.handover), ("warmup", phase.warmup)):
-            if length > phase.steps:
-                problems.append(((*at, key), f"{length} steps are more than the phase's {phase.steps}"))
-        if phase.handover and (stage.parent is None or phase.objective != "rate-distortion"):
+        if segment.name in seen:
+            problems.append(((*at, "name"), f"a second segment named '{segment.name}'"))
+        seen.add(segment.name)
+        for key, length in (("handover", segment.handover), ("warmup", segment.warmup)):
+            if length > segment.steps:
+                problems.append(((*at, key), f"{length} steps are more than the segment's {segment.steps}"))
+        if segment.handover and (stage.parent is None or segment.objective != "rate-distortion"):
             problems.append(((*at, "handover"), "needs a parent and 'objective: rate-distortion'"))
-        if phase.objective == "align" and (stage.parent is None or phase.train != "new"):
+        if segment.objective == "align" and (stage.parent is None or segment.train != "new"):
             problems.append(((*at, "objective"), "'align' needs a parent and 'train: new'"))
     return problems

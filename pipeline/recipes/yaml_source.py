@@ -24,7 +24,7 @@ class NoSuchPlace(RecipeError):
 
 
 @dataclass(frozen=True)
-class Node:
+class YamlNode:
     """A mapping, list or scalar with its origin: `stages/tiny/phase3.yaml:7`, or `--set seed=3`."""
 
     value: Any
@@ -61,15 +61,15 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def merge(base: Node, over: Node) -> Node:
+def merge(base: YamlNode, over: YamlNode) -> YamlNode:
     """Lay `over` on `base`: mappings key by key, anything else replaced."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     merged = {key: merge(base.value[key], child) if key in base.value else child for key, child in over.value.items()}
-    return Node(base.value | merged, over.origin)
+    return YamlNode(base.value | merged, over.origin)
 
 
-def put(node: Node, path: Sequence[str], value: Node) -> Node:
+def put(node: YamlNode, path: Sequence[str], value: YamlNode) -> YamlNode:
     """Replace the value at `path`; a list's entry goes by its number or its `name`.
 
     Mappings that are missing on the way are made. Raises NoSuchPlace where a list has no such entry, or
@@ -81,15 +81,15 @@ def put(node: Node, path: Sequence[str], value: Node) -> Node:
     if isinstance(node.value, list):
         index = _entry(node, head)
         items = [*node.value[:index], put(node.value[index], rest, value), *node.value[index + 1 :]]
-        return Node(items, node.origin)
+        return YamlNode(items, node.origin)
     if not (isinstance(node.value, dict) or node.value is None):
         raise NoSuchPlace(f"the value {shown(node.value)} ({node.origin}) has no '{head}' in it")
     children = node.value or {}
-    child = put(children.get(head, Node({}, value.origin)), rest, value)
-    return Node(children | {head: child}, node.origin)
+    child = put(children.get(head, YamlNode({}, value.origin)), rest, value)
+    return YamlNode(children | {head: child}, node.origin)
 
 
-def _entry(node: Node, head: str) -> int:
+def _entry(node: YamlNode, head: str) -> int:
     names = [item.value.get("name") if isinstance(item.value, dict) else None for item in node.value]
     words = [str(name.value) if name else "" for name in names]
     if head.isdecimal() and int(head) < len(words):
@@ -100,7 +100,7 @@ def _entry(node: Node, head: str) -> int:
     raise NoSuchPlace(f"no entry '{head}' in this list of {len(words)} ({known}){nearest(head, words)}")
 
 
-def read_file(path: Path, label: str) -> Node:
+def read_file(path: Path, label: str) -> YamlNode:
     """Read a YAML mapping; `label` names the file in origins and messages."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -117,19 +117,19 @@ def read_file(path: Path, label: str) -> Node:
     return node
 
 
-def read_text(text: str, origin: str) -> Node:
+def read_text(text: str, origin: str) -> YamlNode:
     """Parse one value that stands in no file; every part of it has the same origin."""
     return _parse(text, origin, lines=False)
 
 
-def _parse(text: str, label: str, lines: bool) -> Node:
+def _parse(text: str, label: str, lines: bool) -> YamlNode:
     def origin(mark: yaml.Mark | None) -> str:
         return f"{label}:{mark.line + 1}" if lines and mark else label
 
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        return _build(loader, root, origin) if root else Node(None, origin(None))
+        return _build(loader, root, origin) if root else YamlNode(None, origin(None))
     except yaml.reader.ReaderError as problem:
         line = text.count("\n", 0, problem.position) + 1
         where = f"{label}:{line}" if lines else label
@@ -179,13 +179,13 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first)
 
 
-def _build(loader: _Loader, node: yaml.Node, origin: Any) -> Node:
+def _build(loader: _Loader, node: yaml.Node, origin: Any) -> YamlNode:
     where = origin(node.start_mark)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_build(loader, item, origin) for item in node.value], where)
+        return YamlNode([_build(loader, item, origin) for item in node.value], where)
     if not isinstance(node, yaml.MappingNode):
-        return Node(loader.construct_object(node), where)
-    children: dict[str, Node] = {}
+        return YamlNode(loader.construct_object(node), where)
+    children: dict[str, YamlNode] = {}
     for key_node, value_node in node.value:
         key_origin = origin(key_node.start_mark)
         key = key_node.value
@@ -193,5 +193,5 @@ def _build(loader: _Loader, node: yaml.Node, origin: Any) -> Node:
             raise RecipeError(f"{key_origin}: a key must be a word; write it in quotes if it is one")
         if key in children:
             raise RecipeError(f"{key_origin}: {key}: written twice; first at {children[key].origin}")
-        children[key] = Node(_build(loader, value_node, origin).value, key_origin)
-    return Node(children, where)
+        children[key] = YamlNode(_build(loader, value_node, origin).value, key_origin)
+    return YamlNode(children, where)

@@ -24,8 +24,8 @@ History = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class PhaseRecord:
-    """One phase of a stage's schedule and what became of it."""
+class SegmentRecord:
+    """One segment of a stage's schedule and what became of it."""
 
     name: str
     objective: str
@@ -51,7 +51,7 @@ class StageRecord:
     metrics: dict[str, float]
     """The last value of each."""
     tags: dict[str, str]
-    phases: tuple[PhaseRecord, ...]
+    segments: tuple[SegmentRecord, ...]
     """Empty for a root that was taken from a file."""
 
     @property
@@ -97,12 +97,12 @@ class StageRecord:
     @property
     def steps(self) -> int:
         """Training steps of the whole schedule."""
-        return sum(phase.steps for phase in self.phases)
+        return sum(segment.steps for segment in self.segments)
 
     @property
     def seconds(self) -> float | None:
         """Time all training steps took, without interruptions."""
-        known = [phase.seconds for phase in self.phases if phase.seconds is not None]
+        known = [segment.seconds for segment in self.segments if segment.seconds is not None]
         return sum(known) if known else None
 
     @property
@@ -260,25 +260,25 @@ class Records:
 
     def _stage(self, run: "Run") -> StageRecord:
         data = run.data
-        phases = () if "hpcm.input.baseline" in data.tags else self._phases(run)
+        segments = () if "hpcm.input.baseline" in data.tags else self._segments(run)
         return StageRecord(
             run.info.run_id, run.info.status, run.info.end_time or 0,
-            dict(data.params), dict(data.metrics), dict(data.tags), phases,
+            dict(data.params), dict(data.metrics), dict(data.tags), segments,
         )  # fmt: skip
 
-    def _phases(self, run: "Run") -> tuple[PhaseRecord, ...]:
-        """The schedule in its order, which the store does not keep: by when each phase logged its first step."""
+    def _segments(self, run: "Run") -> tuple[SegmentRecord, ...]:
+        """The schedule in its order, which the store does not keep: by when each segment logged its first step."""
         parameters = run.data.params
         names = {key.split(".")[1] for key in parameters if key.startswith("schedule.")}
         times = {name: self._metric(run, f"train/{name}/step_seconds") for name in names}
         losses = dict(self._metric(run, "val/rd_loss"))
-        phases: list[PhaseRecord] = []
+        segments: list[SegmentRecord] = []
         start = 0
         for name in sorted(names, key=lambda name: (times[name][0][0] if times[name] else float("inf"), name)):
             prefix = f"schedule.{name}."
             steps = int(parameters[f"{prefix}steps"])
-            phases.append(
-                PhaseRecord(
+            segments.append(
+                SegmentRecord(
                     name,
                     parameters[f"{prefix}objective"],
                     steps,
@@ -289,7 +289,7 @@ class Records:
                 )
             )
             start += steps
-        return tuple(phases)
+        return tuple(segments)
 
     def _metric(self, run: "Run", key: str) -> History:
         return self.history(run.info.run_id, key) if key in run.data.metrics else []
@@ -302,6 +302,6 @@ def _rates(parameters: dict[str, str], prefix: str) -> dict[str, str]:
 
 
 def _seconds(start: int, means: History) -> float | None:
-    """Time of a phase that begins after step `start`, from the mean step times logged on the way."""
+    """Time of a segment that begins after step `start`, from the mean step times logged on the way."""
     steps = [start, *(step for step, _ in means)]
     return sum((b - a) * mean for (a, b), (_, mean) in zip(pairwise(steps), means, strict=True)) if means else None

@@ -1,6 +1,6 @@
-"""What a phase minimises, and how a new component takes over from its predecessor.
+"""What a segment minimizes, and how a new component takes over from its predecessor.
 
-Every objective is a mean over the samples of a batch, so that N processes with B/N samples each minimise what one
+Every objective is a mean over the samples of a batch, so that N processes with B/N samples each minimize what one
 process with B does; and a module, so that whatever wraps it (DDP, torch.compile) sees the whole step.
 """
 
@@ -34,7 +34,7 @@ def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Seque
 class RateDistortion(nn.Module):
     """λ·255²·MSE + bits per pixel, or λ·(1 − MS-SSIM) + bits per pixel.
 
-    Where no transform is trainable the distortion cannot change: g_s is not run and the rate alone is minimised.
+    Where no transform is trainable the distortion cannot change: g_s is not run and the rate alone is minimized.
     """
 
     def __init__(self, model: HPCM, lmbda: float, metric: str):

@@ -1,4 +1,4 @@
-"""Which parameters a phase trains, and at which learning rate."""
+"""Which parameters a segment trains, and at which learning rate."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -41,7 +41,7 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
 
 
 def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str]) -> list[dict[str, Any]]:
-    """Optimiser groups of the trainable parameters, each in exactly one: the first rate that selects it, in order.
+    """Optimizer groups of the trainable parameters, each in exactly one: the first rate that selects it, in order.
 
     A key is `new`, `rwkv` (parameters of RWKV components), a glob over names, or `default`, which takes what the
     others leave. Raises SelectionError for a key that selects nothing and for a parameter that is left over.

@@ -1,9 +1,9 @@
-"""The schedule of a stage: phase after phase, step after step, under Accelerate."""
+"""The schedule of a stage: segment after segment, step after step, under Accelerate."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from modules import HPCM
 from pipeline.common.errors import Interrupted, UserError
 from pipeline.common.fault_injection import fault
-from pipeline.common.processes import Interruption
+from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
-from pipeline.recipes.schema import Phase, Stage
+from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
 from pipeline.training.objectives import Align, Handover, RateDistortion, training_noise
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
 from pipeline.weights.checkpoints import codec_tensors, load_weights
-from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimiser_tensors, restore_optimiser
+from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 LOSSES_KEPT = 32
-"""Losses whose median says what a phase's loss is like."""
+"""Losses whose median says what a segment's loss is like."""
 EXPLODED = 10.0
 """How many times that median is told as an explosion."""
 
@@ -41,14 +41,14 @@ class Migration:
     components: tuple[str, ...]
     """RWKV components that the parent does not have."""
     new: frozenset[str]
-    """The tensors that a frozen phase trains."""
+    """The tensors that a frozen segment trains."""
 
 
 class Watcher:
     """What a person sees of the training; this one sees nothing."""
 
-    def phase(self, phase: Phase, done: int) -> None:
-        """A phase begins, with `done` of its steps behind it."""
+    def segment(self, segment: Segment, done: int) -> None:
+        """A segment begins, with `done` of its steps behind it."""
 
     def step(self, values: dict[str, float] | None) -> None:
         """A step is over; `values` are the means since the last time there were any."""
@@ -57,14 +57,29 @@ class Watcher:
         """Something worth a line."""
 
 
+@dataclass(frozen=True)
+class Reporting:
+    """Who is told of the training: MLflow's run, a person, and whoever measures at the end of each segment."""
+
+    run: Run = field(default_factory=Run)
+    watcher: Watcher = field(default_factory=Watcher)
+    on_segment_end: Callable[[Segment, Progress], None] = lambda segment, progress: None
+
+
 class Trainer:
     """Trains a stage's child through its schedule, from any state to the end."""
 
-    def __init__(self, stage: Stage, migration: Migration, crops: TrainingCrops, interruption: Interruption):
-        self.stage, self.migration, self.crops, self.interruption = stage, migration, crops, interruption
-        self.accelerator = interruption.accelerator
-        self.run, self.watcher = Run(), Watcher()
-        self.on_phase_end: Callable[[Phase, Progress], None] = lambda phase, progress: None
+    def __init__(
+        self,
+        stage: Stage,
+        migration: Migration,
+        crops: TrainingCrops,
+        processes: ProcessGroup,
+        reporting: Reporting | None = None,
+    ):
+        self.stage, self.migration, self.crops, self.processes = stage, migration, crops, processes
+        self.accelerator = processes.accelerator
+        self.reporting = reporting or Reporting()
         for component in migration.child.rwkv_components().values():
             component.use_checkpoint = stage.gradient_checkpointing
 
@@ -75,37 +90,37 @@ class Trainer:
         """
         state = start
         load_weights(self.migration.child, state.model, "training state")
-        while state.progress.phase < len(self.stage.schedule):
-            phase = self.stage.schedule[state.progress.phase]
-            progress = _PhaseRun(self, phase, states, state).train()
-            self.on_phase_end(phase, progress)
+        while state.progress.segment < len(self.stage.schedule):
+            segment = self.stage.schedule[state.progress.segment]
+            progress = _SegmentRun(self, segment, states, state).train()
+            self.reporting.on_segment_end(segment, progress)
             state = replace(
-                state, progress=progress.next_phase(), model=codec_tensors(self.migration.child), optimiser={}
+                state, progress=progress.next_segment(), model=codec_tensors(self.migration.child), optimizer={}
             )
-            self.interruption.alone(partial(states.save, state))
-            fault("phase")
+            self.processes.on_main_process(partial(states.save, state))
+            fault("segment")
         return state
 
 
-class _PhaseRun:
-    """One phase, with its trainable parameters, optimiser and objective."""
+class _SegmentRun:
+    """One segment, with its trainable parameters, optimizer and objective."""
 
-    def __init__(self, trainer: Trainer, phase: Phase, states: StateFolder, state: TrainingState):
-        self.trainer, self.phase, self.states, self.facts = trainer, phase, states, state.facts
+    def __init__(self, trainer: Trainer, segment: Segment, states: StateFolder, state: TrainingState):
+        self.trainer, self.segment, self.states, self.facts = trainer, segment, states, state.facts
         self.stage, self.accelerator = trainer.stage, trainer.accelerator
         self.progress = state.progress
         migration = trainer.migration
         self.child = migration.child.train().to(self.accelerator.device)
-        set_trainable(self.child, trainable_names(self.child, phase.train, migration.new))
-        groups = parameter_groups(self.child, phase.lr, migration.new)
-        self.optimiser = torch.optim.Adam(groups, betas=self.stage.optimiser.betas, fused=True)
-        self.rates = [group["lr"] for group in self.optimiser.param_groups]
-        if state.optimiser:
-            restore_optimiser(self.optimiser, state.optimiser)
+        set_trainable(self.child, trainable_names(self.child, segment.train, migration.new))
+        groups = parameter_groups(self.child, segment.lr, migration.new)
+        self.optimizer = torch.optim.Adam(groups, betas=self.stage.optimizer.betas, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        if state.optimizer:
+            restore_optimizer(self.optimizer, state.optimizer)
         if migration.parent is not None:
             migration.parent.requires_grad_(False).to(self.accelerator.device)
         self.handover = None
-        if self.progress.step < phase.handover and migration.parent is not None:
+        if self.progress.step < segment.handover and migration.parent is not None:
             self.handover = Handover(self.child, migration.parent, migration.components)
         objective = self._objective()
         if self.stage.compile:
@@ -114,17 +129,17 @@ class _PhaseRun:
 
     def _objective(self) -> nn.Module:
         migration = self.trainer.migration
-        if self.phase.objective == "align":
+        if self.segment.objective == "align":
             assert migration.parent is not None  # the schema sees to it
             return Align(self.child, migration.parent, migration.components)
         return RateDistortion(self.child, self.stage.lmbda, self.stage.metric)
 
     def train(self) -> Progress:
-        """Run the rest of the phase's steps."""
-        self.trainer.watcher.phase(self.phase, self.progress.step)
+        """Run the rest of the segment's steps."""
+        self.trainer.reporting.watcher.segment(self.segment, self.progress.step)
         batches = StepBatches(
             self.progress.stage_step,
-            self.phase.steps - self.progress.step,
+            self.segment.steps - self.progress.step,
             self.stage.data.batch_size,
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -144,26 +159,26 @@ class _PhaseRun:
     def _step(self, images: Tensor, samples: list[int]) -> dict[str, float] | None:
         """One update; returns the objective's values, or None where a non-finite gradient made it skip."""
         step = self.progress.step
-        factor = _schedule_factor(self.phase, step)
-        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+        factor = _schedule_factor(self.segment, step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         if self.handover is not None:
-            self.handover.share.fill_(step / self.phase.handover)
+            self.handover.share.fill_(step / self.segment.handover)
         device = self.accelerator.device
         noise = training_noise(self.child, (images.shape[2], images.shape[3]), self.trainer.crops.seed, samples)
         values = self.objective(images.to(device), type(noise)(*(part.to(device) for part in noise)))
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         self.accelerator.backward(values["loss"])
-        trainable = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        norm = self.accelerator.clip_grad_norm_(trainable, self.stage.optimiser.clip_norm)
-        if self.handover is not None and step + 1 == self.phase.handover:
+        trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = self.accelerator.clip_grad_norm_(trainable, self.stage.optimizer.clip_norm)
+        if self.handover is not None and step + 1 == self.segment.handover:
             self.handover.end()
             self.handover = None
         means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
         # Loss and gradient are means over all processes: what is finite for one is finite for all.
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             return None
-        self.optimiser.step()
+        self.optimizer.step()
         return {**dict(zip(values, means.tolist(), strict=True)), "grad_norm": float(norm)}
 
     def _count(self, outcome: dict[str, float] | None, seconds: float) -> None:
@@ -185,63 +200,63 @@ class _PhaseRun:
             window=window,
         )
         values = None
-        if progress.stage_step % self.stage.log_every == 0 or progress.step == self.phase.steps:
+        if progress.stage_step % self.stage.log_every == 0 or progress.step == self.segment.steps:
             values = self._report(window)
             self.progress = replace(progress, window={})
-        self.trainer.watcher.step(values)
-        if progress.consecutive_bad > self.stage.optimiser.max_bad_steps:
+        self.trainer.reporting.watcher.step(values)
+        if progress.consecutive_bad > self.stage.optimizer.max_bad_steps:
             raise TrainingError(
-                f"{self.stage.name}/{self.phase.name}: {progress.consecutive_bad} steps in a row had a loss or "
+                f"{self.stage.name}/{self.segment.name}: {progress.consecutive_bad} steps in a row had a loss or "
                 f"gradient that is not finite, up to step {progress.step}. The last good state is kept in "
                 f"{self.states.folder}; look at the data, then run the same command; "
                 "or lower the learning rate, with which the stage begins again."
             )
 
     def _watch_loss(self, loss: float) -> tuple[list[float], bool]:
-        """The phase's last losses with this one, and whether it is far beyond their median; tells of it if so."""
+        """The segment's last losses with this one, and whether it is far beyond their median; tells of it if so."""
         before = self.progress.losses
         # An alignment that starts from nothing to learn has no scale; a rate–distortion loss has one.
-        known = self.phase.objective == "rate-distortion" and len(before) == LOSSES_KEPT
+        known = self.segment.objective == "rate-distortion" and len(before) == LOSSES_KEPT
         exploded = known and loss > EXPLODED * median(before)
         if exploded:
-            self.trainer.watcher.note(
-                f"{self.phase.name}, step {self.progress.step + 1}: the loss explodes: {loss:.4g}, where the median "
+            self.trainer.reporting.watcher.note(
+                f"{self.segment.name}, step {self.progress.step + 1}: the loss explodes: {loss:.4g}, where the median "
                 f"of the last {LOSSES_KEPT} steps is {median(before):.4g}"
             )
         return [*before, loss][-LOSSES_KEPT:], exploded
 
     def _report(self, window: dict[str, float]) -> dict[str, float]:
-        """Log the means since the last time, under names that say phase and unit."""
+        """Log the means since the last time, under names that say segment and unit."""
         count = window.get("count", 0)
         values = {key: value / count for key, value in window.items() if key != "count"} if count else {}
         if "mse" in values:
             values["psnr_db"] = -10 * math.log10(max(values.pop("mse"), 1e-10))
-        prefix = f"train/{self.phase.name}"
-        rates = {f"{prefix}/lr_{g['key']}": g["lr"] for g in self.optimiser.param_groups if g["key"].isidentifier()}
+        prefix = f"train/{self.segment.name}"
+        rates = {f"{prefix}/lr_{g['key']}": g["lr"] for g in self.optimizer.param_groups if g["key"].isidentifier()}
         counts = {
             f"{prefix}/skipped_steps": float(self.progress.bad_steps),
             f"{prefix}/exploded_steps": float(self.progress.exploded_steps),
         }
         named = {f"{prefix}/{key}": value for key, value in values.items()}
-        self.trainer.run.metrics({**named, **rates, **counts}, self.progress.stage_step)
+        self.trainer.reporting.run.metrics({**named, **rates, **counts}, self.progress.stage_step)
         return values
 
     def _save_if_due(self) -> None:
-        signum = self.trainer.interruption.agreed()
-        # At the phase's end too: what follows there can take long.
-        if signum or self.progress.step % self.stage.checkpoint_every == 0 or self.progress.step == self.phase.steps:
-            self.trainer.interruption.alone(self._save)
+        signum = self.trainer.processes.agreed_signal()
+        # At the segment's end too: what follows there can take long.
+        if signum or self.progress.step % self.stage.checkpoint_every == 0 or self.progress.step == self.segment.steps:
+            self.trainer.processes.on_main_process(self._save)
         fault("step")
         if signum:
             raise Interrupted(signum)
 
     def _save(self) -> None:
-        tensors = optimiser_tensors(self.optimiser)
+        tensors = optimizer_tensors(self.optimizer)
         self.states.save(TrainingState(self.progress, codec_tensors(self.child), tensors, self.facts))
 
 
-def _schedule_factor(phase: Phase, step: int) -> float:
+def _schedule_factor(segment: Segment, step: int) -> float:
     """What the learning rates are multiplied with at a step: linear warm-up, then constant or cosine decay."""
-    rise = min(1.0, (step + 1) / phase.warmup) if phase.warmup else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * step / phase.steps)) if phase.decay == "cosine" else 1.0
+    rise = min(1.0, (step + 1) / segment.warmup) if segment.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * step / segment.steps)) if segment.decay == "cosine" else 1.0
     return rise * fall

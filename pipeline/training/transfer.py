@@ -14,7 +14,7 @@ from pipeline.common.errors import UserError
 from pipeline.recipes.schema import Transfer
 from pipeline.weights.checkpoints import codec_tensors, tensor_digest
 
-Class = Literal["copied", "renamed", "initialised", "dropped"]
+Class = Literal["copied", "renamed", "initialized", "dropped"]
 
 
 class TransferError(UserError):
@@ -25,7 +25,7 @@ class TransferError(UserError):
 class Entry:
     """One tensor: its name in the child (in the parent, if dropped), the name it came from, its digest afterwards.
 
-    `new` is what a frozen phase trains: all that was not copied, and all of a component that the parent does not have.
+    `new` is what a frozen segment trains: what was not copied, and all of a component that the parent does not have.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Ledger:
 
     @property
     def new(self) -> frozenset[str]:
-        """Names of the child's tensors that a frozen phase trains."""
+        """Names of the child's tensors that a frozen segment trains."""
         return frozenset(entry.name for entry in self.entries if entry.new)
 
     def counts(self) -> dict[str, int]:
@@ -53,10 +53,10 @@ class Ledger:
 
     @classmethod
     def of_root(cls, model: HPCM) -> "Ledger":
-        """The ledger of a model that has no parent: everything is initialised."""
+        """The ledger of a model that has no parent: everything is initialized."""
         return cls(
             tuple(
-                Entry(name, None, tuple(tensor.shape), "initialised", True, tensor_digest(tensor))
+                Entry(name, None, tuple(tensor.shape), "initialized", True, tensor_digest(tensor))
                 for name, tensor in sorted(codec_tensors(model).items())
             )
         )
@@ -75,14 +75,14 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     """Fill `child` from `parent` in place and return the ledger.
 
     A tensor of the same name and shape is copied; `rules.rename` maps module prefixes of the parent to the child's;
-    the rest of the child keeps its own initialisation, its new RWKV components starting as the identity unless
-    `rules.initialisation` is `design`; with `scratch` nothing is copied. Raises TransferError where a rule matches
+    the rest of the child keeps its own initialization, its new RWKV components starting as the identity unless
+    `rules.initialization` is `design`; with `scratch` nothing is copied. Raises TransferError where a rule matches
     nothing or shapes disagree.
     """
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     sources = tensors_to_copy(parent, child, rules)
     new = new_tensors(parent, child, sources)
-    if rules.initialisation == "function-preserving":
+    if rules.initialization == "function-preserving":
         for name in new_components(parent, child):
             child.rwkv_components()[name].start_as_identity()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     entries = []
     for name, tensor in ours.items():
         origin = sources.get(name)
-        kind: Class = "initialised" if origin is None else "copied" if origin == name else "renamed"
+        kind: Class = "initialized" if origin is None else "copied" if origin == name else "renamed"
         entries.append(Entry(name, origin, tuple(tensor.shape), kind, name in new, tensor_digest(tensor)))
     for name in theirs.keys() - set(sources.values()):
         entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", False, tensor_digest(theirs[name])))
@@ -104,7 +104,7 @@ def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     sources = _renamed(rules.rename, theirs, ours)
     sources |= {name: name for name in ours if name in theirs and name not in sources}
-    if rules.initialisation == "scratch":
+    if rules.initialization == "scratch":
         sources = {}
     for name, source in sources.items():
         if ours[name].shape != theirs[source].shape:
@@ -116,7 +116,7 @@ def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str
 
 
 def new_tensors(parent: HPCM, child: HPCM, sources: Mapping[str, str]) -> frozenset[str]:
-    """The child's tensors that a frozen phase trains: not copied, or of a component that the parent does not have."""
+    """The child's tensors that a frozen segment trains: not copied, or of a component that the parent does not have."""
     components = tuple(f"{component}." for component in new_components(parent, child))
     return frozenset(name for name in codec_tensors(child) if sources.get(name) != name or name.startswith(components))
 

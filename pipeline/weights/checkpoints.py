@@ -174,7 +174,7 @@ def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -
         elif tensor.shape != expected[name].shape:
             problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            problems.append(f"not plain  {name}: a sparse, quantised or empty form of a tensor")
+            problems.append(f"not plain  {name}: a sparse, quantized or empty form of a tensor")
         elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             problems.append(f"not finite {name}: NaN, infinite or integer values")
     if problems:
@@ -185,7 +185,7 @@ def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -
 
 
 def import_official(source: Path) -> HPCM:
-    """The codec in an official `.pth.tar`, its preset recognised by its tensors; nothing in the file is executed.
+    """The codec in an official `.pth.tar`, its preset recognized by its tensors; nothing in the file is executed.
 
     Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
     """

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_metadata, write
 
-KEPT = ("name", "config", "stage", "code")
+KEPT_METADATA = ("name", "config", "stage", "code")
 """What is still true of the weights when they are rounded; what was measured is not."""
 
 
@@ -23,7 +23,7 @@ def export_half(source: Path, target: Path) -> None:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: {name} holds values beyond float16's range")
     metadata = read_metadata(source)
-    kept = {key: metadata[key] for key in KEPT if key in metadata}
+    kept = {key: metadata[key] for key in KEPT_METADATA if key in metadata}
     if "stage" in kept:
         kept["stage"] = _without_paths(kept["stage"])
     write(target, {**codec_tensors(model), **halves}, {**kept, "exported_from": metadata["digest"]})

@@ -1,6 +1,6 @@
 """Where a stage stands: a value that is saved, found again and continued from.
 
-All randomness of a step is drawn from (seed, step), so weights, optimiser state and two counters are the whole of it.
+All randomness of a step is drawn from (seed, step), so weights, optimizer state and two counters are the whole of it.
 """
 
 from contextlib import suppress
@@ -14,15 +14,15 @@ from torch import Tensor
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, inputs_digest
 
-KEPT = 2
+STATES_KEPT = 2
 """Training states kept, newest first: the one before the last serves where the last is damaged."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Phase (index into the schedule), steps done in it and in the whole stage, and what was counted on the way."""
+    """Segment (index into the schedule), steps done in it and in the whole stage, and what was counted on the way."""
 
-    phase: int = 0
+    segment: int = 0
     step: int = 0
     stage_step: int = 0
     bad_steps: int = 0
@@ -30,15 +30,15 @@ class Progress:
     consecutive_bad: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
-    """The phase's last finite losses, by whose median an exploding one is told."""
+    """The segment's last finite losses, by whose median an exploding one is told."""
     exploded_steps: int = 0
     """Steps of the stage whose loss was many times that median."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, and their `count`: a resumed run logs what an uninterrupted one does."""
 
-    def next_phase(self) -> "Progress":
-        """The beginning of the phase after this one."""
-        return replace(self, phase=self.phase + 1, step=0, window={}, losses=[])
+    def next_segment(self) -> "Progress":
+        """The beginning of the segment after this one."""
+        return replace(self, segment=self.segment + 1, step=0, window={}, losses=[])
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class TrainingState:
 
     progress: Progress
     model: dict[str, Tensor]
-    optimiser: dict[str, Tensor]
-    """`<state>/<parameter name>` → tensor; empty at the beginning of a phase."""
+    optimizer: dict[str, Tensor]
+    """`<state>/<parameter name>` → tensor; empty at the beginning of a segment."""
     facts: dict[str, Any]
     """What the stage found out before its first step: ledger, step-0 comparison."""
 
@@ -63,11 +63,11 @@ class StateFolder:
     def save(self, state: TrainingState) -> None:
         """Save a state and let go of those beyond the last two."""
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
-        tensors |= {f"optimiser/{name}": tensor for name, tensor in state.optimiser.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
         metadata = {"progress": vars(state.progress), "facts": state.facts, "inputs": self.inputs}
-        name = f"phase-{state.progress.phase:02d}-step-{state.progress.stage_step:08d}.safetensors"
+        name = f"segment-{state.progress.segment:02d}-step-{state.progress.stage_step:08d}.safetensors"
         checkpoints.write(self.folder / name, tensors, metadata)
-        for path in [*self._files()[KEPT:], *self.folder.glob("*.partial")]:
+        for path in [*self._files()[STATES_KEPT:], *self.folder.glob("*.partial")]:
             path.unlink()
 
     def newest(self) -> tuple[TrainingState | None, list[str]]:
@@ -80,20 +80,20 @@ class StateFolder:
                 passed_over.append(str(error))
                 continue
             progress = Progress(**checkpoint.metadata["progress"])
-            parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimiser")}
+            parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
 
     def other_form(self) -> dict[str, str] | None:
         """Inputs of a training of the stage that was cut off in another form, or None."""
-        for path in self.root.glob("*/phase-*.safetensors"):
+        for path in self.root.glob("*/segment-*.safetensors"):
             if path.parent != self.folder:
                 with suppress(CheckpointError):
                     return dict(checkpoints.read_metadata(path)["inputs"])
         return None
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("phase-*.safetensors"), reverse=True)
+        return sorted(self.folder.glob("segment-*.safetensors"), reverse=True)
 
 
 def _under(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -101,23 +101,23 @@ def _under(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state by parameter name; its groups must list `names` beside `params`."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state by parameter name; its groups must list `names` beside `params`."""
     return {
         f"{key}/{name}": value.clone()
-        for group in optimiser.param_groups
+        for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
-        for key, value in optimiser.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimiser_tensors` took, on the parameters' devices: there the fused Adam wants its `step` too."""
-    for group in optimiser.param_groups:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took, on the parameters' devices: there the fused Adam wants its `step` too."""
+    for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.removesuffix(f"/{name}"): t for key, t in tensors.items() if key.partition("/")[2] == name}
             if state:
-                optimiser.state[parameter] = {
+                optimizer.state[parameter] = {
                     key: torch.empty_like(t if t.dim() == 0 else parameter, device=parameter.device).copy_(t)
                     for key, t in state.items()
                 }

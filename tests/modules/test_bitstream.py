@@ -59,7 +59,7 @@ def put(at: int, values: bytes) -> Callable[[bytearray], None]:
         (CODED.pack()[:-9] + b"?" + CODED.pack()[-8:], "damaged: the coded image"),
         (CODED.pack()[:14] + b"?" + CODED.pack()[15:], "damaged: the header"),
         (with_header(put(4, bytes([2]))), "format version 2; this program reads version 1"),
-        (with_header(put(5, bytes([1]))), "colour format 1"),
+        (with_header(put(5, bytes([1]))), "color format 1"),
         (with_header(put(14, struct.pack("<I", 0))), "5×0 pixels"),
         (with_header(put(14, struct.pack("<2I", 2**31, 2**31))), "images have 1 to"),
         (with_header(put(30, struct.pack("<I", 2**32 - 1))), "truncated: 66 of 4294967349 bytes"),

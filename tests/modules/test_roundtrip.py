@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from modules import HPCM, preset_config
-from modules.arithmetic import coding_arithmetic
+from modules.determinism import coding_arithmetic
 from modules.rans import BitstreamError, CodingTables
 from modules.transforms import ImageTransform
 

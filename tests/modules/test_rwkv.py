@@ -26,7 +26,7 @@ from modules.rwkv import (
 CHANNELS = 16
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """The module in double precision, no parameter at a special value."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -61,12 +61,12 @@ def test_a_linear_layer_of_tokens_is_one_however_it_is_computed(length: int) -> 
 
 
 def test_omni_shift_is_the_sum_of_its_branches(x: Tensor) -> None:
-    shift = randomised(OmniShift(CHANNELS))
+    shift = randomized(OmniShift(CHANNELS))
     torch.testing.assert_close(shift(x), shifted(shift, x))
 
 
 def test_omni_shift_in_evaluation_follows_the_weights_and_leaves_them_alone(x: Tensor) -> None:
-    shift = randomised(OmniShift(CHANNELS)).eval()
+    shift = randomized(OmniShift(CHANNELS)).eval()
     shift.conv3x3.weight.requires_grad_(False)
     before = {name: (id(p), p.requires_grad) for name, p in shift.named_parameters()}
     shift(x)
@@ -80,7 +80,7 @@ def test_omni_shift_in_evaluation_follows_the_weights_and_leaves_them_alone(x: T
 
 
 def test_spatial_mix_is_its_formula(x: Tensor) -> None:
-    mix = randomised(SpatialMix(CHANNELS))
+    mix = randomized(SpatialMix(CHANNELS))
     t = tokens(shifted(mix.omni_shift, x))
     attended = biwkv4_reference(mix.decay / 60, mix.boost / 60, mix.key(t), mix.value(t))
     torch.testing.assert_close(mix(x), mix.output(torch.sigmoid(mix.receptance(t)) * attended))
@@ -94,13 +94,13 @@ def test_rates_are_widths_by_the_channels() -> None:
 
 
 def test_channel_mix_is_its_formula(x: Tensor) -> None:
-    mix = randomised(ChannelMix(CHANNELS, hidden_rate=3))
+    mix = randomized(ChannelMix(CHANNELS, hidden_rate=3))
     t = tokens(shifted(mix.omni_shift, x))
     torch.testing.assert_close(mix(x), torch.sigmoid(mix.receptance(t)) * mix.value(F.relu(mix.key(t)) ** 2))
 
 
 def test_block_adds_both_mixes_and_is_the_identity_without_gamma(x: Tensor) -> None:
-    block = randomised(RWKVBlock(CHANNELS, hidden_rate=2))
+    block = randomized(RWKVBlock(CHANNELS, hidden_rate=2))
 
     def image(t: Tensor) -> Tensor:
         return t.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -126,7 +126,7 @@ COMPONENTS: dict[str, tuple[Callable[[], RWKVComponent], tuple[int, ...]]] = {
 
 def built(name: str, *, grad: bool) -> tuple[RWKVComponent, list[Tensor]]:
     build, widths = COMPONENTS[name]
-    component = randomised(build())
+    component = randomized(build())
     inputs = [torch.randn(2, width, 8, 8, dtype=torch.float64, requires_grad=grad) for width in widths]
     if "prior" in name:
         inputs.append(torch.randn(1, 24, 1, 1, dtype=torch.float64, requires_grad=grad))

@@ -28,7 +28,7 @@ def runs(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def finished(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Notes]:
-    """A chain run to Phase 4 without interruption, and what was said; not to be changed."""
+    """A chain run to Phase 4 without processes, and what was said; not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copy(empty_store / "mlflow.db", folder)
     chain, notes = mini_chain(folder, "phase4"), Notes()

@@ -124,15 +124,15 @@ def differences(chain: Chain, reference: Chain) -> list[str]:
     """What of a chain is not as in one that was never touched: bytes, number of runs, metrics, leftovers."""
     found: list[str] = []
     (client, runs), (other_client, other_runs) = stage_runs(chain), stage_runs(reference)
-    for job, other in zip(chain.jobs, reference.jobs, strict=False):
-        name = job.stage.name
-        if job.checkpoint.read_bytes() != other.checkpoint.read_bytes():
+    for task, other in zip(chain.tasks, reference.tasks, strict=False):
+        name = task.stage.name
+        if task.checkpoint.read_bytes() != other.checkpoint.read_bytes():
             found.append(f"{name}: other bytes")
         if len(runs[name]) != 1 or runs[name][0].info.status != "FINISHED":
             found.append(f"{name}: runs {[run.info.status for run in runs[name]]}")
         elif history(client, runs[name][0]) != history(other_client, other_runs[name][0]):
             found.append(f"{name}: other metrics")
-        if {path.name for path in job.folder.iterdir()} != {path.name for path in other.folder.iterdir()}:
+        if {path.name for path in task.folder.iterdir()} != {path.name for path in other.folder.iterdir()}:
             found.append(f"{name}: other files")
     if (chain.folder / "outbox").exists():
         found.append("outbox not empty")

@@ -11,10 +11,10 @@ from mlflow.entities import Run
 
 from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
-from pipeline.chain.stage_inputs import Workplace
-from pipeline.common.processes import Interruption
+from pipeline.chain.stage_task import RunContext
+from pipeline.common.processes import ProcessGroup
 from pipeline.recipes.loading import load_recipe
-from pipeline.recipes.schema import Phase, Stage
+from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import EXPERIMENT, Store
 from pipeline.training.trainer import Watcher
 
@@ -28,9 +28,9 @@ def mini_stage(name: str) -> Stage:
     return load_recipe(FOLDER).stages[name]
 
 
-def mini_codec(phase: int) -> HPCM:
-    """The mini recipe's codec at a phase, untrained."""
-    return HPCM(preset_config("tiny", phase, **mini_stage("baseline").model.overrides))
+def mini_codec(segment: int) -> HPCM:
+    """The mini recipe's codec at a segment, untrained."""
+    return HPCM(preset_config("tiny", segment, **mini_stage("baseline").model.overrides))
 
 
 class Notes(Watcher):
@@ -55,8 +55,8 @@ def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: P
 
 def run_chain(chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True) -> None:
     """Run a chain in this process."""
-    with Interruption(Accelerator(cpu=True)) as interruption:
-        chain.run(Workplace(chain.folder, interruption, watcher or Watcher(), accept_anyway))
+    with ProcessGroup(Accelerator(cpu=True)) as processes:
+        chain.run(RunContext(chain.folder, processes, watcher or Watcher(), accept_anyway))
 
 
 def runs_of(chain: Chain) -> tuple[MlflowClient, list[Run]]:
@@ -77,14 +77,14 @@ def steps_of(client: MlflowClient, run: Run) -> dict[str, list[int]]:
 
 
 class Stop(Notes):
-    """Sends a signal to its own process at a step of a phase."""
+    """Sends a signal to its own process at a step of a segment."""
 
-    def __init__(self, phase: str, step: int, signum: int) -> None:
+    def __init__(self, segment: str, step: int, signum: int) -> None:
         super().__init__()
-        self.at, self.signum = (phase, step), signum
+        self.at, self.signum = (segment, step), signum
 
-    def phase(self, phase: Phase, done: int) -> None:
-        self.now = [phase.name, done]
+    def segment(self, segment: Segment, done: int) -> None:
+        self.now = [segment.name, done]
 
     def step(self, values: dict[str, float] | None) -> None:
         self.now[1] += 1

@@ -21,7 +21,7 @@ from kills import KILLED, attempt, differences, exit_code  # (after the path is 
 from mini import mini_chain
 
 PLACES = {
-    "step": 6, "write.partial": 6, "write.renamed": 6, "phase": 2, "stage": 1, "evaluation": 3,
+    "step": 6, "write.partial": 6, "write.renamed": 6, "segment": 2, "stage": 1, "evaluation": 3,
     "publish.checkpoint": 1, "publish.record": 1, "outbox": 15,
 }  # fmt: skip
 """Where to kill, and at which pass of the place at the latest."""
@@ -59,7 +59,7 @@ class Soak:
             reference = references[self.chains % len(WORKERS)]
             found = [f"exit code {code}"] if code else differences(chain, reference)
             self.different += [f"chain {self.chains}: {line}" for line in found]
-            self.chains, self.stages = self.chains + 1, self.stages + len(chain.jobs)
+            self.chains, self.stages = self.chains + 1, self.stages + len(chain.tasks)
             self.tell()
             shutil.rmtree(runs)
 

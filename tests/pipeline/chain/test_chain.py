@@ -21,18 +21,18 @@ from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, r
 def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:
     chain, _ = finished
     parent_digest = None
-    for phase, job in enumerate(chain.jobs):
-        checkpoint = read(job.checkpoint)
-        assert load_codec(job.checkpoint).config == job.config
+    for phase, task in enumerate(chain.tasks):
+        checkpoint = read(task.checkpoint)
+        assert load_codec(task.checkpoint).config == task.config
         assert checkpoint.metadata["name"] == STAGES[phase]
         assert checkpoint.metadata["inputs"].get("parent") == parent_digest
         parent_digest = checkpoint.metadata["digest"]
-        record = json.loads(job.record.read_text())
+        record = json.loads(task.record.read_text())
         assert record["digest"] == parent_digest
-        assert {path.name for path in job.folder.iterdir()} >= {
+        assert {path.name for path in task.folder.iterdir()} >= {
             "stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "reconstructions",
         }  # fmt: skip
-        assert not (job.folder / "state").exists()
+        assert not (task.folder / "state").exists()
     assert [planned.status for planned in chain.plan()] == ["done"] * 5
 
 
@@ -69,7 +69,7 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
 
     run_chain(chain, Moments())
     ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
-    new = {entry["name"] for entry in ledger if entry["kind"] in ("renamed", "initialised")}
+    new = {entry["name"] for entry in ledger if entry["kind"] in ("renamed", "initialized")}
 
     def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
         return {name for name in after if not torch.equal(before[f"model/{name}"], after[name])}
@@ -78,7 +78,7 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
     at_unfreeze = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
     fixed = {name for name in at_unfreeze if name.startswith("entropy_estimation")}
     assert moved(moments["frozen"].tensors, at_unfreeze) == new
-    end = read(chain.jobs[-1].checkpoint).tensors
+    end = read(chain.tasks[-1].checkpoint).tensors
     assert moved(moments["unfrozen"].tensors, end) == end.keys() - fixed
 
 
@@ -108,20 +108,20 @@ def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: 
     for key, value in expected.data.metrics.items():
         if not key.endswith("seconds"):
             assert phase1.data.metrics[key] == value, key
-    assert chain.jobs[1].checkpoint.read_bytes() == reference.jobs[1].checkpoint.read_bytes()
+    assert chain.tasks[1].checkpoint.read_bytes() == reference.tasks[1].checkpoint.read_bytes()
 
 
 def test_what_is_done_is_left_alone(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     chain, notes = finished[0], Notes()
-    before = [job.checkpoint.stat().st_mtime_ns for job in chain.jobs]
+    before = [task.checkpoint.stat().st_mtime_ns for task in chain.tasks]
     run_chain(chain, notes)
     assert notes.lines == [f"{name}: done" for name in STAGES]
-    assert [job.checkpoint.stat().st_mtime_ns for job in chain.jobs] == before
+    assert [task.checkpoint.stat().st_mtime_ns for task in chain.tasks] == before
 
 
 def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     shutil.copytree(finished[0].runs, tmp_path / "runs")
-    original = mini_chain(tmp_path / "runs", "phase1").jobs[1].checkpoint.read_bytes()
+    original = mini_chain(tmp_path / "runs", "phase1").tasks[1].checkpoint.read_bytes()
     chain = mini_chain(tmp_path / "runs", "phase2", ["phase1.seed=7"])
     plan = chain.plan()
     assert [(planned.status, planned.reason) for planned in plan] == [
@@ -131,7 +131,7 @@ def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[C
     superseded = sorted((chain.folder / "superseded").iterdir())
     assert [path.name.split("-")[0] for path in superseded] == ["phase1", "phase2"]
     assert (superseded[0] / "checkpoint.safetensors").read_bytes() == original
-    assert chain.jobs[1].checkpoint.read_bytes() != original
+    assert chain.tasks[1].checkpoint.read_bytes() != original
     assert [planned.status for planned in chain.plan()] == ["done"] * 3
 
 
@@ -153,22 +153,22 @@ def test_settings_without_influence_keep_a_stage_current(finished: tuple[Chain, 
 
 
 def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Path, tmp_path: Path) -> None:
-    model = load_codec(finished[0].jobs[0].checkpoint)
+    model = load_codec(finished[0].tasks[0].checkpoint)
     path = tmp_path / "own.safetensors"
     publish(path, model, {})
     chain = mini_chain(runs, "baseline", baseline=path)
     run_chain(chain)
-    assert read_metadata(chain.jobs[0].checkpoint)["digest"] == read_metadata(path)["digest"]
+    assert read_metadata(chain.tasks[0].checkpoint)["digest"] == read_metadata(path)["digest"]
     assert [planned.status for planned in chain.plan()] == ["done"]
     with pytest.raises(StageError, match=r"own.safetensors: does not match baseline .*: heads is 4, expected 8"):
         run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
     with pytest.raises(CheckpointError, match=r"nowhere.safetensors: no such file"):
         mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
     with pytest.raises(ChainError, match="this is the chain's own baseline"):
-        mini_chain(runs, "baseline", baseline=chain.jobs[0].checkpoint)
+        mini_chain(runs, "baseline", baseline=chain.tasks[0].checkpoint)
     with pytest.raises(ChainError, match=r"lmbda-0.013/baseline: made from a file given as --baseline .* again"):
         mini_chain(runs, "phase1").plan()
-    assert chain.jobs[0].checkpoint.is_file()
+    assert chain.tasks[0].checkpoint.is_file()
 
 
 def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chai
     change = ["phase1.lmbda=0.05", "phase1.schedule=[]", "phase1.accept.rd_loss_change=0.5"]
     chain = mini_chain(runs, "phase1", change)
     run_chain(chain, accept_anyway=False)  # By the parent's own loss it is far worse.
-    assert chain.jobs[1].checkpoint.is_file()
+    assert chain.tasks[1].checkpoint.is_file()
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_a_damaged_parent_ends_its_childs_run_and_says_what_to_do(
 ) -> None:
     shutil.copytree(finished[0].runs, tmp_path / "runs")
     chain = mini_chain(tmp_path / "runs", "phase1")
-    shutil.rmtree(chain.jobs[1].folder)
-    content = bytearray(chain.jobs[0].checkpoint.read_bytes())
+    shutil.rmtree(chain.tasks[1].folder)
+    content = bytearray(chain.tasks[0].checkpoint.read_bytes())
     content[-1] ^= 1
-    chain.jobs[0].checkpoint.write_bytes(content)
+    chain.tasks[0].checkpoint.write_bytes(content)
     with pytest.raises(StageError, match=r"do not match their digest; .*(?s:.*)hpcm run baseline --force"):
         run_chain(chain)
     assert all(run.info.status != "RUNNING" for run in runs_of(chain)[1])
@@ -228,12 +228,12 @@ def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> N
         run_chain(chain, accept_anyway=False)
     assert "--accept-anyway" in str(caught.value)
     assert runs_of(chain)[1][-1].info.status == "FAILED"
-    assert not chain.jobs[1].checkpoint.exists()
+    assert not chain.tasks[1].checkpoint.exists()
     notes = Notes()
     run_chain(mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"]), notes)
     assert notes.steps == 0
     assert "resumed in evaluation at step 0" in notes.lines
-    assert chain.jobs[1].checkpoint.exists()
+    assert chain.tasks[1].checkpoint.exists()
 
 
 def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:

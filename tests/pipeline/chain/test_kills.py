@@ -13,14 +13,14 @@ from kills import KILLED, attempt, differences, exit_code, stage_runs
 from mini import Notes, mini_chain
 
 from pipeline.chain.chain import Chain
-from pipeline.common.processes import Interruption
+from pipeline.common.processes import ProcessGroup
 
 PLACES = [
-    "evaluation:2",  # in the comparison at step 0, after that of the Baseline's one phase and its evaluation
+    "evaluation:2",  # in the comparison at step 0, after that of the Baseline's one segment and its evaluation
     "write.partial:1",
     "step:5",
-    "step:1",  # twice in one phase
-    "phase:1",  # at the unfreeze
+    "step:1",  # twice in one segment
+    "segment:1",  # at the unfreeze
     "write.renamed:1",
     "outbox:3",  # sent, but not noted as sent
     "publish.checkpoint:1",
@@ -46,7 +46,7 @@ def test_a_chain_killed_at_every_nasty_place(runs: Path, empty_store: Path, tmp_
     ("place", "signum", "code"),
     [
         ("step:2", signal.SIGUSR1, 143),
-        ("evaluation:1", signal.SIGTERM, 143),  # validation at the phase's end
+        ("evaluation:1", signal.SIGTERM, 143),  # validation at the segment's end
         ("evaluation:2", signal.SIGINT, 130),  # the evaluation with real bitstreams
         ("write.partial:3", signal.SIGTERM, 143),
     ],
@@ -66,9 +66,9 @@ def test_a_signal_is_heard_wherever_it_comes(
 
 
 def _stop_twice() -> None:
-    with Interruption(Accelerator(cpu=True)) as interruption:
+    with ProcessGroup(Accelerator(cpu=True)) as processes:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.signum == signal.SIGTERM
+        assert processes.signum == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(600)
 

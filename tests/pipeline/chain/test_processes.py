@@ -46,7 +46,7 @@ def losses(runs: Path, stage: str) -> dict[str, list[float]]:
 
 def weights(runs: Path, stage: str) -> dict[str, torch.Tensor]:
     """The published weights of the chain's last stage."""
-    return read(mini_chain(runs, stage).jobs[-1].checkpoint).tensors
+    return read(mini_chain(runs, stage).tasks[-1].checkpoint).tensors
 
 
 def assert_as_one(runs: Path, reference: Path, stage: str) -> None:
@@ -84,7 +84,7 @@ def test_a_killed_process_ends_the_others_with_a_message(killed: int, tmp_path: 
 def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
     assert train(tmp_path, "baseline", EVERY_STEP, [{}, {"POISON": "3"}]) == [0, 0]
     chain = mini_chain(tmp_path, "baseline")
-    assert json.loads(chain.jobs[0].record.read_text())["skipped_steps"] == 1
+    assert json.loads(chain.tasks[0].record.read_text())["skipped_steps"] == 1
     client, found = stage_runs(chain)
     logged = history(client, found["baseline"][0])
     assert logged["train/scratch/skipped_steps"] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]

@@ -15,13 +15,13 @@ from mini import ENVIRONMENT, FOLDER, Notes, Stop, hpcm, mini_chain, run_chain, 
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline.chain import stage_inputs as job_module
+from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain, ChainError
-from pipeline.chain.stage_inputs import StartOver, Workplace
+from pipeline.chain.stage_task import Rebuild, RunContext
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
-from pipeline.common.processes import Interruption
+from pipeline.common.processes import ProcessGroup
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.store import Store, find_run
 
@@ -33,10 +33,10 @@ def built(finished: tuple[Chain, Notes], tmp_path: Path) -> Chain:
     return mini_chain(tmp_path / "built", "phase1")
 
 
-def start_over(chain: Chain, confirm: Callable[[list[str]], None], **wish: bool) -> Notes:
+def rebuild(chain: Chain, confirm: Callable[[list[str]], None], **wish: bool) -> Notes:
     notes = Notes()
-    with Interruption(Accelerator(cpu=True)) as interruption:
-        chain.run(Workplace(chain.folder, interruption, notes, True, StartOver(**wish, confirm=confirm)))
+    with ProcessGroup(Accelerator(cpu=True)) as processes:
+        chain.run(RunContext(chain.folder, processes, notes, True, Rebuild(**wish, confirm=confirm)))
     return notes
 
 
@@ -45,7 +45,7 @@ def refuse(consequences: list[str]) -> None:
 
 
 def test_a_changed_code_version_is_noticed(built: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "CODE_VERSION", "of tomorrow")
+    monkeypatch.setattr(task_module, "CODE_VERSION", "of tomorrow")
     assert [planned.reason for planned in built.plan()] == ["stale: code version changed", "waits for baseline"]
 
 
@@ -58,15 +58,15 @@ def test_changed_images_are_noticed(built: Chain, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"digest": "a"}'])
 def test_a_damaged_record_makes_a_stage_stale(built: Chain, content: str) -> None:
-    built.jobs[0].record.write_text(content)
-    assert built.plan()[0].reason == f"stale: {built.jobs[0].record} is damaged"
+    built.tasks[0].record.write_text(content)
+    assert built.plan()[0].reason == f"stale: {built.tasks[0].record} is damaged"
 
 
 def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
-    other = mini_chain(runs, "baseline", ["optimiser.clip_norm=0.5"])
+    other = mini_chain(runs, "baseline", ["optimizer.clip_norm=0.5"])
     assert other.plan()[0].reason == "not built yet; an interrupted training is left alone: recipe changed"
     with pytest.raises(Interrupted):
         run_chain(other, Stop("scratch", 2, signal.SIGTERM))
@@ -75,11 +75,11 @@ def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
 
 
 def test_force_builds_a_current_stage_again(built: Chain) -> None:
-    before, asked = built.jobs[1].checkpoint.read_bytes(), []
-    notes = start_over(built, asked.extend, force=True)
+    before, asked = built.tasks[1].checkpoint.read_bytes(), []
+    notes = rebuild(built, asked.extend, force=True)
     assert asked == [f"phase1: what is published moves to {built.folder / 'superseded'}"]
     assert notes.lines[:2] == ["baseline: done", "phase1: not built yet"]
-    assert built.jobs[1].checkpoint.read_bytes() == before
+    assert built.tasks[1].checkpoint.read_bytes() == before
     (aside,) = (built.folder / "superseded").iterdir()
     assert (aside / "checkpoint.safetensors").read_bytes() == before
     stages = [run.data.tags.get("hpcm.stage") for run in runs_of(built)[1]]
@@ -91,9 +91,9 @@ def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     with pytest.raises(ChainError, match="nothing was changed"):
-        start_over(chain, refuse, fresh=True)
+        rebuild(chain, refuse, fresh=True)
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
-    notes = start_over(chain, asked.extend, fresh=True)
+    notes = rebuild(chain, asked.extend, fresh=True)
     assert asked == ["baseline: the training that was cut off is deleted"]
     assert notes.steps == 6
     cut_off, whole = [run for run in runs_of(chain)[1] if "hpcm.stage" in run.data.tags]

@@ -101,7 +101,7 @@ def test_one_file_to_the_name_given(photos: Path, checkpoint: Path, monkeypatch:
         with Image.open(back) as image:
             decoded[image.format] = np.asarray(image)
             if suffix == "jpg":
-                assert get_sampling(image) == 0  # colour in full resolution
+                assert get_sampling(image) == 0  # color in full resolution
                 assert max(image.quantization[0]) < 13  # quality 95
     assert decoded["PNG"].shape == decoded["JPEG"].shape == (40, 60, 3)
     assert np.array_equal(decoded["PNG"], decoded["WEBP"])
@@ -170,7 +170,7 @@ def test_what_a_file_loses_is_said(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "alpha.png")
-    Image.new("I;16", (8, 8), 30000).save(tmp_path / "grey.png")
+    Image.new("I;16", (8, 8), 30000).save(tmp_path / "gray.png")
     (tmp_path / "deep.png").write_bytes(deep_png())
     (tmp_path / "deep.ppm").write_bytes(b"P6 1 1 65535\n" + bytes(6))
     Image.new("CMYK", (8, 8)).save(tmp_path / "print.jpg", icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 108)
@@ -182,10 +182,10 @@ def test_what_a_file_loses_is_said(
     printed = capsys.readouterr().out
     for line in (
         "alpha.png: transparency was laid on white",
-        "grey.png: 16 bits a channel became 8",
+        "gray.png: 16 bits a channel became 8",
         "deep.png: 16 bits a channel became 8",
         "deeper.ppm: 16 bits a channel became 8",
-        "print.jpg: its colour profile, which is not for RGB, was left out of the CMYK image",
+        "print.jpg: its color profile, which is not for RGB, was left out of the CMYK image",
     ):
         assert line in printed
     assert "plain.png:" not in printed

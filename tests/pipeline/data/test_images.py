@@ -38,7 +38,7 @@ def test_packaged_photographs_need_no_folder_and_no_network() -> None:
     assert train.skipped == val.skipped == ()
     for path in train.paths + val.paths:
         image = read_image(path)
-        assert image.std(axis=2).mean() > 1, "a grey picture"
+        assert image.std(axis=2).mean() > 1, "a gray picture"
 
 
 def test_a_folder_is_searched_to_its_depth_in_the_order_of_names(tmp_path: Path) -> None:
@@ -143,11 +143,11 @@ def test_an_image_is_turned_the_right_way_up(tmp_path: Path) -> None:
     ],
 )
 def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, suffix: str, mode: str) -> None:
-    grey = np.repeat(noise(8, 8, 1)[:, :, None] // 128 * 255, 3, axis=2)
-    Image.fromarray(grey).convert(mode).save(tmp_path / f"picture.{suffix}", quality=100)
+    gray = np.repeat(noise(8, 8, 1)[:, :, None] // 128 * 255, 3, axis=2)
+    Image.fromarray(gray).convert(mode).save(tmp_path / f"picture.{suffix}", quality=100)
     image = read_image(tmp_path / f"picture.{suffix}")
     assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8)
-    assert np.abs(image.astype(int) - grey).max() <= (16 if suffix == "jpg" else 0)
+    assert np.abs(image.astype(int) - gray).max() <= (16 if suffix == "jpg" else 0)
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.chain.chain import Chain
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.evidence.audit import ChainAudit, audit
-from pipeline.evidence.audit_display import grids, phase_text, to_json
+from pipeline.evidence.audit_display import phase_text, tables, to_json
 from pipeline.tracking.records import Records
 from pipeline.weights.checkpoints import load_codec, publish
 
@@ -51,22 +51,22 @@ def test_a_whole_chain_is_verified(audited: ChainAudit) -> None:
 
 
 def test_times_agree_with_the_stages_own_record(audited: ChainAudit, finished: tuple[Chain, Notes]) -> None:
-    for stage, job in zip(audited.stages, finished[0].jobs, strict=True):
-        assert stage.record.seconds == pytest.approx(json.loads(job.record.read_text())["training_seconds"])
+    for stage, task in zip(audited.stages, finished[0].tasks, strict=True):
+        assert stage.record.seconds == pytest.approx(json.loads(task.record.read_text())["training_seconds"])
 
 
 def test_tables_fit_the_page_and_say_everything(audited: ChainAudit) -> None:
     from rich.console import Console
 
     console = Console(width=100, record=True)
-    results, story = grids(audited)
+    results, story = tables(audited)
     console.print(results.rich(), width=80)
     console.print(story.rich())
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
     assert "\n baseline " in text
-    for phrase in ("227 copied", "25 initialised", "handover 4; new 0.001", "accepted", "verified"):
+    for phrase in ("227 copied", "25 initialized", "handover 4; new 0.001", "accepted", "verified"):
         assert phrase in text
     for stage in audited.stages:
         assert f"{stage.record.quality.rd_loss:.4f}" in text
@@ -82,7 +82,7 @@ def test_rates_by_name_pattern_are_shown(runs: Path) -> None:
 
 
 def test_a_changed_byte_is_noticed_and_the_exit_code_says_so(baseline: Chain) -> None:
-    path = baseline.jobs[0].checkpoint
+    path = baseline.tasks[0].checkpoint
     content = bytearray(path.read_bytes())
     content[-1] ^= 255
     path.write_bytes(content)
@@ -94,7 +94,7 @@ def test_a_changed_byte_is_noticed_and_the_exit_code_says_so(baseline: Chain) ->
 
 
 def test_another_checkpoint_in_its_place_is_noticed(baseline: Chain) -> None:
-    path = baseline.jobs[0].checkpoint
+    path = baseline.tasks[0].checkpoint
     model = load_codec(path)
     model.means_hyper.data += 1
     publish(path, model, {"name": "baseline"})
@@ -102,13 +102,13 @@ def test_another_checkpoint_in_its_place_is_noticed(baseline: Chain) -> None:
 
 
 def test_lost_files_are_noticed(baseline: Chain) -> None:
-    baseline.jobs[0].record.unlink()
+    baseline.tasks[0].record.unlink()
     records = Records(baseline.runs)
     records.artifact(records.chains()[0].stages[0].run_id, "checkpoint.safetensors").unlink()
     found = problems(baseline.runs)
     assert "record.json: no such file" in found
     assert "MLflow's copy" in found
-    baseline.jobs[0].checkpoint.unlink()
+    baseline.tasks[0].checkpoint.unlink()
     assert "checkpoint.safetensors: no such file" in problems(baseline.runs)
 
 
@@ -122,7 +122,7 @@ def test_an_altered_record_is_noticed(baseline: Chain) -> None:
 
 
 def test_what_was_superseded_is_verified_where_it_lies(baseline: Chain) -> None:
-    run_chain(mini_chain(baseline.runs, "baseline", ["optimiser.clip_norm=0.5"]))
+    run_chain(mini_chain(baseline.runs, "baseline", ["optimizer.clip_norm=0.5"]))
     (audited,) = audit(baseline.runs)
     assert [stage.files for stage in audited.stages] == ["superseded", "verified"]
     assert audited.record.published["baseline"] is audited.stages[1].record
@@ -140,15 +140,15 @@ def test_interruptions_are_told(runs: Path) -> None:
     (audited,) = audit(runs)
     assert audited.stages[0].record.attempts == ["started; stopped by SIGTERM", "resumed in scratch at step 4"]
     assert to_json([audited])[0]["stages"][0]["attempts"] == audited.stages[0].record.attempts
-    assert "resumed in scratch at step 4" in list(grids(audited))[1].markdown()
+    assert "resumed in scratch at step 4" in list(tables(audited))[1].markdown()
 
 
 def test_a_root_taken_from_a_file_was_not_trained(finished: tuple[Chain, Notes], runs: Path) -> None:
-    run_chain(mini_chain(runs, "baseline", baseline=finished[0].jobs[0].checkpoint))
+    run_chain(mini_chain(runs, "baseline", baseline=finished[0].tasks[0].checkpoint))
     (audited,) = audit(runs)
     assert audited.stages[0].sound
     assert audited.record.total_steps("baseline") == 0
-    assert "taken from a file" in list(grids(audited))[1].markdown()
+    assert "taken from a file" in list(tables(audited))[1].markdown()
 
 
 def test_one_form_at_a_time(runs: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.commands.main import app
 from pipeline.evaluation.coding import macs_per_pixel
 from pipeline.evidence import comparison
 from pipeline.evidence.comparison import Comparison, ComparisonError, Contender, Plan
-from pipeline.evidence.comparison_display import grids
+from pipeline.evidence.comparison_display import tables
 from pipeline.evidence.measurement import Subject, measure_memory, photograph, within_memory
 from pipeline.recipes.loading import load_recipe
 from pipeline.tracking.outbox import Outbox
@@ -61,14 +61,14 @@ def test_a_comparison_survives_json(measured: Comparison) -> None:
 
 
 def test_tables_show_ratios_to_the_first(measured: Comparison) -> None:
-    sizes, *times = grids(measured)
+    sizes, *times = tables(measured)
     assert [row[0] for row in sizes.rows] == ["phase0", "phase4"]
     assert sizes.rows[0][-1] == "1.00"
     assert "(1.00)" in times[0].rows[0][1]
     assert times[0].columns == ("codec", "forward", "encode", "decode", "frozen", "unfrozen")
     assert times[0].rows[0][4] == "–"
     assert times[1].columns == ("codec", "forward", "encode", "decode")
-    assert [grid.title.split(":")[0] for grid in times] == ["128×128", "128×192"]
+    assert [table.title.split(":")[0] for table in times] == ["128×128", "128×192"]
 
 
 def test_a_frozen_step_changes_only_what_is_new() -> None:
@@ -117,7 +117,7 @@ def test_a_photograph_of_any_size() -> None:
 
 
 def test_checkpoints_find_their_parents(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    paths = [job.checkpoint for job in finished[0].jobs]
+    paths = [task.checkpoint for task in finished[0].tasks]
     found = comparison.of_checkpoints([paths[0], paths[2], paths[3]])
     assert [contender.name for contender in found] == ["baseline", "phase2", "phase3"]
     assert [contender.parent for contender in found] == [None, None, found[1].config]
@@ -193,7 +193,7 @@ def test_a_step_that_failed_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch)
     assert all(p.grad is None and not p.requires_grad for p in subject.model.parameters())
 
 
-def test_an_optimiser_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     adam = torch.optim.Adam
     monkeypatch.setattr("torch.optim.Adam", lambda *args, **kwargs: built.append(1) or adam(*args, **kwargs))
@@ -223,7 +223,7 @@ def test_a_recipe_gives_each_codec_once() -> None:
 
 
 def test_the_command_leaves_files_and_an_mlflow_run(finished: tuple[Chain, Notes], runs: Path) -> None:
-    paths = [str(finished[0].jobs[number].checkpoint) for number in (0, 1)]
+    paths = [str(finished[0].tasks[number].checkpoint) for number in (0, 1)]
     sizes = ["--size", "128x128", "--train-size", "128x128", "--rounds", "1", "--no-memory"]
     done = CliRunner().invoke(app, ["compare", *paths, *sizes, "--runs", str(runs)])
     assert done.exit_code == 0, done.output

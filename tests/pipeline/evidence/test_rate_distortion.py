@@ -10,7 +10,7 @@ from mini import FOLDER, STAGES, Notes
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain, ChainError
-from pipeline.chain.lambda_sweep import Neighbour, Sweep
+from pipeline.chain.lambda_sweep import StartingPoint, Sweep
 from pipeline.commands.main import app
 from pipeline.common import fault_injection as faults
 from pipeline.common.errors import Interrupted
@@ -22,7 +22,7 @@ from pipeline.evidence.rate_distortion import (
     Point,
     curves,
     delta,
-    deltas_grid,
+    deltas_table,
     draw,
     is_kodak,
 )
@@ -69,8 +69,8 @@ def test_curves_that_do_not_overlap_or_fold_back_give_no_figure() -> None:
 
 
 def test_too_few_points_are_told_in_the_table() -> None:
-    grid = deltas_grid({"baseline": published(count=1), "phase1": published(count=1)}, {"phase1": "baseline"})
-    assert grid.rows == [("phase1", "1 λ in common with baseline; a curve needs two or more", "–", "–", "–", "–")]
+    table = deltas_table({"baseline": published(count=1), "phase1": published(count=1)}, {"phase1": "baseline"})
+    assert table.rows == [("phase1", "1 λ in common with baseline; a curve needs two or more", "–", "–", "–", "–")]
 
 
 def test_kodak_is_known_by_its_names() -> None:
@@ -129,10 +129,10 @@ def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: py
 
 
 def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    file = finished[0].jobs[0].checkpoint
+    file = finished[0].tasks[0].checkpoint
     wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
     with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec is of one λ, and here are 2; .* --from"):
-        wanted.grid()
+        wanted.table()
 
 
 def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None:
@@ -149,11 +149,11 @@ def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None
     assert "start" not in first.metadata["inputs"]
     assert "done" in CliRunner().invoke(app, [*command, "--plan"]).output
     file = runs / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
-    taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, Neighbour(0.05), file)
-    assert [(chain.jobs[0].imported, chain.jobs[0].start is None) for _, (chain,) in taken.chains()] == [
+    taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, StartingPoint(0.05), file)
+    assert [(chain.tasks[0].imported, chain.tasks[0].start is None) for _, (chain,) in taken.chains()] == [
         (file, True),
         (None, False),
     ]
-    nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, Neighbour(0.1))
+    nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, StartingPoint(0.1))
     with pytest.raises(ChainError, match="not among those of the sweep"):
-        nowhere.grid()
+        nowhere.table()

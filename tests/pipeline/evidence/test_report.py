@@ -21,11 +21,11 @@ from pipeline.evidence import comparison, gains_figure, report
 from pipeline.evidence.comparison import Comparison, Cost, Peak
 from pipeline.evidence.control_gains import Claim, Spread, claims, gains
 from pipeline.evidence.rate_distortion import curves, deltas, references
-from pipeline.evidence.reconstructions import DARKEST, error_map, sights
+from pipeline.evidence.reconstructions import DARKEST, compared_crops, error_map
 from pipeline.evidence.report import ReportError, write
-from pipeline.evidence.report_tables import quality_grid
+from pipeline.evidence.report_tables import quality_table
 from pipeline.recipes.schema import Accept
-from pipeline.tracking.records import ChainRecord, PhaseRecord, Records, StageRecord
+from pipeline.tracking.records import ChainRecord, Records, SegmentRecord, StageRecord
 
 LMBDA_SCALE = 255**2
 
@@ -39,7 +39,7 @@ def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | Non
         {"parent": str(parent), "metric": "mse", "model.preset": "tiny", "model.phase": phase},
         {"final/bpp": bpp, "final/psnr_db": psnr_db, "final/rd_loss": loss},
         {"hpcm.stage": name, "hpcm.checkpoint_digest": name},
-        (PhaseRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),
+        (SegmentRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def test_what_had_fewer_steps_is_no_fair_reference() -> None:
 
 
 def test_the_stage_table_has_error_bars(made: list[ChainRecord]) -> None:
-    rows = {(row[0], row[1]): row for row in quality_grid(made).rows}
+    rows = {(row[0], row[1]): row for row in quality_table(made).rows}
     assert rows["0.013", "phase4"][2:4] == ("control4", "2")
     assert rows["0.013", "phase4"][5] == "-6.00 ± 1.41"
     assert rows["0.0018", "phase4"][5] == "-5.00"
@@ -189,10 +189,10 @@ def test_curves_are_of_the_seeds_that_every_point_has(made: list[ChainRecord]) -
 
 
 def test_an_error_map_ends_where_it_says() -> None:
-    colours = error_map(np.array([[0.0, DARKEST, 255.0]]))
-    assert colours.shape == (1, 3, 3)
-    assert colours[0, 0].sum() < 10
-    assert (colours[0, 1] == colours[0, 2]).all()
+    colors = error_map(np.array([[0.0, DARKEST, 255.0]]))
+    assert colors.shape == (1, 3, 3)
+    assert colors[0, 0].sum() < 10
+    assert (colors[0, 1] == colors[0, 2]).all()
 
 
 def test_images_of_one_name_in_two_folders_are_kept_apart() -> None:
@@ -208,14 +208,14 @@ def test_what_is_not_a_number_is_not_accepted() -> None:
 
 def test_renditions_are_those_that_were_kept(finished: tuple[Chain, Notes]) -> None:
     records = Records(finished[0].runs)
-    (sight,) = sights(records, records.chains()[0])
-    assert [rendition.stage for rendition in sight.renditions] == ["baseline", "phase4"]
+    (crop,) = compared_crops(records, records.chains()[0])
+    assert [rendition.stage for rendition in crop.renditions] == ["baseline", "phase4"]
     (path,) = (finished[0].folder / "phase4" / "reconstructions").iterdir()
     whole = np.asarray(Image.open(path))
     height, width = whole.shape[0], whole.shape[1] // 2
     places = [(top, left) for top in range(0, height - 255, 128) for left in range(0, width - 255, 128)]
     pieces = [(whole[y : y + 256, x : x + 256], whole[y : y + 256, width + x : width + x + 256]) for y, x in places]
-    wanted = sight.original, sight.renditions[1].pixels
+    wanted = crop.original, crop.renditions[1].pixels
     assert any(np.array_equal(x, wanted[0]) and np.array_equal(x_hat, wanted[1]) for x, x_hat in pieces)
 
 

@@ -395,5 +395,5 @@ def test_a_chain_goes_on_while_its_server_is_killed_and_restarted(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     other_client, expected = stage_runs(finished[0])
     assert held == {name: [("FINISHED", history(other_client, run)) for run in runs] for name, runs in expected.items()}
-    assert all(job.checkpoint.exists() for job in chain.jobs)
+    assert all(task.checkpoint.exists() for task in chain.tasks)
     assert differences(finished[0], finished[0]) == []

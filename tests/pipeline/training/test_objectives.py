@@ -19,9 +19,9 @@ def images() -> Tensor:
     return torch.rand(4, 3, 128, 128)
 
 
-def migrated(phase: int) -> tuple[HPCM, HPCM, frozenset[str]]:
-    parent, child = mini_codec(phase - 1), mini_codec(phase)
-    ledger = transfer_weights(parent, child, mini_stage(f"phase{phase}").transfer)
+def migrated(segment: int) -> tuple[HPCM, HPCM, frozenset[str]]:
+    parent, child = mini_codec(segment - 1), mini_codec(segment)
+    ledger = transfer_weights(parent, child, mini_stage(f"phase{segment}").transfer)
     return parent.requires_grad_(False), child, ledger.new
 
 
@@ -61,9 +61,9 @@ def test_noise_is_a_function_of_seed_and_sample() -> None:
     assert abs(together.y.mean()) < 0.02
 
 
-@pytest.mark.parametrize("phase", range(1, 5))
-def test_a_frozen_step_runs_no_synthesis_and_trains_only_the_new(phase: int, images: Tensor) -> None:
-    _, child, new = migrated(phase)
+@pytest.mark.parametrize("segment", range(1, 5))
+def test_a_frozen_step_runs_no_synthesis_and_trains_only_the_new(segment: int, images: Tensor) -> None:
+    _, child, new = migrated(segment)
     set_trainable(child, trainable_names(child, "new", new))
     ran = []
     child.g_s.register_forward_hook(lambda *_: ran.append("g_s"))
@@ -87,9 +87,9 @@ def test_nothing_below_the_first_new_component_is_differentiated(images: Tensor)
     assert needs_gradient == {**dict.fromkeys(below, False), "attn_s3": True}
 
 
-@pytest.mark.parametrize(("phase", "sites"), [(1, 5), (2, 4), (3, 2), (4, 10)])
-def test_align_has_a_site_for_every_call(phase: int, sites: int, images: Tensor) -> None:
-    parent, child, _ = migrated(phase)
+@pytest.mark.parametrize(("segment", "sites"), [(1, 5), (2, 4), (3, 2), (4, 10)])
+def test_align_has_a_site_for_every_call(segment: int, sites: int, images: Tensor) -> None:
+    parent, child, _ = migrated(segment)
     components = new_components(parent, child)
     with recorded_calls(parent, components) as recorded, torch.no_grad():
         parent(images)
@@ -106,20 +106,20 @@ def test_align_is_zero_where_the_child_agrees_and_falls_where_not(images: Tensor
     parent, child, new = migrated(4)
     set_trainable(child, new)
     objective = Align(child, parent, new_components(parent, child))
-    optimiser = torch.optim.Adam([p for p in child.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.Adam([p for p in child.parameters() if p.requires_grad], 1e-2)
     losses = []
     for _ in range(8):
         loss = objective(images, noise)["loss"]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_codec_without_attention_aligns_and_hands_over(images: Tensor) -> None:
     sizes = mini_stage("baseline").model.overrides
-    parent, child = (HPCM(preset_config("phi-context", phase, **sizes)).eval() for phase in (0, 1))
+    parent, child = (HPCM(preset_config("phi-context", segment, **sizes)).eval() for segment in (0, 1))
     transfer_weights(parent.requires_grad_(False), child, Transfer())
     components = new_components(parent, child)
     noise = training_noise(parent, (128, 128), 0, range(4))
@@ -147,9 +147,9 @@ def test_align_compares_in_float32_under_autocast(images: Tensor) -> None:
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("phase", [1, 4])
-def test_objectives_are_means_over_samples(phase: int, images: Tensor) -> None:
-    parent, child, _ = migrated(phase)
+@pytest.mark.parametrize("segment", [1, 4])
+def test_objectives_are_means_over_samples(segment: int, images: Tensor) -> None:
+    parent, child, _ = migrated(segment)
     for objective in (RateDistortion(child, 0.01, "mse"), Align(child, parent, new_components(parent, child))):
         whole = objective(images, training_noise(child, (128, 128), 0, range(4)))["loss"]
         halves = [

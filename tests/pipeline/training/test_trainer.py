@@ -9,16 +9,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from mini import Notes, mini_codec, mini_stage
 
-from pipeline.common.processes import Interruption
+from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import TrainingCrops
 from pipeline.data.images import find_images
-from pipeline.recipes.schema import Phase, Stage
+from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
 from pipeline.training import trainer as trainer_module
-from pipeline.training.trainer import Migration, Trainer, TrainingError, _schedule_factor
+from pipeline.training.trainer import Migration, Reporting, Trainer, TrainingError, Watcher, _schedule_factor
 from pipeline.training.transfer import Ledger
 from pipeline.weights.checkpoints import codec_tensors
-from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimiser_tensors, restore_optimiser
+from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +38,13 @@ class Metrics(Run):
         self.logged[step] = dict(values)
 
 
-def trainer_of(stage: Stage, precision: str = "no") -> tuple[Trainer, TrainingState]:
+def trainer_of(stage: Stage, precision: str = "no", watcher: Watcher | None = None) -> tuple[Trainer, TrainingState]:
     AcceleratorState._reset_state(reset_partial_state=True)
     model = mini_codec(0)
     crops = TrainingCrops(find_images(None, "train", 128), 128, seed=0)
-    interruption = Interruption(Accelerator(cpu=True, mixed_precision=precision))
-    trainer = Trainer(stage, Migration(model, None, (), Ledger.of_root(model).new), crops, interruption)
-    trainer.run = Metrics()
+    processes = ProcessGroup(Accelerator(cpu=True, mixed_precision=precision))
+    migration = Migration(model, None, (), Ledger.of_root(model).new)
+    trainer = Trainer(stage, migration, crops, processes, Reporting(Metrics(), watcher or Watcher()))
     return trainer, TrainingState(Progress(), codec_tensors(model), {}, {"ledger": []})
 
 
@@ -65,13 +65,13 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
     poison(trainer, {1, 4})
     end = trainer.train(StateFolder(tmp_path, {}), start)
     assert end.progress.bad_steps == 2
-    assert trainer.run.logged[6]["train/scratch/skipped_steps"] == 2  # type: ignore[attr-defined]
+    assert trainer.reporting.run.logged[6]["train/scratch/skipped_steps"] == 2  # type: ignore[attr-defined]
     assert all(torch.isfinite(tensor).all() for tensor in end.model.values())
 
 
 def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path) -> None:
     stage = mini_stage("baseline")
-    stage = stage.model_copy(update={"optimiser": stage.optimiser.model_copy(update={"max_bad_steps": 1})})
+    stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"max_bad_steps": 1})})
     trainer, start = trainer_of(stage)
     poison(trainer, {4, 5})
     states = StateFolder(tmp_path, {})
@@ -85,8 +85,8 @@ def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path
 
 def test_a_loss_that_explodes_is_told_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "LOSSES_KEPT", 3)
-    trainer, start = trainer_of(mini_stage("baseline"))
-    trainer.watcher = notes = Notes()
+    notes = Notes()
+    trainer, start = trainer_of(mini_stage("baseline"), watcher=notes)
     calls = iter(range(1, 10))
 
     def worse(module: torch.nn.Module, inputs: object, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,8 +95,8 @@ def test_a_loss_that_explodes_is_told_and_counted(tmp_path: Path, monkeypatch: p
     trainer.migration.child.register_forward_hook(worse)
     end = trainer.train(StateFolder(tmp_path, {}), start)
     assert end.progress.exploded_steps == 1
-    assert trainer.run.logged[4]["train/scratch/exploded_steps"] == 0  # type: ignore[attr-defined]
-    assert trainer.run.logged[6]["train/scratch/exploded_steps"] == 1  # type: ignore[attr-defined]
+    assert trainer.reporting.run.logged[4]["train/scratch/exploded_steps"] == 0  # type: ignore[attr-defined]
+    assert trainer.reporting.run.logged[6]["train/scratch/exploded_steps"] == 1  # type: ignore[attr-defined]
     (line,) = [line for line in notes.lines if "explodes" in line]
     assert line.startswith("scratch, step 5: the loss explodes: ")
 
@@ -113,37 +113,37 @@ def test_bf16_trains_through_accelerate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_resumed_optimiser_continues_bit_for_bit(device: str, tmp_path: Path) -> None:
+def test_a_resumed_optimizer_continues_bit_for_bit(device: str, tmp_path: Path) -> None:
     def adam(model: torch.nn.Module) -> torch.optim.Adam:
         names, parameters = zip(*model.named_parameters(), strict=True)
         return torch.optim.Adam([{"params": parameters, "names": names}], fused=True)
 
-    def step(model: torch.nn.Module, optimiser: torch.optim.Adam) -> None:
-        optimiser.zero_grad()
+    def step(model: torch.nn.Module, optimizer: torch.optim.Adam) -> None:
+        optimizer.zero_grad()
         model(torch.ones(1, 4, 8, 8, device=device)).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
 
     model, again = (torch.nn.Conv2d(4, 4, 3).to(device, memory_format=torch.channels_last) for _ in range(2))
-    optimiser = adam(model)
-    step(model, optimiser)
+    optimizer = adam(model)
+    step(model, optimizer)
     states = StateFolder(tmp_path, {})
-    states.save(TrainingState(Progress(), model.state_dict(), optimiser_tensors(optimiser), {}))
+    states.save(TrainingState(Progress(), model.state_dict(), optimizer_tensors(optimizer), {}))
     kept, _ = states.newest()
     assert kept is not None
     again.load_state_dict(kept.model)
     resumed = adam(again)
-    restore_optimiser(resumed, kept.optimiser)
-    step(model, optimiser)
+    restore_optimizer(resumed, kept.optimizer)
+    step(model, optimizer)
     step(again, resumed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_all_of_a_resumed_optimiser_is_on_the_parameters_device() -> None:
+def test_all_of_a_resumed_optimizer_is_on_the_parameters_device() -> None:
     weight = torch.nn.Parameter(torch.zeros(3, 2, device="meta"))
-    optimiser = torch.optim.Adam([{"params": [weight], "names": ["weight"]}])
+    optimizer = torch.optim.Adam([{"params": [weight], "names": ["weight"]}])
     kept = {"step/weight": torch.tensor(7.0), "exp_avg/weight": torch.ones(3, 2), "exp_avg_sq/weight": torch.ones(3, 2)}
-    restore_optimiser(optimiser, kept)
-    assert {name: (state.device.type, state.dtype, state.shape) for name, state in optimiser.state[weight].items()} == {
+    restore_optimizer(optimizer, kept)
+    assert {name: (state.device.type, state.dtype, state.shape) for name, state in optimizer.state[weight].items()} == {
         name.partition("/")[0]: ("meta", torch.float32, value.shape) for name, value in kept.items()
     }
 
@@ -155,16 +155,16 @@ def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
         torch.manual_seed(0)
         trainer, start = trainer_of(mini_stage("baseline").model_copy(update={"compile": compiled}))
         trainer.train(StateFolder(tmp_path / str(compiled), {}), start)
-        losses.append([values["train/scratch/loss"] for values in trainer.run.logged.values()])  # type: ignore[attr-defined]
+        losses.append([values["train/scratch/loss"] for values in trainer.reporting.run.logged.values()])  # type: ignore[attr-defined]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_schedule_rises_then_falls() -> None:
-    phase = Phase(name="p", train="all", objective="rate-distortion", steps=100, lr={"default": 1.0}, warmup=10)
-    factors = [_schedule_factor(phase, step) for step in range(100)]
+    segment = Segment(name="p", train="all", objective="rate-distortion", steps=100, lr={"default": 1.0}, warmup=10)
+    factors = [_schedule_factor(segment, step) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:] == [1.0] * 91
-    cosine = phase.model_copy(update={"decay": "cosine", "warmup": 0})
+    cosine = segment.model_copy(update={"decay": "cosine", "warmup": 0})
     factors = [_schedule_factor(cosine, step) for step in range(100)]
     assert factors[0] == 1.0
     assert factors == sorted(factors, reverse=True)

@@ -34,7 +34,7 @@ def test_every_tensor_is_in_one_class(phase: int) -> None:
     for entry in ledger.entries:
         if entry.kind in ("copied", "renamed"):
             assert torch.equal(child.state_dict()[entry.name], parent.state_dict()[entry.source])
-        elif entry.kind == "initialised" and "gamma" not in entry.name and "input_proj" not in entry.name:
+        elif entry.kind == "initialized" and "gamma" not in entry.name and "input_proj" not in entry.name:
             assert torch.equal(child.state_dict()[entry.name], before[entry.name])
     components = tuple(f"{component}." for component in new_components(parent, child))
     assert ledger.new == {name for name in ours if name.startswith(components)}
@@ -50,27 +50,27 @@ def test_phase3_starts_where_phase2_ended(picture: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_the_designs_own_initialisation_does_not(picture: Tensor) -> None:
+def test_the_designs_own_initialization_does_not(picture: Tensor) -> None:
     parent, child, _ = pair(3)
-    transfer_weights(parent, child, Transfer(initialisation="design"))
+    transfer_weights(parent, child, Transfer(initialization="design"))
     assert not torch.allclose(child(picture)["likelihoods"]["y"], parent(picture)["likelihoods"]["y"], atol=1e-3)
 
 
 def test_from_scratch_nothing_is_copied() -> None:
     parent, child, rules = pair(3)
     before = state_digest(child.state_dict())
-    ledger = transfer_weights(parent, child, rules.model_copy(update={"initialisation": "scratch"}))
+    ledger = transfer_weights(parent, child, rules.model_copy(update={"initialization": "scratch"}))
     assert state_digest(child.state_dict()) == before
-    assert ledger.counts().keys() == {"initialised", "dropped"}
+    assert ledger.counts().keys() == {"initialized", "dropped"}
     assert ledger.new == child.state_dict().keys() - set(child.coding_table_names())
 
 
 @pytest.mark.parametrize("phase", range(1, 5))
-@pytest.mark.parametrize("initialisation", ["design", "function-preserving"])
+@pytest.mark.parametrize("initialization", ["design", "function-preserving"])
 @torch.no_grad()
-def test_a_handover_starts_exactly_at_the_parent(phase: int, initialisation: str, picture: Tensor) -> None:
+def test_a_handover_starts_exactly_at_the_parent(phase: int, initialization: str, picture: Tensor) -> None:
     parent, child, _ = pair(phase)
-    transfer_weights(parent, child, Transfer(initialisation=initialisation))
+    transfer_weights(parent, child, Transfer(initialization=initialization))
     expected = parent(picture)
     handover = Handover(child, parent, new_components(parent, child))
     started = child(picture)
@@ -125,7 +125,7 @@ def test_any_rules_leave_every_tensor_in_one_class_or_are_named(rename: dict[str
     theirs = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
     refused = ""
     try:
-        ledger = transfer_weights(parent, child, Transfer(rename=rename, initialisation=start))
+        ledger = transfer_weights(parent, child, Transfer(rename=rename, initialization=start))
     except TransferError as error:
         refused = str(error)
     if refused:

@@ -109,14 +109,14 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[byt
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, 5000])
-def test_truncated_files_are_recognised(published: tuple[Path, HPCM], cut: int) -> None:
+def test_truncated_files_are_recognized(published: tuple[Path, HPCM], cut: int) -> None:
     path, _ = published
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: not a readable safetensors file"):
         load_codec(path)
 
 
-def test_flipped_bits_are_recognised(published: tuple[Path, HPCM]) -> None:
+def test_flipped_bits_are_recognized(published: tuple[Path, HPCM]) -> None:
     path, _ = published
     content = bytearray(path.read_bytes())
     content[-100] ^= 1

@@ -193,7 +193,7 @@ LINES = [
     "a: &x [*x]", "b: *x", "<<: {seed: 1}", "\tseed: 3", "seed: 3", "seed: [", "? [a]", "- 1", "'", '"\\x"', "---",
     "seed: !!python/name:os.system", "schedule: " + "[" * 500, "schedule: " + "{a: " * 500, "data: 3", "lmbda: .nan",
     "lmbda: 1e999", "seed: " + "9" * 5000, "model: {preset: tiny, phase: [0]}", "%YAML 9", "\x00", "\ufeff", "\u2028",
-    "name: ''", "parent: {}", "transfer: {rename: {a: [b]}}", "schedule: [{name: x}]", "optimiser: {betas: [1, 2]}",
+    "name: ''", "parent: {}", "transfer: {rename: {a: [b]}}", "schedule: [{name: x}]", "optimizer: {betas: [1, 2]}",
     "lr: {default: -1}", "a" * 100_000,
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ _LATENT_GAIN = 4.0
 
 
 @torch.no_grad()
-def initialise_convolutions(model: nn.Module) -> None:
+def initialize_convolutions(model: nn.Module) -> None:
     """Draw every convolution's weight N(0, 1/fan-in), its bias zero; damp the end of each residual branch.
 
     PyTorch's own choice loses two thirds of the variance a layer, which costs a codec its first hundreds of steps.
@@ -29,7 +29,7 @@ def initialise_convolutions(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def centre_scales(heads: Sequence[nn.Module], M: int) -> None:
+def center_scales(heads: Sequence[nn.Module], M: int) -> None:
     """Let each head of scales and means (2M channels) start near scale 1 and mean 0, where every gradient flows."""
     for head in heads:
         convolution = _convolutions(head)[-1]
@@ -40,7 +40,7 @@ def centre_scales(heads: Sequence[nn.Module], M: int) -> None:
 
 @torch.no_grad()
 def spread_latent(g_a: nn.Module, g_s: nn.Module) -> None:
-    """Let y start several quantisation steps wide, so that ŷ carries an image at once, and x_hat near mid-grey."""
+    """Let y start several quantization steps wide, so that ŷ carries an image at once, and x_hat near mid-gray."""
     _convolutions(g_a)[0].weight.mul_(_LATENT_GAIN)
     last = _convolutions(g_s)[-1]
     last.weight.div_(2 * _LATENT_GAIN)

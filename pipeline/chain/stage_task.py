@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from modules import HPCMConfig, preset_config
-from pipeline.common.processes import Interruption
+from pipeline.common.processes import ProcessGroup
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import Stage
@@ -22,7 +22,7 @@ CODE_VERSION = "1"
 
 
 @dataclass(frozen=True)
-class StartOver:
+class Rebuild:
     """What a person wants built anew though it need not be, and how to ask whether that is meant."""
 
     force: bool = False
@@ -34,31 +34,31 @@ class StartOver:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class RunContext:
     """What all stages of a chain share: where they lie, the processes they run on, who watches."""
 
     folder: Path
-    interruption: Interruption
+    processes: ProcessGroup
     watcher: Watcher = field(default_factory=Watcher)
     accept_anyway: bool = False
-    start_over: StartOver = field(default_factory=StartOver)
+    rebuild: Rebuild = field(default_factory=Rebuild)
 
     @property
     def is_main(self) -> bool:
         """Whether this process evaluates, publishes and talks to MLflow."""
-        return self.interruption.accelerator.is_main_process
+        return self.processes.accelerator.is_main_process
 
     def wait_for_everyone(self) -> None:
         """Let no process run ahead of what another writes."""
-        self.interruption.accelerator.wait_for_everyone()
+        self.processes.accelerator.wait_for_everyone()
 
-    def alone(self, work: Callable[[], None]) -> None:
+    def on_main_process(self, work: Callable[[], None]) -> None:
         """Let the first process do something that all wait for; where it raises, all stop."""
-        self.interruption.alone(work)
+        self.processes.on_main_process(work)
 
 
 @dataclass(frozen=True)
-class StageJob:
+class StageTask:
     """One stage and its place: settings and the parent's checkpoint (None for a root).
 
     A root may be taken from a file (`imported`), or be trained from a file's weights instead of random ones (`start`).
