@@ -14,7 +14,7 @@ from pipeline.chain.chain import Chain, ChainError
 from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
 from pipeline.data.images import Photos, find_images
-from pipeline.recipes.schema import Phase
+from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
 
 
@@ -62,8 +62,8 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
     chain, moments = mini_chain(runs, "phase2"), {}
 
     class Moments(Notes):
-        def phase(self, phase: Phase, done: int) -> None:
-            state = sorted((chain.folder / "phase2" / "state").glob("*/phase-*"))
+        def phase(self, phase: Segment, done: int) -> None:
+            state = sorted((chain.folder / "phase2" / "state").glob("*/segment-*"))
             if state:
                 moments[phase.name] = read(state[-1])
 
@@ -240,7 +240,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 4, signal.SIGTERM))
-    newest = sorted((chain.folder / "baseline" / "state").glob("*/phase-*"))[-1]
+    newest = sorted((chain.folder / "baseline" / "state").glob("*/segment-*"))[-1]
     content = bytearray(newest.read_bytes())
     content[-1] ^= 255
     newest.write_bytes(content)

@@ -13,7 +13,7 @@ from pipeline.chain.chain import Chain
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.evidence.audit import ChainAudit, audit
-from pipeline.evidence.audit_display import phase_text, tables, to_json
+from pipeline.evidence.audit_display import segment_text, tables, to_json
 from pipeline.tracking.records import Records
 from pipeline.weights.checkpoints import load_codec, publish
 
@@ -42,12 +42,12 @@ def test_a_whole_chain_is_verified(audited: ChainAudit) -> None:
     assert [stage.record.name for stage in audited.stages] == STAGES
     assert all(stage.sound and stage.files == "verified" for stage in audited.stages)
     phase1 = audited.stages[1].record
-    assert [(phase.name, phase.objective, phase.steps, phase.handover, phase.rates) for phase in phase1.phases] == [
+    assert [(segment.name, segment.objective, segment.steps, segment.handover, segment.rates) for segment in phase1.segments] == [
         ("align", "align", 2, 0, {"new": "0.001"}),
         ("frozen", "rate-distortion", 6, 4, {"new": "0.001"}),
         ("unfrozen", "rate-distortion", 5, 0, {"default": "0.001", "rwkv": "0.001"}),
     ]
-    assert all(phase.loss is not None for phase in phase1.phases)
+    assert all(phase.loss is not None for segment in phase1.segments)
 
 
 def test_times_agree_with_the_stages_own_record(audited: ChainAudit, finished: tuple[Chain, Notes]) -> None:
@@ -76,9 +76,9 @@ def test_tables_fit_the_page_and_say_everything(audited: ChainAudit) -> None:
 
 def test_rates_by_name_pattern_are_shown(runs: Path) -> None:
     run_chain(mini_chain(runs, "baseline", ['baseline.schedule.scratch.lr={"g_*": 1.0e-3, default: 1.0e-4}']))
-    (phase,) = audit(runs)[0].stages[0].record.phases
-    assert "g_*" in phase_text(phase)
-    assert "0.0001" in phase_text(phase)
+    (phase,) = audit(runs)[0].stages[0].record.segments
+    assert "g_*" in segment_text(phase)
+    assert "0.0001" in segment_text(phase)
 
 
 def test_a_changed_byte_is_noticed_and_the_exit_code_says_so(baseline: Chain) -> None:

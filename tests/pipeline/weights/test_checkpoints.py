@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_last_good_state(small_disk: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step-00000003.safetensors: cannot be written: .*\n  What was saved"):
         states.save(TrainingState(Progress(stage_step=3), tensors, {}, {}))
     assert [path.name for path in sorted(states.folder.iterdir())] == [
-        "phase-00-step-00000001.safetensors", "phase-00-step-00000002.safetensors",
+        "segment-00-step-00000001.safetensors", "segment-00-step-00000002.safetensors",
     ]  # fmt: skip
     state, passed_over = states.newest()
     assert state is not None
@@ -103,7 +103,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[byt
     state, passed_over = states.newest()
     assert state is not None
     assert state.progress.stage_step == 2
-    assert before.name.startswith("phase-00-step-00000002")
+    assert before.name.startswith("segment-00-step-00000002")
     assert len(passed_over) == 1
     assert str(newest) in passed_over[0]
 
