@@ -169,6 +169,8 @@ class Stage(Settings):
     data: Data
     optimizer: Optimizer = Optimizer()
     precision: Literal["no", "bf16"] = "no"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, such as 0.999; each segment ends with the average. null: none."""
     gradient_checkpointing: bool = False
     """Recompute the RWKV components' activations in the backward pass: less memory, more time."""
     compile: bool = False

@@ -19,6 +19,7 @@ from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
 from pipeline.training.objectives import Align, Handover, RateDistortion, training_noise
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
+from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.checkpoints import codec_tensors, load_weights
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
@@ -95,7 +96,11 @@ class Trainer:
             progress = _SegmentRun(self, segment, states, state).train()
             self.reporting.on_segment_end(segment, progress)
             state = replace(
-                state, progress=progress.next_segment(), model=codec_tensors(self.migration.child), optimizer={}
+                state,
+                progress=progress.next_segment(),
+                model=codec_tensors(self.migration.child),
+                optimizer={},
+                average={},
             )
             self.processes.on_main_process(partial(states.save, state))
             fault("segment")
@@ -117,6 +122,9 @@ class _SegmentRun:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if state.optimizer:
             restore_optimizer(self.optimizer, state.optimizer)
+        self.average = WeightAverage(self.child, self.stage.ema) if self.stage.ema else None
+        if self.average is not None and state.average:
+            self.average.restore(state.average)
         if migration.parent is not None:
             migration.parent.requires_grad_(False).to(self.accelerator.device)
         self.handover = None
@@ -154,6 +162,8 @@ class _SegmentRun:
             if self.handover is not None:
                 self.handover.end()
             self.accelerator.free_memory()
+        if self.average is not None:
+            self.average.apply()
         return self.progress
 
     def _step(self, images: Tensor, samples: list[int]) -> dict[str, float] | None:
@@ -179,6 +189,8 @@ class _SegmentRun:
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             return None
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
         return {**dict(zip(values, means.tolist(), strict=True)), "grad_norm": float(norm)}
 
     def _count(self, outcome: dict[str, float] | None, seconds: float) -> None:
@@ -251,8 +263,9 @@ class _SegmentRun:
             raise Interrupted(signum)
 
     def _save(self) -> None:
+        average = self.average.values if self.average is not None else {}
         tensors = optimizer_tensors(self.optimizer)
-        self.states.save(TrainingState(self.progress, codec_tensors(self.child), tensors, self.facts))
+        self.states.save(TrainingState(self.progress, codec_tensors(self.child), tensors, self.facts, average))
 
 
 def _schedule_factor(segment: Segment, step: int) -> float:

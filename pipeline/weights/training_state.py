@@ -51,6 +51,8 @@ class TrainingState:
     """`<state>/<parameter name>` → tensor; empty at the beginning of a segment."""
     facts: dict[str, Any]
     """What the stage found out before its first step: ledger, step-0 comparison."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The moving average of the segment's trainable parameters, by name; empty without `ema`."""
 
 
 class StateFolder:
@@ -64,6 +66,7 @@ class StateFolder:
         """Save a state and let go of those beyond the last two."""
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
+        tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
         metadata = {"progress": vars(state.progress), "facts": state.facts, "inputs": self.inputs}
         name = f"segment-{state.progress.segment:02d}-step-{state.progress.stage_step:08d}.safetensors"
         checkpoints.write(self.folder / name, tensors, metadata)
@@ -80,7 +83,7 @@ class StateFolder:
                 passed_over.append(str(error))
                 continue
             progress = Progress(**checkpoint.metadata["progress"])
-            parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer")}
+            parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer", "average")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
 
