@@ -42,14 +42,12 @@ def test_a_whole_chain_is_verified(audited: ChainAudit) -> None:
     assert [stage.record.name for stage in audited.stages] == STAGES
     assert all(stage.sound and stage.files == "verified" for stage in audited.stages)
     phase1 = audited.stages[1].record
-    assert [
-        (segment.name, segment.objective, segment.steps, segment.handover, segment.rates) for segment in phase1.segments
-    ] == [
+    assert [(s.name, s.objective, s.steps, s.handover, s.rates) for s in phase1.segments] == [
         ("align", "align", 2, 0, {"new": "0.001"}),
         ("frozen", "rate-distortion", 6, 4, {"new": "0.001"}),
         ("unfrozen", "rate-distortion", 5, 0, {"default": "0.001", "rwkv": "0.001"}),
     ]
-    assert all(phase.loss is not None for segment in phase1.segments)
+    assert all(segment.loss is not None for segment in phase1.segments)
 
 
 def test_times_agree_with_the_stages_own_record(audited: ChainAudit, finished: tuple[Chain, Notes]) -> None:
