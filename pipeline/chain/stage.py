@@ -29,6 +29,7 @@ from pipeline.evaluation.coding import (
 from pipeline.evaluation.quality import NamedImage, Quality
 from pipeline.recipes.schema import Segment, Transfer
 from pipeline.tracking.store import Run
+from pipeline.training.initial_weights import Start, start_child
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
@@ -107,16 +108,16 @@ class StageRun:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
         child = HPCM(self.task.config)
+        crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
         state, passed_over = self.states.newest()
         for line in passed_over:
             self.context.watcher.note(line)
         self.context.wait_for_everyone()
         if state is None:
-            state = self._begin(child)
+            state = self._begin(child, crops)
         ledger = Ledger.from_json(state.facts["ledger"])
         self._note_start(state, ledger)
         components = tuple(new_components(self.parent, child)) if self.parent else ()
-        crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
         migration = Migration(child, self.parent, components, ledger.new)
         reporting = Reporting(
             self.run, self.context.watcher, lambda segment, progress: self._validate(child, segment, progress)
@@ -124,17 +125,16 @@ class StageRun:
         trainer = Trainer(self.stage, migration, crops, self.context.processes, reporting)
         return child, trainer.train(self.states, state)
 
-    def _begin(self, child: HPCM) -> TrainingState:
+    def _begin(self, child: HPCM, crops: TrainingCrops) -> TrainingState:
         """Transfer, and compare child and parent before the first step."""
         child.to(self.device)
-        facts: dict[str, Any] = {}
         if self.task.start is not None:
-            ledger = transfer_weights(self._import(self.task.start).to(self.device), child, Transfer())
+            start = Start(transfer_weights(self._import(self.task.start).to(self.device), child, Transfer()))
         elif self.parent is None:
-            ledger = Ledger.of_root(child)
+            start = Start(Ledger.of_root(child))
         else:
-            ledger = transfer_weights(self.parent.to(self.device), child, self.stage.transfer)
-        facts["ledger"] = ledger.to_json()
+            start = start_child(self.parent.to(self.device), child, self.stage.transfer, crops)
+        facts = start.facts()
         state = TrainingState(Progress(), codec_tensors(child), {}, facts)
 
         def compare_and_save() -> None:
@@ -153,6 +153,11 @@ class StageRun:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
         self.context.watcher.note(f"transfer: {counts}")
         self.run.tags({"hpcm.ledger": counts})
+        for what in ("narrowed", "fitted"):
+            if errors := [site["error"] for site in state.facts.get(what, ())]:
+                self.context.watcher.note(
+                    f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance missed"
+                )
         if "step0_gap" in state.facts:
             self.run.tags({"hpcm.step0_loss": state.facts["step0"]["rd_loss"]})
             self.context.watcher.note(

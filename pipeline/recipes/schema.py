@@ -117,7 +117,15 @@ class Transfer(Settings):
     """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
     of the child is random and nothing is copied, to compare a migration with training anew."""
     rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
-    """Module prefix in the parent → prefix in the child; `{i}` stands for one dotted component."""
+    """Module prefix in the parent → prefix in the child, beside what the child's components take over by themselves;
+    `{i}` stands for one part of a dotted name."""
+    narrow: bool = True
+    """Where the child differs in a smaller inner width alone, keep the parent's most useful inner channels and solve
+    the layer that reads them; needs `function-preserving`."""
+    fit: bool = False
+    """Solve the last linear layer of each new component for the output of the one it replaces; likewise."""
+    calibration: PositiveInt = 24
+    """Training crops that `narrow` and `fit` compute with."""
 
 
 def _trainable(value: object) -> object:
