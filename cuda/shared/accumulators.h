@@ -1,5 +1,5 @@
-// The arithmetic of Bi-WKV4, one position at a time, shared by the CPU and the CUDA kernels: V is a float (CUDA) or a
-// vector of neighbouring channels (CPU). `exponential`, `larger` and `reciprocal` are found by V.
+// The arithmetic of Bi-WKV4, one position at a time, for the CPU and the GPU. V is a float or a vector of neighboring
+// channels.
 //
 // With x_i = e^{k_i}, decay = e^{-w} and, for each t, prefix and suffix sums that leave t itself out,
 //   F_t = sum_{i<t} decay^{t-1-i} x_i (v_i, 1),    G_t = sum_{i>t} decay^{i-t-1} x_i (v_i, 1),
@@ -9,6 +9,7 @@
 // i and t, so  dL/dw = -decay sum_s [F.n S.a - F.d S.b + G.n P.a - G.d P.b]_s  with no second set of sums.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -49,7 +50,7 @@ struct Output {
 template <class V>
 BIWKV_SHARED Output<V> sum_output(const Sum<V>& prefix, const Sum<V>& suffix, V own, V v) {
   const V n = prefix.n + suffix.n, d = prefix.d + suffix.d;
-  const V inverse = reciprocal(d + own);
+  const V inverse = 1.0f / (d + own);
   return {(n + own * v) * inverse, inverse, (v * d - n) * inverse};
 }
 
@@ -60,6 +61,10 @@ BIWKV_SHARED V flux(const Sum<V>& keys, const Sum<V>& gradients) {
 }
 
 // ---- with a running maximum: any finite w, u, k; slower (two exponentials for each sum and step) -----------------
+
+// NaN stays: a comparison with it is false.
+BIWKV_SHARED double larger(double a, double b) { return a > b ? a : b; }
+BIWKV_SHARED double exponential(double x) { return exp(x); }
 
 template <class V>
 struct Running {
