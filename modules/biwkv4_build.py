@@ -34,7 +34,7 @@ class BuildError(RuntimeError):
 
 
 class Call(ctypes.Structure):
-    """`BiwkvCall` of `cuda/biwkv4_call.h`, field by field."""
+    """`BiwkvCall` of `cuda/shared/abi.h`, field by field."""
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("batch", "length", "channels", "type")],
@@ -55,7 +55,6 @@ class Kernels:
     backward: Callable[..., int]
     runner: int = 0  # CPU: address of PyTorch's own parallel loop, 0 for one thread
     workspace: Callable[..., int] | None = None  # CUDA: bytes that a call needs on the device
-    running_maximum: Callable[..., int] | None = None  # the public kernels' manner, to compare (CPU: float32)
     explain: Callable[[int], str] = lambda status: f"status {status}"
 
 
@@ -115,18 +114,12 @@ def _load(library: Path) -> Any:
     loaded = ctypes.CDLL(str(library))
     for name in ("biwkv4_forward", "biwkv4_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
-
     return loaded
 
 
 def _load_cpu(library: Path) -> Kernels:
     loaded = _load(library)
-    return Kernels(
-        loaded.biwkv4_forward,
-        loaded.biwkv4_backward,
-        runner=_parallel_for(),
-        
-    )
+    return Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward, runner=_parallel_for())
 
 
 def _load_cuda(library: Path) -> Kernels:
@@ -138,7 +131,6 @@ def _load_cuda(library: Path) -> Kernels:
         loaded.biwkv4_forward,
         loaded.biwkv4_backward,
         workspace=loaded.biwkv4_workspace,
-        
         explain=lambda status: loaded.biwkv4_error(status).decode(),
     )
 
@@ -155,7 +147,7 @@ def _parallel_for() -> int:
 
 def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Path:
     """Compile one source into a library of the cache; processes that ask at once wait for the first."""
-    texts = [path.read_bytes() for path in [SOURCES / source, *sorted(SOURCES.glob("*/*.h"))] if path.exists()]
+    texts = [path.read_bytes() for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")]
     if not texts:
         raise BuildError(f"the sources are not at {SOURCES}")
     version = _run([command[0], "--version"])

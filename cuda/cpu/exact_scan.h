@@ -19,7 +19,7 @@ class ExactScan {
     // Keys count from the largest, or those of -1e30 would swallow the decay.
     double top = read(s.k);
     for (int64_t t = 1; t < s.length; ++t) top = std::max(top, read(s.k + t * s.k_time));
-    Running<double> sum = nothing();
+    Running sum = nothing();
     for (int64_t t = s.length - 1; t >= 0; --t) {
       Row& row = rows[t];
       row.key = read(s.k + t * s.k_time) - top, row.v = read(s.v + t * s.v_time), row.after = sum;
@@ -28,7 +28,7 @@ class ExactScan {
   }
 
   void forward() {
-    Running<double> before = nothing();
+    Running before = nothing();
     for (int64_t t = 0; t < s.length; ++t) {
       const Row& row = rows[t];
       write(running_output(before, row.after, u + row.key, row.v).y, s.y + t * s.out_time);
@@ -38,10 +38,10 @@ class ExactScan {
 
   void backward(double& grad_w, double& grad_u) {
     grad_w = grad_u = 0;
-    Running<double> before = nothing(), earlier = nothing();
+    Running before = nothing(), earlier = nothing();
     for (int64_t t = 0; t < s.length; ++t) {
       Row& row = rows[t];
-      const RunningOutput<double> out = running_output(before, row.after, u + row.key, row.v);
+      const RunningOutput out = running_output(before, row.after, u + row.key, row.v);
       const double grad = read(s.grad_y + t * s.grad_y_time), own = out.own * grad;
       row.m = -out.m, row.a = grad / out.d, row.b = row.a * out.y;
       row.grad_k = own * out.off, row.grad_v = own;
@@ -52,7 +52,7 @@ class ExactScan {
       before = running_push(before, w, row.key, row.v, 1.0);
       earlier = running_push(earlier, w, row.m, row.a, row.b);
     }
-    Running<double> later = nothing();
+    Running later = nothing();
     for (int64_t t = s.length - 1; t >= 0; --t) {
       Row& row = rows[t];
       add(row, later);
@@ -66,13 +66,13 @@ class ExactScan {
  private:
   struct Row {
     double key, v;
-    Running<double> before, after;  // the sums over keys
+    Running before, after;  // the sums over keys
     double m, a, b;                 // what the row adds to the sums over gradients
     double grad_k, grad_v;
   };
 
   // Lower than any key that matters, yet finite: the difference of two of them is zero, not NaN.
-  static Running<double> nothing() { return {0, 0, -1e300}; }
+  static Running nothing() { return {0, 0, -1e300}; }
 
   static double read(const Number* p) {
     if constexpr (std::is_same_v<Number, double>) return *p;
@@ -83,14 +83,14 @@ class ExactScan {
     else store(Floats{static_cast<float>(x)}, p, 1);
   }
 
-  static void add(Row& row, const Running<double>& gradients) {
+  static void add(Row& row, const Running& gradients) {
     const double weight = exponential(row.key + gradients.m);
     row.grad_v += gradients.n * weight;
     row.grad_k += (row.v * gradients.n - gradients.d) * weight;
   }
 
   // The step e^-w joins inside the exponent: without it the product may overflow.
-  double crossing(const Running<double>& keys, const Running<double>& gradients) const {
+  double crossing(const Running& keys, const Running& gradients) const {
     return exponential(keys.m + gradients.m - w) * (keys.n * gradients.n - keys.d * gradients.d);
   }
 

@@ -183,16 +183,19 @@ class FastScan {
 
   // A decay rounded each time alike would drift: each row's makes good what the rows before it have rounded.
   void round_decay() {
-    double exact[kLanes], inverse[kLanes], excess[kLanes] = {};
+    Floats near, rest, excess = {};  // near + rest is the decay; excess is what is to make good, relatively
     for (int i = 0; i < kLanes; ++i) {
-      exact[i] = skip[i] = std::exp(-static_cast<double>(w[i])), inverse[i] = 1 / exact[i];
-      for (int64_t rows = 1; rows < kRows; rows *= 2) skip[i] *= skip[i];
+      const double exact = std::exp(-static_cast<double>(w[i]));
+      near[i] = static_cast<float>(exact), rest[i] = static_cast<float>(exact - near[i]);
+      skip[i] = exact;
     }
+    for (int64_t rows = 1; rows < kRows; rows *= 2) {
+      for (int i = 0; i < kLanes; ++i) skip[i] *= skip[i];
+    }
+    const Floats inverse = 1.0f / near;
     for (int64_t t = 0; t < kRows; ++t) {
-      for (int i = 0; i < kLanes; ++i) {
-        decay[t][i] = static_cast<float>(exact[i] - exact[i] * excess[i]);
-        excess[i] += (decay[t][i] - exact[i]) * inverse[i];
-      }
+      decay[t] = near + (rest - near * excess);
+      excess += (decay[t] - near - rest) * inverse;
     }
   }
 
