@@ -1,10 +1,12 @@
-// What a GPU's thread sees of a call (biwkv4_kernels.h): the tensors, the memory in which phases leave numbers to one
+// What a GPU's thread sees of a call (phases.h): the tensors, the memory in which phases leave numbers to one
 // another, and its own cell, one channel of one chunk of time.
 #pragma once
 
 #include <cstdint>
 
-#include "biwkv4_weights.h"
+#include "../shared/accumulators.h"
+#include "device.h"
+#include "weights.h"
 
 namespace biwkv {
 
@@ -27,7 +29,7 @@ struct Tensors {
 
 // What the phases leave in `fields` for one another: these, then states over keys and, backward, over gradients. The
 // states are at first a chunk's own, then, joined, of all before (forth) and after it (back).
-enum Field { kMax, kForwardFields, kCentre = kForwardFields, kPartW, kPartU, kBackwardFields };
+enum Field { kMax, kForwardFields, kCenter = kForwardFields, kPartW, kPartU, kBackwardFields };
 enum StateField { kForth, kBack, kForwardStates, kGradForth = kForwardStates, kGradBack, kBackwardStates };
 
 constexpr int kWidest = 5;  // numbers of a state
@@ -48,13 +50,13 @@ struct Cell {
   const Tensors<Number>& all;
   int64_t b, chunk, channel, rows;
   Weights weights;
-  float centre;
+  float center;
 
   BIWKV_DEVICE Cell(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel)
       : all(all), b(b), chunk(chunk), channel(channel), weights(all.w[channel], all.u[channel], frame(0)) {
     const int64_t left = all.length - chunk * kChunk;
     rows = left < kChunk ? left : kChunk;
-    centre = backward && Weights::kCentred ? frame(1) : 0.0f;
+    center = backward && Weights::kCentered ? frame(1) : 0.0f;
   }
 
   BIWKV_DEVICE float& field(int which) const {
@@ -98,7 +100,7 @@ struct Cell {
     for (int i = 0; i < kBlock; ++i) {
       const int row = block * kBlock + i;
       const bool inside = row < rows;
-      keys[i] = inside ? k(row) : 0.0f, values[i] = inside ? v(row) - centre : 0.0f;
+      keys[i] = inside ? k(row) : 0.0f, values[i] = inside ? v(row) - center : 0.0f;
     }
 #pragma unroll Weights::kUnrollRows
     for (int i = 0; i < kBlock; ++i) {

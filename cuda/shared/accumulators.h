@@ -1,5 +1,5 @@
-// The arithmetic of Bi-WKV4, one position at a time, shared by the CPU and the CUDA kernels: V is a float (CUDA) or a
-// vector of neighbouring channels (CPU). `exponential`, `larger` and `reciprocal` are found by V.
+// The arithmetic of Bi-WKV4, one position at a time, for the CPU and the GPU. V is a float or a vector of neighboring
+// channels.
 //
 // With x_i = e^{k_i}, decay = e^{-w} and, for each t, prefix and suffix sums that leave t itself out,
 //   F_t = sum_{i<t} decay^{t-1-i} x_i (v_i, 1),    G_t = sum_{i>t} decay^{i-t-1} x_i (v_i, 1),
@@ -9,6 +9,7 @@
 // i and t, so  dL/dw = -decay sum_s [F.n S.a - F.d S.b + G.n P.a - G.d P.b]_s  with no second set of sums.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -49,7 +50,7 @@ struct Output {
 template <class V>
 BIWKV_SHARED Output<V> sum_output(const Sum<V>& prefix, const Sum<V>& suffix, V own, V v) {
   const V n = prefix.n + suffix.n, d = prefix.d + suffix.d;
-  const V inverse = reciprocal(d + own);
+  const V inverse = 1.0f / (d + own);
   return {(n + own * v) * inverse, inverse, (v * d - n) * inverse};
 }
 
@@ -61,42 +62,41 @@ BIWKV_SHARED V flux(const Sum<V>& keys, const Sum<V>& gradients) {
 
 // ---- with a running maximum: any finite w, u, k; slower (two exponentials for each sum and step) -----------------
 
-template <class V>
+// NaN stays: a comparison with it is false.
+BIWKV_SHARED double larger(double a, double b) { return a > b ? a : b; }
+BIWKV_SHARED double exponential(double x) { return exp(x); }
+
 struct Running {
-  V n, d, m;  // the sums are n e^m and d e^m
+  double n, d, m;  // the sums are n e^m and d e^m
 };
 
-template <class V>
-BIWKV_SHARED Running<V> running_push(const Running<V>& sum, V w, V key, V n, V d) {
-  const V aged = sum.m - w;
-  const V m = larger(aged, key);
-  const V keep = exponential(aged - m), add = exponential(key - m);
+BIWKV_SHARED Running running_push(const Running& sum, double w, double key, double n, double d) {
+  const double aged = sum.m - w;
+  const double m = larger(aged, key);
+  const double keep = exponential(aged - m), add = exponential(key - m);
   return {sum.n * keep + n * add, sum.d * keep + d * add, m};
 }
 
-template <class V>
-BIWKV_SHARED Running<V> running_join(const Running<V>& aged, const Running<V>& sum) {
-  const V m = larger(aged.m, sum.m);
-  const V keep = exponential(aged.m - m), add = exponential(sum.m - m);
+BIWKV_SHARED Running running_join(const Running& aged, const Running& sum) {
+  const double m = larger(aged.m, sum.m);
+  const double keep = exponential(aged.m - m), add = exponential(sum.m - m);
   return {aged.n * keep + sum.n * add, aged.d * keep + sum.d * add, m};
 }
 
-template <class V>
 struct RunningOutput {
-  V y;     // the weighted mean of v
-  V d, m;  // its total weight is d e^m
-  V own;   // the weight of v_t in y_t
-  V off;   // v_t - y_t
+  double y;     // the weighted mean of v
+  double d, m;  // its total weight is d e^m
+  double own;   // the weight of v_t in y_t
+  double off;   // v_t - y_t
 };
 
-template <class V>
-BIWKV_SHARED RunningOutput<V> running_output(const Running<V>& prefix, const Running<V>& suffix, V own_key, V v) {
-  const V m = larger(larger(prefix.m, suffix.m), own_key);
-  const V of_prefix = exponential(prefix.m - m), of_suffix = exponential(suffix.m - m);
-  const V own = exponential(own_key - m);
-  const V n = prefix.n * of_prefix + suffix.n * of_suffix;
-  const V d = prefix.d * of_prefix + suffix.d * of_suffix;
-  const V inverse = 1 / (d + own);
+BIWKV_SHARED RunningOutput running_output(const Running& prefix, const Running& suffix, double own_key, double v) {
+  const double m = larger(larger(prefix.m, suffix.m), own_key);
+  const double of_prefix = exponential(prefix.m - m), of_suffix = exponential(suffix.m - m);
+  const double own = exponential(own_key - m);
+  const double n = prefix.n * of_prefix + suffix.n * of_suffix;
+  const double d = prefix.d * of_prefix + suffix.d * of_suffix;
+  const double inverse = 1 / (d + own);
   return {(n + own * v) * inverse, d + own, m, own * inverse, (v * d - n) * inverse};
 }
 

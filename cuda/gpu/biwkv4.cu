@@ -1,44 +1,15 @@
-// The CUDA side of the Bi-WKV4 interface: number types, launches, and slices that stay in the L2 cache.
+// The CUDA side of the interface: number types, launches, and slices that stay in the L2 cache.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 
-#include "biwkv4_call.h"
-
-#define BIWKV_DEVICE __device__ __forceinline__
-
-namespace biwkv {
-
-BIWKV_DEVICE float number(float x) { return x; }
-BIWKV_DEVICE float number(__nv_bfloat16 x) { return __bfloat162float(x); }
-BIWKV_DEVICE float number(__half x) { return __half2float(x); }
-BIWKV_DEVICE void put_number(float* p, float x) { *p = x; }
-BIWKV_DEVICE void put_number(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-BIWKV_DEVICE void put_number(__half* p, float x) { *p = __float2half_rn(x); }
-
-// NaN stays, as on the CPU.
-BIWKV_DEVICE float larger(float a, float b) { return a > b ? a : b; }
-BIWKV_DEVICE double larger(double a, double b) { return a > b ? a : b; }
-
-BIWKV_DEVICE float reciprocal(float x) { return 1.0f / x; }
-
-// The hardware's 2^x, with the rounding of x log2(e) made good: it alone would cost 4e-6 at x = -60.
-BIWKV_DEVICE float exponential(float x) {
-  constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
-  x = x < -200.0f ? -200.0f : x;
-  const float scaled = x * log2e;
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(scaled));
-  const float lost = fmaf(x, log2e, -scaled) * ln2;
-  return fmaf(power, lost, power);
-}
-BIWKV_DEVICE double exponential(double x) { return exp(x); }
-
-}  // namespace biwkv
-
-#include "biwkv4_kernels.h"  // after what it calls
+#include "../shared/abi.h"
+#include "cell.h"
+#include "phases.h"
+#include "weights.h"
 
 namespace biwkv {
 namespace {
@@ -92,12 +63,12 @@ __global__ void __launch_bounds__(kWarp * kWorkers, 1) each_beyond(Tensors<Numbe
   const int64_t groups = (all.channels + kWarp - 1) / kWarp, channel = blockIdx.x % groups * kWarp + threadIdx.x;
   const bool beyond = channel < all.channels && all.beyond(channel);
   if (!__syncthreads_or(beyond)) return;
-  run_phases<Number, RunningMaximum<double>, backward>(
+  run_phases<Number, RunningMaximum, backward>(
       OneBlock<Number>{all, static_cast<int64_t>(blockIdx.x / groups), channel, beyond}, all.chunks);
 }
 
 // So much of k, v and grad_y at a time that the later phases find it in the L2 cache, yet enough to fill the device.
-template <class Number, class Weights, bool backward>
+template <class Number, bool backward>
 void run_slices(const Tensors<Number>& all, cudaStream_t stream) {
   int device = 0, cache = 0, processors = 0;
   cudaGetDevice(&device);
@@ -111,27 +82,23 @@ void run_slices(const Tensors<Number>& all, cudaStream_t stream) {
   for (int64_t b = 0; b < all.batch; b += batches) {
     for (int64_t c = 0; c < all.channels; c += channels) {
       const Slice slice = {b, std::min(batches, all.batch - b), c, std::min(channels, all.channels - c)};
-      run_phases<Number, Weights, backward>(Launches<Number>{all, slice, stream}, all.chunks);
+      run_phases<Number, OneShift, backward>(Launches<Number>{all, slice, stream}, all.chunks);
     }
   }
 }
 
 template <class Number, bool backward>
-void run(const Tensors<Number>& all, bool by_running_maximum, cudaStream_t stream) {
-  if (by_running_maximum) {
-    run_slices<Number, RunningMaximum<float>, backward>(all, stream);
-  } else {
-    run_slices<Number, OneShift, backward>(all, stream);
-    const int64_t groups = (all.channels + kWarp - 1) / kWarp;
-    each_beyond<Number, backward><<<static_cast<unsigned>(groups * all.batch), dim3(kWarp, kWorkers), 0, stream>>>(all);
-  }
+void run(const Tensors<Number>& all, cudaStream_t stream) {
+  run_slices<Number, backward>(all, stream);
+  const int64_t groups = (all.channels + kWarp - 1) / kWarp;
+  each_beyond<Number, backward><<<static_cast<unsigned>(groups * all.batch), dim3(kWarp, kWorkers), 0, stream>>>(all);
   if constexpr (backward) {
     Launches<Number>{all, {0, 1, 0, all.channels}, stream}.template run<sum_parameters<Number>>(1);
   }
 }
 
 template <class Number>
-int run_as(const BiwkvCall& call, bool backward, bool by_running_maximum) {
+int run_as(const BiwkvCall& call, bool backward) {
   Tensors<Number> all;
   all.w = static_cast<const float*>(call.w), all.u = static_cast<const float*>(call.u);
   all.k = static_cast<const Number*>(call.k), all.v = static_cast<const Number*>(call.v);
@@ -143,16 +110,16 @@ int run_as(const BiwkvCall& call, bool backward, bool by_running_maximum) {
   all.batch = call.batch, all.length = call.length, all.channels = call.channels;
   all.chunks = chunks_of(call.length), all.fields = static_cast<float*>(call.workspace);
   const auto stream = static_cast<cudaStream_t>(call.runner);
-  backward ? run<Number, true>(all, by_running_maximum, stream) : run<Number, false>(all, by_running_maximum, stream);
+  backward ? run<Number, true>(all, stream) : run<Number, false>(all, stream);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? BIWKV_OK : BIWKV_CUDA_ERROR + error;
 }
 
-int dispatch(const BiwkvCall* call, bool backward, bool by_running_maximum = false) {
+int dispatch(const BiwkvCall* call, bool backward) {
   switch (call->type) {
-    case BIWKV_FLOAT32: return run_as<float>(*call, backward, by_running_maximum);
-    case BIWKV_BFLOAT16: return run_as<__nv_bfloat16>(*call, backward, by_running_maximum);
-    case BIWKV_FLOAT16: return run_as<__half>(*call, backward, by_running_maximum);
+    case BIWKV_FLOAT32: return run_as<float>(*call, backward);
+    case BIWKV_BFLOAT16: return run_as<__nv_bfloat16>(*call, backward);
+    case BIWKV_FLOAT16: return run_as<__half>(*call, backward);
   }
   return BIWKV_BAD_TYPE;
 }
@@ -165,11 +132,6 @@ extern "C" {
 int biwkv4_forward(const BiwkvCall* call) { return biwkv::dispatch(call, false); }
 
 int biwkv4_backward(const BiwkvCall* call) { return biwkv::dispatch(call, true); }
-
-// For comparison: all channels by a running maximum in float32, the manner of the public kernels.
-int biwkv4_running_maximum(const BiwkvCall* call, int backward) {
-  return biwkv::dispatch(call, backward != 0, true);
-}
 
 // Bytes of workspace that a call needs.
 int64_t biwkv4_workspace(const BiwkvCall* call, int backward) {

@@ -1,11 +1,11 @@
-// How a GPU's sums keep their weights within range: two ways behind the same names, for biwkv4_kernels.h.
-//
-// Whoever includes this defines beforehand BIWKV_DEVICE, number(), put_number(), exponential(), reciprocal(), larger().
+// How a GPU's sums keep their weights within range: two ways behind the same names, for phases.h.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
-#include "biwkv4_arithmetic.h"
+#include "../shared/accumulators.h"
+#include "device.h"
 
 namespace biwkv {
 
@@ -24,7 +24,7 @@ struct OneShift {
   };
   static constexpr int kWidth = 2;                              // numbers of a state
   static constexpr int kUnrollBlocks = 8, kUnrollRows = kBlock;  // everything in registers
-  static constexpr bool kCentred = true;
+  static constexpr bool kCentered = true;
 
   float decay, boost, shift, drift;
 
@@ -77,9 +77,9 @@ struct OneShift {
   static BIWKV_DEVICE Joined join(const Joined& sum, double skip, const Joined& own) {
     return sum_push(sum, skip, own.n, own.d);
   }
-  static BIWKV_DEVICE Joined moved(const Joined& own, double by, double uncentre) {
+  static BIWKV_DEVICE Joined moved(const Joined& own, double by, double uncenter) {
     const double scale = exponential(by);
-    return {(own.n + uncentre * own.d) * scale, own.d * scale};
+    return {(own.n + uncenter * own.d) * scale, own.d * scale};
   }
   static BIWKV_DEVICE State get(const float (&from)[kWidth]) { return {from[0], from[1]}; }
   static BIWKV_DEVICE Joined widen(const State& own) { return {own.n, own.d}; }
@@ -90,20 +90,18 @@ struct OneShift {
   }
 };
 
-// A running maximum, as in the public kernels: any w, u and k. In float64 for the channels beyond the bound, in float32
-// for the benchmark. A weight is the logarithm of one.
-template <class Real_>
+// A running maximum in float64: any w, u and k, for the channels beyond the bound. A weight is the logarithm of one.
 struct RunningMaximum {
-  using Real = Real_;
-  using State = Running<Real>;
-  using Joined = Running<double>;
+  using Real = double;
+  using State = Running;
+  using Joined = Running;
   struct Gradient {
-    Real a, b, m;  // a and b times e^-m
+    double a, b, m;  // a and b times e^-m
   };
-  using Out = RunningOutput<Real>;
+  using Out = RunningOutput;
   static constexpr int kWidth = 5;  // n and d each as a float and what it rounds off, and m
-  static constexpr int kUnrollBlocks = 1, kUnrollRows = sizeof(Real) == 4 ? kBlock : 1;  // or registers would spill
-  static constexpr bool kCentred = false;
+  static constexpr int kUnrollBlocks = 1, kUnrollRows = 1;  // or registers would spill
+  static constexpr bool kCentered = false;
 
   Real w, u;
   float shift;

@@ -1,13 +1,17 @@
-// Bi-WKV4 on a GPU: a thread is one channel of one chunk of time, neighbouring threads are neighbouring channels.
+// Bi-WKV4 on a GPU: a thread is one channel of one chunk of time, neighboring threads are neighboring channels.
 // Threads share nothing but global memory, and a phase ends before the next begins, so that the tests run these very
 // functions on the CPU (tests/modules/biwkv4_emulation.cpp), a thread after another.
 //
 // Each chunk's own sums (sum_keys), the channel's frame, the sums before and after each chunk (join_keys), and then
 // each chunk again from these: the same phases as on the CPU. `Weights` is OneShift for all channels, then
-// RunningMaximum<double> for those beyond the bound, whose results it overwrites: the host need not know of them.
+// RunningMaximum for those beyond the bound, whose results it overwrites: the host need not know of them.
 #pragma once
 
-#include "biwkv4_cell.h"
+#include <cstdint>
+
+#include "../shared/accumulators.h"
+#include "cell.h"
+#include "device.h"
 
 namespace biwkv {
 
@@ -62,24 +66,24 @@ BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk,
 #pragma unroll 8
   for (int row = 0; row < cell.rows; ++row) max = larger(max, cell.k(row));
   cell.field(kMax) = cell.weights.shift = max;
-  float centre = 0.0f;
-  if (backward && Weights::kCentred) {
+  float center = 0.0f;
+  if (backward && Weights::kCentered) {
     Sum<float> mean = {0.0f, 0.0f};
 #pragma unroll 8
     for (int row = 0; row < cell.rows; ++row) {
       const float x = cell.weights.weight(cell.k(row));
       mean = {mean.n + x * cell.v(row), mean.d + x};
     }
-    centre = mean.n / mean.d;
-    centre = centre == centre ? centre : 0.0f;
-    cell.field(kCentre) = centre;
+    center = mean.n / mean.d;
+    center = center == center ? center : 0.0f;
+    cell.field(kCenter) = center;
   }
   auto forth = Weights::nothing(), back = forth;
   auto age = Weights::near();
 #pragma unroll Weights::kUnrollRows
   for (int row = 0; row < cell.rows; ++row) {
     const auto x = cell.weights.weight(cell.k(row));
-    const typename Weights::Real v = cell.v(row) - centre;
+    const typename Weights::Real v = cell.v(row) - center;
     forth = cell.weights.push(forth, x, v);
     back = cell.weights.add(back, age, x, v);
     age = cell.weights.farther(age);
@@ -89,7 +93,7 @@ BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk,
   cell.put(kBack, back);
 }
 
-// The channel's shift and centre, from its chunks'.
+// The channel's shift and center, from its chunks'.
 template <class Number, class Weights, bool backward>
 BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int64_t channel) {
   using Chunk = Cell<Number, Weights, backward>;
@@ -98,16 +102,16 @@ BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int
   for (int64_t c = 0; c < all.chunks; ++c) max = larger(max, Chunk(all, b, c, channel).field(kMax));
   const Chunk first(all, b, 0, channel);
   first.frame(0) = Weights::shift_of(max, all.w[channel] * all.length);
-  if (!backward || !Weights::kCentred) return;
+  if (!backward || !Weights::kCentered) return;
   double n = 0, d = 0;
 #pragma unroll 4
   for (int64_t c = 0; c < all.chunks; ++c) {
     const Chunk cell(all, b, c, channel);
     const double weight = cell.state(kForth).d * exponential(static_cast<double>(cell.field(kMax)) - max);
-    n += weight * cell.field(kCentre), d += weight;
+    n += weight * cell.field(kCenter), d += weight;
   }
-  const float centre = static_cast<float>(n / d);
-  first.frame(1) = centre == centre ? centre : 0.0f;
+  const float center = static_cast<float>(n / d);
+  first.frame(1) = center == center ? center : 0.0f;
 }
 
 // Each chunk's own state to that of all before (forth) or after it (back), in float64. `own` reads a chunk's. Some
@@ -137,8 +141,8 @@ template <class Number, class Weights, bool backward>
 BIWKV_DEVICE void join_keys(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) {
   join<Number, Weights, backward>(all, b, channel, side != 0, side ? kBack : kForth, [](const auto& cell, int which) {
     const double by = static_cast<double>(cell.field(kMax)) - cell.weights.shift;
-    const double uncentre = backward && Weights::kCentred ? static_cast<double>(cell.field(kCentre)) - cell.centre : 0;
-    return Weights::moved(Weights::widen(cell.state(which)), by, uncentre);
+    const double uncenter = backward && Weights::kCentered ? static_cast<double>(cell.field(kCenter)) - cell.center : 0;
+    return Weights::moved(Weights::widen(cell.state(which)), by, uncenter);
   });
 }
 
