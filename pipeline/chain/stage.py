@@ -15,6 +15,7 @@ from pipeline.chain.acceptance import judge
 from pipeline.chain.precheck import StageError
 from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
 from pipeline.common import files
+from pipeline.common.contracts import contract_of
 from pipeline.common.fault_injection import fault
 from pipeline.data.crops import TrainingCrops, validation_images
 from pipeline.evaluation.coding import (
@@ -26,13 +27,15 @@ from pipeline.evaluation.coding import (
     plot_rate_distortion,
     save_comparison,
 )
-from pipeline.evaluation.quality import NamedImage, Quality
+from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
 from pipeline.tracking.store import Run
+from pipeline.tracking.tags import StageTags
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
+from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
 from pipeline.weights.training_state import Progress, TrainingState
 
 
@@ -42,7 +45,7 @@ class StageRun:
     def __init__(self, task: StageTask, context: RunContext, run: Run):
         self.task, self.context, self.run = task, context, run
         self.stage = task.stage
-        self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
+        self._attempt, self._began = "started", int(1000 * time.time())
         self.inputs = task.inputs()
         self.train_photos, self.val_photos = task.train_photos, task.val_photos
         self.states = task.states
@@ -78,13 +81,16 @@ class StageRun:
     def note_end(self, error: BaseException) -> None:
         """Say with the attempt what ended it."""
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        self.run.tags({self._attempt_tag: f"{self._attempt}; {reason}"})
+        self._tag(StageTags(attempts={self._began: f"{self._attempt}; {reason}"}))
+
+    def _tag(self, tags: StageTags) -> None:
+        self.run.tags(tags.to_tags())
 
     def _describe(self) -> None:
         self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.task.config.to_dict()})
         self.run.dataset(self.train_photos, "training")
         self.run.dataset(self.val_photos, "validation")
-        self.run.tags({f"hpcm.input.{name.replace(' ', '_')}": value for name, value in self.inputs.items()})
+        self._tag(StageTags(inputs=self.inputs))
         for photos in (self.train_photos, self.val_photos):
             for path, reason in photos.skipped:
                 self.context.watcher.note(f"skipped {path}: {reason}")
@@ -152,9 +158,9 @@ class StageRun:
     def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
         self.context.watcher.note(f"transfer: {counts}")
-        self.run.tags({"hpcm.ledger": counts})
+        self._tag(StageTags(ledger=counts))
         if "step0_gap" in state.facts:
-            self.run.tags({"hpcm.step0_loss": state.facts["step0"]["rd_loss"]})
+            self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
                 f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
                 f"{state.facts['step0_gap']:+.4f} against the parent"
@@ -164,7 +170,7 @@ class StageRun:
             at = [segment.name for segment in self.stage.schedule] + ["evaluation"]
             self._attempt = f"resumed in {at[progress.segment]} at step {progress.step}"
             self.context.watcher.note(self._attempt)
-        self.run.tags({self._attempt_tag: self._attempt})
+        self._tag(StageTags(attempts={self._began: self._attempt}))
 
     def _estimate(self, model: HPCM) -> Quality:
         return estimate(model, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)
@@ -198,7 +204,7 @@ class StageRun:
         parent_quality = self._parent_quality()
         refusal = judge(self.stage.accept, quality, parent_quality)
         verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
-        self.run.tags({"hpcm.acceptance": "; ".join([verdict, *refusal])})
+        self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
         if verdict == "refused":
             raise StageError(
                 f"{self.stage.name}: not accepted against its parent: {'; '.join(refusal)}.\n"
@@ -215,17 +221,15 @@ class StageRun:
     def _parent_quality(self) -> Quality | None:
         if self.parent is None or self.task.parent is None:
             return None
-        metadata = checkpoints.read_metadata(self.task.parent)
-        if metadata["validation"] == self._validation():
-            return Quality(**metadata["quality"])
+        lineage = Lineage.read(self.task.parent)
+        if lineage.quality is not None and lineage.validation == self._validation():
+            return lineage.quality
         parent = self.parent.to(self.device)
         return evaluate(parent, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)[0].quality
 
-    def _validation(self) -> dict[str, Any]:
-        """What the figures of a published stage depend on beside its codec."""
-        images = [name for name, _ in self.images]
-        settings = {"lmbda": self.stage.lmbda, "metric": self.stage.metric}
-        return {"digest": self.val_photos.digest, "images": images, **settings}
+    def _validation(self) -> Validation:
+        images = tuple(name for name, _ in self.images)
+        return Validation(self.val_photos.digest, images, self.stage.lmbda, self.stage.metric)
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
         task, folder, progress, facts = self.task, self.task.folder, state.progress, state.facts
@@ -234,20 +238,20 @@ class StageRun:
         (folder / "stage.yaml").write_text(self.stage.to_yaml())
         files.write_json(folder / "ledger.json", facts.get("ledger", []))
         files.write_json(folder / "evaluation.json", evaluation.to_json(self.stage.name))
-        lineage = {
-            "name": self.stage.name,
-            "inputs": self.inputs,
-            "stage": self.stage.to_yaml(),
-            "code": CODE_VERSION,
-            "quality": asdict(evaluation.quality),
-            "validation": self._validation(),
-        }
-        checkpoints.publish(task.checkpoint, child, lineage)
+        lineage = Lineage(
+            name=self.stage.name,
+            stage=self.stage.to_yaml(),
+            code=CODE_VERSION,
+            inputs=self.inputs,
+            quality=evaluation.quality,
+            validation=self._validation(),
+        )
+        publish(task.checkpoint, child, lineage)
         fault("publish.checkpoint")
-        digest = checkpoints.read_metadata(task.checkpoint)["digest"]
+        digest = checkpoints.read_digest(task.checkpoint)
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
-        self.run.tags({"hpcm.checkpoint": str(task.checkpoint.absolute()), "hpcm.checkpoint_digest": digest})
+        self._tag(StageTags(checkpoint=str(task.checkpoint.absolute()), checkpoint_digest=digest))
         for name in (
             "stage.yaml",
             "ledger.json",
@@ -259,19 +263,19 @@ class StageRun:
         if (folder / "reconstructions").is_dir():
             self.run.artifact(folder / "reconstructions", "reconstructions")
         self.run.end("FINISHED")
-        record = {
-            "digest": digest,
-            "inputs": self.inputs,
-            "mlflow_key": self.run.key,
-            "parameters": parameters,
-            "kmacs_per_pixel": macs / 1000,
-            "quality": asdict(evaluation.quality),
-            "training_seconds": progress.seconds,
-            "steps": progress.stage_step,
-            "skipped_steps": progress.bad_steps,
-            "facts": {key: value for key, value in facts.items() if key != "ledger"},
-        }
+        record = PublicationRecord(
+            digest=digest,
+            inputs=self.inputs,
+            mlflow_key=self.run.key,
+            parameters=parameters,
+            kmacs_per_pixel=macs / 1000,
+            quality=evaluation.quality,
+            training_seconds=progress.seconds,
+            steps=progress.stage_step,
+            skipped_steps=progress.bad_steps,
+            facts=contract_of(StartFacts, facts, "training state"),
+        )
         # Last: with the record the stage counts as done.
-        files.write_json(task.record, record)
+        record.write(task.record)
         fault("publish.record")
         task.forget_states()

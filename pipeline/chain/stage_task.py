@@ -126,7 +126,7 @@ class StageTask:
         if self.start is not None:
             found["start"] = self._file_digest
         if self.parent is not None:
-            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
+            found["parent"] = checkpoints.read_digest(self.parent)
         return found
 
     @cached_property

@@ -129,7 +129,7 @@ def evaluate(
     from pipeline.data.images import SUFFIXES, read_picture
     from pipeline.evaluation.codec_files import find, to_tensor
     from pipeline.evaluation.coding import Evaluation, code
-    from pipeline.weights.checkpoints import read_metadata
+    from pipeline.weights.published import Lineage
 
     found = find(pictures, SUFFIXES)
     if output:
@@ -152,7 +152,7 @@ def evaluate(
         for result in (*results, evaluation.mean):
             table.add(*_cells(result))
         if output:
-            write_json(output, evaluation.to_json(str(read_metadata(checkpoint).get("name", checkpoint.stem))))
+            write_json(output, evaluation.to_json(Lineage.read(checkpoint).name or checkpoint.stem))
     _end(table, complete)
 
 

@@ -182,12 +182,13 @@ def import_(
     """Bring an official `.pth.tar` into this pipeline; the preset is recognized by its tensors."""
     from modules.config import preset_of
     from pipeline.commands.display import console
-    from pipeline.weights.checkpoints import check_target, import_official, publish
+    from pipeline.weights.checkpoints import check_target, import_official
+    from pipeline.weights.published import Lineage, publish
 
     check_target(source, target, overwrite)
     model = import_official(source)
     preset, phase = preset_of(model.config)
-    publish(target, model, {"name": "baseline", "imported_from": source.name})
+    publish(target, model, Lineage(name="baseline", imported_from=source.name))
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
 

@@ -5,11 +5,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluation.quality import Quality
 from pipeline.evidence import rate_distortion
 from pipeline.evidence.comparison import Comparison
 from pipeline.evidence.rate_distortion import Delta
 from pipeline.tracking.records import ChainRecord
+from pipeline.weights.published import Quality
 
 EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
     "time": ((-25, -15), (-45, -30), (-50, -35), (-55, -40)),

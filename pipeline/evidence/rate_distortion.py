@@ -11,8 +11,9 @@ from scipy.interpolate import PchipInterpolator
 
 from pipeline.common.figure_style import codec_colors, new_figure
 from pipeline.common.tables import Table, number
-from pipeline.evaluation.quality import Quality, mean_quality
+from pipeline.evaluation.quality import mean_quality
 from pipeline.tracking.records import ChainRecord, Records
+from pipeline.weights.published import Quality
 
 METHOD = "pchip"
 """Of interpolation: monotone between the points, and a straight line through two. Cubic fits need four."""

@@ -1,6 +1,6 @@
-"""What runs tell MLflow waits on disk, in order: training neither waits for the store nor fails for it.
+"""What runs log to MLflow waits on disk, in order: training neither waits for the store nor fails for it.
 
-A run says something by appending a line to a journal; one thread sends the lines. What a kill leaves unclear, the
+A run logs something by appending an entry to a journal; one thread sends the entries. What a kill leaves unclear, the
 store's own state decides (see StoredRun), and a metric keeps the time at which it was first said, so that sending it
 twice is logging it once.
 """
@@ -66,9 +66,9 @@ class Outbox:
         """How many entries have not been sent."""
         return self.journal.read_bytes()[self._sent :].count(b"\n") if self.journal.exists() else 0
 
-    def append(self, run: str, say: str, about: dict[str, Any]) -> None:
+    def append(self, run: str, action: str, arguments: dict[str, Any]) -> None:
         """Put an entry on disk; raises FileError where the disk is full."""
-        entry = {"run": run, "say": say, "time": int(time.time() * 1000), "about": about}
+        entry = {"run": run, "action": action, "time": int(time.time() * 1000), "arguments": arguments}
         line = json.dumps(entry).encode() + b"\n"
         with self._changed:
             self._remember(entry)
@@ -117,11 +117,11 @@ class Outbox:
         return True
 
     def _remember(self, entry: dict[str, Any]) -> None:
-        run, about = entry["run"], entry["about"]
-        if entry["say"] == "open":
-            self._opened[run] = {**about, "time": entry["time"]}
-        elif entry["say"] == "metrics":
-            self.last_step |= {(run, key): about["step"] for key in about["values"]}
+        run, arguments = entry["run"], entry["arguments"]
+        if entry["action"] == "open":
+            self._opened[run] = {**arguments, "time": entry["time"]}
+        elif entry["action"] == "metrics":
+            self.last_step |= {(run, key): arguments["step"] for key in arguments["values"]}
 
     def _deliver(self) -> None:
         failures = 0
@@ -163,14 +163,14 @@ class Outbox:
     def _send(self, entry: dict[str, Any]) -> None:
         if self._client is None:
             self._client = self.store.client()
-        key, say = entry["run"], entry["say"]
+        key, action = entry["run"], entry["action"]
         if key not in self._runs:
             self._runs[key] = open_run(self._client, key, **self._opened[key])
         run = self._runs[key]
-        if say == "open":
+        if action == "open":
             self._client.update_run(run.run_id, status="RUNNING")
         else:
-            getattr(run, say)(**entry["about"], time=entry["time"])
+            getattr(run, action)(**entry["arguments"], time=entry["time"])
 
     def _pause(self, error: Exception, failures: int) -> None:
         if failures == 1:
@@ -189,8 +189,8 @@ class Outbox:
             partial.replace(self.sent_path)
         except OSError as error:
             raise FileError(f"{self.sent_path}: cannot be written: {error.strerror}") from error
-        if entry["say"] == "artifact":
-            shutil.rmtree(Path(entry["about"]["path"]).parent, ignore_errors=True)
+        if entry["action"] == "artifact":
+            shutil.rmtree(Path(entry["arguments"]["path"]).parent, ignore_errors=True)
         self._sent = end
 
 
@@ -202,9 +202,9 @@ class OutboxRun(Run):
     def __init__(self, outbox: Outbox, key: str):
         self.outbox, self.key = outbox, key
 
-    def queue(self, what: str, **about: Any) -> None:
+    def queue(self, action: str, **arguments: Any) -> None:
         """Put an entry of this run into the outbox."""
-        self.outbox.append(self.key, what, about)
+        self.outbox.append(self.key, action, arguments)
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         self.queue("parameters", values={key: str(value)[:6000] for key, value in _flatten(values)})
@@ -242,7 +242,7 @@ def _entries(journal: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
             end = file.tell()
             try:
                 entry = json.loads(line)
-                entry = {key: entry[key] for key in ("run", "say", "time", "about")}
+                entry = {key: entry[key] for key in ("run", "action", "time", "arguments")}
             except (ValueError, TypeError, LookupError) as error:
                 number = journal.read_bytes()[:end].count(b"\n")
                 raise FileError(

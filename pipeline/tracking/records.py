@@ -12,13 +12,14 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pipeline.common.errors import UserError
-from pipeline.evaluation.quality import Quality
+from pipeline.tracking import tags
 from pipeline.tracking.store import EXPERIMENT, Store, brief
+from pipeline.tracking.tags import ChainTags, StageTags
+from pipeline.weights.published import Quality
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-KIND_TAG = "hpcm.kind"
 History = list[tuple[int, float]]
 """Values of a metric by step of the stage."""
 
@@ -50,14 +51,14 @@ class StageRecord:
     parameters: dict[str, str]
     metrics: dict[str, float]
     """The last value of each."""
-    tags: dict[str, str]
+    tags: StageTags
     segments: tuple[SegmentRecord, ...]
     """Empty for a root that was taken from a file."""
 
     @property
     def name(self) -> str:
         """The stage's name in its recipe."""
-        return self.tags["hpcm.stage"]
+        return str(self.tags.stage)
 
     @property
     def parent(self) -> str | None:
@@ -73,7 +74,7 @@ class StageRecord:
     @property
     def digest(self) -> str | None:
         """Of the published weights; None where the stage has published none."""
-        return self.tags.get("hpcm.checkpoint_digest")
+        return self.tags.checkpoint_digest
 
     @property
     def quality(self) -> Quality | None:
@@ -91,8 +92,7 @@ class StageRecord:
     @property
     def step0_loss(self) -> float | None:
         """The same of the child before its first step."""
-        value = self.tags.get("hpcm.step0_loss")
-        return None if value is None else float(value)
+        return self.tags.step0_loss
 
     @property
     def steps(self) -> int:
@@ -108,7 +108,7 @@ class StageRecord:
     @property
     def attempts(self) -> list[str]:
         """How each attempt began and, where it was noted, what ended it; oldest first."""
-        return [value for key, value in sorted(self.tags.items()) if key.startswith("hpcm.attempt.")]
+        return [text for _, text in sorted(self.tags.attempts.items())]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Records:
         """Every chain that has begun a stage, newest first."""
         stages: dict[str, list[Run]] = {}
         for run in self._runs:
-            if "hpcm.stage" in run.data.tags:
+            if tags.STAGE in run.data.tags:
                 stages.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run)
         chains = [run for run in self._runs if run.info.run_id in stages]
         return [self._chain(run, stages[run.info.run_id]) for run in reversed(chains)]
@@ -219,7 +219,7 @@ class Records:
 
     def artifacts_of_kind(self, kind: str, path: str) -> list[Path]:
         """This artifact of every run of a kind, such as `comparison`, oldest run first."""
-        runs = [run for run in self._runs if run.data.tags.get(KIND_TAG) == kind]
+        runs = [run for run in self._runs if run.data.tags.get(tags.KIND) == kind]
         return [self.artifact(run.info.run_id, path) for run in runs]
 
     def artifact(self, run_id: str, path: str) -> Path:
@@ -247,23 +247,16 @@ class Records:
         return TemporaryDirectory(prefix="hpcm-", ignore_cleanup_errors=True)
 
     def _chain(self, run: "Run", stages: Sequence["Run"]) -> ChainRecord:
+        chain = ChainTags.from_tags(run.data.tags, run.info.run_id)
         records = tuple(self._stage(stage) for stage in stages)
-        first = records[0].parameters
-        return ChainRecord(
-            run.info.run_id,
-            run.info.status,
-            run.data.tags["hpcm.recipe"],
-            float(records[0].tags["hpcm.lmbda"]),
-            int(run.data.tags.get("hpcm.seed", first.get("seed", 0))),
-            records,
-        )
+        return ChainRecord(run.info.run_id, run.info.status, chain.recipe, chain.lmbda, chain.seed, records)
 
     def _stage(self, run: "Run") -> StageRecord:
-        data = run.data
-        segments = () if "hpcm.input.baseline" in data.tags else self._segments(run)
+        data, found = run.data, StageTags.from_tags(run.data.tags, run.info.run_id)
+        segments = () if "baseline" in found.inputs else self._segments(run)
         return StageRecord(
             run.info.run_id, run.info.status, run.info.end_time or 0,
-            dict(data.params), dict(data.metrics), dict(data.tags), segments,
+            dict(data.params), dict(data.metrics), found, segments,
         )  # fmt: skip
 
     def _segments(self, run: "Run") -> tuple[SegmentRecord, ...]:

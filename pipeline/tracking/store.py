@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 from pipeline.data.images import Photos
+from pipeline.tracking.tags import KEY
 
 EXPERIMENT = "hpcm"
-KEY_TAG = "hpcm.key"
 EndState = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -151,7 +151,7 @@ def open_run(
     """The run with this key, under the run with the key `parent`; created if there is none."""
     run_id = find_run(client, key)
     if run_id is None:
-        wanted = {**tags, KEY_TAG: key, "mlflow.runName": name}
+        wanted = {**tags, KEY: key, "mlflow.runName": name}
         parent_id = find_run(client, parent) if parent else None
         if parent_id is not None:
             wanted["mlflow.parentRunId"] = parent_id
@@ -166,7 +166,7 @@ def find_run(client: "MlflowClient", key: str) -> str | None:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     found = client.search_runs(
-        [experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
+        [experiment.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
     )
     return found[0].info.run_id if found else None
 

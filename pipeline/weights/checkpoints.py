@@ -120,6 +120,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
+def read_digest(path: Path) -> str:
+    """Digest of the weights in a file, as it says; raises CheckpointError as `read_metadata` does."""
+    return str(read_metadata(path)["digest"])
+
+
 def _seal(metadata: Mapping[str, Any]) -> str:
     return text_digest(json.dumps(metadata, sort_keys=True))
 
@@ -221,8 +226,3 @@ def _no_checkpoint(source: Path) -> str:
     if start == b"PK\3\4":
         return "" if b"PK\5\6" in end else f"truncated after {size} bytes; copy it again"
     return "" if start[:1] == b"\x80" else "not a PyTorch checkpoint"
-
-
-def publish(path: Path, model: HPCM, lineage: Mapping[str, Any]) -> None:
-    """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand."""
-    write(path, codec_tensors(model), {"config": model.config.to_dict(), **lineage})

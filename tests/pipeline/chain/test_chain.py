@@ -15,7 +15,8 @@ from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.schema import Segment
-from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
+from pipeline.weights.checkpoints import CheckpointError, load_codec, read, read_metadata
+from pipeline.weights.published import Lineage, publish
 
 
 def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:
@@ -62,10 +63,10 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
     chain, moments = mini_chain(runs, "phase2"), {}
 
     class Moments(Notes):
-        def phase(self, phase: Segment, done: int) -> None:
+        def segment(self, segment: Segment, done: int) -> None:
             state = sorted((chain.folder / "phase2" / "state").glob("*/segment-*"))
             if state:
-                moments[phase.name] = read(state[-1])
+                moments[segment.name] = read(state[-1])
 
     run_chain(chain, Moments())
     ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
@@ -155,7 +156,7 @@ def test_settings_without_influence_keep_a_stage_current(finished: tuple[Chain, 
 def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Path, tmp_path: Path) -> None:
     model = load_codec(finished[0].tasks[0].checkpoint)
     path = tmp_path / "own.safetensors"
-    publish(path, model, {})
+    publish(path, model, Lineage())
     chain = mini_chain(runs, "baseline", baseline=path)
     run_chain(chain)
     assert read_metadata(chain.tasks[0].checkpoint)["digest"] == read_metadata(path)["digest"]

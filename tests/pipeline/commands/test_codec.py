@@ -19,7 +19,8 @@ from skimage.data import coffee
 from modules.bitstream import CodedImage, ImageCodec
 from pipeline.commands import main as cli
 from pipeline.evidence.bench_codec import Products, bench_codec
-from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.published import Lineage, publish
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -27,7 +28,7 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("codec") / "checkpoint.safetensors"
-    publish(path, mini_codec(4), {"name": "mini"})
+    publish(path, mini_codec(4), Lineage(name="mini"))
     return path
 
 

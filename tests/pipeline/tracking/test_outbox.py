@@ -180,7 +180,7 @@ def test_what_a_kill_left_half_done_is_done_once(runs: Path, tmp_path: Path) -> 
     outbox.close(60)
     folder.mkdir()
     # Sent, but not noted as sent; the last line torn; and the run says again what it said since its last state.
-    (folder / "journal.jsonl").write_bytes(journal + b'{"run": "k", "say": "met')
+    (folder / "journal.jsonl").write_bytes(journal + b'{"run": "k", "action": "met')
     (folder / "sent").write_text(str(journal.index(b"\n") + 1))
     again = Outbox(folder, store)
     say_all(again, "k")

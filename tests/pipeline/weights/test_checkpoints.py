@@ -16,7 +16,8 @@ from torch import Tensor
 
 from modules import HPCM
 from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, publish
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec
+from pipeline.weights.published import Lineage, publish
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 
@@ -24,7 +25,7 @@ from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 def published(tmp_path: Path) -> tuple[Path, HPCM]:
     model = mini_codec(4).eval()
     path = tmp_path / "checkpoint.safetensors"
-    publish(path, model, {"name": "phase4"})
+    publish(path, model, Lineage(name="phase4"))
     return path, model
 
 
@@ -41,7 +42,7 @@ def test_a_published_codec_loads_by_itself(published: tuple[Path, HPCM], picture
 def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_path: Path) -> None:
     path, model = published
     model.update()
-    publish(tmp_path / "again.safetensors", model, {"name": "phase4"})
+    publish(tmp_path / "again.safetensors", model, Lineage(name="phase4"))
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -62,7 +63,7 @@ def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: cannot be written: .*No space"):
-        publish(path, mini_codec(4), {})
+        publish(path, mini_codec(4), Lineage())
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
