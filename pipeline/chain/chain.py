@@ -3,8 +3,8 @@
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.contracts import read_contract
 from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
 from pipeline.common.fault_injection import fault
-from pipeline.common.files import FileError, write_json
+from pipeline.common.files import FileError, free_name, write_json
 from pipeline.common.folder_lock import held
 from pipeline.data.images import find_images
 from pipeline.recipes.schema import Stage
@@ -40,8 +40,6 @@ class ChainFacts:
 
     identity: str
     """What the chain's runs in MLflow are found by."""
-    rebuilt: dict[str, int] = field(default_factory=dict)
-    """How often each stage began anew."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Chain:
         self.seed = stages[0].seed
         self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.tasks = []
-        find = cache(find_images)
+        find = cache(partial(find_images, runs=runs))
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
@@ -146,7 +144,7 @@ class Chain:
         context.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
         if planned.status == "done":
             if context.is_main:
-                planned.task.forget_states()  # which a kill after publication left behind
+                planned.task.states.forget()  # which a kill after publication left behind
             return
         if planned.status == "stale":
             context.on_main_process(lambda: self._set_aside(planned.task))
@@ -172,10 +170,9 @@ class Chain:
     def _stage_run(self, planned: PlannedStage, chain_run: Run) -> Run:
         if self.outbox is None:
             return Run()
-        rebuilt = self._facts().rebuilt.get(planned.name, 0)
-        key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.task.inputs())}"
+        key = f"{chain_run.key}/{planned.name}/{planned.task.states.run_key()}"
         tags = {**self._tags.to_tags(), **StageTags(stage=planned.name).to_tags()}
-        return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
+        return self.outbox.run(key, f"{self.recipe} {planned.name}", chain_run, tags)
 
     @property
     def _tags(self) -> ChainTags:
@@ -190,41 +187,31 @@ class Chain:
         except FileError as error:
             raise ChainError(f"{error}.\n  Delete it, and MLflow gets new runs for this chain.") from error
 
-    def _begin_anew(self, task: StageTask) -> None:
-        """Give the stage a new run in MLflow: the old one keeps what it was told."""
-        facts = self._facts()
-        rebuilt = {**facts.rebuilt, task.stage.name: facts.rebuilt.get(task.stage.name, 0) + 1}
-        write_json(self.folder / "chain.json", asdict(replace(facts, rebuilt=rebuilt)))
-
     def _start_over(self, context: RunContext) -> None:
         """Make way for what a person wants built anew; asks first."""
         wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
         begun = [task for task in self.tasks if wish.fresh and task.is_begun]
+        superseded, abandoned = self.folder / "superseded", self.folder / "abandoned"
         consequences = [
-            *(f"{task.stage.name}: what is published moves to {self.folder / 'superseded'}" for task in published),
-            *(f"{task.stage.name}: the training that was cut off is deleted" for task in begun),
+            *(f"{task.stage.name}: what is published moves to {superseded}" for task in published),
+            *(f"{task.stage.name}: the training that was cut off moves to {abandoned}" for task in begun),
         ]
         if consequences:
             wish.confirm(consequences)
         for task in begun:
-            self._begin_anew(task)
-            task.forget_states()
+            task.abandon_states()
+            fault("abandon")
         for task in published:
             self._set_aside(task)
 
     def _set_aside(self, task: StageTask) -> None:
         """Move what a stage published out of the way: nothing that was won is deleted."""
-        self._begin_anew(task)
         record = _record(task)
+        if record is not None:
+            task.states_of(record.inputs).forget()  # which a kill after publication left behind
         digest = record.digest if record else "damaged"
-        target = self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number = 0
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{task.stage.name}-{digest[:12]}-{number}")
-        task.folder.rename(target)
+        free_name(self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}", task.folder.rename)
         fault("set-aside")
 
 

@@ -249,9 +249,10 @@ class StageRun:
         publish(task.checkpoint, child, lineage)
         fault("publish.checkpoint")
         digest = checkpoints.read_digest(task.checkpoint)
+        checkpoint = task.checkpoint.relative_to(self.context.runs).as_posix()
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
-        self._tag(StageTags(checkpoint=str(task.checkpoint.absolute()), checkpoint_digest=digest))
+        self._tag(StageTags(checkpoint=checkpoint, checkpoint_digest=digest))
         for name in (
             "stage.yaml",
             "ledger.json",
@@ -278,4 +279,4 @@ class StageRun:
         # Last: with the record the stage counts as done.
         record.write(task.record)
         fault("publish.record")
-        task.forget_states()
+        self.states.forget()

@@ -127,7 +127,7 @@ def sync(runs: Runs = Path("runs")) -> None:
         try:
             with held(folder.parent):
                 outbox = Outbox(folder, Store.default(runs), console.print)
-                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.uri}")
+                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
                 sent.append(outbox.close(SYNC_PATIENCE))
         except UserError as error:
             console.print(str(error), soft_wrap=True)
@@ -136,6 +136,45 @@ def sync(runs: Runs = Path("runs")) -> None:
         console.print(f"no log entries to send in {runs}")
     if not all(sent):
         raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    runs: Runs = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; delete all that is listed.")] = False,
+) -> None:
+    """List the trainings that were interrupted and not finished, and delete those that you name.
+
+    They are kept until then: the recipe or the images that they belong to may come back.
+    """
+    from pipeline.chain.leftovers import leftovers
+    from pipeline.commands.display import console
+
+    found = list(leftovers(runs))
+    if not found:
+        console.print(f"nothing was interrupted in {runs}")
+    for leftover in found:
+        console.print(leftover.title, soft_wrap=True)
+        if yes or typer.confirm("Delete it?"):
+            leftover.delete()
+
+
+@app.command()
+def ui(
+    runs: Runs = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port to serve at.")] = 5000,
+) -> None:
+    """Serve MLflow's pages on these runs, wherever their folder was moved."""
+    from pipeline.commands.display import console
+    from pipeline.tracking.store import Store, experiment_id
+
+    store = Store.default(runs)
+    # Opened first: that tells MLflow where the artifacts lie now.
+    experiment = experiment_id(store.client())
+    # Its first page is for language models.
+    console.print(f"runs: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri, "--port", str(port)]
+    os.execv(sys.executable, command)
 
 
 @app.command()

@@ -63,10 +63,11 @@ def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, 
             if not below:
                 raise DataError(f"{source}: no {' '.join(suffixes)} here or below")
             found += below
-        elif source.exists():
+        elif source.is_file():
             found.append((source.name, source))
         else:
-            raise DataError(f"{source}: no such file or folder")
+            what = "not a regular file" if source.exists() else "no such file or folder"
+            raise DataError(f"{source}: {what}")
     return found
 
 

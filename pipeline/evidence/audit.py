@@ -1,5 +1,7 @@
 """Whether the files of every stage are what MLflow recorded."""
 
+import glob
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +39,15 @@ def audit(runs: Path) -> list[ChainAudit]:
     """Read every chain in the store of this folder of runs, newest first, and check its files."""
     records = Records(runs)
     return [
-        ChainAudit(chain, tuple(_check(records, chain, stage) for stage in chain.stages)) for chain in records.chains()
+        ChainAudit(chain, tuple(_check(records, chain, stage, runs) for stage in chain.stages))
+        for chain in records.chains()
     ]
 
 
-def _check(records: Records, chain: ChainRecord, stage: StageRecord) -> StageAudit:
+def _check(records: Records, chain: ChainRecord, stage: StageRecord, runs: Path) -> StageAudit:
     if stage.digest is None:
         return StageAudit(stage, "not published", ())
-    published = Path(stage.tags.checkpoint or "")
+    published = runs / (stage.tags.checkpoint or "")
     aside = _set_aside(published, stage)
     path = aside or published
     problems = [*_check_checkpoint(path, stage), *_check_record(path.with_name("record.json"), stage)]
@@ -55,20 +58,17 @@ def _check(records: Records, chain: ChainRecord, stage: StageRecord) -> StageAud
 
 
 def _set_aside(published: Path, stage: StageRecord) -> Path | None:
-    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place."""
+    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place.
+
+    A rebuilt stage may have the same weights: its own record says which MLflow run a folder is of.
+    """
     assert stage.digest is not None
-    pattern = f"{published.parent.name}-{stage.digest[:12]}*"
-    folders = sorted((published.parent.parent / "superseded").glob(pattern))
-    if not folders or _digest(published) == stage.digest:
-        return None
-    return folders[-1] / published.name
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        return checkpoints.read_digest(path)
-    except CheckpointError:
-        return None
+    pattern = f"{glob.escape(published.parent.name)}-{stage.digest[:12]}*"
+    for folder in sorted((published.parent.parent / "superseded").glob(pattern)):
+        with suppress(FileError):
+            if PublicationRecord.read(folder / "record.json").mlflow_key == stage.tags.key:
+                return folder / published.name
+    return None
 
 
 def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:

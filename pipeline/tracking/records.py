@@ -8,12 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from pipeline.common.errors import UserError
 from pipeline.tracking import tags
-from pipeline.tracking.store import EXPERIMENT, Store, brief
+from pipeline.tracking.store import Store, StoreError, brief, experiment_id
 from pipeline.tracking.tags import ChainTags, StageTags
 from pipeline.weights.published import Quality
 
@@ -178,13 +176,13 @@ class Records:
         if store.database is not None and not store.database.is_file():
             raise RecordsError(f"{store.database}: no such file: nothing was run in {runs} yet; --runs names another")
         try:
-            self._client = store.client()
-            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+            self._store, self._client = store, store.client()
+            self._experiment = experiment_id(self._client)
+        except StoreError as error:
+            raise RecordsError(f"{store.shown}: {error}") from error
         except Exception as error:  # MLflow's stores raise what their backends raise.
             given = "" if store.database else " (MLFLOW_TRACKING_URI)"
-            raise RecordsError(f"{store.uri}{given}: cannot be read as an MLflow store: {brief(error)}") from error
-        assert experiment is not None  # the client sees to it
-        self._experiment = experiment.experiment_id
+            raise RecordsError(f"{store.shown}{given}: cannot be read as an MLflow store: {brief(error)}") from error
 
     @cached_property
     def _runs(self) -> list["Run"]:
@@ -224,14 +222,18 @@ class Records:
 
     def artifact(self, run_id: str, path: str) -> Path:
         """A file or folder that a run kept, brought here if it lies elsewhere."""
-        uri = urlsplit(self._client.get_run(run_id).info.artifact_uri)
-        if uri.scheme in ("", "file"):
-            return Path(url2pathname(uri.path)) / path
-        return Path(self._client.download_artifacts(run_id, path, self._elsewhere.name))
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        repository = self._store.artifacts(self._client, run_id)
+        if isinstance(repository, LocalArtifactRepository):
+            return Path(repository.artifact_dir) / path
+        folder = Path(self._elsewhere.name, run_id)
+        folder.mkdir(exist_ok=True)
+        return Path(repository.download_artifacts(path, str(folder)))
 
     def artifact_names(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of what a run kept, in one folder."""
-        return [file.path for file in self._client.list_artifacts(run_id, folder)]
+        return [file.path for file in self._store.artifacts(self._client, run_id).list_artifacts(folder)]
 
     def validation_images(self, stage: StageRecord) -> list[str]:
         """Names of the images that a published stage was evaluated on."""

@@ -33,7 +33,7 @@ def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]
         assert {path.name for path in task.folder.iterdir()} >= {
             "stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "reconstructions",
         }  # fmt: skip
-        assert not (task.folder / "state").exists()
+    assert not (chain.folder / "states").exists()
     assert [planned.status for planned in chain.plan()] == ["done"] * 5
 
 
@@ -64,7 +64,7 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
 
     class Moments(Notes):
         def segment(self, segment: Segment, done: int) -> None:
-            state = sorted((chain.folder / "phase2" / "state").glob("*/segment-*"))
+            state = sorted((chain.folder / "states" / "phase2").glob("*/segment-*"))
             if state:
                 moments[segment.name] = read(state[-1])
 
@@ -241,7 +241,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 4, signal.SIGTERM))
-    newest = sorted((chain.folder / "baseline" / "state").glob("*/segment-*"))[-1]
+    newest = sorted((chain.folder / "states" / "baseline").glob("*/segment-*"))[-1]
     content = bytearray(newest.read_bytes())
     content[-1] ^= 255
     newest.write_bytes(content)
