@@ -16,6 +16,8 @@ from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import FileError, free_name, write_json
 from pipeline.common.folder_lock import held
+from pipeline.common.tables import shortest
+from pipeline.data.crops import noticing_lost_workers
 from pipeline.data.images import find_images
 from pipeline.recipes.schema import Stage
 from pipeline.tracking.outbox import PATIENCE, Outbox
@@ -76,7 +78,7 @@ class Chain:
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
         self.seed = stages[0].seed
-        self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
+        self.folder = runs / recipe / (f"lmbda-{shortest(self.lmbda)}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.tasks = []
         find = cache(partial(find_images, runs=runs))
         for stage in stages:
@@ -103,7 +105,7 @@ class Chain:
 
         Raises FolderInUse where another process runs a chain in the same folder.
         """
-        with context.processes.noticing_lost_processes(), ExitStack() as exits:
+        with context.processes.noticing_lost_processes(), noticing_lost_workers(), ExitStack() as exits:
             context.on_main_process(lambda: self._enter(context, exits))
             try:
                 self._run_stages(context)
@@ -132,6 +134,7 @@ class Chain:
                     raise Interrupted(signum)
                 # A stage that waited for its parent can be told only now; and by all, before one changes anything.
                 now = _status_of(planned.task, None) if number else planned
+                context.processes.agree_on(partial(_facts_of, now))
                 context.wait_for_everyone()
                 self._run_stage(now, context, chain_run)
         except BaseException as error:
@@ -162,7 +165,7 @@ class Chain:
     def _chain_run(self) -> Run:
         if self.outbox is None:
             return Run()
-        name = f"{self.recipe} λ={self.lmbda:g}" + (f" seed {self.seed}" if self.seed else "")
+        name = f"{self.recipe} λ={shortest(self.lmbda)}" + (f" seed {self.seed}" if self.seed else "")
         run = self.outbox.run(self._facts().identity, name, tags=self._tags.to_tags())
         run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [task.stage.name for task in self.tasks]})
         return run
@@ -217,6 +220,10 @@ class Chain:
 
 def _end_state(error: BaseException) -> EndState:
     return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped) else "FAILED"
+
+
+def _facts_of(planned: PlannedStage) -> dict[str, str]:
+    return {"status": planned.status, **planned.task.facts()}
 
 
 def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:

@@ -17,7 +17,9 @@ from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
 from pipeline.common import files
 from pipeline.common.contracts import contract_of
 from pipeline.common.fault_injection import fault
+from pipeline.common.processes import environment_of
 from pipeline.data.crops import TrainingCrops, validation_images
+from pipeline.data.images import DataError
 from pipeline.evaluation.coding import (
     Evaluation,
     comparison_name,
@@ -27,6 +29,7 @@ from pipeline.evaluation.coding import (
     plot_rate_distortion,
     save_comparison,
 )
+from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
 from pipeline.tracking.store import Run
@@ -66,7 +69,17 @@ class StageRun:
     @cached_property
     def images(self) -> list[NamedImage]:
         """The validation images, in memory."""
-        return list(validation_images(self.val_photos, self.stage.evaluation.images))
+        sketch = HPCM.on_meta(self.task.config)
+        found = []
+        for name, image in validation_images(self.val_photos, self.stage.evaluation.images):
+            try:
+                check_size(sketch, *image.shape[2:])
+                found.append((name, image))
+            except DataError as error:
+                self.context.watcher.note(f"left out of validation: {name}: {error}")
+        if not found:
+            raise DataError(f"{self.val_photos.source}: no image is small enough to be validated on")
+        return found
 
     def execute(self) -> None:
         """Live the stage's life to its publication."""
@@ -121,6 +134,7 @@ class StageRun:
             state = self._begin(child)
         ledger = Ledger.from_json(state.facts["ledger"])
         self._note_start(state, ledger)
+        self._note_environment(state)
         components = tuple(new_components(self.parent, child)) if self.parent else ()
         crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
         migration = Migration(child, self.parent, components, ledger.new)
@@ -171,6 +185,17 @@ class StageRun:
             self._attempt = f"resumed in {at[progress.segment]} at step {progress.step}"
             self.context.watcher.note(self._attempt)
         self._tag(StageTags(attempts={self._began: self._attempt}))
+
+    def _note_environment(self, state: TrainingState) -> None:
+        """Note what changes the bytes of training and is not what it was at the last state; the next keeps it."""
+        now = environment_of(self.context.processes.accelerator)
+        for name, before in state.facts.get("environment", now).items():
+            if now.get(name) != before:
+                self.context.watcher.note(
+                    f"{name}: {before} until now, {now.get(name)} from here; the result will be as good, "
+                    "and not bit for bit that of a run that was not interrupted"
+                )
+        state.facts["environment"] = now
 
     def _estimate(self, model: HPCM) -> Quality:
         return estimate(model, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)

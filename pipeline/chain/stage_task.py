@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from modules import HPCMConfig, preset_config
 from pipeline.common import files
 from pipeline.common.processes import ProcessGroup
@@ -142,10 +144,18 @@ class StageTask:
             found["parent"] = checkpoints.read_digest(self.parent)
         return found
 
+    def facts(self) -> dict[str, str]:
+        """What all processes must have alike before they train together, each in a few characters."""
+        settings = self.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
+        found = {name: digest[:16] for name, digest in self.inputs().items()}
+        found |= {"validation images": self.val_photos.digest[:16], "settings": files.text_digest(settings)[:16]}
+        return {**found, "PyTorch": torch.__version__}
+
     @cached_property
     def _file_digest(self) -> str:
         """SHA-256 of the file that the root is taken from or starts from."""
         path = self.imported or self.start
         assert path is not None
         checkpoints.check_file(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.chain.chain import Chain, PlannedStage
-from pipeline.common.tables import Table, number
+from pipeline.common.tables import Table, number, shortest
 from pipeline.recipes.schema import Segment
 from pipeline.training.trainer import Watcher
 from pipeline.weights.published import PublicationRecord
@@ -69,7 +69,7 @@ def _values(values: dict[str, float]) -> str:
 
 def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
     """What `hpcm plan` prints."""
-    title = f"{chain.recipe}, λ = {chain.lmbda:g}, in {chain.folder}"
+    title = f"{chain.recipe}, λ = {shortest(chain.lmbda)}, in {chain.folder}"
     table = Table(title, ("stage", "status", "why", "segments (steps)"), left=4)
     for planned in plan:
         segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
@@ -82,7 +82,7 @@ def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
 def closing_table(chain: Chain) -> Table:
     """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
     columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
-    table = Table(f"{chain.recipe}, λ = {chain.lmbda:g}", columns)
+    table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
     for task in chain.tasks:
         if task.record.is_file():
             table.add(task.stage.name, *_record_row(PublicationRecord.read(task.record)))

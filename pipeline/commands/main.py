@@ -1,5 +1,6 @@
 """The command `hpcm`."""
 
+import io
 import os
 import sys
 import warnings
@@ -254,6 +255,9 @@ evidence.register(app)
 
 def main() -> None:
     """Run the command line; what a person can mend is one screen on stderr and exit code 1, a signal 128 + number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A name may hold what the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

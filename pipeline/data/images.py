@@ -181,8 +181,10 @@ def _status(path: Path) -> os.stat_result:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    size = _status(path).st_size
+    size, limit = _status(path).st_size, Image.MAX_IMAGE_PIXELS
     try:
+        if max_pixels is not None and limit is not None:
+            Image.MAX_IMAGE_PIXELS = max(limit, max_pixels)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
@@ -197,6 +199,8 @@ def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     # On damaged files Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError …
     except Exception as problem:
         raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _check_size(path: Path, picture: Image.Image, size: int, max_pixels: int | None) -> None:

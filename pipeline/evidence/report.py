@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
-from pipeline.common.tables import Table
+from pipeline.common.tables import Table, shortest
 from pipeline.evidence import (
     comparison,
     comparison_display,
@@ -147,7 +147,9 @@ def _recipe_report(
         training=tuple(
             (
                 chain.title,
-                drawn.add(f"{recipe}-training-{chain.lmbda:g}-seed-{chain.seed}", training_curves.draw(records, chain)),
+                drawn.add(
+                    f"{recipe}-training-{shortest(chain.lmbda)}-seed-{chain.seed}", training_curves.draw(records, chain)
+                ),
             )
             for chain in chains
             if chain is best or chain.seed == best.seed
@@ -172,7 +174,7 @@ def _facts(records: Records, chains: Sequence[ChainRecord]) -> Iterator[tuple[st
     first = stages[0]
     size = f"{first.metrics['model/parameters'] / 1e6:.1f} M parameters"
     yield "codec", f"{first.parameters['model.preset']}, {size} as {first.name}"
-    yield "λ", ", ".join(f"{lmbda:g}" for lmbda in sorted({chain.lmbda for chain in chains}))
+    yield "λ", ", ".join(shortest(lmbda) for lmbda in sorted({chain.lmbda for chain in chains}))
     yield "seeds", ", ".join(map(str, sorted({chain.seed for chain in chains})))
     images = records.validation_images(first)
     yield "validation", f"{len(images)} whole images"

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.common.errors import UserError
+from pipeline.common.tables import shortest
 from pipeline.tracking import tags
 from pipeline.tracking.store import Store, StoreError, brief, experiment_id
 from pipeline.tracking.tags import ChainTags, StageTags
@@ -123,7 +124,7 @@ class ChainRecord:
     @property
     def title(self) -> str:
         """What tells it from other chains."""
-        return f"{self.recipe}, λ = {self.lmbda:g}, seed {self.seed}"
+        return f"{self.recipe}, λ = {shortest(self.lmbda)}, seed {self.seed}"
 
     @cached_property
     def published(self) -> dict[str, StageRecord]:

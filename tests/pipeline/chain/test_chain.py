@@ -112,6 +112,23 @@ def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: 
     assert chain.tasks[1].checkpoint.read_bytes() == reference.tasks[1].checkpoint.read_bytes()
 
 
+def test_another_number_of_threads_is_told_when_a_stage_resumes(runs: Path) -> None:
+    chain, threads = mini_chain(runs, "baseline"), torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 2, signal.SIGTERM))
+    torch.set_num_threads(threads + 1)
+    try:
+        changed, same = Stop("scratch", 4, signal.SIGTERM), Notes()
+        with pytest.raises(Interrupted):
+            run_chain(chain, changed)
+        run_chain(chain, same)
+    finally:
+        torch.set_num_threads(threads)
+    told = f"threads: {threads} until now, {threads + 1} from here; the result will be as good, and not bit for bit"
+    assert [line for line in changed.lines if line.startswith(told)]
+    assert not [line for line in same.lines if "until now" in line]
+
+
 def test_what_is_done_is_left_alone(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     chain, notes = finished[0], Notes()
     before = [task.checkpoint.stat().st_mtime_ns for task in chain.tasks]
@@ -213,9 +230,9 @@ def test_a_damaged_parent_ends_its_childs_run_and_says_what_to_do(
 def test_images_are_looked_for_once_in_a_chain(finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
 
-    def find(*about: object) -> Photos:
+    def find(*about: object, runs: Path) -> Photos:
         looked.append(about)
-        return find_images(*about)
+        return find_images(*about, runs=runs)
 
     monkeypatch.setattr(chain_module, "find_images", find)
     mini_chain(finished[0].runs, "phase4").plan()
