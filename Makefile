@@ -47,9 +47,8 @@ audit: $(READY) ## say what each stage changed, and verify the files
 report: $(READY) ## write runs/report/report.html from MLflow's store
 	$(BIN)/hpcm report $(ARGS)
 
-ui: $(READY) ## serve MLflow's pages; says where the runs are, since the first page is for language models
-	@echo "runs: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
-	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}
+ui: $(READY) ## serve MLflow's pages on the runs, and print their address
+	$(BIN)/hpcm ui $(ARGS)
 
 test: $(READY) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nvcc"

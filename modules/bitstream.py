@@ -28,6 +28,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import struct
 import zlib
 from dataclasses import astuple, dataclass
@@ -44,7 +45,14 @@ MAGIC = b"HPCM"
 VERSION = 1
 RGB = 0
 MAX_PIXELS = 2**26
-"""Images beyond this many pixels are neither written nor read: it bounds what a forged size can ask for."""
+"""Images beyond this many pixels, padded, are neither written nor read: it bounds what a forged size can ask for."""
+MOST_BYTES = 64
+"""Bytes of the strings for each padded pixel, at most."""
+MAX_PROFILE = 2**24
+"""Bytes of an ICC profile, at most."""
+
+_GRID = 128
+"""Every codec pads height and width to a multiple of this, or of a multiple of it."""
 
 _HEADER = struct.Struct("<4sBB8sIIIII")
 _CHECK = struct.Struct("<I")
@@ -84,6 +92,7 @@ class Header:
         if color != RGB:
             raise BitstreamError(f"color format {color}; this program reads {RGB} (RGB, 8 bits a channel)")
         _check_size(header.height, header.width)
+        _check_lengths(header)
         return header
 
     @property
@@ -118,6 +127,8 @@ class CodedImage:
     @classmethod
     def read(cls, path: Path) -> "CodedImage":
         """Read a file, of which no more than the header unless its length is the announced one."""
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BitstreamError("not a regular file")
         with path.open("rb") as file:
             return cls._read(file, os.fstat(file.fileno()).st_size)
 
@@ -175,5 +186,13 @@ def model_identity(model: HPCM) -> bytes:
 
 
 def _check_size(height: int, width: int) -> None:
-    if not 1 <= height * width <= MAX_PIXELS:
-        raise BitstreamError(f"{width}×{height} pixels: images have 1 to {MAX_PIXELS} pixels")
+    padded = -(-height // _GRID) * -(-width // _GRID) * _GRID**2
+    if not 1 <= padded <= MAX_PIXELS:
+        raise BitstreamError(f"{width}×{height} pixels: images have 1 to {MAX_PIXELS} pixels, padding included")
+
+
+def _check_lengths(header: Header) -> None:
+    """Raise BitstreamError for strings longer than any codec's, which reading would fill the memory with."""
+    padded = -(-header.height // _GRID) * -(-header.width // _GRID) * _GRID**2
+    if header.z_length + header.y_length > MOST_BYTES * padded or header.icc_length > MAX_PROFILE:
+        raise BitstreamError(f"{header.file_bytes} bytes: far more than {header.width}×{header.height} pixels can have")

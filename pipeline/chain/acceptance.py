@@ -1,7 +1,7 @@
 """Whether a stage's result may take its parent's place."""
 
-from pipeline.evaluation.quality import Quality
 from pipeline.recipes.schema import Accept
+from pipeline.weights.published import Quality
 
 
 def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]:

@@ -1,28 +1,31 @@
 """A chain of stages behaves like make: what is done stays, what was cut off goes on, what is stale is built anew."""
 
-import json
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.stage import StageRun
 from pipeline.chain.stage_task import RunContext, StageTask
-from pipeline.common import files
+from pipeline.common.contracts import read_contract
 from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
 from pipeline.common.fault_injection import fault
-from pipeline.common.files import FileError
+from pipeline.common.files import FileError, free_name, write_json
 from pipeline.common.folder_lock import held
+from pipeline.common.tables import shortest
+from pipeline.data.crops import noticing_lost_workers
 from pipeline.data.images import find_images
 from pipeline.recipes.schema import Stage
 from pipeline.tracking.outbox import PATIENCE, Outbox
 from pipeline.tracking.store import EndState, Run, Store
+from pipeline.tracking.tags import ChainTags, StageTags
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError
+from pipeline.weights.published import PublicationRecord
 
 Status = Literal["done", "cut off", "stale", "missing"]
 PATIENCE_INTERRUPTED = 10.0
@@ -31,6 +34,14 @@ PATIENCE_INTERRUPTED = 10.0
 
 class ChainError(UserError):
     """Stages that cannot be run together, or not so."""
+
+
+@dataclass(frozen=True)
+class ChainFacts:
+    """`chain.json` in the chain's folder."""
+
+    identity: str
+    """What the chain's runs in MLflow are found by."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,9 @@ class Chain:
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
         self.seed = stages[0].seed
-        self.folder = runs / recipe / (f"lmbda-{self.lmbda:g}" + (f"-seed-{self.seed}" if self.seed else ""))
+        self.folder = runs / recipe / (f"lmbda-{shortest(self.lmbda)}" + (f"-seed-{self.seed}" if self.seed else ""))
         self.tasks = []
-        find = cache(find_images)
+        find = cache(partial(find_images, runs=runs))
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
@@ -94,7 +105,7 @@ class Chain:
 
         Raises FolderInUse where another process runs a chain in the same folder.
         """
-        with context.processes.noticing_lost_processes(), ExitStack() as exits:
+        with context.processes.noticing_lost_processes(), noticing_lost_workers(), ExitStack() as exits:
             context.on_main_process(lambda: self._enter(context, exits))
             try:
                 self._run_stages(context)
@@ -123,6 +134,7 @@ class Chain:
                     raise Interrupted(signum)
                 # A stage that waited for its parent can be told only now; and by all, before one changes anything.
                 now = _status_of(planned.task, None) if number else planned
+                context.processes.agree_on(partial(_facts_of, now))
                 context.wait_for_everyone()
                 self._run_stage(now, context, chain_run)
         except BaseException as error:
@@ -135,7 +147,7 @@ class Chain:
         context.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
         if planned.status == "done":
             if context.is_main:
-                planned.task.forget_states()  # which a kill after publication left behind
+                planned.task.states.forget()  # which a kill after publication left behind
             return
         if planned.status == "stale":
             context.on_main_process(lambda: self._set_aside(planned.task))
@@ -153,72 +165,65 @@ class Chain:
     def _chain_run(self) -> Run:
         if self.outbox is None:
             return Run()
-        name = f"{self.recipe} λ={self.lmbda:g}" + (f" seed {self.seed}" if self.seed else "")
-        run = self.outbox.run(self._facts()["identity"], name, tags=self._tags())
+        name = f"{self.recipe} λ={shortest(self.lmbda)}" + (f" seed {self.seed}" if self.seed else "")
+        run = self.outbox.run(self._facts().identity, name, tags=self._tags.to_tags())
         run.parameters({"recipe": self.recipe, "lmbda": self.lmbda, "stages": [task.stage.name for task in self.tasks]})
         return run
 
     def _stage_run(self, planned: PlannedStage, chain_run: Run) -> Run:
         if self.outbox is None:
             return Run()
-        rebuilt = self._facts()["rebuilt"].get(planned.name, 0)
-        key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.task.inputs())}"
-        tags = {**self._tags(), "hpcm.stage": planned.name}
-        return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
+        key = f"{chain_run.key}/{planned.name}/{planned.task.states.run_key()}"
+        tags = {**self._tags.to_tags(), **StageTags(stage=planned.name).to_tags()}
+        return self.outbox.run(key, f"{self.recipe} {planned.name}", chain_run, tags)
 
-    def _tags(self) -> dict[str, str]:
-        return {"hpcm.recipe": self.recipe, "hpcm.lmbda": repr(self.lmbda), "hpcm.seed": str(self.seed)}
+    @property
+    def _tags(self) -> ChainTags:
+        return ChainTags(self.recipe, self.lmbda, self.seed)
 
-    def _facts(self) -> dict[str, Any]:
-        """`identity`: what the chain's runs are found by; `rebuilt`: how often each stage began anew."""
+    def _facts(self) -> ChainFacts:
         path = self.folder / "chain.json"
         if not path.exists():
-            files.write_json(path, {"identity": uuid.uuid4().hex, "rebuilt": {}})
+            write_json(path, asdict(ChainFacts(uuid.uuid4().hex)))
         try:
-            facts = json.loads(path.read_text())
-            return {"identity": str(facts["identity"]), "rebuilt": dict(facts.get("rebuilt", {}))}
-        except (ValueError, TypeError, LookupError) as error:
-            raise ChainError(f"{path}: damaged; delete it, and MLflow gets new runs for this chain") from error
-
-    def _begin_anew(self, task: StageTask) -> None:
-        """Give the stage a new run in MLflow: the old one keeps what it was told."""
-        facts = self._facts()
-        rebuilt = {**facts["rebuilt"], task.stage.name: facts["rebuilt"].get(task.stage.name, 0) + 1}
-        files.write_json(self.folder / "chain.json", {**facts, "rebuilt": rebuilt})
+            return read_contract(ChainFacts, path)
+        except FileError as error:
+            raise ChainError(f"{error}.\n  Delete it, and MLflow gets new runs for this chain.") from error
 
     def _start_over(self, context: RunContext) -> None:
         """Make way for what a person wants built anew; asks first."""
         wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
         begun = [task for task in self.tasks if wish.fresh and task.is_begun]
+        superseded, abandoned = self.folder / "superseded", self.folder / "abandoned"
         consequences = [
-            *(f"{task.stage.name}: what is published moves to {self.folder / 'superseded'}" for task in published),
-            *(f"{task.stage.name}: the training that was cut off is deleted" for task in begun),
+            *(f"{task.stage.name}: what is published moves to {superseded}" for task in published),
+            *(f"{task.stage.name}: the training that was cut off moves to {abandoned}" for task in begun),
         ]
         if consequences:
             wish.confirm(consequences)
         for task in begun:
-            self._begin_anew(task)
-            task.forget_states()
+            task.abandon_states()
+            fault("abandon")
         for task in published:
             self._set_aside(task)
 
     def _set_aside(self, task: StageTask) -> None:
         """Move what a stage published out of the way: nothing that was won is deleted."""
-        self._begin_anew(task)
-        digest = _record(task).get("digest", "damaged")
-        target = self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number = 0
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{task.stage.name}-{digest[:12]}-{number}")
-        task.folder.rename(target)
+        record = _record(task)
+        if record is not None:
+            task.states_of(record.inputs).forget()  # which a kill after publication left behind
+        digest = record.digest if record else "damaged"
+        free_name(self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}", task.folder.rename)
         fault("set-aside")
 
 
 def _end_state(error: BaseException) -> EndState:
     return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped) else "FAILED"
+
+
+def _facts_of(planned: PlannedStage) -> dict[str, str]:
+    return {"status": planned.status, **planned.task.facts()}
 
 
 def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
@@ -248,35 +253,33 @@ def _check_source(task: StageTask) -> None:
     """Raise ChainError where a root came from a file and none is given: more likely forgotten than meant."""
     if task.imported or task.start:
         return
+    record = _record(task)
     for option, make in (("baseline", " (with make: BASELINE=)"), ("start", "")):
-        if option in _record(task).get("inputs", {}):
+        if record and option in record.inputs:
             raise ChainError(
                 f"{task.folder}: made from a file given as --{option}{make}; give it again.\n"
                 "  To train this stage from the beginning instead, choose another folder with --runs."
             )
 
 
-def _record(task: StageTask) -> dict[str, Any]:
-    """What was recorded of a published stage; empty where the file is damaged."""
+def _record(task: StageTask) -> PublicationRecord | None:
+    """What was recorded of a published stage; None where the file is damaged."""
     try:
-        record = json.loads(task.record.read_text())
-        return record if isinstance(record, dict) else {}
-    except (ValueError, OSError):
-        return {}
+        return PublicationRecord.read(task.record)
+    except FileError:
+        return None
 
 
 def _changes(task: StageTask, inputs: dict[str, str]) -> str:
     """Why a published stage is not current, or an empty string."""
-    record = _record(task)
-    if not {"digest", "inputs"} <= record.keys():
-        return f"{task.record} is damaged"
     try:
-        digest = checkpoints.read_metadata(task.checkpoint)["digest"]
-    except CheckpointError as error:
+        record = PublicationRecord.read(task.record)
+        digest = checkpoints.read_digest(task.checkpoint)
+    except (FileError, CheckpointError) as error:
         return str(error)
-    if digest != record["digest"]:
+    if digest != record.digest:
         return "the checkpoint is not the one that was recorded"
-    return _differences(record["inputs"], inputs)
+    return _differences(record.inputs, inputs)
 
 
 def _differences(known: dict[str, str], inputs: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chain.chain import Chain, ChainError, PlannedStage
-from pipeline.common.tables import Table
+from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
@@ -43,7 +43,9 @@ class Sweep:
                 "weights with --from, or give its --lmbda alone"
             )
         if first is not None and first not in self.lmbdas:
-            raise ChainError(f"λ = {first:g}, which the others are to start from, is not among those of the sweep")
+            raise ChainError(
+                f"λ = {shortest(first)}, which the others are to start from, is not among those of the sweep"
+            )
         for lmbda in sorted(self.lmbdas, key=lambda lmbda: (lmbda != first, lmbda)):
             yield lmbda, self._chains(lmbda)
 
@@ -63,7 +65,7 @@ class Sweep:
             lmbda: {p.name: p for chain in chains for p in self._plan_of(chain)} for lmbda, chains in self.chains()
         }
         names = dict.fromkeys(name for planned in columns.values() for name in planned)
-        table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *(f"{lmbda:g}" for lmbda in columns)))
+        table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *(shortest(lmbda) for lmbda in columns)))
         for name in names:
             table.add(name, *(_cell(planned[name]) for planned in columns.values()))
         left = [[p.task.stage for p in planned.values() if p.status != "done"] for planned in columns.values()]

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,11 @@ from pipeline.chain.acceptance import judge
 from pipeline.chain.precheck import StageError
 from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
 from pipeline.common import files
+from pipeline.common.contracts import contract_of
 from pipeline.common.fault_injection import fault
+from pipeline.common.processes import environment_of
 from pipeline.data.crops import TrainingCrops, validation_images
+from pipeline.data.images import DataError
 from pipeline.evaluation.coding import (
     Evaluation,
     comparison_name,
@@ -26,14 +28,17 @@ from pipeline.evaluation.coding import (
     plot_rate_distortion,
     save_comparison,
 )
-from pipeline.evaluation.quality import NamedImage, Quality
+from pipeline.evaluation.limits import check_size
+from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
 from pipeline.tracking.store import Run
+from pipeline.tracking.tags import StageTags
 from pipeline.training.initial_weights import Start, start_child
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
+from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
 from pipeline.weights.training_state import Progress, TrainingState
 
 
@@ -43,7 +48,7 @@ class StageRun:
     def __init__(self, task: StageTask, context: RunContext, run: Run):
         self.task, self.context, self.run = task, context, run
         self.stage = task.stage
-        self._attempt, self._attempt_tag = "started", f"hpcm.attempt.{int(1000 * time.time())}"
+        self._attempt, self._began = "started", int(1000 * time.time())
         self.inputs = task.inputs()
         self.train_photos, self.val_photos = task.train_photos, task.val_photos
         self.states = task.states
@@ -64,7 +69,17 @@ class StageRun:
     @cached_property
     def images(self) -> list[NamedImage]:
         """The validation images, in memory."""
-        return list(validation_images(self.val_photos, self.stage.evaluation.images))
+        sketch = HPCM.on_meta(self.task.config)
+        found = []
+        for name, image in validation_images(self.val_photos, self.stage.evaluation.images):
+            try:
+                check_size(sketch, *image.shape[2:])
+                found.append((name, image))
+            except DataError as error:
+                self.context.watcher.note(f"left out of validation: {name}: {error}")
+        if not found:
+            raise DataError(f"{self.val_photos.source}: no image is small enough to be validated on")
+        return found
 
     def execute(self) -> None:
         """Live the stage's life to its publication."""
@@ -79,13 +94,16 @@ class StageRun:
     def note_end(self, error: BaseException) -> None:
         """Say with the attempt what ended it."""
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        self.run.tags({self._attempt_tag: f"{self._attempt}; {reason}"})
+        self._tag(StageTags(attempts={self._began: f"{self._attempt}; {reason}"}))
+
+    def _tag(self, tags: StageTags) -> None:
+        self.run.tags(tags.to_tags())
 
     def _describe(self) -> None:
         self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.task.config.to_dict()})
         self.run.dataset(self.train_photos, "training")
         self.run.dataset(self.val_photos, "validation")
-        self.run.tags({f"hpcm.input.{name.replace(' ', '_')}": value for name, value in self.inputs.items()})
+        self._tag(StageTags(inputs=self.inputs))
         for photos in (self.train_photos, self.val_photos):
             for path, reason in photos.skipped:
                 self.context.watcher.note(f"skipped {path}: {reason}")
@@ -93,10 +111,9 @@ class StageRun:
     def _import(self, path: Path) -> HPCM:
         model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
         if model.config != self.task.config:
+            found, expected = model.config.to_dict(), self.task.config.to_dict()
             differing = [
-                f"{name} is {value}, expected {getattr(self.task.config, name)}"
-                for name, value in vars(model.config).items()
-                if value != getattr(self.task.config, name)
+                f"{name} is {found[name]}, expected {expected[name]}" for name in found if found[name] != expected[name]
             ]
             raise StageError(
                 f"{path}: does not match {self.stage.name} of the recipe: {'; '.join(differing)}.\n"
@@ -117,6 +134,7 @@ class StageRun:
             state = self._begin(child, crops)
         ledger = Ledger.from_json(state.facts["ledger"])
         self._note_start(state, ledger)
+        self._note_environment(state)
         components = tuple(new_components(self.parent, child)) if self.parent else ()
         migration = Migration(child, self.parent, components, ledger.new)
         reporting = Reporting(
@@ -152,14 +170,14 @@ class StageRun:
     def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
         self.context.watcher.note(f"transfer: {counts}")
-        self.run.tags({"hpcm.ledger": counts})
+        self._tag(StageTags(ledger=counts))
         for what in ("narrowed", "fitted"):
             if errors := [site["error"] for site in state.facts.get(what, ())]:
                 self.context.watcher.note(
                     f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance missed"
                 )
         if "step0_gap" in state.facts:
-            self.run.tags({"hpcm.step0_loss": state.facts["step0"]["rd_loss"]})
+            self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
                 f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
                 f"{state.facts['step0_gap']:+.4f} against the parent"
@@ -169,7 +187,18 @@ class StageRun:
             at = [segment.name for segment in self.stage.schedule] + ["evaluation"]
             self._attempt = f"resumed in {at[progress.segment]} at step {progress.step}"
             self.context.watcher.note(self._attempt)
-        self.run.tags({self._attempt_tag: self._attempt})
+        self._tag(StageTags(attempts={self._began: self._attempt}))
+
+    def _note_environment(self, state: TrainingState) -> None:
+        """Note what changes the bytes of training and is not what it was at the last state; the next keeps it."""
+        now = environment_of(self.context.processes.accelerator)
+        for name, before in state.facts.get("environment", now).items():
+            if now.get(name) != before:
+                self.context.watcher.note(
+                    f"{name}: {before} until now, {now.get(name)} from here; the result will be as good, "
+                    "and not bit for bit that of a run that was not interrupted"
+                )
+        state.facts["environment"] = now
 
     def _estimate(self, model: HPCM) -> Quality:
         return estimate(model, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)
@@ -203,7 +232,7 @@ class StageRun:
         parent_quality = self._parent_quality()
         refusal = judge(self.stage.accept, quality, parent_quality)
         verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
-        self.run.tags({"hpcm.acceptance": "; ".join([verdict, *refusal])})
+        self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
         if verdict == "refused":
             raise StageError(
                 f"{self.stage.name}: not accepted against its parent: {'; '.join(refusal)}.\n"
@@ -220,17 +249,15 @@ class StageRun:
     def _parent_quality(self) -> Quality | None:
         if self.parent is None or self.task.parent is None:
             return None
-        metadata = checkpoints.read_metadata(self.task.parent)
-        if metadata["validation"] == self._validation():
-            return Quality(**metadata["quality"])
+        lineage = Lineage.read(self.task.parent)
+        if lineage.quality is not None and lineage.validation == self._validation():
+            return lineage.quality
         parent = self.parent.to(self.device)
         return evaluate(parent, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)[0].quality
 
-    def _validation(self) -> dict[str, Any]:
-        """What the figures of a published stage depend on beside its codec."""
-        images = [name for name, _ in self.images]
-        settings = {"lmbda": self.stage.lmbda, "metric": self.stage.metric}
-        return {"digest": self.val_photos.digest, "images": images, **settings}
+    def _validation(self) -> Validation:
+        images = tuple(name for name, _ in self.images)
+        return Validation(self.val_photos.digest, images, self.stage.lmbda, self.stage.metric)
 
     def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
         task, folder, progress, facts = self.task, self.task.folder, state.progress, state.facts
@@ -239,20 +266,21 @@ class StageRun:
         (folder / "stage.yaml").write_text(self.stage.to_yaml())
         files.write_json(folder / "ledger.json", facts.get("ledger", []))
         files.write_json(folder / "evaluation.json", evaluation.to_json(self.stage.name))
-        lineage = {
-            "name": self.stage.name,
-            "inputs": self.inputs,
-            "stage": self.stage.to_yaml(),
-            "code": CODE_VERSION,
-            "quality": asdict(evaluation.quality),
-            "validation": self._validation(),
-        }
-        checkpoints.publish(task.checkpoint, child, lineage)
+        lineage = Lineage(
+            name=self.stage.name,
+            stage=self.stage.to_yaml(),
+            code=CODE_VERSION,
+            inputs=self.inputs,
+            quality=evaluation.quality,
+            validation=self._validation(),
+        )
+        publish(task.checkpoint, child, lineage)
         fault("publish.checkpoint")
-        digest = checkpoints.read_metadata(task.checkpoint)["digest"]
+        digest = checkpoints.read_digest(task.checkpoint)
+        checkpoint = task.checkpoint.relative_to(self.context.runs).as_posix()
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
-        self.run.tags({"hpcm.checkpoint": str(task.checkpoint.absolute()), "hpcm.checkpoint_digest": digest})
+        self._tag(StageTags(checkpoint=checkpoint, checkpoint_digest=digest))
         for name in (
             "stage.yaml",
             "ledger.json",
@@ -264,19 +292,19 @@ class StageRun:
         if (folder / "reconstructions").is_dir():
             self.run.artifact(folder / "reconstructions", "reconstructions")
         self.run.end("FINISHED")
-        record = {
-            "digest": digest,
-            "inputs": self.inputs,
-            "mlflow_key": self.run.key,
-            "parameters": parameters,
-            "kmacs_per_pixel": macs / 1000,
-            "quality": asdict(evaluation.quality),
-            "training_seconds": progress.seconds,
-            "steps": progress.stage_step,
-            "skipped_steps": progress.bad_steps,
-            "facts": {key: value for key, value in facts.items() if key != "ledger"},
-        }
+        record = PublicationRecord(
+            digest=digest,
+            inputs=self.inputs,
+            mlflow_key=self.run.key,
+            parameters=parameters,
+            kmacs_per_pixel=macs / 1000,
+            quality=evaluation.quality,
+            training_seconds=progress.seconds,
+            steps=progress.stage_step,
+            skipped_steps=progress.bad_steps,
+            facts=contract_of(StartFacts, facts, "training state"),
+        )
         # Last: with the record the stage counts as done.
-        files.write_json(task.record, record)
+        record.write(task.record)
         fault("publish.record")
-        task.forget_states()
+        self.states.forget()

@@ -1,14 +1,16 @@
 """What a stage is made from and where: settings, place, parent, digests."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from modules import HPCMConfig, preset_config
+from pipeline.common import files
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.loading import RecipeError
@@ -42,6 +44,11 @@ class RunContext:
     watcher: Watcher = field(default_factory=Watcher)
     accept_anyway: bool = False
     rebuild: Rebuild = field(default_factory=Rebuild)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of runs, in which the chain's is."""
+        return self.folder.parents[1]
 
     @property
     def is_main(self) -> bool:
@@ -94,16 +101,24 @@ class StageTask:
     @property
     def states(self) -> StateFolder:
         """Where the stage's training states lie; the parent must be published."""
-        return StateFolder(self.folder / "state", self.inputs())
+        return self.states_of(self.inputs())
+
+    def states_of(self, inputs: dict[str, str]) -> StateFolder:
+        """Where the states lie of a training from these inputs.
+
+        Not in the stage's own folder: that is moved away as a whole when the stage is built again.
+        """
+        return StateFolder(self.folder.parent / "states" / self.stage.name, inputs)
 
     @property
     def is_begun(self) -> bool:
         """Whether a training of the stage, in whatever form, was cut off."""
-        return not self.record.is_file() and any((self.folder / "state").glob("*/*"))
+        return not self.record.is_file() and any((self.folder.parent / "states" / self.stage.name).glob("*/*"))
 
-    def forget_states(self) -> None:
-        """Delete the training states of every form: the stage is published, or begins anew."""
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+    def abandon_states(self) -> None:
+        """Begin the stage anew: move the training states of every form away, at once."""
+        states = self.folder.parent / "states" / self.stage.name
+        files.free_name(self.folder.parent / "abandoned" / self.stage.name, states.rename)
 
     @cached_property
     def train_photos(self) -> Photos:
@@ -126,8 +141,15 @@ class StageTask:
         if self.start is not None:
             found["start"] = self._file_digest
         if self.parent is not None:
-            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
+            found["parent"] = checkpoints.read_digest(self.parent)
         return found
+
+    def facts(self) -> dict[str, str]:
+        """What all processes must have alike before they train together, each in a few characters."""
+        settings = self.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
+        found = {name: digest[:16] for name, digest in self.inputs().items()}
+        found |= {"validation images": self.val_photos.digest[:16], "settings": files.text_digest(settings)[:16]}
+        return {**found, "PyTorch": torch.__version__}
 
     @cached_property
     def _file_digest(self) -> str:
@@ -135,4 +157,5 @@ class StageTask:
         path = self.imported or self.start
         assert path is not None
         checkpoints.check_file(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

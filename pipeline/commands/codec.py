@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from pipeline.commands.options import Device, device_of, size_of
-from pipeline.common.errors import UserError
 from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
@@ -36,6 +35,10 @@ Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of the
 Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write [default: beside].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option("--max-pixels", min=1, help="Largest image, padding included [default: what half the memory allows]."),
+]
 Item = TypeVar("Item")
 
 
@@ -45,6 +48,7 @@ def compress(
     output: Output = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Code images as `.hpcm` files. Each is decoded again before it is written, which gives its PSNR.
 
@@ -58,7 +62,7 @@ def compress(
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
-        done = codec_files.compress_file(codec, conversion)
+        done = codec_files.compress_file(codec, conversion, max_pixels)
         table.add(
             conversion.name,
             f"{done.width}×{done.height}",
@@ -79,6 +83,7 @@ def decompress(
     output: Output = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Decode `.hpcm` files to PNG, or to the format of the name given with --output: all but JPEG keep every bit."""
     from pipeline.evaluation import codec_files
@@ -88,7 +93,7 @@ def decompress(
     table = Table("", ("file", "W×H"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
-        coded = codec_files.decompress_file(codec, conversion)
+        coded = codec_files.decompress_file(codec, conversion, max_pixels)
         table.add(conversion.name, f"{coded.width}×{coded.height}")
         return ()
 
@@ -118,6 +123,7 @@ def evaluate(
     checkpoint: Checkpoint = SHIPPED,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
     device: Device = "cpu",
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Encode and decode images for real: bits, PSNR, MS-SSIM and times, of each and on average.
 
@@ -129,7 +135,8 @@ def evaluate(
     from pipeline.data.images import SUFFIXES, read_picture
     from pipeline.evaluation.codec_files import find, to_tensor
     from pipeline.evaluation.coding import Evaluation, code
-    from pipeline.weights.checkpoints import read_metadata
+    from pipeline.evaluation.limits import check_size
+    from pipeline.weights.published import Lineage
 
     found = find(pictures, SUFFIXES)
     if output:
@@ -141,7 +148,9 @@ def evaluate(
 
     def measure(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
-        picture = read_picture(path)
+        picture = read_picture(path, max_pixels)
+        height, width, _ = picture.pixels.shape
+        check_size(model, height, width, max_pixels)
         results.append(code(model, name, to_tensor(picture), lmbda=0.0, metric="mse")[0])
         return picture.changes
 
@@ -152,7 +161,7 @@ def evaluate(
         for result in (*results, evaluation.mean):
             table.add(*_cells(result))
         if output:
-            write_json(output, evaluation.to_json(str(read_metadata(checkpoint).get("name", checkpoint.stem))))
+            write_json(output, evaluation.to_json(Lineage.read(checkpoint).name or checkpoint.stem))
     _end(table, complete)
 
 
@@ -200,8 +209,6 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from modules.rans import BitstreamError
-
     console, complete = _console(), True
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -211,9 +218,9 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
             try:
                 for message in work(item):
                     console.print(f"{path}: {message}", soft_wrap=True)
-            except (BitstreamError, UserError, OSError) as error:
+            except Exception as error:  # One bad file, whatever it makes the libraries raise, never stops the next.
                 complete = False
-                reason = str(error).removeprefix(f"{path}: ").splitlines()[0]
+                reason = (str(error) or type(error).__name__).removeprefix(f"{path}: ").splitlines()[0]
                 print(f"error: {path}: {reason}", file=sys.stderr)
             bar.advance(task)
     return complete

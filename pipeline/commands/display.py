@@ -1,17 +1,16 @@
 """What a person at the terminal sees: progress, the plan, the closing table."""
 
-import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.chain.chain import Chain, PlannedStage
-from pipeline.common.tables import Table, number
+from pipeline.common.tables import Table, number, shortest
 from pipeline.recipes.schema import Segment
 from pipeline.training.trainer import Watcher
+from pipeline.weights.published import PublicationRecord
 
 # Of the processes that `accelerate launch` starts, the first alone speaks.
 console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -70,7 +69,7 @@ def _values(values: dict[str, float]) -> str:
 
 def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
     """What `hpcm plan` prints."""
-    title = f"{chain.recipe}, λ = {chain.lmbda:g}, in {chain.folder}"
+    title = f"{chain.recipe}, λ = {shortest(chain.lmbda)}, in {chain.folder}"
     table = Table(title, ("stage", "status", "why", "segments (steps)"), left=4)
     for planned in plan:
         segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
@@ -83,22 +82,22 @@ def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
 def closing_table(chain: Chain) -> Table:
     """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
     columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
-    table = Table(f"{chain.recipe}, λ = {chain.lmbda:g}", columns)
+    table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
     for task in chain.tasks:
         if task.record.is_file():
-            table.add(task.stage.name, *_record_row(json.loads(task.record.read_text())))
+            table.add(task.stage.name, *_record_row(PublicationRecord.read(task.record)))
     return table
 
 
-def _record_row(record: dict[str, Any]) -> list[str]:
-    quality, gap = record["quality"], record["facts"].get("step0_gap")
+def _record_row(record: PublicationRecord) -> list[str]:
+    quality = record.quality
     return [
-        f"{record['parameters'] / 1e6:.2f}M",
-        f"{record['kmacs_per_pixel']:.1f}",
-        f"{quality['bpp']:.4f}",
-        f"{quality['psnr_db']:.2f}",
-        number(quality["ms_ssim"]),
-        f"{quality['rd_loss']:.4f}",
-        number(gap, "+.4f"),
-        f"{record['training_seconds'] / 60:.1f}" if record["steps"] else "–",
+        f"{record.parameters / 1e6:.2f}M",
+        f"{record.kmacs_per_pixel:.1f}",
+        f"{quality.bpp:.4f}",
+        f"{quality.psnr_db:.2f}",
+        number(quality.ms_ssim),
+        f"{quality.rd_loss:.4f}",
+        number(record.facts.step0_gap, "+.4f"),
+        f"{record.training_seconds / 60:.1f}" if record.steps else "–",
     ]

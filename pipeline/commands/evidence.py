@@ -171,13 +171,14 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
     from pipeline.commands.display import console
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
+    from pipeline.common.tables import shortest
 
     todo = list(sweep.chains())
     accelerator = start_accelerator(todo[0][1][0].precision)
     console.print(sweep.table().rich())
     for lmbda, chains in todo:
         for chain in chains:
-            console.print(f"λ = {lmbda:g}, to {chain.tasks[-1].stage.name}")
+            console.print(f"λ = {shortest(lmbda)}, to {chain.tasks[-1].stage.name}")
             run_chain(chain, accelerator, accept_anyway)
         console.print(sweep.table().rich())
     if accelerator.is_main_process:

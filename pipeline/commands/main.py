@@ -1,5 +1,6 @@
 """The command `hpcm`."""
 
+import io
 import os
 import sys
 import warnings
@@ -127,7 +128,7 @@ def sync(runs: Runs = Path("runs")) -> None:
         try:
             with held(folder.parent):
                 outbox = Outbox(folder, Store.default(runs), console.print)
-                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.uri}")
+                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
                 sent.append(outbox.close(SYNC_PATIENCE))
         except UserError as error:
             console.print(str(error), soft_wrap=True)
@@ -136,6 +137,45 @@ def sync(runs: Runs = Path("runs")) -> None:
         console.print(f"no log entries to send in {runs}")
     if not all(sent):
         raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    runs: Runs = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; delete all that is listed.")] = False,
+) -> None:
+    """List the trainings that were interrupted and not finished, and delete those that you name.
+
+    They are kept until then: the recipe or the images that they belong to may come back.
+    """
+    from pipeline.chain.leftovers import leftovers
+    from pipeline.commands.display import console
+
+    found = list(leftovers(runs))
+    if not found:
+        console.print(f"nothing was interrupted in {runs}")
+    for leftover in found:
+        console.print(leftover.title, soft_wrap=True)
+        if yes or typer.confirm("Delete it?"):
+            leftover.delete()
+
+
+@app.command()
+def ui(
+    runs: Runs = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port to serve at.")] = 5000,
+) -> None:
+    """Serve MLflow's pages on these runs, wherever their folder was moved."""
+    from pipeline.commands.display import console
+    from pipeline.tracking.store import Store, experiment_id
+
+    store = Store.default(runs)
+    # Opened first: that tells MLflow where the artifacts lie now.
+    experiment = experiment_id(store.client())
+    # Its first page is for language models.
+    console.print(f"runs: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri, "--port", str(port)]
+    os.execv(sys.executable, command)
 
 
 @app.command()
@@ -182,12 +222,13 @@ def import_(
     """Bring an official `.pth.tar` into this pipeline; the preset is recognized by its tensors."""
     from modules.config import preset_of
     from pipeline.commands.display import console
-    from pipeline.weights.checkpoints import check_target, import_official, publish
+    from pipeline.weights.checkpoints import check_target, import_official
+    from pipeline.weights.published import Lineage, publish
 
     check_target(source, target, overwrite)
     model = import_official(source)
     preset, phase = preset_of(model.config)
-    publish(target, model, {"name": "baseline", "imported_from": source.name})
+    publish(target, model, Lineage(name="baseline", imported_from=source.name))
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
 
@@ -214,6 +255,9 @@ evidence.register(app)
 
 def main() -> None:
     """Run the command line; what a person can mend is one screen on stderr and exit code 1, a signal 128 + number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A name may hold what the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

@@ -1,14 +1,20 @@
-"""One run at a time in a folder."""
+"""One run at a time in a folder, and one process at a time at a short piece of work."""
 
 import fcntl
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import FileError, open_own
+
+_WORKING = threading.Lock()
+"""A lock of the system's keeps processes apart, and not the threads of one."""
 
 
 class FolderInUse(UserError):
@@ -19,12 +25,13 @@ class FolderInUse(UserError):
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder while the context lasts; raises FolderInUse, naming the holder.
 
-    The system lets go of the lock when its process ends, however it ends, and data workers do not inherit it.
+    The system lets go of the lock when its process ends, however it ends, and data workers do not inherit it. Raises
+    FileError where the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
+    with open_own(folder / "lock", "a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise FolderInUse(
@@ -36,3 +43,24 @@ def held(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},\n")
         file.flush()
         yield
+
+
+@contextmanager
+def alone_at(path: Path) -> Iterator[None]:
+    """Wait until no other process or thread is inside this context with the same lock file; raises FileError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _WORKING, open_own(path, "a+") as file:
+        _lock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _lock(file: IO[str], operation: int) -> None:
+    try:
+        fcntl.lockf(file, operation)
+    except (BlockingIOError, PermissionError):
+        raise
+    except OSError as error:
+        raise FileError(
+            f"{file.name}: cannot be locked: {error.strerror}. The file system may have no locks; "
+            "choose another folder with --runs"
+        ) from error

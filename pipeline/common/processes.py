@@ -1,7 +1,7 @@
 """Signals and processes: the first signal asks for a save after the current step, a second ends the process at once."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped
+from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
+from pipeline.common.timing import processor
+
+
+class ProcessesDiffer(UserError):
+    """Processes that see other files, or run other programs; the message says what differs."""
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -21,6 +27,16 @@ def start_accelerator(precision: str) -> Accelerator:
     # The others wait while the first evaluates, which can take long; that one of them has died, they notice.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
+
+
+def environment_of(accelerator: Accelerator) -> dict[str, str]:
+    """What changes the rounding of a training step: the same settings give the same bytes only where this is equal."""
+    return {
+        "PyTorch": torch.__version__,
+        "device": processor(str(accelerator.device)),
+        "threads": str(torch.get_num_threads()),
+        "processes": str(accelerator.num_processes),
+    }
 
 
 class ProcessGroup:
@@ -58,6 +74,19 @@ class ProcessGroup:
                 raise MainProcessStopped(told[0])
         if error is not None:
             raise error
+
+    def agree_on(self, facts: Callable[[], Mapping[str, str]]) -> None:
+        """Raise ProcessesDiffer, in all processes, unless all give the same facts."""
+        if self.accelerator.num_processes == 1:
+            return
+        every = gather_object([dict(facts())])
+        differing = [name for name in every[0] if len({other.get(name) for other in every}) > 1]
+        if differing:
+            lines = [
+                f"  {name}: {'; '.join(f'process {n} has {other.get(name)}' for n, other in enumerate(every, 1))}"
+                for name in differing
+            ]
+            raise ProcessesDiffer("\n".join(["the processes would not train on the same:", *lines]))
 
     @contextmanager
     def noticing_lost_processes(self) -> Iterator[None]:

@@ -42,6 +42,12 @@ def _line(cells: tuple[str, ...] | list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
 
 
+def shortest(value: float) -> str:
+    """A number in as few digits as tell it from every other: `0.013`, and 0.0130000001 in full."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def number(value: float | None, form: str = ".4f") -> str:
     """A number in a table, or a dash where none is known."""
     return "–" if value is None else format(value, form)

@@ -21,10 +21,15 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 def machine(device: str) -> str:
     """The GPU's name, or the CPU's with the number of threads in use."""
+    threads = torch.get_num_threads()
+    return processor(device) + (f", {threads} thread{'s' if threads > 1 else ''}" if device.startswith("cpu") else "")
+
+
+def processor(device: str) -> str:
+    """The GPU's name, or the CPU's."""
     if not device.startswith("cpu"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return names[0] if names else platform.processor()

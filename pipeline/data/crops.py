@@ -7,7 +7,9 @@ and any resumed run gives the same crop for the same n.
 
 import logging
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -131,6 +133,21 @@ def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0
         # Without its own, the loader draws from the global generator, and a resumed run would draw once more.
         generator=torch.Generator(),
     )
+
+
+@contextmanager
+def noticing_lost_workers() -> Iterator[None]:
+    """Raise DataError in a few words for what torch raises when a reading process was killed."""
+    try:
+        yield
+    except RuntimeError as error:  # Torch raises nothing more exact, wherever the main process is at that moment.
+        if not re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
+            raise
+        raise DataError(
+            f"a data worker died: {str(error).splitlines()[0][:160]}\n"
+            "  The last saved state is kept; the same command goes on from there. Where memory is short, fewer workers "
+            "help: --set data.workers=…"
+        ) from error
 
 
 def _stand_apart(worker: int) -> None:

@@ -3,11 +3,11 @@
 import hashlib
 import logging
 import os
-import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import check_regular, readable
+from pipeline.common.memory import too_large
+from pipeline.data.image_index import FILE, FileStamp, ImageFacts, ImageIndex, digests
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # Pillow goes by content, and some of its formats start other programs (EPS runs Ghostscript).
@@ -36,6 +39,11 @@ PACKAGED = {
     ),
 }
 
+PIXEL_BYTES = 16
+"""Bytes a pixel that decoding takes at most: 16 bits a channel, with transparency, twice."""
+LARGEST_EXTRA = 2**28
+"""Bytes of a file that are no pixels, at most: profiles, previews, further pages."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,10 +55,9 @@ class DataError(UserError):
 class Photos:
     """Images whose headers were read, in the order of their names.
 
-    `names` are relative to the folder, with `/`; `pixels` counts all images together; `skipped` pairs each
-    unusable file with the reason. `digest` is the SHA-256 (hexadecimal) of every name and size in bytes: it
-    notices images that come, go or change their size on disk, without reading their contents. `name` and
-    `source` tell a run's tracking what it was trained on.
+    `names` are relative to the folder, with `/`, and can be printed; `pixels` counts all images together; `skipped`
+    pairs each unusable file with the reason. `digest` is the SHA-256 (hexadecimal) of every name and content: it
+    notices images that come, go or change. `name` and `source` tell a run's tracking what it was trained on.
     """
 
     name: str
@@ -62,50 +69,96 @@ class Photos:
     digest: str
 
 
-def find_images(folder: Path | None, split: Literal["train", "val"], minimum: int) -> Photos:
+def find_images(folder: Path | None, split: Literal["train", "val"], minimum: int, runs: Path | None = None) -> Photos:
     """Find the usable images of a folder and those below it; of None, the packaged photographs.
 
-    Only headers are read. For training, images with a side shorter than `minimum` pixels are skipped. Raises
-    DataError where no usable image is left.
+    Each file is read once: an index in the folder `runs` knows it again by its size and times. What lies in that
+    folder is left out: reconstructions are no images to train on. For training, images with a side shorter than
+    `minimum` pixels are skipped. Raises DataError where no usable image is left.
     """
     if folder is None:
         found = [(name, Path(str(distribution(wheel).locate_file(name)))) for wheel, name in PACKAGED[split]]
         name, source = f"packaged-{split}", "photographs in the wheels of scikit-image and scikit-learn"
     else:
-        found = files_below(folder)
-        name, source = folder.resolve().name, str(folder.resolve())
+        found = files_below(folder, left_out=partial(_is_runs_folder, folder, runs))
+        name, source = readable(folder.resolve().name), readable(str(folder.resolve()))
 
+    index = ImageIndex(runs / FILE if runs and folder else None, folder.resolve() if folder else Path())
+    with index.alone():
+        looked_at = _look(sorted(found), index)
     digest, pixels = hashlib.sha256(), 0
     usable: list[tuple[str, Path]] = []
     skipped: list[tuple[Path, str]] = []
-    for relative, path in sorted(found):
-        try:
-            size = _file_size(path)
-            with _opened(path) as picture:
-                width, height = picture.size
-            if split == "train" and min(width, height) < minimum:
-                raise DataError(f"{path}: {width}×{height}, smaller than {minimum}×{minimum} pixels")
-        except DataError as problem:
-            skipped.append((path, str(problem).removeprefix(f"{path}: ")))
+    for relative, path, facts in looked_at:
+        problem = facts if isinstance(facts, str) else ""
+        if not isinstance(facts, str) and split == "train" and min(facts.width, facts.height) < minimum:
+            problem = f"{facts.width}×{facts.height}, smaller than {minimum}×{minimum} pixels"
+        if problem or isinstance(facts, str):
+            skipped.append((path, problem))
             continue
-        usable.append((relative, path))
-        pixels += width * height
-        digest.update(os.fsencode(relative) + f"\0{size}\n".encode())
+        usable.append((readable(relative), path))
+        pixels += facts.width * facts.height
+        digest.update(os.fsencode(relative) + f"\0{facts.digest}\n".encode())
     if not usable:
         raise DataError(_nothing_usable(source, split, skipped))
     names, paths = zip(*usable, strict=True)
     return Photos(name, source, names, paths, pixels, tuple(skipped), digest.hexdigest())
 
 
-def files_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
-    """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError."""
+def _look(found: list[tuple[str, Path]], index: ImageIndex) -> list[tuple[str, Path, ImageFacts | str]]:
+    """What is known of each file, or why it cannot be used; what was not known before is remembered."""
+    known = index.known()
+    looked_at: list[tuple[str, Path, ImageFacts | str]] = []
+    new: list[tuple[int, FileStamp, tuple[int, int]]] = []
+    for relative, path in found:
+        facts: ImageFacts | str = "not read"
+        try:
+            stamp = FileStamp.of(_status(path))
+            if known.get(relative, (None,))[0] == stamp:
+                facts = known[relative][1]
+            else:
+                with _opened(path) as picture:
+                    new.append((len(looked_at), stamp, picture.size))
+        except DataError as problem:
+            facts = str(problem).removeprefix(f"{path}: ")
+        looked_at.append((relative, path, facts))
+    paths, sizes = [looked_at[place][1] for place, _, _ in new], [stamp.size for _, stamp, _ in new]
+    for (place, _, size), digest in zip(new, digests(paths, sizes), strict=True):
+        read = str(digest.strerror) if isinstance(digest, OSError) else ImageFacts(*size, digest)
+        looked_at[place] = (*looked_at[place][:2], read)
+    index.remember(
+        (looked_at[place][0], stamp, facts)
+        for place, stamp, _ in new
+        if isinstance(facts := looked_at[place][2], ImageFacts)
+    )
+    return looked_at
+
+
+def files_below(
+    folder: Path, suffixes: tuple[str, ...] = SUFFIXES, left_out: Callable[[Path, list[str]], bool] | None = None
+) -> list[tuple[str, Path]]:
+    """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError.
+
+    Folders that `left_out`, given their path and the names of their files, says so of are not looked through.
+    """
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise DataError(f"{folder}: {what}; give a folder of images ({' '.join(suffixes)})")
     found = []
-    for root, _, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
+    for root, folders, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
+        if left_out is not None and left_out(Path(root), files):
+            folders.clear()
+            continue
         paths = (Path(root, file) for file in files if file.lower().endswith(suffixes))
         found += [(path.relative_to(folder).as_posix(), path) for path in paths]
+    return found
+
+
+def _is_runs_folder(images: Path, runs: Path | None, folder: Path, files: list[str]) -> bool:
+    """Whether a folder is one of runs; raises DataError where it is that of the images itself."""
+    found = "mlflow.db" in files or (runs is not None and folder.resolve() == runs.resolve())
+    if found and folder == images:
+        raise DataError(f"{images}: a folder of runs, and what a run makes is nothing to train on; give another")
     return found
 
 
@@ -119,25 +172,26 @@ def _nothing_usable(source: str, split: str, skipped: list[tuple[Path, str]]) ->
     return "\n".join(lines)
 
 
-def _file_size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError as problem:
-        raise DataError(f"{path}: {problem.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: not a regular file")
+def _status(path: Path) -> os.stat_result:
+    status = check_regular(path, DataError)
     if status.st_size == 0:
         raise DataError(f"{path}: empty file")
-    return status.st_size
+    return status
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    size, limit = _status(path).st_size, Image.MAX_IMAGE_PIXELS
     try:
+        if max_pixels is not None and limit is not None:
+            Image.MAX_IMAGE_PIXELS = max(limit, max_pixels)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
+                _check_size(path, picture, size, max_pixels)
                 yield picture
+    except DataError:
+        raise
     except Image.UnidentifiedImageError:
         raise DataError(f"{path}: broken, or no image ({' '.join(FORMATS)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -145,6 +199,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     # On damaged files Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError …
     except Exception as problem:
         raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(path: Path, picture: Image.Image, size: int, max_pixels: int | None) -> None:
+    """Raise DataError for what is too large to be decoded, and for a file that is far larger than its pixels."""
+    pixels = picture.width * picture.height
+    if max_pixels is not None:
+        if pixels > max_pixels:
+            raise DataError(f"{path}: {picture.width}×{picture.height}, more than --max-pixels {max_pixels}")
+    elif reason := too_large(PIXEL_BYTES * pixels):
+        raise DataError(f"{path}: {picture.width}×{picture.height} pixels: {reason}; --max-pixels allows it")
+    if size > LARGEST_EXTRA + PIXEL_BYTES * pixels:
+        raise DataError(f"{path}: {size:,} bytes, far more than {picture.width}×{picture.height} pixels can have")
 
 
 @dataclass(frozen=True)
@@ -164,13 +232,13 @@ def read_image(path: Path) -> np.ndarray:
     return read_picture(path).pixels
 
 
-def read_picture(path: Path) -> Picture:
-    """Decode an image, the right way up (EXIF).
+def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
+    """Decode an image, the right way up (EXIF), of at most `max_pixels`; of None, as large as memory allows.
 
     16 bits a channel become 8, transparency is laid on white, gray, palette and CMYK become RGB without a
     color profile, and of several pages or frames the first counts. Raises DataError naming the file.
     """
-    with _opened(path) as picture:
+    with _opened(path, max_pixels) as picture:
         changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
         if getattr(picture, "n_frames", 1) > 1:
             changes.append("only the first frame was kept")

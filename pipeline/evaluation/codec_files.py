@@ -14,6 +14,7 @@ from torch import Tensor
 from modules.bitstream import CodedImage, ImageCodec
 from pipeline.common.files import replacing
 from pipeline.data.images import SUFFIXES, DataError, Picture, files_below, read_picture
+from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import psnr_db
 
 SUFFIX = ".hpcm"
@@ -63,10 +64,11 @@ def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, 
             if not below:
                 raise DataError(f"{source}: no {' '.join(suffixes)} here or below")
             found += below
-        elif source.exists():
+        elif source.is_file():
             found.append((source.name, source))
         else:
-            raise DataError(f"{source}: no such file or folder")
+            what = "not a regular file" if source.exists() else "no such file or folder"
+            raise DataError(f"{source}: {what}")
     return found
 
 
@@ -106,13 +108,15 @@ def _beside(source: Path, name: Path, folder: Path | None) -> Conversion:
     return Conversion(source, folder / name if folder else source.with_name(name.name), name.as_posix())
 
 
-def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:
+def compress_file(codec: ImageCodec, conversion: Conversion, max_pixels: int | None = None) -> Compressed:
     """Write a picture as an `.hpcm` file, once its bytes have been decoded again.
 
-    Raises DataError for a picture that cannot be read, BitstreamError for one that cannot be coded, FileError.
+    Raises DataError for a picture that cannot be read or is too large, BitstreamError for one that cannot be coded,
+    FileError.
     """
-    picture = read_picture(conversion.source)
+    picture = read_picture(conversion.source, max_pixels)
     image = to_tensor(picture)
+    check_size(codec.model, image.shape[2], image.shape[3], max_pixels)
     start = time.perf_counter()
     data = codec.encode(image, picture.icc_profile).pack()
     encoded = time.perf_counter()
@@ -125,16 +129,17 @@ def compress_file(codec: ImageCodec, conversion: Conversion) -> Compressed:
     return Compressed(width, height, len(data), psnr_db(image, to_8_bits(x_hat) / 255), *times, picture.changes)
 
 
-def decompress_file(codec: ImageCodec, conversion: Conversion) -> CodedImage:
+def decompress_file(codec: ImageCodec, conversion: Conversion, max_pixels: int | None = None) -> CodedImage:
     """Decode an `.hpcm` file to a picture in the format of the target's suffix, with the ICC profile it came with.
 
-    Raises BitstreamError for a file that is damaged or another model's, DataError for an unknown suffix,
-    FileError.
+    Raises BitstreamError for a file that is damaged or another model's, DataError for an unknown suffix and an image
+    that is too large, FileError.
     """
     form = Image.registered_extensions().get(conversion.target.suffix.lower())
     if form is None or conversion.target.suffix.lower() not in SUFFIXES:
         raise DataError(f"{conversion.target}: pictures are written as {' '.join(SUFFIXES)}")
     coded = CodedImage.read(conversion.source)
+    check_size(codec.model, coded.height, coded.width, max_pixels)
     pixels = to_8_bits(codec.decode(coded))[0].byte().permute(1, 2, 0).cpu().numpy()
     with replacing(conversion.target) as partial:
         picture = Image.fromarray(pixels)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
 from pipeline.common.figure_style import new_figure, save
-from pipeline.evaluation.quality import NamedImage, Quality, bits_per_pixel, mean_quality, quality_of
+from pipeline.evaluation.quality import NamedImage, bits_per_pixel, mean_quality, quality_of
+from pipeline.weights.published import Quality
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Rate and distortion of an image, and the loss that they make."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from pipeline.common.errors import UserError
 from pipeline.recipes.schema import MS_SSIM_MINIMUM
+from pipeline.weights.published import Quality
 
 NamedImage = tuple[str, Tensor]
 """A name and an image (1, 3, H, W) in [0, 1]."""
@@ -17,20 +17,6 @@ NamedImage = tuple[str, Tensor]
 
 class EvaluationError(UserError):
     """An image that the loss is not defined for; the message names it."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Rate in bits per pixel, PSNR in dB, MS-SSIM in 0 … 1 (None for small images), and the loss they make."""
-
-    bpp: float
-    psnr_db: float
-    ms_ssim: float | None
-    rd_loss: float
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """The values by metric name, those that are known."""
-        return {f"{prefix}/{name}": value for name, value in asdict(self).items() if value is not None}
 
 
 def bits_per_pixel(likelihoods: dict[str, Tensor], pixels: int) -> Tensor:

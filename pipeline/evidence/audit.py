@@ -1,13 +1,15 @@
 """Whether the files of every stage are what MLflow recorded."""
 
-import json
+import glob
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.files import FileError
 from pipeline.tracking.records import ChainRecord, Records, StageRecord
-from pipeline.tracking.store import KEY_TAG
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError
+from pipeline.weights.published import Lineage, PublicationRecord
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,15 @@ def audit(runs: Path) -> list[ChainAudit]:
     """Read every chain in the store of this folder of runs, newest first, and check its files."""
     records = Records(runs)
     return [
-        ChainAudit(chain, tuple(_check(records, chain, stage) for stage in chain.stages)) for chain in records.chains()
+        ChainAudit(chain, tuple(_check(records, chain, stage, runs) for stage in chain.stages))
+        for chain in records.chains()
     ]
 
 
-def _check(records: Records, chain: ChainRecord, stage: StageRecord) -> StageAudit:
+def _check(records: Records, chain: ChainRecord, stage: StageRecord, runs: Path) -> StageAudit:
     if stage.digest is None:
         return StageAudit(stage, "not published", ())
-    published = Path(stage.tags["hpcm.checkpoint"])
+    published = runs / (stage.tags.checkpoint or "")
     aside = _set_aside(published, stage)
     path = aside or published
     problems = [*_check_checkpoint(path, stage), *_check_record(path.with_name("record.json"), stage)]
@@ -55,37 +58,33 @@ def _check(records: Records, chain: ChainRecord, stage: StageRecord) -> StageAud
 
 
 def _set_aside(published: Path, stage: StageRecord) -> Path | None:
-    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place."""
+    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place.
+
+    A rebuilt stage may have the same weights: its own record says which MLflow run a folder is of.
+    """
     assert stage.digest is not None
-    pattern = f"{published.parent.name}-{stage.digest[:12]}*"
-    folders = sorted((published.parent.parent / "superseded").glob(pattern))
-    if not folders or _digest(published) == stage.digest:
-        return None
-    return folders[-1] / published.name
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        return str(checkpoints.read_metadata(path)["digest"])
-    except CheckpointError:
-        return None
+    pattern = f"{glob.escape(published.parent.name)}-{stage.digest[:12]}*"
+    for folder in sorted((published.parent.parent / "superseded").glob(pattern)):
+        with suppress(FileError):
+            if PublicationRecord.read(folder / "record.json").mlflow_key == stage.tags.key:
+                return folder / published.name
+    return None
 
 
 def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:
     try:
-        metadata = checkpoints.read(path).metadata
+        digest, lineage = checkpoints.read(path).metadata["digest"], Lineage.read(path)
     except CheckpointError as error:
         return [str(error)]
-    if metadata["digest"] != stage.digest:
+    if digest != stage.digest:
         return [f"{path}: not the checkpoint that was recorded ({stage.digest[:12] if stage.digest else '–'}…)"]
-    problems = []
-    recorded = {key: stage.tags.get(f"hpcm.input.{key.replace(' ', '_')}") for key in metadata.get("inputs", {})}
-    problems += [
-        f"{path}: made from another {key} than recorded"
-        for key, value in metadata.get("inputs", {}).items()
-        if recorded[key] != value
+    recorded = stage.tags.inputs
+    problems = [
+        f"{path}: made from another {name} than recorded"
+        for name, value in lineage.inputs.items()
+        if recorded.get(name) != value
     ]
-    if stage.quality is not None and metadata.get("quality") != vars(stage.quality):
+    if stage.quality is not None and lineage.quality != stage.quality:
         problems.append(f"{path}: its quality is not the recorded one")
     return problems
 
@@ -93,12 +92,10 @@ def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:
 def _check_record(path: Path, stage: StageRecord) -> list[str]:
     """The stage's own record beside its checkpoint, by which the chain knows what is done."""
     try:
-        record = json.loads(path.read_text())
-        same = record["digest"] == stage.digest and record["mlflow_key"] == stage.tags.get(KEY_TAG)
-    except FileNotFoundError:
-        return [f"{path}: no such file"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{path}: unreadable ({error})"]
+        record = PublicationRecord.read(path)
+    except FileError as error:
+        return [str(error)]
+    same = record.digest == stage.digest and record.mlflow_key == stage.tags.key
     return [] if same else [f"{path}: names another checkpoint or MLflow run"]
 
 
@@ -116,7 +113,7 @@ def _check_kept_copy(records: Records, stage: StageRecord) -> list[str]:
 
 def _check_parent(chain: ChainRecord, stage: StageRecord) -> list[str]:
     """The digest of the parent must be one that the chain's record knows."""
-    digest = stage.tags.get("hpcm.input.parent")
+    digest = stage.tags.inputs.get("parent")
     if digest is None or any(other.digest == digest for other in chain.stages if other.name == stage.parent):
         return []
     return [f"its parent {digest[:12]}… is not a {stage.parent} of this chain"]

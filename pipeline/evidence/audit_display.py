@@ -18,7 +18,7 @@ def tables(chain: ChainAudit) -> Iterable[Table]:
         results.add(*_result_cells(stage))
         record = stage.record
         trained = "\n".join(map(segment_text, record.segments)) or "taken from a file"
-        story.add(record.name, record.tags.get("hpcm.ledger", "–").replace(", ", "\n"), trained, _history(stage))
+        story.add(record.name, (record.tags.ledger or "–").replace(", ", "\n"), trained, _history(stage))
     yield results
     yield story
 
@@ -52,7 +52,7 @@ def _history(stage: StageAudit) -> str:
     attempts = stage.record.attempts
     # One attempt that went well is nothing to tell.
     told = attempts if state or len(attempts) > 1 else []
-    verdict = tags.get("hpcm.acceptance", "")
+    verdict = tags.acceptance or ""
     return "\n".join(filter(None, (state, verdict, *told, *stage.problems))) or "–"
 
 
@@ -74,17 +74,15 @@ def _stage_json(stage: StageAudit) -> dict[str, Any]:
         "parent": record.parent,
         "state": record.state,
         "run_id": record.run_id,
-        "ledger": _counts(record.tags.get("hpcm.ledger", "")),
+        "ledger": _counts(record.tags.ledger or ""),
         "segments": [asdict(segment) for segment in record.segments],
         "loss": {"parent": record.parent_loss, "step0": record.step0_loss},
         "quality": asdict(record.quality) if record.quality else None,
         "seconds": record.seconds,
         "attempts": record.attempts,
-        "acceptance": record.tags.get("hpcm.acceptance"),
-        "inputs": {
-            key.removeprefix("hpcm.input."): v for key, v in record.tags.items() if key.startswith("hpcm.input.")
-        },
-        "checkpoint": record.tags.get("hpcm.checkpoint"),
+        "acceptance": record.tags.acceptance,
+        "inputs": record.tags.inputs,
+        "checkpoint": record.tags.checkpoint,
         "digest": record.digest,
         "files": stage.files,
         "problems": list(stage.problems),

@@ -21,10 +21,11 @@ from pipeline.common.timing import machine
 from pipeline.evaluation.coding import macs_per_pixel
 from pipeline.evidence.measurement import CODING, MEMORY, TRAINING, Contender, Note, Size, measure_memory, measure_times
 from pipeline.recipes.loading import Recipe
+from pipeline.tracking import tags
 from pipeline.tracking.outbox import Outbox
-from pipeline.tracking.records import KIND_TAG
 from pipeline.tracking.store import Store
 from pipeline.weights import checkpoints
+from pipeline.weights.published import Lineage
 
 KIND = "comparison"
 FILE = "comparison.json"
@@ -144,17 +145,18 @@ def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise ComparisonError("a checkpoint is given twice; give each once")
     configs = {path: checkpoints.load_codec(path).config for path in paths}
-    metadata = {path: checkpoints.read_metadata(path) for path in paths}
-    names = {path: metadata[path].get("name", path.stem) for path in paths}
+    lineages = {path: Lineage.read(path) for path in paths}
+    names = {path: lineages[path].name or path.stem for path in paths}
     parents: dict[str, HPCMConfig] = {}
     for path, config in configs.items():
-        parents[metadata[path]["digest"]] = config
+        parents[checkpoints.read_digest(path)] = config
         parents.setdefault(names[path], config)
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     found = []
     for path, config in configs.items():
-        by_name = yaml.safe_load(metadata[path].get("stage", "{}")).get("parent")
-        parent = parents.get(metadata[path].get("inputs", {}).get("parent"), parents.get(by_name))
+        lineage = lineages[path]
+        by_name = yaml.safe_load(lineage.stage or "{}").get("parent")
+        parent = parents.get(lineage.inputs.get("parent", ""), parents.get(by_name))
         name = _short(path, paths) if names[path] in shared else names[path]
         found.append(Contender(name, config, path, parent))
     return found
@@ -241,7 +243,7 @@ def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None 
     # Whatever the folder: `hpcm sync` looks under the runs.
     queue = default_folder(runs, comparison.title, comparison.device) / "outbox"
     outbox = Outbox(queue, Store.default(runs), print)
-    run = outbox.run(uuid.uuid4().hex, name, tags={KIND_TAG: KIND})
+    run = outbox.run(uuid.uuid4().hex, name, tags={tags.KIND: KIND})
     fields = ("title", "device", "machine", "torch", "rounds", "trained")
     run.parameters({field: getattr(comparison, field) for field in fields})
     metrics = {f"{c.codec}/{c.activity}_seconds/{c.size.replace('×', 'x')}": c.seconds for c in comparison.costs}

@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluation.quality import Quality
+from pipeline.common.tables import shortest
 from pipeline.evidence import rate_distortion
 from pipeline.evidence.comparison import Comparison
 from pipeline.evidence.rate_distortion import Delta
 from pipeline.tracking.records import ChainRecord
+from pipeline.weights.published import Quality
 
 EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
     "time": ((-25, -15), (-45, -30), (-50, -35), (-55, -40)),
@@ -149,7 +150,7 @@ def claims(phase_gains: Sequence[Gain], deltas: Mapping[str, Delta], comparison:
         rows["rate, BD over all λ"] = lambda n: _single(deltas.get(f"phase{n}"), "bd_rate")
         rows["psnr, BD over all λ"] = lambda n: _single(deltas.get(f"phase{n}"), "bd_psnr")
     if best:
-        at = f"at λ = {next(iter(best.values())).lmbda:g}"
+        at = f"at λ = {shortest(next(iter(best.values())).lmbda)}"
         rows[f"rate, {at}"] = lambda n: best[n].rate_percent if n in best else None
         rows[f"psnr, {at}"] = lambda n: best[n].psnr_at_equal_rate if n in best else None
     controlled = {gain.stage for gain in phase_gains if gain.fair}

@@ -7,6 +7,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from pipeline.common.figure_style import new_figure
+from pipeline.common.tables import shortest
 from pipeline.evidence.control_gains import EXPECTED, Gain
 
 MODERATE = 50.0
@@ -31,7 +32,7 @@ def draw(found: Sequence[Gain]) -> Figure:
             [rate.mean for rate in points.values()],
             [stages.index(stage) + 0.2 * (number - (len(lmbdas) - 1) / 2) for stage in points],
             xerr=[rate.deviation or np.nan for rate in points.values()],
-            fmt="o", markersize=4, color=shade, capsize=3, label=f"λ = {lmbda:g}",
+            fmt="o", markersize=4, color=shade, capsize=3, label=f"λ = {shortest(lmbda)}",
         )  # fmt: skip
     if max(abs(rate.mean) for rate in rates.values()) > MODERATE:
         axis.set_xscale("symlog", linthresh=10)

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
 from pipeline.common.figure_style import codec_colors, new_figure
-from pipeline.common.tables import Table, number
-from pipeline.evaluation.quality import Quality, mean_quality
+from pipeline.common.tables import Table, number, shortest
+from pipeline.evaluation.quality import mean_quality
 from pipeline.tracking.records import ChainRecord, Records
+from pipeline.weights.published import Quality
 
 METHOD = "pchip"
 """Of interpolation: monotone between the points, and a straight line through two. Cubic fits need four."""
@@ -147,7 +148,7 @@ def points_table(title: str, found: Mapping[str, Curve]) -> Table:
         for point in curve:
             quality = point.quality
             table.add(
-                name, f"{point.lmbda:g}", str(point.seeds), number(quality.bpp), number(quality.psnr_db, ".2f"),
+                name, shortest(point.lmbda), str(point.seeds), number(quality.bpp), number(quality.psnr_db, ".2f"),
                 number(quality.ms_ssim), number(quality.rd_loss),
             )  # fmt: skip
     return table

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
-from pipeline.common.tables import Table
+from pipeline.common.tables import Table, shortest
 from pipeline.evidence import (
     comparison,
     comparison_display,
@@ -68,6 +68,27 @@ class RecipeReport:
     lineage: tuple[tuple[str, LineageNode], ...]
 
 
+@dataclass(frozen=True)
+class CostReport:
+    """One comparison of costs, its tables, and its figure as a data URI."""
+
+    comparison: Comparison
+    tables: tuple[Table, ...]
+    figure: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page shows."""
+
+    sections: tuple[RecipeReport, ...]
+    costs: tuple[CostReport, ...]
+    date: str
+    """When the last stage ended."""
+    side: int = SIDE
+    """Pixels of the pieces of reconstructions."""
+
+
 def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     """Write page and figures into a folder; returns the page's path. Raises ReportError where no stage is published.
 
@@ -83,25 +104,21 @@ def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     costs = [comparison.read(path) for path in records.artifacts_of_kind(comparison.KIND, comparison.FILE)]
     newest = {(cost.title, cost.device): cost for cost in costs}
     drawn = _Drawn(folder)
-    sections = [
-        _recipe_report(records, [c for c in chains if c.recipe == name], newest, drawn) for name in recipes or there
-    ]
-    page = _template().render(
-        sections=sections,
-        comparisons=[
-            (
-                cost,
-                list(comparison_display.tables(cost)),
-                drawn.add(f"cost-{title}-{device}", comparison_display.draw(cost)),
-            )
-            for (title, device), cost in newest.items()
-        ],
+    page = Page(
+        sections=tuple(
+            _recipe_report(records, [c for c in chains if c.recipe == name], newest, drawn) for name in recipes or there
+        ),
+        costs=tuple(_cost_report(cost, drawn) for cost in newest.values()),
         date=_date(max(stage.ended for chain in chains for stage in chain.stages)),
-        side=SIDE,
     )
     path = folder / PAGE
-    path.write_text(page, encoding="utf-8")
+    path.write_text(_template().render(page=page), encoding="utf-8")
     return path
+
+
+def _cost_report(cost: Comparison, drawn: "_Drawn") -> CostReport:
+    figure = drawn.add(f"cost-{cost.title}-{cost.device}", comparison_display.draw(cost))
+    return CostReport(cost, tuple(comparison_display.tables(cost)), figure)
 
 
 def _stages_of(chains: Sequence[ChainRecord], recipe: str) -> int:
@@ -118,26 +135,28 @@ def _recipe_report(
     best = _fullest(chains)
     fair = [gain for gain in gains(chains) if gain.fair and gain.rate_percent]
     return RecipeReport(
-        recipe,
-        tuple(_facts(records, chains)),
-        drawn.add(f"{recipe}-rate-distortion", figure),
-        len({chain.lmbda for chain in chains}) > 1,
-        rate_distortion.deltas_table(curves, rate_distortion.references(chains)),
-        _claims(chains, curves, costs),
-        drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
-        report_tables.quality_table(chains),
-        report_tables.migration_table(chains),
-        tuple(
+        recipe=recipe,
+        facts=tuple(_facts(records, chains)),
+        curves=drawn.add(f"{recipe}-rate-distortion", figure),
+        several_lmbdas=len({chain.lmbda for chain in chains}) > 1,
+        deltas=rate_distortion.deltas_table(curves, rate_distortion.references(chains)),
+        claims=_claims(chains, curves, costs),
+        gains=drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
+        quality=report_tables.quality_table(chains),
+        migration=report_tables.migration_table(chains),
+        training=tuple(
             (
                 chain.title,
-                drawn.add(f"{recipe}-training-{chain.lmbda:g}-seed-{chain.seed}", training_curves.draw(records, chain)),
+                drawn.add(
+                    f"{recipe}-training-{shortest(chain.lmbda)}-seed-{chain.seed}", training_curves.draw(records, chain)
+                ),
             )
             for chain in chains
             if chain is best or chain.seed == best.seed
         ),
-        tuple(compared_crops(records, best)),
-        best.title,
-        tuple((chain.title, node) for chain in chains for node in _lineage(chain, None)),
+        compared_crops=tuple(compared_crops(records, best)),
+        crops_from=best.title,
+        lineage=tuple((chain.title, node) for chain in chains for node in _lineage(chain, None)),
     )
 
 
@@ -155,7 +174,7 @@ def _facts(records: Records, chains: Sequence[ChainRecord]) -> Iterator[tuple[st
     first = stages[0]
     size = f"{first.metrics['model/parameters'] / 1e6:.1f} M parameters"
     yield "codec", f"{first.parameters['model.preset']}, {size} as {first.name}"
-    yield "λ", ", ".join(f"{lmbda:g}" for lmbda in sorted({chain.lmbda for chain in chains}))
+    yield "λ", ", ".join(shortest(lmbda) for lmbda in sorted({chain.lmbda for chain in chains}))
     yield "seeds", ", ".join(map(str, sorted({chain.seed for chain in chains})))
     images = records.validation_images(first)
     yield "validation", f"{len(images)} whole images"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from pipeline.common.tables import Table
+from pipeline.common.tables import Table, shortest
 from pipeline.evidence.control_gains import Spread, gains
 from pipeline.tracking.records import ChainRecord, StageRecord
 
@@ -20,7 +20,7 @@ def quality_table(chains: Sequence[ChainRecord]) -> Table:
         cells = [_over(stages, _quality(key), form) for key, form in
                  (("rd_loss", ".4f"), ("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"))]  # fmt: skip
         change = (_text(gain.loss, "+.4f"), _text(gain.rate_percent, "+.2f")) if gain else ("–", "–")
-        table.add(f"{lmbda:g}", name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
+        table.add(shortest(lmbda), name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
     return table
 
 
@@ -38,7 +38,7 @@ def migration_table(chains: Sequence[ChainRecord]) -> Table:
         after = [_over(stages, _loss_after(segment), "+.4f") for segment in segments]
         step0 = _over(stages, _step0, "+.4f")
         ratio = _over(stages, _frozen_share, ".2f")
-        table.add(f"{lmbda:g}", name, stages[0].parent or "–", str(len(stages)), step0, *after, ratio)
+        table.add(shortest(lmbda), name, stages[0].parent or "–", str(len(stages)), step0, *after, ratio)
     return table
 
 

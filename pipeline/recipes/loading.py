@@ -25,6 +25,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 STAGES = PROJECT / "stages"
 DEFAULTS = "common.yaml"
 MOST_LINES = 10
+CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock")
+"""What a chain's folder holds beside its stages."""
+RUNS_NAMES = ("mlartifacts", "comparisons", "report")
+"""What a folder of runs holds beside its recipes."""
 WORDINGS = {
     "missing": f"missing; expected here or in {DEFAULTS}",
     "too_short": "should have at least {min_length} entries, not {actual_length}",
@@ -100,6 +104,8 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = _find_folder(folder)
     defaults = read_file(path / DEFAULTS, _label(path / DEFAULTS))
+    if path.name.lower() in RUNS_NAMES:
+        raise RecipeError(f"{_label(path)}: {path.name} is a folder that every folder of runs has; choose another name")
     files = sorted(file for file in path.glob("*.yaml") if file.name != DEFAULTS and file.name[0] != ".")
     if not files:
         raise RecipeError(f"{_label(path)}: no stage here; expected a YAML file for each beside {DEFAULTS}")
@@ -142,6 +148,12 @@ def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
     fields = tree.plain()
     if fields.get("name", name) != name:
         return [f"{tree.origin_of(['name'])}: name: should be '{name}', as the file is called"]
+    where = f"{tree.origin_of(['name'])}: name"
+    if name.lower() in CHAIN_NAMES:
+        return [f"{where}: '{name}' is a folder that every chain has; choose another name"]
+    same = [other for other in trees if other.lower() == name.lower()]
+    if len(same) > 1:
+        return [f"{where}: {' and '.join(same)} are one folder where capitals do not count; rename one of them"]
     line = [name]
     while isinstance(parent := trees[line[-1]].plain().get("parent"), str):
         where = f"{trees[line[-1]].origin_of(['parent'])}: parent"

@@ -1,8 +1,9 @@
-"""What runs tell MLflow waits on disk, in order: training neither waits for the store nor fails for it.
+"""What runs log to MLflow waits on disk, in order: training neither waits for the store nor fails for it.
 
-A run says something by appending a line to a journal; one thread sends the lines. What a kill leaves unclear, the
-store's own state decides (see StoredRun), and a metric keeps the time at which it was first said, so that sending it
-twice is logging it once.
+A run logs something by appending an entry to a journal; one thread sends the entries, and forgets one when the store
+shows it. What a kill leaves unclear, the store's own state decides (see StoredRun), and a metric keeps the time at
+which it was first logged, so that sending it twice is logging it once. Files that are sent lie beside the journal under
+names of their own: nothing else is read or deleted, whatever a journal says.
 """
 
 import json
@@ -11,22 +12,31 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pipeline.common.contracts import contract_of, parse_contract
+from pipeline.common.errors import UserError
 from pipeline.common.fault_injection import fault
-from pipeline.common.files import FileError
+from pipeline.common.files import FileError, readable
 from pipeline.data.images import Photos
-from pipeline.tracking.store import EndState, Run, Store, StoredRun, brief, open_run
+from pipeline.tracking import journal
+from pipeline.tracking.journal import ACTIONS, Entry, Line
+from pipeline.tracking.store import EndState, Run, Store, brief
+from pipeline.tracking.stored_run import EntryError, StoredRun, open_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PATIENCE = 30.0
-"""Seconds that whoever closes an outbox waits for MLflow to take what was said to it."""
+"""Seconds that whoever closes an outbox waits for MLflow to take what was logged."""
 LONGEST_PAUSE = 30.0
 """Seconds between attempts to reach a store that does not answer."""
+BATCH = 64
+"""Entries that are sent before the store is asked whether it shows them."""
 
 _NAME = re.compile(r"[\w.: /-]+")
 
@@ -39,19 +49,24 @@ class Outbox:
         import mlflow  # noqa: F401
 
         self.folder, self.store, self.note = folder, store, note
-        self.journal, self.sent_path = folder / "journal.jsonl", folder / "sent"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.sent_path, self.set_aside = (
+            folder / name for name in ("journal.jsonl", "sent", "set-aside.jsonl")
+        )
+        journal.make_folder(folder)
         self._changed = threading.Condition()
         self._closing = self._abandoned = False
-        self._size = _cut_torn_line(self.journal)
-        self._sent = _offset(self.sent_path, self.journal)
+        self._size = journal.cut_torn_line(self.path)
+        self._sent = journal.offset(self.sent_path, self.path)
         self._opened: dict[str, dict[str, Any]] = {}
         self.last_step: dict[tuple[str, str], int] = {}
-        """The last step said of each run and metric, as far as the journal goes back."""
-        for _, entry in _entries(self.journal, 0):
-            self._remember(entry)
+        """The last step logged of each run and metric, as far as the journal goes back."""
+        for line in journal.lines(self.path, 0):
+            if line.entry is not None:
+                self._remember(line.entry)
         self._client: MlflowClient | None = None
         self._runs: dict[str, StoredRun] = {}
+        self._rejected: int | None = None
+        """Where the entry ends that MLflow rejected last."""
         self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
         self._thread.start()
 
@@ -64,41 +79,43 @@ class Outbox:
     @property
     def waiting(self) -> int:
         """How many entries have not been sent."""
-        return self.journal.read_bytes()[self._sent :].count(b"\n") if self.journal.exists() else 0
+        return self.path.read_bytes()[self._sent :].count(b"\n") if self.path.exists() else 0
 
-    def append(self, run: str, say: str, about: dict[str, Any]) -> None:
+    def append(self, run: str, action: str, arguments: dict[str, Any]) -> None:
         """Put an entry on disk; raises FileError where the disk is full."""
-        entry = {"run": run, "say": say, "time": int(time.time() * 1000), "about": about}
-        line = json.dumps(entry).encode() + b"\n"
+        values = {"run": run, "action": action, "time": int(time.time() * 1000), "arguments": arguments}
+        # What is not UTF-8 becomes a question mark: no store could keep it.
+        text = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
+        entry, line = parse_contract(Entry, text, self.path), json.dumps(json.loads(text)).encode() + b"\n"
         with self._changed:
             self._remember(entry)
             try:
-                with self.journal.open("ab") as file:
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
+                journal.append(self.path, line)
             except OSError as error:
-                self._size = _cut_torn_line(self.journal)
+                self._size = journal.cut_torn_line(self.path)
                 raise FileError(
-                    f"{self.journal}: cannot be written: {error.strerror}; the last saved state is kept"
+                    f"{self.path}: cannot be written: {error.strerror}; the last saved state is kept"
                 ) from error
             self._size += len(line)
             self._changed.notify()
 
-    def keep(self, path: Path) -> Path:
-        """A second name for a file, or for those in a folder: whatever happens to the first, it can be sent."""
-        kept = self.folder / "files" / str(time.time_ns()) / path.name
+    def keep(self, path: Path) -> str:
+        """A second name for a file, or for those in a folder: whatever happens to the first, it can be sent.
+
+        Returns the name, relative to the outbox's files.
+        """
+        kept = PurePosixPath(str(time.time_ns()), readable(path.name))
         for file in path.iterdir() if path.is_dir() else [path]:
-            name = kept / file.name if path.is_dir() else kept
+            name = self._files / kept / readable(file.name) if path.is_dir() else self._files / kept
             name.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(file, name)
+                os.link(file, name, follow_symlinks=False)
             except OSError:
                 shutil.copy2(file, name)
-        return kept
+        return str(kept)
 
     def close(self, patience: float = PATIENCE) -> bool:
-        """Send what waits, for at most `patience` seconds; False where something still waits: it is said, and stays."""
+        """Send what waits, for at most `patience` seconds; False where something still waits: it stays, with a note."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -112,16 +129,22 @@ class Outbox:
             )
             return False
         self.sent_path.unlink(missing_ok=True)  # First: a journal without it is sent once more, which changes nothing.
-        self.journal.unlink(missing_ok=True)
-        shutil.rmtree(self.folder)
+        self.path.unlink(missing_ok=True)
+        if not self.set_aside.exists():
+            shutil.rmtree(self._files, ignore_errors=True)
+            with suppress(OSError):  # What else lies there is not the outbox's.
+                self.folder.rmdir()
         return True
 
-    def _remember(self, entry: dict[str, Any]) -> None:
-        run, about = entry["run"], entry["about"]
-        if entry["say"] == "open":
-            self._opened[run] = {**about, "time": entry["time"]}
-        elif entry["say"] == "metrics":
-            self.last_step |= {(run, key): about["step"] for key in about["values"]}
+    @property
+    def _files(self) -> Path:
+        return self.folder / "files"
+
+    def _remember(self, entry: Entry) -> None:
+        if entry.action == "open":
+            self._opened[entry.run] = {**entry.arguments, "time": entry.time}
+        elif entry.action == "metrics":
+            self.last_step |= {(entry.run, key): entry.arguments["step"] for key in entry.arguments["values"]}
 
     def _deliver(self) -> None:
         failures = 0
@@ -131,50 +154,81 @@ class Outbox:
                     self._changed.wait()
                 size = self._size
             try:
-                for end, entry in _entries(self.journal, self._sent):
-                    self._send_or_report(entry, failures)
-                    fault("outbox")
-                    self._acknowledge(end, entry)
+                while batch := list(islice(journal.lines(self.path, self._sent), BATCH)):
+                    for line in batch:
+                        self._send_or_set_aside(line)
+                    for run in self._runs.values():
+                        run.confirm()
+                    for line in batch:
+                        fault("outbox")
+                        self._acknowledge(line)
                     if failures:
                         self.note("log entries reach MLflow again")
                     failures = 0
                     if self._abandoned:
                         return
                 if self._sent < size:
-                    raise FileError(f"{self.journal}: shortened or deleted while it was in use")
+                    raise FileError(f"{self.path}: shortened or deleted while it was in use")
             except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise, and the disk.
                 failures += 1
-                self._runs = {}  # To be opened again: the store decides what of this arrived.
+                self._client, self._runs = None, {}  # To be opened again: the store decides what of this arrived.
                 self._pause(error, failures)
             if self._closing and self._sent == self._size:
                 return
 
-    def _send_or_report(self, entry: dict[str, Any], failures: int) -> None:
-        """Send an entry; one that MLflow rejects twice is reported, and done with."""
+    def _send_or_set_aside(self, line: Line) -> None:
+        """Send an entry; what is no entry, or one that MLflow rejects twice, is noted and kept in a file of its own."""
+        if line.entry is None:
+            self._put_aside(line, f"{self.path}: {line.problem}")
+            return
         try:
-            self._send(entry)
+            self._send(line.entry)
+        except EntryError as error:
+            self._put_aside(line, f"the {line.entry.action} of run {line.entry.run} cannot be sent: {error}")
         except Exception as error:
             # Where there is no store at all, it is not the entry that is rejected.
-            if not (failures and self._client is not None and _is_rejection(error)):
+            if self._client is None or not _is_rejection(error):
                 raise
-            self._runs = {}
-            self.note(f"MLflow rejected the {entry['say']} of run {entry['run']}: {brief(error)}")
+            # It may be the run that is in the trash, or the experiment: everything is looked at again first.
+            if self._rejected != line.end:
+                self._rejected = line.end
+                raise
+            self._put_aside(line, f"MLflow rejected the {line.entry.action} of run {line.entry.run}: {brief(error)}")
 
-    def _send(self, entry: dict[str, Any]) -> None:
+    def _put_aside(self, line: Line, problem: str) -> None:
+        journal.append(self.set_aside, line.text)
+        self.note(f"{problem}; the entry is kept in {self.set_aside}, and the others go on")
+
+    def _send(self, entry: Entry) -> None:
+        arguments = vars(contract_of(ACTIONS[entry.action], entry.arguments, self.path, EntryError))
         if self._client is None:
             self._client = self.store.client()
-        key, say = entry["run"], entry["say"]
-        if key not in self._runs:
-            self._runs[key] = open_run(self._client, key, **self._opened[key])
-        run = self._runs[key]
-        if say == "open":
-            self._client.update_run(run.run_id, status="RUNNING")
+        if entry.run not in self._runs:
+            if entry.run not in self._opened:
+                raise EntryError("nothing in the journal says which run that is")
+            self._runs[entry.run] = open_run(self.store, self._client, entry.run, **self._opened[entry.run])
+        run = self._runs[entry.run]
+        if entry.action == "open":
+            run.start()
+        elif entry.action == "artifact":
+            run.artifact(self._own_file(arguments["name"]), arguments["folder"], time=entry.time)
         else:
-            getattr(run, say)(**entry["about"], time=entry["time"])
+            getattr(run, entry.action)(**arguments, time=entry.time)
+
+    def _own_file(self, name: str) -> Path:
+        """A file or folder below `files/`; raises EntryError for a name that leads elsewhere, and for links."""
+        parts = PurePosixPath(name).parts
+        if len(parts) != 2 or {"..", "/"} & set(parts):
+            raise EntryError(f"{name!r} is no name of a kept file")
+        path = self._files.joinpath(*parts)
+        for place in (self._files, path.parent, path, *(path.iterdir() if path.is_dir() else ())):
+            if place.is_symlink():
+                raise EntryError(f"{place}: a link, which is not followed")
+        return path
 
     def _pause(self, error: Exception, failures: int) -> None:
         if failures == 1:
-            problem = str(error) if isinstance(error, FileError) else f"cannot reach MLflow ({brief(error)})"
+            problem = str(error) if isinstance(error, UserError) else f"cannot reach MLflow ({brief(error)})"
             self.note(f"{problem}; log entries are queued in {self.folder} and will be sent later")
         with self._changed:
             pause = 1.0 if self._closing else min(2.0 ** (failures - 1), LONGEST_PAUSE)
@@ -182,29 +236,32 @@ class Outbox:
         if self._closing:
             time.sleep(0.2)
 
-    def _acknowledge(self, end: int, entry: dict[str, Any]) -> None:
+    def _acknowledge(self, line: Line) -> None:
         partial = self.sent_path.with_suffix(".partial")
         try:
-            partial.write_text(str(end))
+            partial.unlink(missing_ok=True)
+            with partial.open("x") as file:
+                file.write(str(line.end))
             partial.replace(self.sent_path)
         except OSError as error:
             raise FileError(f"{self.sent_path}: cannot be written: {error.strerror}") from error
-        if entry["say"] == "artifact":
-            shutil.rmtree(Path(entry["about"]["path"]).parent, ignore_errors=True)
-        self._sent = end
+        self._sent = line.end
+        if line.entry is not None and line.entry.action == "artifact" and not self.set_aside.exists():
+            with suppress(EntryError, LookupError, TypeError):
+                shutil.rmtree(self._own_file(line.entry.arguments["name"]).parent, ignore_errors=True)
 
 
 class OutboxRun(Run):
-    """A run whose words go through an outbox."""
+    """A run whose entries go through an outbox."""
 
     key: str
 
     def __init__(self, outbox: Outbox, key: str):
         self.outbox, self.key = outbox, key
 
-    def queue(self, what: str, **about: Any) -> None:
+    def queue(self, action: str, **arguments: Any) -> None:
         """Put an entry of this run into the outbox."""
-        self.outbox.append(self.key, what, about)
+        self.outbox.append(self.key, action, arguments)
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         self.queue("parameters", values={key: str(value)[:6000] for key, value in _flatten(values)})
@@ -226,56 +283,16 @@ class OutboxRun(Run):
             self.queue("metrics", values=fresh, step=step)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.queue("artifact", path=str(self.outbox.keep(path).absolute()), folder=folder)
+        self.queue("artifact", name=self.outbox.keep(path), folder=folder)
 
     def end(self, state: EndState) -> None:
         self.queue("end", state=state)
 
 
-def _entries(journal: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The entries from an offset on, each with the offset where it ends; raises FileError for a damaged line."""
-    if not journal.exists():
-        return
-    with journal.open("rb") as file:
-        file.seek(start)
-        while (line := file.readline()).endswith(b"\n"):
-            end = file.tell()
-            try:
-                entry = json.loads(line)
-                entry = {key: entry[key] for key in ("run", "say", "time", "about")}
-            except (ValueError, TypeError, LookupError) as error:
-                number = journal.read_bytes()[:end].count(b"\n")
-                raise FileError(
-                    f"{journal}: line {number} is damaged; move or delete the folder {journal.parent}, "
-                    "and MLflow misses what it had not been sent"
-                ) from error
-            yield end, entry
-
-
-def _offset(path: Path, journal: Path) -> int:
-    """How much of the journal is noted as sent; 0 where the note does not fit it."""
-    try:
-        sent = int(path.read_text())
-        return sent if journal.read_bytes()[:sent].endswith(b"\n") and sent <= journal.stat().st_size else 0
-    except (OSError, ValueError):
-        return 0
-
-
-def _cut_torn_line(journal: Path) -> int:
-    """Cut off a last line that a kill left unfinished; returns the length in bytes."""
-    if not journal.exists():
-        return 0
-    content = journal.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(journal, whole)
-    return whole
-
-
 def _is_rejection(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+    return isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -8,17 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from pipeline.common.errors import UserError
-from pipeline.evaluation.quality import Quality
-from pipeline.tracking.store import EXPERIMENT, Store, brief
+from pipeline.common.tables import shortest
+from pipeline.tracking import tags
+from pipeline.tracking.store import Store, StoreError, brief, experiment_id
+from pipeline.tracking.tags import ChainTags, StageTags
+from pipeline.weights.published import Quality
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-KIND_TAG = "hpcm.kind"
 History = list[tuple[int, float]]
 """Values of a metric by step of the stage."""
 
@@ -50,14 +50,14 @@ class StageRecord:
     parameters: dict[str, str]
     metrics: dict[str, float]
     """The last value of each."""
-    tags: dict[str, str]
+    tags: StageTags
     segments: tuple[SegmentRecord, ...]
     """Empty for a root that was taken from a file."""
 
     @property
     def name(self) -> str:
         """The stage's name in its recipe."""
-        return self.tags["hpcm.stage"]
+        return str(self.tags.stage)
 
     @property
     def parent(self) -> str | None:
@@ -73,7 +73,7 @@ class StageRecord:
     @property
     def digest(self) -> str | None:
         """Of the published weights; None where the stage has published none."""
-        return self.tags.get("hpcm.checkpoint_digest")
+        return self.tags.checkpoint_digest
 
     @property
     def quality(self) -> Quality | None:
@@ -91,8 +91,7 @@ class StageRecord:
     @property
     def step0_loss(self) -> float | None:
         """The same of the child before its first step."""
-        value = self.tags.get("hpcm.step0_loss")
-        return None if value is None else float(value)
+        return self.tags.step0_loss
 
     @property
     def steps(self) -> int:
@@ -108,7 +107,7 @@ class StageRecord:
     @property
     def attempts(self) -> list[str]:
         """How each attempt began and, where it was noted, what ended it; oldest first."""
-        return [value for key, value in sorted(self.tags.items()) if key.startswith("hpcm.attempt.")]
+        return [text for _, text in sorted(self.tags.attempts.items())]
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class ChainRecord:
     @property
     def title(self) -> str:
         """What tells it from other chains."""
-        return f"{self.recipe}, λ = {self.lmbda:g}, seed {self.seed}"
+        return f"{self.recipe}, λ = {shortest(self.lmbda)}, seed {self.seed}"
 
     @cached_property
     def published(self) -> dict[str, StageRecord]:
@@ -178,13 +177,13 @@ class Records:
         if store.database is not None and not store.database.is_file():
             raise RecordsError(f"{store.database}: no such file: nothing was run in {runs} yet; --runs names another")
         try:
-            self._client = store.client()
-            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+            self._store, self._client = store, store.client()
+            self._experiment = experiment_id(self._client)
+        except StoreError as error:
+            raise RecordsError(f"{store.shown}: {error}") from error
         except Exception as error:  # MLflow's stores raise what their backends raise.
             given = "" if store.database else " (MLFLOW_TRACKING_URI)"
-            raise RecordsError(f"{store.uri}{given}: cannot be read as an MLflow store: {brief(error)}") from error
-        assert experiment is not None  # the client sees to it
-        self._experiment = experiment.experiment_id
+            raise RecordsError(f"{store.shown}{given}: cannot be read as an MLflow store: {brief(error)}") from error
 
     @cached_property
     def _runs(self) -> list["Run"]:
@@ -204,7 +203,7 @@ class Records:
         """Every chain that has begun a stage, newest first."""
         stages: dict[str, list[Run]] = {}
         for run in self._runs:
-            if "hpcm.stage" in run.data.tags:
+            if tags.STAGE in run.data.tags:
                 stages.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run)
         chains = [run for run in self._runs if run.info.run_id in stages]
         return [self._chain(run, stages[run.info.run_id]) for run in reversed(chains)]
@@ -219,19 +218,23 @@ class Records:
 
     def artifacts_of_kind(self, kind: str, path: str) -> list[Path]:
         """This artifact of every run of a kind, such as `comparison`, oldest run first."""
-        runs = [run for run in self._runs if run.data.tags.get(KIND_TAG) == kind]
+        runs = [run for run in self._runs if run.data.tags.get(tags.KIND) == kind]
         return [self.artifact(run.info.run_id, path) for run in runs]
 
     def artifact(self, run_id: str, path: str) -> Path:
         """A file or folder that a run kept, brought here if it lies elsewhere."""
-        uri = urlsplit(self._client.get_run(run_id).info.artifact_uri)
-        if uri.scheme in ("", "file"):
-            return Path(url2pathname(uri.path)) / path
-        return Path(self._client.download_artifacts(run_id, path, self._elsewhere.name))
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        repository = self._store.artifacts(self._client, run_id)
+        if isinstance(repository, LocalArtifactRepository):
+            return Path(repository.artifact_dir) / path
+        folder = Path(self._elsewhere.name, run_id)
+        folder.mkdir(exist_ok=True)
+        return Path(repository.download_artifacts(path, str(folder)))
 
     def artifact_names(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of what a run kept, in one folder."""
-        return [file.path for file in self._client.list_artifacts(run_id, folder)]
+        return [file.path for file in self._store.artifacts(self._client, run_id).list_artifacts(folder)]
 
     def validation_images(self, stage: StageRecord) -> list[str]:
         """Names of the images that a published stage was evaluated on."""
@@ -247,23 +250,16 @@ class Records:
         return TemporaryDirectory(prefix="hpcm-", ignore_cleanup_errors=True)
 
     def _chain(self, run: "Run", stages: Sequence["Run"]) -> ChainRecord:
+        chain = ChainTags.from_tags(run.data.tags, run.info.run_id)
         records = tuple(self._stage(stage) for stage in stages)
-        first = records[0].parameters
-        return ChainRecord(
-            run.info.run_id,
-            run.info.status,
-            run.data.tags["hpcm.recipe"],
-            float(records[0].tags["hpcm.lmbda"]),
-            int(run.data.tags.get("hpcm.seed", first.get("seed", 0))),
-            records,
-        )
+        return ChainRecord(run.info.run_id, run.info.status, chain.recipe, chain.lmbda, chain.seed, records)
 
     def _stage(self, run: "Run") -> StageRecord:
-        data = run.data
-        segments = () if "hpcm.input.baseline" in data.tags else self._segments(run)
+        data, found = run.data, StageTags.from_tags(run.data.tags, run.info.run_id)
+        segments = () if "baseline" in found.inputs else self._segments(run)
         return StageRecord(
             run.info.run_id, run.info.status, run.info.end_time or 0,
-            dict(data.params), dict(data.metrics), dict(data.tags), segments,
+            dict(data.params), dict(data.metrics), found, segments,
         )  # fmt: skip
 
     def _segments(self, run: "Run") -> tuple[SegmentRecord, ...]:

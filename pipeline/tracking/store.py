@@ -1,24 +1,33 @@
-"""MLflow: one parent run per chain and λ, one nested run per stage, each metric of a step logged once.
+"""MLflow's store: a database and a folder of artifacts in the folder of runs, or a server.
 
 Runs are found again by a tag, never by an id kept in a file: whatever was killed between creating a run and noting its
-id, the same chain and stage lead to the same run.
+id, the same chain and stage lead to the same run. Nor is an artifact of a folder of runs found by the address in its
+database, but by the run's id: the folder may have been moved or copied.
 """
 
 import logging
 import os
+import re
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
+from pipeline.common.errors import UserError
+from pipeline.common.folder_lock import alone_at
 from pipeline.data.images import Photos
+from pipeline.tracking.tags import KEY
 
 EXPERIMENT = "hpcm"
-KEY_TAG = "hpcm.key"
+DATABASE = "mlflow.db"
 EndState = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -47,84 +56,39 @@ class Run:
         """Close the run."""
 
 
-class StoredRun:
-    """A run in an MLflow store; nothing that it already holds is logged again. `time` is in ms since 1970."""
-
-    def __init__(self, client: "MlflowClient", run_id: str):
-        self.client, self.run_id = client, run_id
-        run = client.get_run(run_id)
-        self._parameters = set(run.data.params)
-        self._inputs = {entry.dataset.digest for entry in run.inputs.dataset_inputs} if run.inputs else set()
-        self._last_step = {
-            key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in run.data.metrics
-        }
-
-    def parameters(self, values: Mapping[str, str], time: int) -> None:
-        """Log parameters that the run does not have."""
-        from mlflow.entities import Param
-
-        fresh = [Param(key, value) for key, value in values.items() if key not in self._parameters]
-        for first in range(0, len(fresh), 100):
-            self.client.log_batch(self.run_id, params=fresh[first : first + 100], synchronous=True)
-        self._parameters |= set(values)
-
-    def tags(self, values: Mapping[str, str], time: int) -> None:
-        """Set tags."""
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in values.items()], synchronous=True)
-
-    def dataset(self, name: str, digest: str, source: str, profile: str, context: str, time: int) -> None:
-        """Log a set of images as an input."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        if digest not in self._inputs:
-            dataset = Dataset(name, digest, source_type="local", source=source, profile=profile)
-            entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-            self.client.log_inputs(self.run_id, datasets=[entry])
-        self._inputs.add(digest)
-
-    def metrics(self, values: Mapping[str, float], step: int, time: int) -> None:
-        """Log the metrics whose history ends before `step`."""
-        from mlflow.entities import Metric
-
-        fresh = [Metric(key, value, time, step) for key, value in values.items() if step > self._last_step.get(key, -1)]
-        if fresh:
-            self.client.log_batch(self.run_id, metrics=fresh, synchronous=True)
-        self._last_step |= {metric.key: step for metric in fresh}
-
-    def artifact(self, path: str, folder: str | None, time: int) -> None:
-        """Keep a file, or what is in a folder; one that is gone was kept before."""
-        if Path(path).is_dir():
-            self.client.log_artifacts(self.run_id, path, folder)
-        elif Path(path).exists():
-            self.client.log_artifact(self.run_id, path, folder)
-
-    def end(self, state: EndState, time: int) -> None:
-        """Close the run."""
-        self.client.set_terminated(self.run_id, state, end_time=time)
+class StoreError(UserError):
+    """A store that does not answer as MLflow's do, or does not take entries; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where runs are kept: a database and a folder beside the runs unless MLFLOW_TRACKING_URI names another."""
+    """Where runs are kept: in their folder, `runs`, or at the address that MLFLOW_TRACKING_URI names."""
 
     uri: str
-    artifacts: str | None = None
-    database: Path | None = None
+    runs: Path | None = None
 
     @classmethod
     def default(cls, runs: Path) -> "Store":
         """The store of a folder of runs."""
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if uri:
-            return cls(uri)
         runs = runs.absolute()
-        database = runs / "mlflow.db"
-        return cls(f"sqlite:///{database}", (runs / "mlartifacts").as_uri(), database)
+        return cls(uri) if uri else cls(_sqlite_address(runs / DATABASE), runs)
+
+    @property
+    def database(self) -> Path | None:
+        """The file of a folder's store."""
+        return self.runs / DATABASE if self.runs else None
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be printed."""
+        return str(self.database) if self.database else without_password(self.uri)
 
     def client(self) -> "MlflowClient":
-        """A client; creates the store and the experiment where they are missing."""
+        """A client; creates the store and the experiment where they are missing.
+
+        Raises StoreError for an experiment in MLflow's trash, and for what is no MLflow server.
+        """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # Whoever sends tries again by itself, and asks first what the store already has.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -133,44 +97,131 @@ class Store:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        if self.database is not None and not self.database.exists():
-            self.database.parent.mkdir(parents=True, exist_ok=True)
-            # Beside its place: a database whose tables are half made, because a kill came between, is of no use again.
-            partial = self.database.with_name(f"mlflow-{os.getpid()}.partial")
-            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments()
-            partial.replace(self.database)
-        client = MlflowClient(tracking_uri=self.uri)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=self.artifacts)
+        if self.runs is None:
+            client = MlflowClient(tracking_uri=self.uri)
+            _create_experiment(client, None)
+        else:
+            # Of two that begin in an empty folder, one makes the database and the other finds it.
+            with alone_at(self.runs / "mlflow.lock"):
+                make_database(self.runs / DATABASE)
+                client = MlflowClient(tracking_uri=self.uri)
+                _create_experiment(client, self._artifact_folder.as_uri())
+                self._point_artifacts_here(client)
+        experiment_id(client)
         return client
 
+    def artifacts(self, client: "MlflowClient", run_id: str) -> "ArtifactRepository":
+        """What holds a run's artifacts."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-def open_run(
-    client: "MlflowClient", key: str, name: str, parent: str | None, tags: Mapping[str, str], time: int
-) -> StoredRun:
-    """The run with this key, under the run with the key `parent`; created if there is none."""
-    run_id = find_run(client, key)
-    if run_id is None:
-        wanted = {**tags, KEY_TAG: key, "mlflow.runName": name}
-        parent_id = find_run(client, parent) if parent else None
-        if parent_id is not None:
-            wanted["mlflow.parentRunId"] = parent_id
+        run = client.get_run(run_id)
+        if self.runs is None or not _is_in_a_folder_of_runs(run.info.artifact_uri):
+            return get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri)
+        if not re.fullmatch("[0-9a-f]{32}", run_id):
+            raise StoreError(f"{self.shown}: {run_id!r} is no run's id")
+        return get_artifact_repository((self._artifact_folder / run_id / "artifacts").as_uri())
+
+    @property
+    def _artifact_folder(self) -> Path:
+        assert self.runs is not None
+        return self.runs / "mlartifacts"
+
+    def _point_artifacts_here(self, client: "MlflowClient") -> None:
+        """For MLflow's own pages: rewrite the addresses of artifacts after the folder of runs was moved or copied."""
         experiment = client.get_experiment_by_name(EXPERIMENT)
-        assert experiment is not None
-        run_id = client.create_run(experiment.experiment_id, start_time=time, tags=wanted).info.run_id
-    return StoredRun(client, run_id)
+        here = self._artifact_folder.as_uri()
+        if experiment is None or experiment.artifact_location == here:
+            return
+        if not _is_in_a_folder_of_runs(experiment.artifact_location):
+            return  # Somebody keeps them elsewhere.
+        there = experiment.artifact_location.rstrip("/")
+        # MLflow has no call for it. A folder that may not be written is read without.
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.runs / DATABASE)) as connection:  # type: ignore[operator]
+            connection.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+                (here, experiment.experiment_id),
+            )
+            connection.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+                "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
+                (here, len(there) + 1, experiment.experiment_id, len(there) + 1, f"{there}/"),
+            )
+            connection.commit()
+
+
+def make_database(path: Path) -> None:
+    """Make an empty MLflow database where there is none; the caller sees to it that nobody else does."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place: a database whose tables are half made, because a kill came between, is of no use again.
+    partial = path.with_name("mlflow.db.partial")
+    partial.unlink(missing_ok=True)
+    address = _sqlite_address(partial)
+    MlflowClient(tracking_uri=address).search_experiments()
+    partial.replace(path)
+    # MLflow takes the address for a path, and makes a folder of that name.
+    mistaken = Path(address.removeprefix("sqlite:///")).parent
+    if mistaken != path.parent:
+        with suppress(OSError):
+            mistaken.rmdir()
+
+
+def _sqlite_address(path: Path) -> str:
+    """A database's address, `?`, `#` and `%` escaped; raises StoreError where SQLAlchemy does not read them back."""
+    if not set("?#%") & set(str(path)):
+        return f"sqlite:///{path}"
+    address = f"sqlite:///{quote(str(path), safe='/ +')}"
+    from sqlalchemy.engine import make_url
+
+    if make_url(address).database != str(path):
+        raise StoreError(f"{path.parent}: this version of SQLAlchemy opens no database in a folder with ?, # or %")
+    return address
+
+
+def _is_in_a_folder_of_runs(address: str) -> bool:
+    return address.startswith("file:") and "/mlartifacts" in address
+
+
+def _create_experiment(client: "MlflowClient", artifacts: str | None) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if client.get_experiment_by_name(EXPERIMENT) is None:
+        try:
+            client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def experiment_id(client: "MlflowClient") -> str:
+    """Id of the experiment; raises StoreError where it takes no entries."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise StoreError(
+            f"the experiment {EXPERIMENT} is in MLflow's trash: bring it back with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    if experiment is None or not experiment.experiment_id:
+        raise StoreError("what answers at this address is no MLflow server")
+    return str(experiment.experiment_id)
 
 
 def find_run(client: "MlflowClient", key: str) -> str | None:
     """Id of the run with this key, or None."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None
     found = client.search_runs(
-        [experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
+        [experiment_id(client)], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
     )
     return found[0].info.run_id if found else None
 
 
+def without_password(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it, and without their options."""
+    return re.sub(r"(\w+://)[^/@\s]*@", r"\1***@", re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text))
+
+
 def brief(error: Exception) -> str:
-    """What MLflow's libraries raised, on one line."""
-    return shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+    """What MLflow's libraries raised, on one line, without passwords."""
+    return shorten(without_password(f"{type(error).__name__}: {error}"), 160, placeholder=" …")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from modules import HPCM, HPCMConfig
 from pipeline.common.errors import UserError
-from pipeline.common.files import replacing, text_digest
+from pipeline.common.files import check_regular, replacing, text_digest
+from pipeline.common.memory import too_large
 
 FORMAT = "hpcm-checkpoint-2"
 METADATA_KEY = "hpcm"
+LARGEST_FACTOR = 1024
+"""Pixels that a codec may pad images to a multiple of: settings of windows shape no tensor that would show them."""
+MOST_INFLATED = 2
+"""How many times its own size an archive of weights may hold: PyTorch stores them uncompressed."""
 LONGEST_ZIP_END = 22 + 2**16
 """Bytes at the end of a zip archive that its last record, with a comment, lies within."""
 
@@ -72,9 +78,10 @@ def inputs_digest(inputs: Mapping[str, str]) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Raise CheckpointError unless there is a file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    """Raise CheckpointError unless there is a file, and one that the memory can hold."""
+    size = check_regular(path, CheckpointError).st_size
+    if reason := too_large(size):
+        raise CheckpointError(f"{path}: {size:,} bytes: loading it {reason}")
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -120,6 +127,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
+def read_digest(path: Path) -> str:
+    """Digest of the weights in a file, as it says; raises CheckpointError as `read_metadata` does."""
+    return str(read_metadata(path)["digest"])
+
+
 def _seal(metadata: Mapping[str, Any]) -> str:
     return text_digest(json.dumps(metadata, sort_keys=True))
 
@@ -147,6 +159,8 @@ def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
         if max(blocks) > len(checkpoint.tensors):
             raise ValueError("more blocks than the file has tensors")
         sketch = HPCM.on_meta(config)
+        if sketch.downsampling_factor > LARGEST_FACTOR:
+            raise ValueError(f"its attention windows pad images to multiples of {sketch.downsampling_factor} pixels")
     except Exception as error:  # Of values that no codec has, nearly anything.
         raise CheckpointError(f"{path}: its configuration is of no codec ({error})") from error
     _check_fit(sketch, checkpoint.tensors, path)
@@ -189,6 +203,7 @@ def import_official(source: Path) -> HPCM:
     Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
     """
     check_file(source)
+    _check_inflation(source)
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # Of a damaged pickle, torch may raise anything.
@@ -210,6 +225,21 @@ def import_official(source: Path) -> HPCM:
     return model
 
 
+def _check_inflation(source: Path) -> None:
+    """Raise CheckpointError for an archive that holds far more than its size: its entries were compressed."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            held = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # A plain pickle, or damaged: that is told later.
+    size = source.stat().st_size
+    if held > MOST_INFLATED * size + 2**20:
+        raise CheckpointError(
+            f"{source}: {size:,} bytes that inflate to {held:,}; refused. PyTorch stores weights uncompressed: "
+            "save it again with torch.save where you trust the file"
+        )
+
+
 def _no_checkpoint(source: Path) -> str:
     """What a file is that is neither a whole zip archive nor a pickle; empty if it may be one."""
     size = source.stat().st_size
@@ -220,8 +250,3 @@ def _no_checkpoint(source: Path) -> str:
     if start == b"PK\3\4":
         return "" if b"PK\5\6" in end else f"truncated after {size} bytes; copy it again"
     return "" if start[:1] == b"\x80" else "not a PyTorch checkpoint"
-
-
-def publish(path: Path, model: HPCM, lineage: Mapping[str, Any]) -> None:
-    """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand."""
-    write(path, codec_tensors(model), {"config": model.config.to_dict(), **lineage})

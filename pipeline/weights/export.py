@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_metadata, write
-
-KEPT_METADATA = ("name", "config", "stage", "code")
-"""What is still true of the weights when they are rounded; what was measured is not."""
+from pipeline.common.contracts import to_values
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_digest, write
+from pipeline.weights.published import Lineage
 
 
 def export_half(source: Path, target: Path) -> None:
@@ -22,11 +21,12 @@ def export_half(source: Path, target: Path) -> None:
     for name, tensor in halves.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: {name} holds values beyond float16's range")
-    metadata = read_metadata(source)
-    kept = {key: metadata[key] for key in KEPT_METADATA if key in metadata}
-    if "stage" in kept:
-        kept["stage"] = _without_paths(kept["stage"])
-    write(target, {**codec_tensors(model), **halves}, {**kept, "exported_from": metadata["digest"]})
+    full = Lineage.read(source)
+    stage = _without_paths(full.stage) if full.stage else None
+    # What was measured is no longer true of the weights when they are rounded.
+    lineage = Lineage(name=full.name, stage=stage, code=full.code, exported_from=read_digest(source))
+    metadata = {"config": model.config.to_dict(), **to_values(lineage)}
+    write(target, {**codec_tensors(model), **halves}, metadata)
 
 
 def _without_paths(stage: str) -> str:

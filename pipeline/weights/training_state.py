@@ -3,14 +3,18 @@
 All randomness of a step is drawn from (seed, step), so weights, optimizer state and two counters are the whole of it.
 """
 
+import shutil
+import uuid
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.common.contracts import read_contract
+from pipeline.common.files import write_json
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, inputs_digest
 
@@ -55,6 +59,13 @@ class TrainingState:
     """The moving average of the segment's trainable parameters, by name; empty without `ema`."""
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """`run.json`, which lies beside the states."""
+
+    key: str
+
+
 class StateFolder:
     """The training states of one stage in one form; `inputs` are the digests of what the stage is made from."""
 
@@ -86,6 +97,20 @@ class StateFolder:
             parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer", "average")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
+
+    def run_key(self) -> str:
+        """What this training's MLflow run is found by: drawn when it begins, and gone with its states."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            write_json(path, asdict(TrainingRun(uuid.uuid4().hex)))
+        return read_contract(TrainingRun, path, CheckpointError).key
+
+    def forget(self) -> None:
+        """Delete the states: what they led to is published."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # Of other forms and stages there may be more.
+            self.root.rmdir()
+            self.root.parent.rmdir()
 
     def other_form(self) -> dict[str, str] | None:
         """Inputs of a training of the stage that was cut off in another form, or None."""

@@ -29,8 +29,8 @@ def attempt(
 ) -> Process:
     """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
 
-    What it prints goes to the file that LOG names; with DOUBLE it computes in float64, with POISON
-    a loss is NaN.
+    What it prints goes to the file that LOG names; it works in the folder FOLDER; with DOUBLE it computes in float64,
+    with POISON a loss is NaN.
     """
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -72,6 +72,8 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
     log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if "FOLDER" in os.environ:
+        os.chdir(os.environ["FOLDER"])
     if "DOUBLE" in os.environ:
         _compute_in_double()
     if "POISON" in os.environ:

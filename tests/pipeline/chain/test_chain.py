@@ -15,7 +15,8 @@ from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.schema import Segment
-from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
+from pipeline.weights.checkpoints import CheckpointError, load_codec, read, read_metadata
+from pipeline.weights.published import Lineage, publish
 
 
 def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:
@@ -32,7 +33,7 @@ def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]
         assert {path.name for path in task.folder.iterdir()} >= {
             "stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "reconstructions",
         }  # fmt: skip
-        assert not (task.folder / "state").exists()
+    assert not (chain.folder / "states").exists()
     assert [planned.status for planned in chain.plan()] == ["done"] * 5
 
 
@@ -62,10 +63,10 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
     chain, moments = mini_chain(runs, "phase2"), {}
 
     class Moments(Notes):
-        def phase(self, phase: Segment, done: int) -> None:
-            state = sorted((chain.folder / "phase2" / "state").glob("*/segment-*"))
+        def segment(self, segment: Segment, done: int) -> None:
+            state = sorted((chain.folder / "states" / "phase2").glob("*/segment-*"))
             if state:
-                moments[phase.name] = read(state[-1])
+                moments[segment.name] = read(state[-1])
 
     run_chain(chain, Moments())
     ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
@@ -109,6 +110,23 @@ def test_a_stage_cut_off_twice_ends_as_if_it_had_not_been(runs: Path, finished: 
         if not key.endswith("seconds"):
             assert phase1.data.metrics[key] == value, key
     assert chain.tasks[1].checkpoint.read_bytes() == reference.tasks[1].checkpoint.read_bytes()
+
+
+def test_another_number_of_threads_is_told_when_a_stage_resumes(runs: Path) -> None:
+    chain, threads = mini_chain(runs, "baseline"), torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 2, signal.SIGTERM))
+    torch.set_num_threads(threads + 1)
+    try:
+        changed, same = Stop("scratch", 4, signal.SIGTERM), Notes()
+        with pytest.raises(Interrupted):
+            run_chain(chain, changed)
+        run_chain(chain, same)
+    finally:
+        torch.set_num_threads(threads)
+    told = f"threads: {threads} until now, {threads + 1} from here; the result will be as good, and not bit for bit"
+    assert [line for line in changed.lines if line.startswith(told)]
+    assert not [line for line in same.lines if "until now" in line]
 
 
 def test_what_is_done_is_left_alone(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
@@ -155,12 +173,15 @@ def test_settings_without_influence_keep_a_stage_current(finished: tuple[Chain, 
 def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Path, tmp_path: Path) -> None:
     model = load_codec(finished[0].tasks[0].checkpoint)
     path = tmp_path / "own.safetensors"
-    publish(path, model, {})
+    publish(path, model, Lineage())
     chain = mini_chain(runs, "baseline", baseline=path)
     run_chain(chain)
     assert read_metadata(chain.tasks[0].checkpoint)["digest"] == read_metadata(path)["digest"]
     assert [planned.status for planned in chain.plan()] == ["done"]
-    with pytest.raises(StageError, match=r"own.safetensors: does not match baseline .*: heads is 4, expected 8"):
+    with pytest.raises(
+        StageError,
+        match=r"own.safetensors: does not match baseline .*: attn_s1 is .*'heads': 4.*, expected .*'heads': 8",
+    ):
         run_chain(
             mini_chain(tmp_path / "other", "baseline", ["model.overrides.attention.cross-attention.heads=8"], path)
         )
@@ -214,9 +235,9 @@ def test_a_damaged_parent_ends_its_childs_run_and_says_what_to_do(
 def test_images_are_looked_for_once_in_a_chain(finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
 
-    def find(*about: object) -> Photos:
+    def find(*about: object, runs: Path) -> Photos:
         looked.append(about)
-        return find_images(*about)
+        return find_images(*about, runs=runs)
 
     monkeypatch.setattr(chain_module, "find_images", find)
     mini_chain(finished[0].runs, "phase4").plan()
@@ -242,7 +263,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 4, signal.SIGTERM))
-    newest = sorted((chain.folder / "baseline" / "state").glob("*/segment-*"))[-1]
+    newest = sorted((chain.folder / "states" / "baseline").glob("*/segment-*"))[-1]
     content = bytearray(newest.read_bytes())
     content[-1] ^= 255
     newest.write_bytes(content)

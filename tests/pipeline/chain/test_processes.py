@@ -14,6 +14,7 @@ import pytest
 import torch
 from kills import KILLED, attempt, attempts, exit_code, history, stage_runs
 from mini import STAGES, mini_chain
+from PIL import Image
 
 from pipeline.weights.checkpoints import read
 
@@ -79,6 +80,23 @@ def test_a_killed_process_ends_the_others_with_a_message(killed: int, tmp_path: 
     assert codes[1 - killed] == 1
     printed = (tmp_path / f"log-{1 - killed}").read_text()
     assert f"error: process {2 - killed} of 2 stops, because another one is gone" in printed
+
+
+def test_processes_that_see_other_files_do_not_begin(tmp_path: Path) -> None:
+    environments = []
+    for rank in range(2):
+        folder = tmp_path / f"node-{rank}"
+        (folder / "photos").mkdir(parents=True)
+        Image.new("RGB", (128, 128), ("black", "white")[rank]).save(folder / "photos" / "one.bmp")
+        environments.append({"FOLDER": str(folder), "LOG": str(folder / "log")})
+    settings = ["data.train=photos"]
+    codes = [exit_code(p) for p in attempts(tmp_path / "runs", "baseline", settings, environments)]
+    assert codes == [1, 1]
+    for rank in range(2):
+        printed = (tmp_path / f"node-{rank}" / "log").read_text()
+        assert "error: the processes would not train on the same:\n  training images: process 1 has " in printed
+        assert "validation images" not in printed
+    assert not (tmp_path / "runs" / "mini" / "lmbda-0.013" / "states").exists()
 
 
 def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from mini import ENVIRONMENT, FOLDER, Notes, Stop, hpcm, mini_chain, run_chain, runs_of
+from mini import ENVIRONMENT, FOLDER, Notes, Stop, hpcm, mini_chain, run_chain, runs_of, steps_of
 from PIL import Image
 from typer.testing import CliRunner
 
+from pipeline.chain import chain as chain_module
 from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain, ChainError
 from pipeline.chain.stage_task import Rebuild, RunContext
@@ -22,6 +23,7 @@ from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
 from pipeline.common.processes import ProcessGroup
+from pipeline.evidence.audit import audit
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.store import Store, find_run
 
@@ -59,7 +61,7 @@ def test_changed_images_are_noticed(built: Chain, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"digest": "a"}'])
 def test_a_damaged_record_makes_a_stage_stale(built: Chain, content: str) -> None:
     built.tasks[0].record.write_text(content)
-    assert built.plan()[0].reason == f"stale: {built.tasks[0].record} is damaged"
+    assert built.plan()[0].reason.startswith(f"stale: {built.tasks[0].record}: damaged: ")
 
 
 def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
@@ -72,6 +74,14 @@ def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
         run_chain(other, Stop("scratch", 2, signal.SIGTERM))
     assert other.plan()[0].reason == "cut off in scratch at step 2"
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
+    run_chain(other)
+    # What the one form published is no reason to delete what the other one won.
+    assert chain.plan()[0].reason == "stale: recipe changed"
+    notes = Notes()
+    run_chain(chain, notes)
+    assert "resumed in scratch at step 5" in notes.lines
+    assert sum(run.data.tags.get("hpcm.stage") == "baseline" for run in runs_of(chain)[1]) == 2
+    assert not (chain.folder / "states").exists()
 
 
 def test_force_builds_a_current_stage_again(built: Chain) -> None:
@@ -83,7 +93,12 @@ def test_force_builds_a_current_stage_again(built: Chain) -> None:
     (aside,) = (built.folder / "superseded").iterdir()
     assert (aside / "checkpoint.safetensors").read_bytes() == before
     stages = [run.data.tags.get("hpcm.stage") for run in runs_of(built)[1]]
-    assert stages.count("phase1") == 2  # The old run keeps what it was told.
+    assert stages.count("phase1") == 2  # The old run keeps what was logged to it.
+    rebuild(built, asked.extend, force=True)
+    found = [stage for chain in audit(built.runs) for stage in chain.stages if stage.record.name == "phase1"]
+    assert [(stage.files, stage.problems) for stage in found] == [("superseded", ())] * 2 + [("verified", ())]
+    shutil.rmtree(aside)
+    assert audit(built.runs)[0].stages[1].problems != ()
 
 
 def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
@@ -94,10 +109,46 @@ def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
         rebuild(chain, refuse, fresh=True)
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
     notes = rebuild(chain, asked.extend, fresh=True)
-    assert asked == ["baseline: the training that was cut off is deleted"]
+    assert asked == [f"baseline: the training that was cut off moves to {chain.folder / 'abandoned'}"]
+    assert notes.steps == 6
+    assert list((chain.folder / "abandoned" / "baseline").glob("*/segment-*"))
+    cut_off, whole = [run for run in runs_of(chain)[1] if "hpcm.stage" in run.data.tags]
+    assert [run.info.status for run in (cut_off, whole)] == ["KILLED", "FINISHED"]
+
+
+def test_a_kill_within_fresh_leaves_the_old_training_or_begins_a_new_one(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, notes = mini_chain(runs, "baseline"), Notes()
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+
+    def killed(place: str) -> None:
+        if place == "abandon":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain_module, "fault", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(chain, lambda consequences: None, fresh=True)
+    monkeypatch.undo()
+    run_chain(chain, notes)
     assert notes.steps == 6
     cut_off, whole = [run for run in runs_of(chain)[1] if "hpcm.stage" in run.data.tags]
     assert [run.info.status for run in (cut_off, whole)] == ["KILLED", "FINISHED"]
+    assert min(steps_of(runs_of(chain)[0], whole)["train/scratch/loss"]) == 2
+
+
+def test_clean_lists_what_was_interrupted_and_asks(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    listed = CliRunner().invoke(app, ["clean", "--runs", str(runs)], input="n\n")
+    assert "baseline: 5 steps, saved 20" in listed.output
+    assert chain.plan()[0].reason == "cut off in scratch at step 5"
+    done = CliRunner().invoke(app, ["clean", "--runs", str(runs), "--yes"])
+    assert done.exit_code == 0, done.output
+    assert chain.plan()[0].reason == "not built yet"
+    assert "nothing was interrupted" in CliRunner().invoke(app, ["clean", "--runs", str(runs)]).output
 
 
 def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
@@ -163,7 +214,7 @@ def test_sync_goes_on_after_a_chain_that_is_in_use_or_damaged(runs: Path) -> Non
         holder.kill()
     assert done.exit_code == 1
     assert f"{busy.parent}: process 1 on elsewhere, since yesterday, is using this folder" in done.output
-    assert f"{damaged / 'journal.jsonl'}: line 1 is damaged" in done.output
+    assert f"{damaged / 'journal.jsonl'}: line 1: damaged" in done.output.replace("\n", "")
     assert busy.exists()
     assert damaged.exists()
     assert not free.exists()
@@ -181,5 +232,5 @@ def test_a_damaged_identity_is_an_error(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     chain.folder.mkdir(parents=True)
     (chain.folder / "chain.json").write_text(json.dumps(["?"]))
-    with pytest.raises(ChainError, match=r"chain.json: damaged; delete it"):
+    with pytest.raises(ChainError, match=r"chain.json: damaged: .*(?s:.*)Delete it"):
         run_chain(chain)

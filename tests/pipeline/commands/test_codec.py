@@ -1,12 +1,15 @@
 """`hpcm compress`, `decompress`, `info` and `evaluate`, as a person runs them."""
 
 import json
+import os
 import struct
+import subprocess
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 
+import mini
 import numpy as np
 import pytest
 import torch
@@ -16,10 +19,13 @@ from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import get_sampling
 from skimage.data import coffee
 
-from modules.bitstream import CodedImage, ImageCodec
+from modules.bitstream import CodedImage, Header, ImageCodec
 from pipeline.commands import main as cli
+from pipeline.common import memory
+from pipeline.evaluation.limits import coding_bytes, padded_pixels
 from pipeline.evidence.bench_codec import Products, bench_codec
-from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.published import Lineage, publish
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -27,7 +33,7 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("codec") / "checkpoint.safetensors"
-    publish(path, mini_codec(4), {"name": "mini"})
+    publish(path, mini_codec(4), Lineage(name="mini"))
     return path
 
 
@@ -212,6 +218,77 @@ def test_one_bad_file_does_not_stop_the_others(
     assert "other.hpcm: made by another model" in told
     assert sorted(path.name for path in decoded.rglob("*.png")) == ["one.png", "turned.png"]
     assert hpcm(monkeypatch, "info", coded / "cut.hpcm", coded / "one.hpcm") == 1
+
+
+def test_forged_and_odd_files_are_refused_before_anything_is_allocated(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    identity = ImageCodec(load_codec(checkpoint)).identity
+    thin = CodedImage(identity, 1, 2**26, b"z" * 12, b"y" * 13)
+    (tmp_path / "thin.hpcm").write_bytes(thin.pack())
+    header = Header(identity, 64, 64, 0, 0, 2**31)
+    (tmp_path / "sparse.hpcm").write_bytes(header.pack())
+    os.truncate(tmp_path / "sparse.hpcm", header.file_bytes)
+    os.mkfifo(tmp_path / "pipe.hpcm")
+    assert hpcm(monkeypatch, "info", tmp_path) == 1
+    told = capsys.readouterr().err
+    assert "thin.hpcm: 67108864×1 pixels: images have 1 to 67108864 pixels, padding included" in told
+    assert "sparse.hpcm: 2147483690 bytes: far more than 64×64 pixels can have" in told
+    assert "pipe.hpcm: not a regular file" in told
+
+
+def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (20_000, 1)).save(photos / "line.png")
+    arguments = ("compress", photos, "-o", photos.parent / "coded", "-c", checkpoint)
+    needed = 2 * coding_bytes(load_codec(checkpoint).config, padded_pixels(1, 20_000))
+    monkeypatch.setattr(memory, "memory_limit", lambda: needed - 2)
+    assert hpcm(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr()
+    assert "line.png: 20000×1 pixels, 2,572,288 with padding: coding needs 0." in printed.err
+    assert "--max-pixels 2572288 allows it" in printed.err
+    assert "one.hpcm" in printed.out
+    assert hpcm(monkeypatch, *arguments, "--overwrite", "--max-pixels", 16384) == 1
+    assert "more than --max-pixels 16384" in capsys.readouterr().err
+
+
+def test_whatever_one_file_makes_the_libraries_raise_the_next_is_coded(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, errors = ImageCodec.encode, [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    Image.new("RGB", (64, 64)).save(photos / "two.png")
+    monkeypatch.setattr(
+        ImageCodec, "encode", lambda *image: (_ for _ in ()).throw(errors.pop()) if errors else encode(*image)
+    )
+    assert hpcm(monkeypatch, "compress", photos, "-o", photos.parent / "coded", "-c", checkpoint) == 1
+    told = capsys.readouterr().err
+    assert "can't allocate memory" in told
+    assert "MemoryError" in told
+    assert len(list((photos.parent / "coded").rglob("*.hpcm"))) == 1
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded = photos.parent / "one.hpcm"
+    assert hpcm(monkeypatch, "compress", photos / "one.png", "-o", coded, "-c", checkpoint) == 0
+    (photos.parent / "victim").write_text("mine")
+    (photos.parent / "one.png.partial").symlink_to(photos.parent / "victim")
+    assert hpcm(monkeypatch, "decompress", coded, "-c", checkpoint) == 0
+    assert (photos.parent / "victim").read_text() == "mine"
+    with Image.open(photos.parent / "one.png") as picture:
+        assert picture.size == (60, 40)
+
+
+def test_names_that_are_not_utf8_are_printed_anywhere(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (photos / "one.png").rename(photos / os.fsdecode(b"b\xff.png"))
+    command = mini.hpcm("compress", photos, "-o", tmp_path / "coded", "-c", checkpoint)
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        environment = {**mini.ENVIRONMENT, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([*command, "--overwrite"], env=environment, capture_output=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert b"b\\xff.hpcm" in done.stdout or b"b\\udcff.hpcm" in done.stdout
 
 
 @pytest.mark.parametrize(

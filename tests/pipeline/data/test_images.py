@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.common import memory
+from pipeline.data import image_index
+from pipeline.data import images as images_module
 from pipeline.data.images import DataError, find_images, read_image
 
 
@@ -72,7 +75,7 @@ def test_every_unusable_file_is_skipped_with_its_reason(tmp_path: Path) -> None:
     assert reasons["empty.png"] == "empty file"
     assert reasons["text.jpg"].startswith("broken, or no image")
     assert reasons["header.png"].startswith("cannot be read: ")
-    assert reasons["gone.png"] == "No such file or directory"
+    assert reasons["gone.png"] == "no such file"
     assert reasons["pipe.png"] == "not a regular file"
     assert reasons["bomb.png"] == reasons["bombs.png"] == f"more than {Image.MAX_IMAGE_PIXELS} pixels"
     assert reasons["script.png"].startswith("broken, or no image")
@@ -96,7 +99,7 @@ def test_no_usable_image_is_an_error_that_says_what_to_do(tmp_path: Path) -> Non
         find_images(tmp_path, "val", 32)
 
 
-def test_the_digest_follows_names_and_sizes_of_usable_images(tmp_path: Path) -> None:
+def test_the_digest_follows_names_and_contents_of_usable_images(tmp_path: Path) -> None:
     save(tmp_path / "a" / "1.png")
     save(tmp_path / "b" / "1.png")
     first, second = (find_images(tmp_path / folder, "train", 32).digest for folder in "ab")
@@ -111,10 +114,104 @@ def test_the_digest_follows_names_and_sizes_of_usable_images(tmp_path: Path) -> 
     assert len({first, renamed, resized, find_images(tmp_path / "b", "train", 32).digest}) == 4
 
 
-def test_scanning_reads_headers_only(tmp_path: Path) -> None:
+def test_scanning_decodes_headers_only(tmp_path: Path) -> None:
     path = save(tmp_path / "0.jpg", 256, 256)
     path.write_bytes(path.read_bytes()[:1000])
     assert find_images(tmp_path, "train", 32).names == ("0.jpg",)
+
+
+def other_content(path: Path) -> None:
+    """Change a bitmap's last pixel: same name, same size."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 255
+    path.write_bytes(content)
+
+
+def test_the_digest_follows_contents_of_equal_size(tmp_path: Path) -> None:
+    path = save(tmp_path / "0.bmp")
+    first, size = find_images(tmp_path, "val", 1).digest, path.stat().st_size
+    other_content(path)
+    assert path.stat().st_size == size
+    assert find_images(tmp_path, "val", 1).digest != first
+
+
+def test_a_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, runs, opened = tmp_path / "images", tmp_path / "runs", []
+    paths = [save(images / f"{number}.bmp") for number in range(3)]
+    runs.mkdir()
+    digest, look = image_index._digest, images_module._opened
+    monkeypatch.setattr(image_index, "SETTLED", 0)
+    monkeypatch.setattr(image_index, "_digest", lambda path: opened.append(path.name) or digest(path))
+    monkeypatch.setattr(images_module, "_opened", lambda path: opened.append(path.name) or look(path))
+    first = find_images(images, "val", 1, runs)
+    assert sorted(opened) == sorted([path.name for path in paths] * 2)
+    opened.clear()
+    assert find_images(images, "val", 1, runs) == first
+    assert opened == []
+    other_content(paths[1])
+    changed = find_images(images, "val", 1, runs)
+    assert opened == ["1.bmp", "1.bmp"]
+    assert changed.digest == find_images(images, "val", 1).digest != first.digest
+
+
+def test_a_file_that_changed_just_now_is_not_remembered(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    path = save(tmp_path / "images" / "0.bmp")
+    first, status = find_images(path.parent, "val", 1, tmp_path / "runs"), path.stat()
+    other_content(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as within one tick of a coarse clock
+    assert find_images(path.parent, "val", 1, tmp_path / "runs").digest != first.digest
+
+
+@pytest.mark.parametrize("content", [b"", b"no database" * 500])
+def test_a_damaged_index_is_made_anew(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / image_index.FILE).write_bytes(content)
+    path = save(tmp_path / "images" / "0.bmp")
+    os.utime(path, (1, 1))
+    found = find_images(path.parent, "val", 1, tmp_path / "runs")
+    assert found == find_images(path.parent, "val", 1)
+
+
+def test_what_a_run_makes_is_no_image_to_train_on(tmp_path: Path) -> None:
+    save(tmp_path / "0.png")
+    for runs in ("runs", "older"):
+        save(tmp_path / runs / "mini" / "lmbda-0.013" / "baseline" / "reconstructions" / "0.png")
+    (tmp_path / "older" / "mlflow.db").touch()
+    assert find_images(tmp_path, "train", 32, tmp_path / "runs").names == ("0.png",)
+    with pytest.raises(DataError, match="a folder of runs, and what a run makes is nothing to train on"):
+        find_images(tmp_path, "train", 32, tmp_path)
+
+
+def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
+    save(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"b\xff.png"))
+    found = find_images(tmp_path, "val", 1)
+    assert found.names == ("b\\xff.png",)
+    assert read_image(found.paths[0]).shape == (40, 48, 3)
+
+
+def test_an_image_beyond_the_memory_is_skipped_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "0.png", 100, 200)
+    save(tmp_path / "1.png", 40, 48)
+    monkeypatch.setattr(memory, "memory_limit", lambda: 2 * 16 * 100 * 199)
+    found = find_images(tmp_path, "val", 1)
+    assert found.names == ("1.png",)
+    assert "200×100 pixels: needs 0.0 GB of memory" in found.skipped[0][1] or "100×200" in found.skipped[0][1]
+
+
+def test_a_file_far_larger_than_its_pixels_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "0.png")
+    os.truncate(path, 2**40)  # Sparse: a terabyte that takes no room.
+    with pytest.raises(DataError, match="far more than 48×40 pixels can have"):
+        read_image(path)
+    with pytest.raises(DataError, match="no usable image"):
+        find_images(tmp_path, "val", 1)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_image(tmp_path / "0.png")
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.7, 0.95])

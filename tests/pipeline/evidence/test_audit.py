@@ -15,7 +15,8 @@ from pipeline.common.errors import Interrupted
 from pipeline.evidence.audit import ChainAudit, audit
 from pipeline.evidence.audit_display import segment_text, tables, to_json
 from pipeline.tracking.records import Records
-from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.published import Lineage, publish
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_another_checkpoint_in_its_place_is_noticed(baseline: Chain) -> None:
     path = baseline.tasks[0].checkpoint
     model = load_codec(path)
     model.means_hyper.data += 1
-    publish(path, model, {"name": "baseline"})
+    publish(path, model, Lineage(name="baseline"))
     assert "not the checkpoint that was recorded" in problems(baseline.runs)
 
 

@@ -22,7 +22,8 @@ from pipeline.evidence.measurement import Subject, measure_memory, photograph, w
 from pipeline.recipes.loading import load_recipe
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.records import Records
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, publish, read_metadata, write
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_digest, write
+from pipeline.weights.published import Lineage, publish
 
 
 def contenders(*phases: int) -> list[Contender]:
@@ -130,8 +131,8 @@ def test_checkpoints_find_their_parents(finished: tuple[Chain, Notes], tmp_path:
 def test_checkpoints_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     paths = [tmp_path / f"{folder}/phase4.safetensors" for folder in ("λ=1", "2")]
     for path in paths:
-        publish(path, mini_codec(4), {"name": "phase4"})
-    publish(tmp_path / "baseline.safetensors", mini_codec(0), {"name": "baseline"})
+        publish(path, mini_codec(4), Lineage(name="phase4"))
+    publish(tmp_path / "baseline.safetensors", mini_codec(0), Lineage(name="baseline"))
     found = comparison.of_checkpoints([*paths, tmp_path / "baseline.safetensors"])
     assert [contender.name for contender in found] == ["λ-1/phase4.safetensors", "2/phase4.safetensors", "baseline"]
 
@@ -139,9 +140,9 @@ def test_checkpoints_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -
 def test_a_parent_is_found_by_its_digest(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("other", "parent", "child")]
     for path, phase in zip(paths[:2], (0, 1), strict=True):
-        publish(path, mini_codec(phase), {"name": "parent"})
-    lineage = {"stage": "parent: parent", "inputs": {"parent": read_metadata(paths[1])["digest"]}}
-    publish(paths[2], mini_codec(2), {"name": "child", **lineage})
+        publish(path, mini_codec(phase), Lineage(name="parent"))
+    lineage = Lineage(name="child", stage="parent: parent", inputs={"parent": read_digest(paths[1])})
+    publish(paths[2], mini_codec(2), lineage)
     found = comparison.of_checkpoints(paths)
     assert found[2].parent == found[1].config
 

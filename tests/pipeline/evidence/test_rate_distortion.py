@@ -14,7 +14,6 @@ from pipeline.chain.lambda_sweep import StartingPoint, Sweep
 from pipeline.commands.main import app
 from pipeline.common import fault_injection as faults
 from pipeline.common.errors import Interrupted
-from pipeline.evaluation.quality import Quality
 from pipeline.evidence.rate_distortion import (
     KODAK_NAMES,
     PUBLISHED,
@@ -28,6 +27,7 @@ from pipeline.evidence.rate_distortion import (
 )
 from pipeline.tracking.records import Records
 from pipeline.weights.checkpoints import read
+from pipeline.weights.published import Quality
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
 

@@ -16,7 +16,6 @@ from pipeline.chain.acceptance import judge
 from pipeline.chain.chain import Chain
 from pipeline.commands.main import app
 from pipeline.evaluation.coding import comparison_name
-from pipeline.evaluation.quality import Quality
 from pipeline.evidence import comparison, gains_figure, report
 from pipeline.evidence.comparison import Comparison, Cost, Peak
 from pipeline.evidence.control_gains import Claim, Spread, claims, gains
@@ -26,6 +25,8 @@ from pipeline.evidence.report import ReportError, write
 from pipeline.evidence.report_tables import quality_table
 from pipeline.recipes.schema import Accept
 from pipeline.tracking.records import ChainRecord, Records, SegmentRecord, StageRecord
+from pipeline.tracking.tags import StageTags
+from pipeline.weights.published import Quality
 
 LMBDA_SCALE = 255**2
 
@@ -38,7 +39,7 @@ def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | Non
         name, "FINISHED", 1,
         {"parent": str(parent), "metric": "mse", "model.preset": "tiny", "model.phase": phase},
         {"final/bpp": bpp, "final/psnr_db": psnr_db, "final/rd_loss": loss},
-        {"hpcm.stage": name, "hpcm.checkpoint_digest": name},
+        StageTags(stage=name, checkpoint_digest=name),
         (SegmentRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),
     )  # fmt: skip
 

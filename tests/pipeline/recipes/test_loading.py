@@ -234,6 +234,24 @@ def test_missing_folder_files_and_stages(folder: Path) -> None:
     assert "no stage here" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outbox", "name: 'outbox' is a folder that every chain has"),
+        ("Superseded", "name: 'Superseded' is a folder that every chain has"),
+        ("Phase1", "name: Phase1 and phase1 are one folder where capitals do not count"),
+    ],
+)
+def test_a_stages_name_collides_with_no_other_folder(folder: Path, name: str, message: str) -> None:
+    (folder / f"{name}.yaml").write_text(BASELINE.replace("baseline", name))
+    assert message in refusal(folder)
+
+
+def test_a_recipes_name_collides_with_no_other_folder(folder: Path) -> None:
+    taken = folder.rename(folder.parent / "mlartifacts")
+    assert "mlartifacts is a folder that every folder of runs has" in refusal(taken)
+
+
 def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:
     stage = load_recipe(folder).stages["phase1"]
     with pytest.raises(ValidationError, match="frozen"):

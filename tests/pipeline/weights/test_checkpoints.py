@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from modules import HPCM
 from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, publish
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, read, write
+from pipeline.weights.published import Lineage, publish
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 
@@ -24,7 +26,7 @@ from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 def published(tmp_path: Path) -> tuple[Path, HPCM]:
     model = mini_codec(4).eval()
     path = tmp_path / "checkpoint.safetensors"
-    publish(path, model, {"name": "phase4"})
+    publish(path, model, Lineage(name="phase4"))
     return path, model
 
 
@@ -41,7 +43,7 @@ def test_a_published_codec_loads_by_itself(published: tuple[Path, HPCM], picture
 def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_path: Path) -> None:
     path, model = published
     model.update()
-    publish(tmp_path / "again.safetensors", model, {"name": "phase4"})
+    publish(tmp_path / "again.safetensors", model, Lineage(name="phase4"))
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -62,7 +64,7 @@ def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: cannot be written: .*No space"):
-        publish(path, mini_codec(4), {})
+        publish(path, mini_codec(4), Lineage())
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -210,6 +212,39 @@ def test_metadata_is_readable_by_anyone(published: tuple[Path, HPCM]) -> None:
     metadata = json.loads(json.loads(header[8 : 8 + length])["__metadata__"]["hpcm"])
     assert metadata["config"]["M"] == model.config.M
     assert metadata["name"] == "phase4"
+
+
+def test_an_archive_that_inflates_is_refused(tmp_path: Path) -> None:
+    path, inflated = tmp_path / "plain.pth.tar", tmp_path / "inflated.pth.tar"
+    torch.save({"state_dict": {"weight": torch.zeros(2**20)}}, path)
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(inflated, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert inflated.stat().st_size < 2**16
+    with pytest.raises(CheckpointError, match=r"inflated.pth.tar: .* bytes that inflate to 41.*; refused"):
+        import_official(inflated)
+
+
+@pytest.mark.parametrize("name", ["huge.pth.tar", "huge.safetensors"])
+def test_a_file_beyond_the_memory_is_not_loaded(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 2**43)  # Sparse: 8 TB that take no room.
+    with pytest.raises(CheckpointError, match=rf"{name}: 8,796,093,022,208 bytes: loading it needs 8796.1 GB"):
+        import_official(tmp_path / name) if name.endswith("tar") else read(tmp_path / name)
+
+
+def test_settings_that_shape_no_tensor_are_checked(tmp_path: Path) -> None:
+    model = mini_codec(0)
+    for window, message in (
+        (2**16 + 1, "pad images to multiples of"),
+        (0, "expected a whole number"),
+        ("8", "expected"),
+    ):
+        config = model.config.to_dict()
+        config["attn_s3"] = {**config["attn_s3"], "window": window}
+        write(tmp_path / "odd.safetensors", codec_tensors(model), {"config": config})
+        with pytest.raises(CheckpointError, match=rf"odd.safetensors: its configuration is of no codec \(.*{message}"):
+            load_codec(tmp_path / "odd.safetensors")
 
 
 def test_what_is_no_official_checkpoint_is_told_apart(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from pipeline.commands import main as cli
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import read_text
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, publish, read_metadata, write
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_metadata, write
 from pipeline.weights.export import export_half
+from pipeline.weights.published import Lineage, Quality, publish
 
 
 def test_exported_weights_are_the_originals_rounded(tmp_path: Path) -> None:
     model = mini_codec(4)
-    publish(tmp_path / "full.safetensors", model, {"name": "phase4", "quality": {"bpp": 1.0}})
+    publish(tmp_path / "full.safetensors", model, Lineage(name="phase4", quality=Quality(1.0, 30.0, None, 2.0)))
     export_half(tmp_path / "full.safetensors", tmp_path / "half.safetensors")
     loaded = load_codec(tmp_path / "half.safetensors")
     assert loaded.config == model.config
@@ -32,7 +33,7 @@ def test_exported_weights_are_the_originals_rounded(tmp_path: Path) -> None:
 
 def test_the_stage_goes_along_without_its_folders(tmp_path: Path) -> None:
     stage = load_recipe(FOLDER, ["data.train=/home/me/photos", "data.val=/home/me/more"]).stages["phase1"]
-    publish(tmp_path / "full.safetensors", mini_codec(1), {"name": "phase1", "stage": stage.to_yaml()})
+    publish(tmp_path / "full.safetensors", mini_codec(1), Lineage(name="phase1", stage=stage.to_yaml()))
     export_half(tmp_path / "full.safetensors", tmp_path / "half.safetensors")
     kept = read_metadata(tmp_path / "half.safetensors")["stage"]
     assert Stage.model_validate(read_text(kept, "kept").plain()).digest() == stage.digest()
@@ -46,7 +47,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
         export_half(tmp_path / "state.safetensors", tmp_path / "half.safetensors")
     with torch.no_grad():
         model.g_a.branch[0].weight[0, 0, 0, 0] = 1e6
-    publish(tmp_path / "large.safetensors", model, {"name": "baseline"})
+    publish(tmp_path / "large.safetensors", model, Lineage(name="baseline"))
     with pytest.raises(CheckpointError, match=r"g_a.branch.0.weight holds values beyond"):
         export_half(tmp_path / "large.safetensors", tmp_path / "half.safetensors")
     assert not (tmp_path / "half.safetensors").exists()
@@ -58,7 +59,7 @@ def test_a_file_that_exists_is_not_replaced_unasked(
 ) -> None:
     source, target = tmp_path / "source", tmp_path / "target.safetensors"
     if command == "export":
-        publish(source, mini_codec(0), {"name": "baseline"})
+        publish(source, mini_codec(0), Lineage(name="baseline"))
     else:
         torch.save(HPCM.from_preset("tiny").state_dict(), source)
     target.write_bytes(b"mine")

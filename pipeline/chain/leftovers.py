@@ -1,0 +1,60 @@
+"""Trainings that were interrupted or given up: kept until a person removes them."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.common.folder_lock import held
+from pipeline.weights.checkpoints import CheckpointError, read_metadata
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """The training states of one stage in one form."""
+
+    chain: Path
+    """The chain's folder."""
+    folder: Path
+    stage: str
+    steps: int | None
+    """Steps done in the newest state; None where it cannot be read."""
+    saved: float
+    """When, in seconds since 1970."""
+    bytes: int
+
+    @property
+    def title(self) -> str:
+        """What a person needs to know to decide."""
+        steps = "damaged" if self.steps is None else f"{self.steps:,} steps"
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.saved))
+        kept = " (given up with --fresh)" if self.folder.parents[1].name == "abandoned" else ""
+        return f"{self.folder}: {self.stage}: {steps}, saved {saved}, {self.bytes / 1e6:.1f} MB{kept}"
+
+    def delete(self) -> None:
+        """Delete the states; raises FolderInUse where a run works in the chain's folder."""
+        with held(self.chain):
+            shutil.rmtree(self.folder)
+            with suppress(OSError):  # There may be more.
+                self.folder.parent.rmdir()
+                self.folder.parents[1].rmdir()
+
+
+def leftovers(runs: Path) -> Iterator[Leftover]:
+    """Every interrupted training in a folder of runs, by chain and stage."""
+    for kind in ("states", "abandoned"):
+        for folder in sorted(runs.glob(f"*/*/{kind}/*/*")):
+            states = sorted(folder.glob("segment-*.safetensors"))
+            if states:
+                bytes_ = sum(path.stat().st_size for path in states)
+                chain, stage = folder.parents[2], folder.parent.name
+                yield Leftover(chain, folder, stage, _steps(states[-1]), states[-1].stat().st_mtime, bytes_)
+
+
+def _steps(state: Path) -> int | None:
+    try:
+        return int(read_metadata(state)["progress"]["stage_step"])
+    except (CheckpointError, LookupError, TypeError, ValueError):
+        return None

@@ -1,0 +1,54 @@
+"""Contracts between programs that may be years apart: frozen dataclasses, checked when they are read."""
+
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import FileError
+
+Contract = TypeVar("Contract")
+
+
+def read_contract(kind: type[Contract], path: Path, error: type[UserError] = FileError) -> Contract:
+    """The contract in a JSON file; raises `error`, naming the file, where there is none or it is damaged."""
+    try:
+        text = path.read_bytes()
+    except OSError as problem:
+        what = "no such file" if isinstance(problem, FileNotFoundError) else problem.strerror
+        raise error(f"{path}: {what}") from problem
+    return parse_contract(kind, text, path, error)
+
+
+def parse_contract(
+    kind: type[Contract], text: bytes | str, source: Path | str, error: type[UserError] = FileError
+) -> Contract:
+    """The contract in a JSON text, every field of its type; unknown fields, of later versions, are passed over.
+
+    Raises `error`, naming `source` and the first field that is wrong.
+    """
+    try:
+        return _adapter(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "it"
+        raise error(f"{source}: damaged: {field}: {first['msg'][:160]}") from problem
+
+
+def contract_of(kind: type[Contract], values: Any, source: Path | str, error: type[UserError] = FileError) -> Contract:
+    """The contract in values that JSON can hold; raises `error` as `parse_contract` does."""
+    return parse_contract(kind, json.dumps(values), source, error)
+
+
+def to_values(contract: Any) -> dict[str, Any]:
+    """A contract as values that JSON can hold; fields that are None or empty are left out."""
+    return {key: value for key, value in asdict(contract).items() if value is not None and value != {}}
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

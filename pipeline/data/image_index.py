@@ -1,0 +1,119 @@
+"""What was found out about image files, kept beside the runs: a file is read again when its size or times change."""
+
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.files import FileError
+from pipeline.common.folder_lock import alone_at
+
+FILE = "images.db"
+SETTLED = 2 * 10**9
+"""Nanoseconds for which a file must have been left alone: within a tick of the clock it may change unseen."""
+READERS = 8
+"""Threads that read files; hashing runs beside other Python code."""
+WORTH_A_LINE = 2**28
+"""Bytes to be read of which a person is told."""
+
+TABLE = (
+    "CREATE TABLE IF NOT EXISTS images (folder BLOB, name BLOB, size INTEGER, modified INTEGER, changed INTEGER, "
+    "width INTEGER, height INTEGER, digest TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID"
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What changes with a file: its size in bytes, and when content and status changed, in ns since 1970."""
+
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileStamp":
+        """From the system's record of a file."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """An image's width and height in pixels, and the SHA-256 (hexadecimal) of its file."""
+
+    width: int
+    height: int
+    digest: str
+
+
+class ImageIndex:
+    """The files of one folder; without a `path` to keep it in, nothing is remembered."""
+
+    def __init__(self, path: Path | None, folder: Path):
+        self.path, self._folder = path, os.fsencode(folder)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other process read the same files meanwhile: it will find them here."""
+        with ExitStack() as exits:
+            if self.path is not None and self.path.parent.is_dir():
+                with suppress(FileError, OSError):  # Not to be written: then each reads for itself.
+                    exits.enter_context(alone_at(self.path.with_suffix(".lock")))
+            yield
+
+    def known(self) -> dict[str, tuple[FileStamp, ImageFacts]]:
+        """By the name relative to the folder."""
+        query = "SELECT name, size, modified, changed, width, height, digest FROM images WHERE folder = ?"
+        rows = self._in_database(lambda database: database.execute(query, (self._folder,)).fetchall())
+        return {os.fsdecode(row[0]): (FileStamp(*row[1:4]), ImageFacts(*row[4:])) for row in rows}
+
+    def remember(self, found: Iterable[tuple[str, FileStamp, ImageFacts]]) -> None:
+        """Keep what was found out, but for files that changed just now."""
+        settled = time.time_ns() - SETTLED
+        rows = [
+            (self._folder, os.fsencode(name), *vars(stamp).values(), *vars(facts).values())
+            for name, stamp, facts in found
+            if max(stamp.modified, stamp.changed) < settled
+        ]
+        if rows:
+            statement = "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            self._in_database(lambda database: database.executemany(statement, rows).fetchall())
+
+    def _in_database(self, work: Callable[[sqlite3.Connection], list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+        """What `work` gives; nothing where there can be no database, for all that it holds can be found out again."""
+        if self.path is None or not self.path.parent.is_dir():
+            return []
+        for _ in range(2):
+            try:
+                with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+                    database.execute(TABLE)
+                    return work(database)
+            except sqlite3.OperationalError:  # Not to be written, or locked for long.
+                return []
+            except sqlite3.DatabaseError:  # Damaged, or of another program.
+                self.path.unlink()
+        return []
+
+
+def digests(paths: Sequence[Path], sizes: Sequence[int]) -> Iterator[str | OSError]:
+    """SHA-256 (hexadecimal) of each file, in order; the error for one that cannot be read."""
+    if sum(sizes) > WORTH_A_LINE:
+        logger.warning("reading %s images once (%.1f GB), to know their contents", f"{len(paths):,}", sum(sizes) / 1e9)
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(_digest, paths)
+
+
+def _digest(path: Path) -> str | OSError:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return error

@@ -1,0 +1,153 @@
+"""A run in an MLflow store: what it already holds is not logged again, and what was logged is looked for there."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+from pipeline.common.errors import UserError
+from pipeline.tracking.store import EndState, Store, StoreError, experiment_id, find_run
+from pipeline.tracking.tags import KEY
+
+
+class EntryError(UserError):
+    """A log entry that no store can take, whatever its state."""
+
+
+class StoredRun:
+    """A run in an MLflow store. `time` is in ms since 1970."""
+
+    def __init__(self, store: Store, client: "MlflowClient", run_id: str):
+        self.store, self.client, self.run_id = store, client, run_id
+        run = client.get_run(run_id)
+        self._parameters = set(run.data.params)
+        self._inputs = _digests(run)
+        self._last_step = {
+            key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in run.data.metrics
+        }
+        self._artifacts = store.artifacts(client, run_id)
+        self._expected = _Expected()
+
+    def start(self) -> None:
+        """Say that the run is at work (again)."""
+        self.client.update_run(self.run_id, status="RUNNING")
+        self._expected.status = "RUNNING"
+
+    def parameters(self, values: Mapping[str, str], time: int) -> None:
+        """Log parameters that the run does not have."""
+        from mlflow.entities import Param
+
+        fresh = [Param(key, value) for key, value in values.items() if key not in self._parameters]
+        for first in range(0, len(fresh), 100):
+            self.client.log_batch(self.run_id, params=fresh[first : first + 100], synchronous=True)
+        self._parameters |= set(values)
+        self._expected.parameters |= set(values)
+
+    def tags(self, values: Mapping[str, str], time: int) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in values.items()], synchronous=True)
+        self._expected.tags |= values
+
+    def dataset(self, name: str, digest: str, source: str, profile: str, context: str, time: int) -> None:
+        """Log a set of images as an input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if digest not in self._inputs:
+            dataset = Dataset(name, digest, source_type="local", source=source, profile=profile)
+            entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+            self.client.log_inputs(self.run_id, datasets=[entry])
+        self._inputs.add(digest)
+        self._expected.inputs.add(digest)
+
+    def metrics(self, values: Mapping[str, float], step: int, time: int) -> None:
+        """Log the metrics whose history ends before `step`."""
+        from mlflow.entities import Metric
+
+        fresh = [Metric(key, value, time, step) for key, value in values.items() if step > self._last_step.get(key, -1)]
+        if fresh:
+            self.client.log_batch(self.run_id, metrics=fresh, synchronous=True)
+            self._expected.metrics |= {metric.key: metric.value for metric in fresh}
+        self._last_step |= {metric.key: step for metric in fresh}
+
+    def artifact(self, path: Path, folder: str | None, time: int) -> None:
+        """Keep a file, or what is in a folder; one that is gone was kept before. Raises EntryError where it was not."""
+        if path.is_dir():
+            self._artifacts.log_artifacts(str(path), folder)
+            self._expected.artifacts |= {PurePosixPath(folder or "", file.name) for file in path.iterdir()}
+        elif path.exists():
+            self._artifacts.log_artifact(str(path), folder)
+            self._expected.artifacts.add(PurePosixPath(folder or "", path.name))
+        elif path.name not in {PurePosixPath(file.path).name for file in self._artifacts.list_artifacts(folder)}:
+            raise EntryError(f"{path}: no such file")
+
+    def end(self, state: EndState, time: int) -> None:
+        """Close the run."""
+        self.client.set_terminated(self.run_id, state, end_time=time)
+        self._expected.status = state
+
+    def confirm(self) -> None:
+        """Look in the store for what was logged since the last time; raises StoreError where it is not there."""
+        expected, self._expected = self._expected, _Expected()
+        missing = expected.missing_in(self.client.get_run(self.run_id))
+        for folder in {path.parent for path in expected.artifacts}:
+            named = None if folder == PurePosixPath() else str(folder)
+            there = {PurePosixPath(file.path) for file in self._artifacts.list_artifacts(named)}
+            missing += [
+                f"artifact {path}" for path in expected.artifacts if path.parent == folder and path not in there
+            ]
+        if missing:
+            raise StoreError(f"MLflow took log entries and does not show them: {', '.join(missing[:3])}")
+
+
+class _Expected:
+    """What a store must show once the entries of a run have arrived."""
+
+    def __init__(self) -> None:
+        self.status: str | None = None
+        self.parameters: set[str] = set()
+        self.tags: dict[str, str] = {}
+        self.inputs: set[str] = set()
+        self.metrics: dict[str, float] = {}
+        self.artifacts: set[PurePosixPath] = set()
+
+    def missing_in(self, run: "Run") -> list[str]:
+        """What of it, but for artifacts, a run does not have."""
+        missing = [f"parameter {key}" for key in self.parameters - run.data.params.keys()]
+        # MLflow cuts long values off.
+        missing += [
+            f"tag {key}" for key, value in self.tags.items() if not value.startswith(run.data.tags.get(key, "?"))
+        ]
+        missing += [f"dataset {digest}" for digest in self.inputs - _digests(run)]
+        missing += [f"metric {key}" for key, value in self.metrics.items() if not _shows(run.data.metrics, key, value)]
+        if self.status not in (None, run.info.status):
+            missing.append(f"status {self.status}")
+        return missing
+
+
+def _shows(metrics: Mapping[str, float], key: str, value: float) -> bool:
+    """Whether a metric has its value; what is not finite, a store writes in its own way."""
+    return key in metrics and (not math.isfinite(value) or metrics[key] == value)
+
+
+def _digests(run: "Run") -> set[str]:
+    return {entry.dataset.digest for entry in run.inputs.dataset_inputs} if run.inputs else set()
+
+
+def open_run(
+    store: Store, client: "MlflowClient", key: str, name: str, parent: str | None, tags: Mapping[str, str], time: int
+) -> StoredRun:
+    """The run with this key, under the run with the key `parent`; created if there is none."""
+    run_id = find_run(client, key)
+    if run_id is None:
+        wanted = {**tags, KEY: key, "mlflow.runName": name}
+        parent_id = find_run(client, parent) if parent else None
+        if parent_id is not None:
+            wanted["mlflow.parentRunId"] = parent_id
+        run_id = client.create_run(experiment_id(client), start_time=time, tags=wanted).info.run_id
+    return StoredRun(store, client, run_id)
