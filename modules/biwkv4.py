@@ -124,7 +124,7 @@ def _kernels(k: Tensor) -> Kernels | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x itself where its channels are neighbours in memory, else a copy."""
+    """x itself where its channels are neighbors in memory, else a copy."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -165,22 +165,6 @@ def _backward(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gra
     if (kernels := _kernels(k)) is None:
         return _backward_reference(grad_y, w, u, k, v)
     return _run_backward(kernels.backward, kernels, grad_y, w, u, k, v)
-
-
-def running_maximum(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, grad_y: Tensor | None = None
-) -> Tensor | Gradients | None:
-    """What the op computes, in the public kernels' manner, for the benchmark; None where there is no such kernel.
-
-    w, u (C,), float32; k, v (B, T, C), float32 (on a GPU half types too). Returns y, or the gradients for grad_y.
-    """
-    kernels = _kernels(k)
-    if kernels is None or kernels.running_maximum is None or not (k.is_cuda or k.dtype == torch.float32):
-        return None
-    scan = kernels.running_maximum
-    if grad_y is None:
-        return _run_forward(lambda call: scan(call, 0), kernels, w, u, k, v)
-    return _run_backward(lambda call: scan(call, 1), kernels, grad_y, w, u, k, v)
 
 
 def _run_forward(function: Callable[..., int], kernels: Kernels, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:

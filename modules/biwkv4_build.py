@@ -34,7 +34,7 @@ class BuildError(RuntimeError):
 
 
 class Call(ctypes.Structure):
-    """`BiwkvCall` of `cuda/biwkv4_call.h`, field by field."""
+    """`BiwkvCall` of `cuda/shared/abi.h`, field by field."""
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("batch", "length", "channels", "type")],
@@ -55,7 +55,6 @@ class Kernels:
     backward: Callable[..., int]
     runner: int = 0  # CPU: address of PyTorch's own parallel loop, 0 for one thread
     workspace: Callable[..., int] | None = None  # CUDA: bytes that a call needs on the device
-    running_maximum: Callable[..., int] | None = None  # the public kernels' manner, to compare (CPU: float32)
     explain: Callable[[int], str] = lambda status: f"status {status}"
 
 
@@ -75,14 +74,14 @@ def build_cpu() -> Path:
     """The CPU library's path, built now unless cached. Raises BuildError with the compiler's message."""
     compiler = os.environ.get("CXX", "").split() or [_first_of("c++", "g++", "clang++")]
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return _build("cpu", "biwkv4_cpu.cpp", [*compiler, *COMMON_FLAGS, *CPU_FLAGS, tuning], _cpu_identity())
+    return _build("cpu", "cpu/biwkv4.cpp", [*compiler, *COMMON_FLAGS, *CPU_FLAGS, tuning], _cpu_identity())
 
 
 def build_cuda() -> Path:
     """The CUDA library's path, for `TORCH_CUDA_ARCH_LIST` or the GPUs present, built now unless cached."""
     roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     nvcc = _first_of("nvcc", folders=[f"{root}/bin" for root in [*roots, "/usr/local/cuda"] if root])
-    return _build("cuda", "biwkv4_cuda.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
+    return _build("cuda", "gpu/biwkv4.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
 
 
 def cuda_architectures() -> list[str]:
@@ -115,18 +114,12 @@ def _load(library: Path) -> Any:
     loaded = ctypes.CDLL(str(library))
     for name in ("biwkv4_forward", "biwkv4_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
-    loaded.biwkv4_running_maximum.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
     return loaded
 
 
 def _load_cpu(library: Path) -> Kernels:
     loaded = _load(library)
-    return Kernels(
-        loaded.biwkv4_forward,
-        loaded.biwkv4_backward,
-        runner=_parallel_for(),
-        running_maximum=loaded.biwkv4_running_maximum,
-    )
+    return Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward, runner=_parallel_for())
 
 
 def _load_cuda(library: Path) -> Kernels:
@@ -138,7 +131,6 @@ def _load_cuda(library: Path) -> Kernels:
         loaded.biwkv4_forward,
         loaded.biwkv4_backward,
         workspace=loaded.biwkv4_workspace,
-        running_maximum=loaded.biwkv4_running_maximum,
         explain=lambda status: loaded.biwkv4_error(status).decode(),
     )
 
@@ -155,7 +147,7 @@ def _parallel_for() -> int:
 
 def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Path:
     """Compile one source into a library of the cache; processes that ask at once wait for the first."""
-    texts = [path.read_bytes() for path in [SOURCES / source, *sorted(SOURCES.glob("*.h"))] if path.exists()]
+    texts = [path.read_bytes() for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")]
     if not texts:
         raise BuildError(f"the sources are not at {SOURCES}")
     version = _run([command[0], "--version"])

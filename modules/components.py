@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modules.layers import LinearLayer
+
 SLOTS = {
     "attn_s1": "attention",
     "attn_s2": "attention",
@@ -36,7 +38,7 @@ class Component(nn.Module):
         """Start as near to the predecessor's output as the form allows, before its weights are taken over."""
 
     @property
-    def last_linear(self) -> nn.Module | None:
+    def last_linear(self) -> LinearLayer | None:
         """The linear layer or 1×1 convolution that the output comes from directly, if there is one."""
         return None
 

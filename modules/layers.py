@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+LinearLayer = nn.Linear | nn.Conv2d
+"""A linear layer, or a 1×1 convolution that serves as one."""
+
 
 class PConv(nn.Module):
     """Partial convolution: 3×3 on the first quarter of the channels, the rest untouched (Chen et al., CVPR 2023)."""
@@ -50,7 +53,7 @@ class Narrowable(nn.Module):
     """A module with inner channels, of which a narrower one of the same form can keep a part."""
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """The linear layer or 1×1 convolution that reads the inner channels."""
         raise NotImplementedError
 
@@ -63,9 +66,11 @@ class InnerChannels(Narrowable, nn.Sequential):
     """The branch of a residual block: (spatial, 1×1, LeakyReLU, 1×1)."""
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """The second 1×1."""
-        return self[3]
+        last = self[3]
+        assert isinstance(last, nn.Conv2d)
+        return last
 
     @torch.no_grad()
     def keep_channels(self, wider: Narrowable, index: Tensor) -> None:

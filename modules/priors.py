@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from modules.components import Component, Kind, check_setting, register
-from modules.layers import DWConvRB
+from modules.layers import DWConvRB, LinearLayer
 
 
 class SpatialPrior(Component):
@@ -22,9 +22,11 @@ class SpatialPrior(Component):
         return self.branch_2(self.branch_1(x) * q)
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """The 1×1 to scales and means."""
-        return self.branch_2[-1]
+        last = self.branch_2[-1]
+        assert isinstance(last, nn.Conv2d)
+        return last
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modules.biwkv4 import biwkv4
 from modules.components import Checkpointed
-from modules.layers import Narrowable, depthwise, inner_width, pointwise_pair
+from modules.layers import LinearLayer, Narrowable, depthwise, inner_width, pointwise_pair
 
 _TOKENS_AT_ONCE = 4096
 """Layers that mix no positions run on so many at a time: of a large image, their inner tensors would be the peak."""
@@ -108,7 +108,7 @@ class SpatialMix(Narrowable):
         return self.output(torch.sigmoid(self.receptance(tokens)) * attended)
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """`output`."""
         return self.output
 
@@ -142,7 +142,7 @@ class ChannelMix(Narrowable):
         return torch.sigmoid(self.receptance(tokens)) * self.value(F.relu(self.key(tokens)).square())
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """`value`, whose output the receptance gates."""
         return self.value
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from modules.attention import CrossAttentionKind
 from modules.components import Component, Kind, check_setting, register
 from modules.fusion import ConvFusionKind
+from modules.layers import LinearLayer
 from modules.priors import DWConvPriorKind, PriorKind, SpatialPrior
 from modules.rwkv import RWKVBlock, RWKVConvBlock
 
@@ -39,7 +40,7 @@ class RWKVContextCell(RWKVComponent):
         return self.output_proj(self.block(self.input_proj(torch.cat((x, h), dim=1))))
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """`output_proj`."""
         return self.output_proj
 
@@ -66,7 +67,7 @@ class RWKVFusionNet(RWKVComponent):
         return self.out_proj(self.blocks(x))
 
     @property
-    def last_linear(self) -> nn.Module:
+    def last_linear(self) -> LinearLayer:
         """`out_proj`."""
         return self.out_proj
 

@@ -7,11 +7,13 @@ import torch
 
 from modules import HPCM, preset_config
 from modules.attention import CrossAttentionCell
+from modules.fusion import PointwiseFusion
 from modules.layers import DWConvRB
 from modules.priors import DWConvSpatialPrior
-from modules.rwkv import (
+from modules.rwkv_components import (
     RWKVContextCell,
     RWKVFusionNet,
+    RWKVSpatialPrior,
     RWKVSpatialPrior_S1_S2,
     RWKVSpatialPrior_S3,
     RWKVSpatialPriorBlock,
@@ -21,8 +23,8 @@ BASELINE = {
     "attn_s1": CrossAttentionCell,
     "attn_s2": CrossAttentionCell,
     "attn_s3": CrossAttentionCell,
-    "context_net.0": torch.nn.Conv2d,
-    "context_net.1": torch.nn.Conv2d,
+    "context_net.0": PointwiseFusion,
+    "context_net.1": PointwiseFusion,
     "y_spatial_prior_s1_s2": DWConvSpatialPrior,
     "y_spatial_prior_s3": DWConvSpatialPrior,
 }
@@ -31,7 +33,7 @@ CHANGES = [
     {"attn_s3": RWKVContextCell},
     {"attn_s1": RWKVContextCell, "attn_s2": RWKVContextCell},
     {"context_net.0": RWKVFusionNet, "context_net.1": RWKVFusionNet},
-    {"y_spatial_prior_s1_s2": RWKVSpatialPrior_S1_S2, "y_spatial_prior_s3": RWKVSpatialPrior_S3},
+    {"y_spatial_prior_s1_s2": RWKVSpatialPrior, "y_spatial_prior_s3": RWKVSpatialPrior},
 ]
 KINDS = [BASELINE | {k: v for change in CHANGES[: phase + 1] for k, v in change.items()} for phase in range(5)]
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
 from pipeline.tracking.store import Run
 from pipeline.tracking.tags import StageTags
+from pipeline.training.initial_weights import Start, start_child
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
@@ -111,10 +111,9 @@ class StageRun:
     def _import(self, path: Path) -> HPCM:
         model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
         if model.config != self.task.config:
+            found, expected = model.config.to_dict(), self.task.config.to_dict()
             differing = [
-                f"{name} is {value}, expected {getattr(self.task.config, name)}"
-                for name, value in vars(model.config).items()
-                if value != getattr(self.task.config, name)
+                f"{name} is {found[name]}, expected {expected[name]}" for name in found if found[name] != expected[name]
             ]
             raise StageError(
                 f"{path}: does not match {self.stage.name} of the recipe: {'; '.join(differing)}.\n"
@@ -126,17 +125,17 @@ class StageRun:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
         child = HPCM(self.task.config)
+        crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
         state, passed_over = self.states.newest()
         for line in passed_over:
             self.context.watcher.note(line)
         self.context.wait_for_everyone()
         if state is None:
-            state = self._begin(child)
+            state = self._begin(child, crops)
         ledger = Ledger.from_json(state.facts["ledger"])
         self._note_start(state, ledger)
         self._note_environment(state)
         components = tuple(new_components(self.parent, child)) if self.parent else ()
-        crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
         migration = Migration(child, self.parent, components, ledger.new)
         reporting = Reporting(
             self.run, self.context.watcher, lambda segment, progress: self._validate(child, segment, progress)
@@ -144,17 +143,16 @@ class StageRun:
         trainer = Trainer(self.stage, migration, crops, self.context.processes, reporting)
         return child, trainer.train(self.states, state)
 
-    def _begin(self, child: HPCM) -> TrainingState:
+    def _begin(self, child: HPCM, crops: TrainingCrops) -> TrainingState:
         """Transfer, and compare child and parent before the first step."""
         child.to(self.device)
-        facts: dict[str, Any] = {}
         if self.task.start is not None:
-            ledger = transfer_weights(self._import(self.task.start).to(self.device), child, Transfer())
+            start = Start(transfer_weights(self._import(self.task.start).to(self.device), child, Transfer()))
         elif self.parent is None:
-            ledger = Ledger.of_root(child)
+            start = Start(Ledger.of_root(child))
         else:
-            ledger = transfer_weights(self.parent.to(self.device), child, self.stage.transfer)
-        facts["ledger"] = ledger.to_json()
+            start = start_child(self.parent.to(self.device), child, self.stage.transfer, crops)
+        facts = start.facts()
         state = TrainingState(Progress(), codec_tensors(child), {}, facts)
 
         def compare_and_save() -> None:
@@ -173,6 +171,11 @@ class StageRun:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
         self.context.watcher.note(f"transfer: {counts}")
         self._tag(StageTags(ledger=counts))
+        for what in ("narrowed", "fitted"):
+            if errors := [site["error"] for site in state.facts.get(what, ())]:
+                self.context.watcher.note(
+                    f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance missed"
+                )
         if "step0_gap" in state.facts:
             self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(

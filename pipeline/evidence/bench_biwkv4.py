@@ -1,4 +1,4 @@
-"""`hpcm bench biwkv4`: the op against its reference, a dense form, a running-maximum scan and a plain copy."""
+"""`hpcm bench biwkv4`: the op against its reference, a dense form and a plain copy."""
 
 import ctypes
 import platform
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from modules.biwkv4 import biwkv4, biwkv4_reference, running_maximum
+from modules.biwkv4 import biwkv4, biwkv4_reference
 from pipeline.common.timing import machine, timed
 
 SIZES = ((1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192))
@@ -31,8 +31,6 @@ class Row:
     both: float
     reference: float | None = None
     dense: float | None = None
-    running: float | None = None
-    running_both: float | None = None
 
     @property
     def per_element(self) -> float:
@@ -82,9 +80,6 @@ def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
     }
     if batch * length * length * channels <= DENSE_LIMIT:
         contenders["dense"] = lambda: dense(w, u, k, v)
-    if running_maximum(w, u, k, v) is not None:
-        contenders["running"] = lambda: running_maximum(w, u, k, v)
-        contenders["running_both"] = lambda: (running_maximum(w, u, k, v), running_maximum(w, u, k, v, grad_y))
     return Row(size, str(dtype).removeprefix("torch."), **_interleave(contenders, device, seconds))
 
 
@@ -113,7 +108,7 @@ def _print(rows: Sequence[Row], device: str, console: Console) -> None:
     table = Table(title=f"Bi-WKV4 in {rows[0].dtype} on {machine(device)}")
     for heading in ("B, T, C", "copy µs", "GB/s", "forward", "both", "of copy's GB/s", "ns/element"):
         table.add_column(heading, justify="right")
-    for heading in ("reference", "dense", "running", "both"):
+    for heading in ("reference", "dense"):
         table.add_column(heading, justify="right")
     for row in rows:
         batch, length, channels = row.size
@@ -127,11 +122,10 @@ def _print(rows: Sequence[Row], device: str, console: Console) -> None:
             f"{row.both / row.copy:.2f}",
             f"{row.copy / row.forward:.0%}, {BACKWARD_FLOOR * row.copy / backward:.0%}",
             f"{row.per_element * 1e9:.2f}",
-            *(f"{x / row.forward:.1f}" if x else "–" for x in (row.reference, row.dense, row.running)),
-            f"{row.running_both / row.both:.1f}" if row.running_both else "–",
+            *(f"{x / row.forward:.1f}" if x else "–" for x in (row.reference, row.dense)),
         )
     console.print(table)
     console.print(
         "Forward, both (with backward): time over the copy's. Of copy's GB/s: both passes, each by the bytes "
-        "it must move. Last four: that contender's time over the op's, forward and, for the running maximum, both."
+        "it must move. Last two: that contender's time over the op's, forward."
     )

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipeline.recipes.objective_traits import OBJECTIVES
 from pipeline.recipes.yaml_source import nearest, shown
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -117,7 +118,15 @@ class Transfer(Settings):
     """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
     of the child is random and nothing is copied, to compare a migration with training anew."""
     rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
-    """Module prefix in the parent → prefix in the child; `{i}` stands for one dotted component."""
+    """Module prefix in the parent → prefix in the child, beside what the child's components take over by themselves;
+    `{i}` stands for one part of a dotted name."""
+    narrow: bool = True
+    """Where the child differs in a smaller inner width alone, keep the parent's most useful inner channels and solve
+    the layer that reads them; needs `function-preserving`."""
+    fit: bool = False
+    """Solve the last linear layer of each new component for the output of the one it replaces; likewise."""
+    calibration: PositiveInt = 24
+    """Training crops that `narrow` and `fit` compute with."""
 
 
 def _trainable(value: object) -> object:
@@ -128,14 +137,22 @@ def _trainable(value: object) -> object:
     raise ValueError(f"should be 'all', 'new' or a list of name patterns, not {shown(value)}{hint}")
 
 
+def _objective(name: str) -> str:
+    if name in OBJECTIVES:
+        return name
+    hint = nearest(name, list(OBJECTIVES)) or f"; there are {', '.join(OBJECTIVES)}"
+    raise ValueError(f"no objective {shown(name)}{hint}")
+
+
 class Segment(Settings):
     """One part of a stage's schedule, with its own trainable parameters, objective and fresh optimizer."""
 
     name: Word
     train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
     """`new`: what was not copied from the parent, and all of a component that the parent does not have."""
-    objective: Literal["rate-distortion", "align"]
-    """`align`: the new components alone, on their inputs and outputs in the parent."""
+    objective: Annotated[str, AfterValidator(_objective)]
+    """`rate-distortion`, `align` (the new components alone, on their inputs and outputs in the parent), or a registered
+    objective of your own."""
     steps: Count
     handover: Count = 0
     """Steps over which a new component takes over from the parent's; within `steps`."""
@@ -226,8 +243,11 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
         for key, length in (("handover", segment.handover), ("warmup", segment.warmup)):
             if length > segment.steps:
                 problems.append(((*at, key), f"{length} steps are more than the segment's {segment.steps}"))
-        if segment.handover and (stage.parent is None or segment.objective != "rate-distortion"):
-            problems.append(((*at, "handover"), "needs a parent and 'objective: rate-distortion'"))
-        if segment.objective == "align" and (stage.parent is None or segment.train != "new"):
-            problems.append(((*at, "objective"), "'align' needs a parent and 'train: new'"))
+        traits = OBJECTIVES[segment.objective]
+        if segment.handover and (stage.parent is None or not traits.handover):
+            problems.append(((*at, "handover"), "needs a parent and an objective that runs the whole codec"))
+        if traits.needs_parent and stage.parent is None:
+            problems.append(((*at, "objective"), f"'{segment.objective}' needs a parent"))
+        if traits.new_alone and segment.train != "new":
+            problems.append(((*at, "objective"), f"'{segment.objective}' needs 'train: new'"))
     return problems

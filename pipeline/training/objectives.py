@@ -5,9 +5,10 @@ process with B does; and a module, so that whatever wraps it (DDP, torch.compile
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modules import HPCM, Noise
 from pipeline.evaluation.quality import bits_per_pixel
+from pipeline.recipes.objective_traits import OBJECTIVES, ObjectiveTraits
 
 
 def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Sequence[int]) -> Noise:
@@ -31,7 +33,55 @@ def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Seque
     return Noise(y.contiguous(memory_format=torch.channels_last), z.contiguous(memory_format=torch.channels_last))
 
 
-class RateDistortion(nn.Module):
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What an objective is made from."""
+
+    child: HPCM
+    parent: HPCM | None
+    components: tuple[str, ...]
+    """Components of the child that differ from the parent's."""
+    lmbda: float
+    metric: str
+
+
+class Objective(nn.Module):
+    """What a segment minimizes. Registered with `register_objective`."""
+
+    @classmethod
+    def build(cls, context: ObjectiveContext) -> "Objective":
+        """The objective of a segment."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """Code images (B, 3, H, W); returns the scalar `loss`, a mean over samples, and others to log beside it."""
+        raise NotImplementedError
+
+
+_CLASSES: dict[str, type[Objective]] = {}
+ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
+
+
+def register_objective(name: str, traits: ObjectiveTraits) -> Callable[[ObjectiveClass], ObjectiveClass]:
+    """Register an objective under its name in recipes; raises ValueError for a name that another class has."""
+
+    def add(objective: ObjectiveClass) -> ObjectiveClass:
+        if name in _CLASSES and _CLASSES[name].__qualname__ != objective.__qualname__:
+            raise ValueError(f"the objective {name!r} is {_CLASSES[name].__qualname__} already")
+        OBJECTIVES[name] = traits
+        _CLASSES[name] = objective
+        return objective
+
+    return add
+
+
+def build_objective(name: str, context: ObjectiveContext) -> Objective:
+    """The objective of this name in recipes."""
+    return _CLASSES[name].build(context)
+
+
+@register_objective("rate-distortion", OBJECTIVES["rate-distortion"])
+class RateDistortion(Objective):
     """λ·255²·MSE + bits per pixel, or λ·(1 − MS-SSIM) + bits per pixel.
 
     Where no transform is trainable the distortion cannot change: g_s is not run and the rate alone is minimized.
@@ -40,6 +90,11 @@ class RateDistortion(nn.Module):
     def __init__(self, model: HPCM, lmbda: float, metric: str):
         super().__init__()
         self.model, self.lmbda, self.metric = model, lmbda, metric
+
+    @classmethod
+    def build(cls, context: ObjectiveContext) -> "RateDistortion":
+        """The loss of the child at the stage's λ."""
+        return cls(context.child, context.lmbda, context.metric)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Code images (B, 3, H, W); returns the scalars `loss`, `bpp` and, where it can change, `mse` or `ms_ssim`."""
@@ -56,16 +111,23 @@ class RateDistortion(nn.Module):
         return {"loss": self.lmbda * 255**2 * mse + bpp, "bpp": bpp, "mse": mse}
 
 
-class Align(nn.Module):
-    """Trains new components alone: each call of one in the parent is a site, its inputs and output the lesson.
+@register_objective("align", OBJECTIVES["align"])
+class Align(Objective):
+    """Trains new components alone: given the inputs of each call in the parent, they learn its output.
 
-    The loss is the mean over sites of squared error / variance of the target, both per image.
+    The loss is the mean over calls of squared error / variance of the target, both per image.
     """
 
     def __init__(self, model: HPCM, parent: HPCM, components: Sequence[str]):
         super().__init__()
         self.model, self.components = model, components
         self._teacher = (parent,)  # In a tuple: not a submodule, so nobody wraps, trains or saves it.
+
+    @classmethod
+    def build(cls, context: ObjectiveContext) -> "Align":
+        """The alignment of the child's new components with the parent's."""
+        assert context.parent is not None  # the schema sees to it
+        return cls(context.child, context.parent, context.components)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Compare on images (B, 3, H, W); returns the scalar `loss`. The noise is not used."""
@@ -125,6 +187,6 @@ class Handover:
         return hook
 
     def end(self) -> None:
-        """Let the parent's part leave."""
+        """Remove the parent's share."""
         for handle in self._handles:
             handle.remove()

@@ -15,9 +15,10 @@ from pipeline.common.errors import Interrupted, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
+from pipeline.recipes.objective_traits import OBJECTIVES
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
-from pipeline.training.objectives import Align, Handover, RateDistortion, training_noise
+from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
 from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.checkpoints import codec_tensors, load_weights
@@ -136,10 +137,10 @@ class _SegmentRun:
 
     def _objective(self) -> nn.Module:
         migration = self.trainer.migration
-        if self.segment.objective == "align":
-            assert migration.parent is not None  # the schema sees to it
-            return Align(self.child, migration.parent, migration.components)
-        return RateDistortion(self.child, self.stage.lmbda, self.stage.metric)
+        context = ObjectiveContext(
+            self.child, migration.parent, migration.components, self.stage.lmbda, self.stage.metric
+        )
+        return build_objective(self.segment.objective, context)
 
     def train(self) -> Progress:
         """Run the rest of the segment's steps."""
@@ -226,8 +227,7 @@ class _SegmentRun:
     def _watch_loss(self, loss: float) -> tuple[list[float], bool]:
         """The segment's last losses with this one, and whether it is far beyond their median; tells of it if so."""
         before = self.progress.losses
-        # An alignment that starts from nothing to learn has no scale; a rate–distortion loss has one.
-        known = self.segment.objective == "rate-distortion" and len(before) == LOSSES_KEPT
+        known = OBJECTIVES[self.segment.objective].steady and len(before) == LOSSES_KEPT
         exploded = known and loss > EXPLODED * median(before)
         if exploded:
             self.trainer.reporting.watcher.note(

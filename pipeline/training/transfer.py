@@ -120,7 +120,8 @@ def ledger_of(
 def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str]:
     """Child's name → parent's name of every tensor that is transferred; raises what `transfer_weights` raises."""
     ours, theirs = codec_tensors(child), codec_tensors(parent)
-    wanted = {**corresponding(parent, child), **_renamed(rules.rename, theirs, ours)}
+    renamed = _renamed(rules.rename, theirs, ours)
+    wanted = {**corresponding(parent, child), **renamed}
     if rules.initialization == "scratch":
         return {}
     different = tuple(f"{name}." for name in new_components(parent, child))
@@ -129,7 +130,7 @@ def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str
     for name, source in wanted.items():
         if ours[name].shape == theirs[source].shape:
             sources[name] = source
-        elif not name.startswith((*different, *narrowable)):
+        elif name in renamed or not name.startswith((*different, *narrowable)):
             raise TransferError(
                 f"{name} has shape {list(ours[name].shape)} in the child but {list(theirs[source].shape)} "
                 f"as {source} in the parent: the stage's model settings must agree where it keeps a component"

@@ -1,25 +1,13 @@
-// The GPU's phases (cuda/biwkv4_kernels.h) on the CPU, one thread's work after another: what cannot be seen without a
+// The GPU's phases (cuda/gpu/phases.h) on the CPU, one thread's work after another: what cannot be seen without a
 // GPU is the launches alone. Float32 only; the interface is that of the real libraries.
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
-#include "biwkv4_call.h"
-
-#define BIWKV_DEVICE inline
-
-namespace biwkv {
-
-inline float number(float x) { return x; }
-inline void put_number(float* p, float x) { *p = x; }
-inline float larger(float a, float b) { return a > b ? a : b; }
-inline double larger(double a, double b) { return a > b ? a : b; }
-inline float reciprocal(float x) { return 1.0f / x; }
-inline float exponential(float x) { return x < -87.3f ? 0.0f : std::exp(x); }
-inline double exponential(double x) { return std::exp(x); }
-
-}  // namespace biwkv
-
-#include "biwkv4_kernels.h"
+#include "gpu/cell.h"
+#include "gpu/phases.h"
+#include "gpu/weights.h"
+#include "shared/abi.h"
 
 using namespace biwkv;
 
@@ -52,7 +40,7 @@ static int run(const BiwkvCall& call) {
                               call.v_time, call.grad_y_batch, call.grad_y_time, call.batch, call.length,
                               call.channels, chunks, workspace.data()};
   run_phases<float, OneShift, backward>(Each{all, false}, chunks);
-  run_phases<float, RunningMaximum<double>, backward>(Each{all, true}, chunks);
+  run_phases<float, RunningMaximum, backward>(Each{all, true}, chunks);
   if (backward) {
     for (int64_t channel = 0; channel < call.channels; ++channel) sum_parameters(all, 0, 0, channel);
   }

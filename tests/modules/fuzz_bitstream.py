@@ -23,8 +23,9 @@ HEADROOM = 2**30
 
 def mini_codec(phase: int = 4) -> ImageCodec:
     """A codec that decodes an image in milliseconds."""
-    rates = {"prior_hidden_rate": 1, "attn_hidden_rates": (1, 1, 1)}
-    return ImageCodec(HPCM(preset_config("tiny", phase, M=16, N=8, widths=(8, 8, 16), heads=4, **rates)))
+    attention = {"cross-attention": {"heads": 4}, "rwkv": {"hidden_rate": 1}}
+    kinds = {"attention": attention, "prior": {"rwkv": {"hidden_rate": 1}}}
+    return ImageCodec(HPCM(preset_config("tiny", phase, M=16, N=8, widths=(8, 8, 16), **kinds)))
 
 
 def mutate(data: bytes, random: np.random.Generator) -> bytes:

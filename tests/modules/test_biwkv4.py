@@ -170,12 +170,6 @@ def test_beyond_the_fast_kernels_bound(whole: float, boost: float, length: int) 
     assert_close([y[..., some], dw[some], du[some], dk[..., some], dv[..., some]], truth, 1e-5)
 
 
-def test_the_running_maximum_of_the_benchmark_computes_the_same() -> None:
-    inputs, grad_y = draw((2, 70, 19))
-    results = [module.running_maximum(*inputs), *module.running_maximum(*inputs, grad_y)]
-    assert_close(results, expected(inputs, grad_y), 1e-5)
-
-
 def test_nan_is_not_hidden() -> None:
     (w, u, k, v), _ = draw((1, 40, 3))
     k[0, 11, 1] = math.nan

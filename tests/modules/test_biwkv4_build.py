@@ -82,8 +82,22 @@ def test_the_cache_knows_what_shapes_the_result(tmp_path: Path, monkeypatch: pyt
     sources = shutil.copytree(biwkv4_build.SOURCES, tmp_path / "cuda")
     monkeypatch.setattr(biwkv4_build, "SOURCES", sources)
     assert biwkv4_build.build_cpu() == fourth
-    (sources / "biwkv4_vector.h").open("a").write("// changed\n")
-    assert len({first, second, third, fourth, biwkv4_build.build_cpu()}) == 5
+    builds = {first, second, third, fourth}
+    files = sorted(path for path in sources.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    for path in files:
+        path.open("a").write("// changed\n")
+        builds.add(biwkv4_build.build_cpu())
+    assert len(builds) == 4 + len(files)
+
+
+@pytest.mark.parametrize("header", sorted(biwkv4_build.SOURCES.rglob("*.h")), ids=lambda path: path.name)
+def test_each_header_compiles_alone(header: Path) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-include", str(header), "-x", "c++", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_building_ahead_is_what_the_op_will_load() -> None:

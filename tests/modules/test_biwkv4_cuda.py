@@ -19,13 +19,13 @@ SOURCES = biwkv4_build.SOURCES
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc: the CUDA source is not compiled")
 def test_source_compiles_without_spills(tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "0", "-c", str(SOURCES / "biwkv4_cuda.cu")]
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "0", "-c", str(SOURCES / "gpu" / "biwkv4.cu")]
     command += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (75, 80, 90)]
     done = subprocess.run([*command, "-o", str(tmp_path / "o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) >= 3 * 3 * 20  # architectures, number types, phases in two ways
+    assert len(spills) >= 3 * 3 * 13  # architectures, number types, phases
     assert set(spills) == {("0", "0")}
 
 

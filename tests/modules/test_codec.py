@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from modules import HPCM, HPCM_Phase4, HPCMConfig, Noise, preset_config
-from modules.attention import CrossAttentionCell
+from modules.attention import CrossAttentionCell, NoAttentionKind
+from modules.rwkv_components import RWKVContextKind
 
 PHASES = range(5)
 
@@ -155,7 +156,13 @@ def test_named_constructors_take_overrides() -> None:
         (lambda: HPCM.from_preset("tiny", 5), "unknown phase 5"),
         (lambda: HPCM.from_preset("tiny", hidden=3), "no setting 'hidden'"),
         (lambda: HPCM.from_preset("tiny", M=50), "multiple of 8"),
-        (lambda: HPCM.from_preset("tiny", heads=7), "7 attention heads"),
+        (lambda: HPCM.from_preset("tiny", attn_s3={"heads": 7}), "7 attention heads"),
+        (lambda: HPCM.from_preset("tiny", attn_s3={"heads": 0}), "heads = 0 of the kind 'cross-attention'"),
+        (lambda: HPCM.from_preset("tiny", attn_s3={"head": 8}), "no setting 'head'; did you mean 'heads'"),
+        (lambda: HPCM.from_preset("tiny", attn_s3="rwvk"), "attn_s3: no kind 'rwvk'; did you mean 'rwkv'"),
+        (lambda: HPCM.from_preset("tiny", context_net=NoAttentionKind()), "context_net: 'none' is a kind of attention"),
+        (lambda: HPCM.from_preset("tiny", prior={"rwvk": {}}), "prior: no kind 'rwvk'"),
+        (lambda: HPCM.from_preset("tiny", 4, prior={"rwkv": {"channel_mix": "dw"}}), "channel_mix = 'dw'"),
     ],
 )
 def test_impossible_codecs_are_refused(build: object, message: str) -> None:
@@ -164,7 +171,8 @@ def test_impossible_codecs_are_refused(build: object, message: str) -> None:
 
 
 def test_configuration_survives_json() -> None:
-    config = preset_config("large", 3, M=64, prior_depths=((1, 1), (2, 1)))
+    config = preset_config("large", 3, M=64, y_spatial_prior_s3={"blocks": 1}, attention={"rwkv": {"mix_rate": 0.5}})
+    assert config.attn_s1 == RWKVContextKind(hidden_rate=2, mix_rate=0.5)
     assert HPCMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -8,19 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.biwkv4 import biwkv4_reference
+from modules.components import Checkpointed
+from modules.layers import DWConvRB
 from modules.rwkv import (
     ChannelMix,
     OmniShift,
     RWKVBlock,
-    RWKVComponent,
-    RWKVContextCell,
-    RWKVFusionNet,
-    RWKVSpatialPrior_S1_S2,
-    RWKVSpatialPrior_S3,
+    RWKVConvBlock,
     SpatialMix,
     TokenLinear,
     _image,
     _tokens,
+)
+from modules.rwkv_components import (
+    RWKVComponent,
+    RWKVContextCell,
+    RWKVFusionNet,
+    RWKVSpatialPrior,
+    RWKVSpatialPrior_S1_S2,
+    RWKVSpatialPrior_S3,
 )
 
 CHANNELS = 16
@@ -112,13 +118,27 @@ def test_block_adds_both_mixes_and_is_the_identity_without_gamma(x: Tensor) -> N
     assert torch.equal(block(x), x)
 
 
+def test_a_block_that_keeps_the_convolution_is_a_dwconvrb_without_gamma(x: Tensor) -> None:
+    block, parent = randomized(RWKVConvBlock(CHANNELS)), randomized(DWConvRB(CHANNELS))
+    block.conv_mix.load_state_dict(parent.branch.state_dict())
+    mixed = block.ln1(block.spatial_mix(x)).transpose(1, 2).unflatten(2, x.shape[2:])
+    middle = x + block.gamma1[:, None, None] * mixed
+    torch.testing.assert_close(block(x), middle + parent.branch(middle))
+    block.start_as_identity()
+    assert torch.equal(block(x), parent(x))
+
+
 COMPONENTS: dict[str, tuple[Callable[[], RWKVComponent], tuple[int, ...]]] = {
     "context cell": (lambda: RWKVContextCell(CHANNELS, 2), (CHANNELS, CHANNELS)),
     "fusion net": (lambda: RWKVFusionNet(CHANNELS, num_blocks=2), (CHANNELS,)),
     "prior s1 s2": (lambda: RWKVSpatialPrior_S1_S2(8, hidden_rate=2), (24,)),
     "prior s3": (lambda: RWKVSpatialPrior_S3(8, hidden_rate=2), (24,)),
     "narrow prior s3": (
-        lambda: RWKVSpatialPrior_S3(8, num_rwkv_blocks=1, hidden_rate=0.5, num_last_blocks=0, mix_rate=0.25),
+        lambda: RWKVSpatialPrior(8, (1, 0), hidden_rate=0.5, mix_rate=0.25),
+        (24,),
+    ),
+    "prior that keeps convolutions": (
+        lambda: RWKVSpatialPrior(8, (1, 1), hidden_rate=2, mix_rate=0.5, channel_mix="conv"),
         (24,),
     ),
 }
@@ -133,6 +153,15 @@ def built(name: str, *, grad: bool) -> tuple[RWKVComponent, list[Tensor]]:
     return component, inputs
 
 
+def checkpoint_blocks(component: RWKVComponent) -> None:
+    """Let every block recompute its activations."""
+    blocks = [module for module in component.modules() if isinstance(module, Checkpointed)]
+    assert blocks
+    assert not any(block.use_checkpoint for block in blocks)
+    for block in blocks:
+        block.use_checkpoint = True
+
+
 def gradients(component: RWKVComponent, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [*component.parameters(), *(x for x in inputs if x.requires_grad)]
     return list(torch.autograd.grad(component(*inputs).square().sum(), leaves))
@@ -143,9 +172,7 @@ def gradients(component: RWKVComponent, inputs: list[Tensor]) -> list[Tensor]:
 def test_gradient_checkpointing_changes_no_gradient(name: str, upstream: bool) -> None:
     component, inputs = built(name, grad=upstream)
     plain = gradients(component, inputs)
-    assert not component.use_checkpoint
-    component.use_checkpoint = True
-    assert component.use_checkpoint
+    checkpoint_blocks(component)
     checkpointed = gradients(component, inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
     assert all(gradient.abs().max() > 0 for gradient in plain)
@@ -161,7 +188,7 @@ def test_gradient_checkpointing_keeps_fewer_activations() -> None:
         return sum(sizes)
 
     plain = kept()
-    component.use_checkpoint = True
+    checkpoint_blocks(component)
     assert kept() < plain / 2
 
 

@@ -178,8 +178,13 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
     run_chain(chain)
     assert read_metadata(chain.tasks[0].checkpoint)["digest"] == read_metadata(path)["digest"]
     assert [planned.status for planned in chain.plan()] == ["done"]
-    with pytest.raises(StageError, match=r"own.safetensors: does not match baseline .*: heads is 4, expected 8"):
-        run_chain(mini_chain(tmp_path / "other", "baseline", ["model.overrides.heads=8"], path))
+    with pytest.raises(
+        StageError,
+        match=r"own.safetensors: does not match baseline .*: attn_s1 is .*'heads': 4.*, expected .*'heads': 8",
+    ):
+        run_chain(
+            mini_chain(tmp_path / "other", "baseline", ["model.overrides.attention.cross-attention.heads=8"], path)
+        )
     with pytest.raises(CheckpointError, match=r"nowhere.safetensors: no such file"):
         mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
     with pytest.raises(ChainError, match="this is the chain's own baseline"):

@@ -83,7 +83,7 @@ def test_a_handover_starts_exactly_at_the_parent(phase: int, initialization: str
 
 
 def test_large_priors_hand_their_last_1x1_on() -> None:
-    sizes = {"M": 16, "N": 8, "widths": (8, 8, 8), "heads": 4}
+    sizes = {"M": 16, "N": 8, "widths": (8, 8, 8), "attention": {"cross-attention": {"heads": 4}}}
     parent, child = (HPCM(preset_config("large", phase, **sizes)) for phase in (3, 4))
     transfer_weights(parent, child, load_recipe("large").stages["phase4"].transfer)
     for prior in ("y_spatial_prior_s1_s2", "y_spatial_prior_s3"):

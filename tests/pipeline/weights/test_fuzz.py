@@ -183,7 +183,7 @@ def test_well_formed_checkpoints_of_no_codec(tmp_path: Path) -> None:
             odd[name] = draw.choice(changes)(tensors[name])
         else:
             values = [0, -8, 2**40, 1.5, "16", None, [], [0, 0, 0], [10**9] * 3, {}, True]
-            key = draw.choice(["M", "N", "widths", "depths", "heads", "prior_depths", "attn_s1", "context_net"])
+            key = draw.choice(["M", "N", "widths", "depths", "attn_s3", "y_spatial_prior_s3", "attn_s1", "context_net"])
             wrong[key] = draw.choice(values)
         checkpoints.write(path, odd, {"config": wrong})
         assert outcome(lambda: load_codec(path), CheckpointError) == "refused"

@@ -1,0 +1,291 @@
+// Bi-WKV4 in float32, a strip at a time. All keys of a channel are shifted by one number, after which every sum is a
+// plain linear recurrence. Time is cut into chunks: a chunk's own sums are float32 and count from its largest key; they
+// are joined in float64, so that an error grows with the chunk and not with the sequence.
+//
+// Channels beyond the bound of shared/accumulators.h come out wrong, and exact_scan.h overwrites them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "../shared/accumulators.h"
+#include "strip.h"
+#include "vector.h"
+
+namespace biwkv {
+
+// What the phases of a strip leave to one another. It stays with the thread for its next strip.
+struct FastMemory {
+  using Sums = Sum<Floats>;
+
+  // A chunk's own sums; once joined, the sums of all that comes before it (forth) and after it (back).
+  struct Chunk {
+    Floats max, center;  // its largest key, and a mean of its values
+    Floats scale;        // from the chunk's own weights, e^(k - max), to the strip's
+    Sums forth, back, grad_forth, grad_back;
+  };
+  struct Weight {
+    Floats x;
+  };
+  struct Row {
+    Floats v, a, b, bonus;  // centered value, grad / D, a y, and the part of grad_k that goes through the own term
+  };
+
+  std::vector<Chunk> chunks;
+  std::vector<Weight> weights;
+  std::vector<Row> rows;  // backward only
+};
+
+// The phases of one strip; each goes over all chunks before the next begins.
+template <class Number, bool backward>
+class FastScan {
+ public:
+  FastScan(const Strip<Number>& strip, const float* w_, const float* u, FastMemory& m)
+      : count((strip.length + kRows - 1) / kRows),
+        s(strip),
+        w(load(w_, s.lanes)),
+        boost(exponential(load(u, s.lanes))),
+        kept(s.length <= kKept) {
+    round_decay();
+    const size_t lines = kept ? count * kRows : kRows;
+    m.chunks.resize(std::max<size_t>(m.chunks.size(), count));
+    m.weights.resize(std::max(m.weights.size(), lines));
+    if (backward) m.rows.resize(std::max(m.rows.size(), lines));
+    chunks = m.chunks.data(), weights = m.weights.data(), rows = m.rows.data();
+  }
+
+  const int64_t count;  // of chunks
+
+  void sum_keys(int64_t c) {
+    find_max(c);
+    weigh(c);
+    find_center(c);
+    const Number* v = s.v + c * kRows * s.v_time;
+    const Weight* weight = weights_at(c);
+    const Floats center = chunks[c].center;
+    Sums forth = {}, back = {};
+    for (int64_t t = 0, last = rows_of(c) - 1; t <= last; ++t) {
+      const Floats x = weight[t].x, far_x = weight[last - t].x;
+      forth = sum_push(forth, decay[t], x * value(v + t * s.v_time, center), x);
+      back = sum_push(back, decay[t], far_x * value(v + (last - t) * s.v_time, center), far_x);
+    }
+    chunks[c].forth = forth, chunks[c].back = back;
+  }
+
+  // The strip's weights are e^(k - shift): half of the whole decay lies on either side of the largest key, so that their
+  // sums stay near one.
+  void join_keys() {
+    Floats max = chunks[0].max;
+    for (int64_t c = 1; c < count; ++c) max = larger(max, chunks[c].max);
+    const Floats shift = max - w * (0.5f * s.length);
+    Sums mean = {};
+    for (int64_t c = 0; c < count; ++c) {
+      const Floats scale = exponential(chunks[c].max - shift), d = chunks[c].forth.d * scale;
+      chunks[c].scale = scale;
+      mean = {mean.n + d * chunks[c].center, mean.d + d};
+    }
+    center = mean_of(mean);
+    for (int64_t c = 0; c < count; ++c) {
+      const Floats scale = chunks[c].scale, move = chunks[c].center - center;
+      for (Sums* own : {&chunks[c].forth, &chunks[c].back}) *own = {(own->n + move * own->d) * scale, own->d * scale};
+    }
+    join(&Chunk::forth, &Chunk::back);
+  }
+
+  void write_output(int64_t c) {
+    Floats values[kRows];
+    Sums later[kRows];  // the own term and all that comes after
+    weigh_again(c);
+    const int64_t end = rows_of(c);
+    const Number* v = s.v + c * kRows * s.v_time;
+    Number* y = s.y + c * kRows * s.out_time;
+    Weight* weight = weights_at(c);
+    const Floats scale = chunks[c].scale;
+    Sums sum = chunks[c].back;
+    for (int64_t t = end - 1; t >= 0; --t) {
+      const Floats x = weight[t].x * scale, xv = x * value(v + t * s.v_time, center);
+      weight[t].x = x, values[t] = xv;
+      later[t] = {sum.n + boost * xv, sum.d + boost * x};
+      sum = sum_push(sum, decay[t], xv, x);
+    }
+    sum = chunks[c].forth;
+    for (int64_t t = 0; t < end; ++t) {
+      write((sum.n + later[t].n) / (sum.d + later[t].d), y + t * s.out_time);
+      sum = sum_push(sum, decay[t], values[t], weight[t].x);
+    }
+  }
+
+  void sum_gradients(int64_t c) {
+    weigh_again(c);
+    fill_rows(c);
+    const Row* row = rows_at(c);
+    Sums forth = {}, back = {};
+    for (int64_t t = 0, last = rows_of(c) - 1; t <= last; ++t) {
+      forth = sum_push(forth, decay[t], row[t].a, row[t].b);
+      back = sum_push(back, decay[t], row[last - t].a, row[last - t].b);
+    }
+    chunks[c].grad_forth = forth, chunks[c].grad_back = back;
+  }
+
+  void join_gradients() { join(&Chunk::grad_forth, &Chunk::grad_back); }
+
+  void write_gradients(int64_t c, ParameterGradients& to) {
+    Sums earlier_keys[kRows], earlier[kRows];
+    if (!kept) weigh(c), fill_rows(c);
+    const int64_t end = rows_of(c);
+    const Weight* weight = weights_at(c);
+    const Row* row = rows_at(c);
+    Number *grad_k = s.grad_k + c * kRows * s.out_time, *grad_v = s.grad_v + c * kRows * s.out_time;
+    Sums keys = chunks[c].forth, sum = chunks[c].grad_forth;
+    for (int64_t t = 0; t < end; ++t) {
+      earlier_keys[t] = keys, earlier[t] = sum;
+      keys = sum_push(keys, decay[t], weight[t].x * row[t].v, weight[t].x);
+      sum = sum_push(sum, decay[t], row[t].a, row[t].b);
+    }
+    Floats to_w = {}, to_u = {};
+    keys = chunks[c].back, sum = chunks[c].grad_back;
+    for (int64_t t = end - 1; t >= 0; --t) {
+      const Floats x = weight[t].x, v = row[t].v, a = row[t].a;
+      const Floats n = earlier[t].n + sum.n, d = earlier[t].d + sum.d;
+      write(x * (v * n - d) + row[t].bonus, grad_k + t * s.out_time);
+      write(x * (n + boost * a), grad_v + t * s.out_time);
+      to_u += row[t].bonus;
+      to_w += flux(earlier_keys[t], sum) + flux(keys, earlier[t]);
+      keys = sum_push(keys, decay[t], x * v, x);
+      sum = sum_push(sum, decay[t], a, row[t].b);
+    }
+    for (int i = 0; i < kLanes; ++i) to.w[i] -= to_w[i] * decay[0][i], to.u[i] += to_u[i];
+  }
+
+ private:
+  using Sums = Sum<Floats>;
+  using Chunk = FastMemory::Chunk;
+  using Weight = FastMemory::Weight;
+  using Row = FastMemory::Row;
+
+  static constexpr int64_t kRows = 32;    // positions of a chunk
+  static constexpr int64_t kKept = 2048;  // longest sequence whose rows stay in the caches from phase to phase
+
+  int64_t rows_of(int64_t c) const { return std::min(kRows, s.length - c * kRows); }
+  Weight* weights_at(int64_t c) const { return weights + (kept ? c * kRows : 0); }
+  Row* rows_at(int64_t c) const { return rows + (kept ? c * kRows : 0); }
+
+  Floats value(const Number* v, Floats from) const {
+    const Floats x = load(v, s.lanes);
+    if constexpr (backward) return x - from;
+    return x;
+  }
+  void write(Floats x, Number* p) const { s.past_caches ? narrow_past_caches(x, p) : store(x, p, s.lanes); }
+  // Of rows to come, into the second-level cache: the first has no room for them.
+  static void fetch(const Number* p) { __builtin_prefetch(p, 0, 2); }
+
+  // A decay rounded each time alike would drift: each row's makes good what the rows before it have rounded.
+  void round_decay() {
+    Floats near, rest, excess = {};  // near + rest is the decay; excess is what is to make good, relatively
+    for (int i = 0; i < kLanes; ++i) {
+      const double exact = std::exp(-static_cast<double>(w[i]));
+      near[i] = static_cast<float>(exact), rest[i] = static_cast<float>(exact - near[i]);
+      skip[i] = exact;
+    }
+    for (int64_t rows = 1; rows < kRows; rows *= 2) {
+      for (int i = 0; i < kLanes; ++i) skip[i] *= skip[i];
+    }
+    const Floats inverse = 1.0f / near;
+    for (int64_t t = 0; t < kRows; ++t) {
+      decay[t] = near + (rest - near * excess);
+      excess += (decay[t] - near - rest) * inverse;
+    }
+  }
+
+  void find_max(int64_t c) {
+    const Number* k = s.k + c * kRows * s.k_time;
+    Floats max = Floats{} - 3.40282347e38f;  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+    for (int64_t t = 0, end = rows_of(c); t < end; ++t) max = larger(max, load(k + t * s.k_time, s.lanes));
+    chunks[c].max = max;
+  }
+
+  // Backward, values count from a mean by weight: v - y would cancel where one key outweighs all others.
+  void find_center(int64_t c) {
+    const Number* v = s.v + c * kRows * s.v_time;
+    const Weight* weight = weights_at(c);
+    Sums mean = {};
+    for (int64_t t = 0, end = rows_of(c); backward && t < end; ++t) {
+      mean = {mean.n + weight[t].x * load(v + t * s.v_time, s.lanes), mean.d + weight[t].x};
+    }
+    chunks[c].center = mean_of(mean);
+  }
+  static Floats mean_of(const Sums& sums) {
+    const Floats mean = sums.n / sums.d;
+    return mean == mean ? mean : Floats{};
+  }
+
+  // The weights of a chunk, e^(k - max).
+  void weigh(int64_t c) {
+    const int64_t end = rows_of(c), begin = c * kRows, next = begin + kRows;
+    Weight* weight = weights_at(c);
+    const Floats max = chunks[c].max;
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < end; ++t) {
+      fetch(s.k + (next + t) * s.k_time), fetch(s.v + (next + t) * s.v_time);
+      weight[t].x = exponential(load(s.k + (begin + t) * s.k_time, s.lanes) - max);
+    }
+  }
+  void weigh_again(int64_t c) {
+    if (!kept) weigh(c);
+  }
+
+  void join(Sums Chunk::*forth, Sums Chunk::*back) {
+    double n[kLanes] = {}, d[kLanes] = {};
+    for (int64_t c = 0; c < count; ++c) pass_on(chunks[c].*forth, n, d);
+    std::fill_n(n, kLanes, 0.0), std::fill_n(d, kLanes, 0.0);
+    for (int64_t c = count - 1; c >= 0; --c) pass_on(chunks[c].*back, n, d);
+  }
+
+  // From a chunk's own sums to those of all before it, n and d, which go on to the next chunk.
+  void pass_on(Sums& own, double* n, double* d) const {
+    for (int i = 0; i < kLanes; ++i) {
+      const double own_n = own.n[i], own_d = own.d[i];
+      own.n[i] = n[i], own.d[i] = d[i];
+      n[i] = n[i] * skip[i] + own_n, d[i] = d[i] * skip[i] + own_d;
+    }
+  }
+
+  // Brings the weights of a chunk to the strip's scale, and fills its rows.
+  void fill_rows(int64_t c) {
+    Sums later[kRows];
+    const int64_t end = rows_of(c);
+    const Number *v = s.v + c * kRows * s.v_time, *grad_y = s.grad_y + c * kRows * s.grad_y_time;
+    Weight* weight = weights_at(c);
+    Row* row = rows_at(c);
+    const Floats scale = chunks[c].scale;
+    Sums sum = chunks[c].back;
+    for (int64_t t = end - 1; t >= 0; --t) {
+      later[t] = sum;
+      weight[t].x *= scale, row[t].v = value(v + t * s.v_time, center);
+      sum = sum_push(sum, decay[t], weight[t].x * row[t].v, weight[t].x);
+    }
+    sum = chunks[c].forth;
+    for (int64_t t = 0; t < end; ++t) {
+      fetch(grad_y + (kRows + t) * s.grad_y_time);
+      const Floats x = weight[t].x, own = boost * x;
+      const Output<Floats> out = sum_output(sum, later[t], own, row[t].v);
+      const Floats a = load(grad_y + t * s.grad_y_time, s.lanes) * out.inverse;
+      row[t].a = a, row[t].b = a * out.y, row[t].bonus = own * a * out.off;
+      sum = sum_push(sum, decay[t], x * row[t].v, x);
+    }
+  }
+
+  const Strip<Number> s;
+  const Floats w, boost;
+  const bool kept;
+  Floats decay[kRows];  // of each row of a chunk
+  double skip[kLanes];  // the decay over a chunk
+  Floats center;
+  Chunk* chunks;
+  Weight* weights;
+  Row* rows;
+};
+
+}  // namespace biwkv

@@ -1,0 +1,61 @@
+"""How a child starts from its parent: what is transferred, then what is solved on calibration crops."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from modules import HPCM
+from pipeline.data.crops import TrainingCrops
+from pipeline.recipes.schema import Transfer
+from pipeline.training.narrowing import Crops, Site, fit, narrow, narrowable_pairs
+from pipeline.training.transfer import Class, Ledger, ledger_of, tensors_to_copy, transfer_weights
+from pipeline.weights.checkpoints import codec_tensors
+
+BATCH = 8
+"""Crops that the codec sees at once."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The ledger of a child, and what was narrowed and fitted."""
+
+    ledger: Ledger
+    narrowed: tuple[Site, ...] = ()
+    fitted: tuple[Site, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able: the ledger, and the error of every site."""
+        sites = {"narrowed": self.narrowed, "fitted": self.fitted}
+        return {"ledger": self.ledger.to_json(), **{key: [asdict(s) for s in value] for key, value in sites.items()}}
+
+
+def start_child(parent: HPCM, child: HPCM, rules: Transfer, crops: TrainingCrops) -> Start:
+    """Fill `child` from `parent` in place; both on one device. Raises TransferError.
+
+    Without `initialization: function-preserving` nothing is solved. The calibration crops are the first
+    `rules.calibration` of `crops`: a function of the seed and the data.
+    """
+    transferred = transfer_weights(parent, child, rules)
+    to_narrow = narrowable_pairs(parent, child) if rules.narrow else {}
+    if rules.initialization != "function-preserving" or not (to_narrow or rules.fit):
+        return Start(transferred)
+    child.eval()
+    parent.eval()
+    batches = _batches(crops, rules.calibration, child.means_hyper.device)
+    narrowed = narrow(parent, child, to_narrow, batches)
+    fitted = fit(parent, child, batches) if rules.fit else []
+    solved: dict[str, tuple[Class, str | None]] = {}
+    for name in codec_tensors(child):
+        for site in narrowed:
+            if name.startswith(f"{site.name}."):
+                solved[name] = "narrowed", site.source + name.removeprefix(site.name)
+        if any(name.startswith(f"{site.name}.") for site in fitted):
+            solved[name] = "fitted", None
+    sources = {name: s for name, s in tensors_to_copy(parent, child, rules).items() if name not in solved}
+    return Start(ledger_of(parent, child, sources, solved), tuple(narrowed), tuple(fitted))
+
+
+def _batches(crops: TrainingCrops, count: int, device: torch.device) -> Crops:
+    images = [crops[n]["image"] for n in range(count)]
+    return [torch.stack(images[first : first + BATCH]).to(device) for first in range(0, count, BATCH)]
