@@ -15,7 +15,7 @@ from modules.bitstream import CodedImage, ImageCodec
 from pipeline.common.files import replacing
 from pipeline.data.images import SUFFIXES, DataError, Picture, files_below, read_picture
 from pipeline.evaluation.limits import check_size
-from pipeline.evaluation.quality import psnr_db
+from pipeline.evaluation.metrics import psnr_db
 
 SUFFIX = ".hpcm"
 COMPRESSION = (SUFFIXES, SUFFIX)

@@ -1,14 +1,13 @@
 """Rate and distortion of an image, and the loss that they make."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from pytorch_msssim import ms_ssim
 from torch import Tensor
 
 from pipeline.common.errors import UserError
-from pipeline.recipes.schema import MS_SSIM_MINIMUM
+from pipeline.evaluation.metrics import MS_SSIM, PSNR, further_metrics, metric_named
 from pipeline.weights.published import Quality
 
 NamedImage = tuple[str, Tensor]
@@ -25,40 +24,43 @@ def bits_per_pixel(likelihoods: dict[str, Tensor], pixels: int) -> Tensor:
 
 
 def mean_quality(qualities: Sequence[Quality]) -> Quality:
-    """The mean of each field; MS-SSIM over the images that have one."""
-    similarities = [quality.ms_ssim for quality in qualities if quality.ms_ssim is not None]
+    """The mean of each value, over the images that have it."""
+    names = dict.fromkeys(name for quality in qualities for name in quality.others)
+    others = {name: _mean(quality.others.get(name) for quality in qualities) for name in names}
     return Quality(
         bpp=float(np.mean([quality.bpp for quality in qualities])),
         psnr_db=float(np.mean([quality.psnr_db for quality in qualities])),
-        ms_ssim=float(np.mean(similarities)) if similarities else None,
+        ms_ssim=_mean(quality.ms_ssim for quality in qualities),
         rd_loss=float(np.mean([quality.rd_loss for quality in qualities])),
+        others={name: value for name, value in others.items() if value is not None},
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def quality_of(named: NamedImage, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:
     """Compare an image with its reconstruction, both (1, 3, H, W), clipped to [0, 1].
 
-    Raises EvaluationError for an image too small for the metric MS-SSIM.
+    Raises EvaluationError for an image too small for the metric of the loss.
     """
     (name, image), x_hat = named, x_hat.clamp(0, 1)
     height, width = image.shape[2:]
-    similarity = float(ms_ssim(x_hat, image, data_range=1.0)) if min(height, width) >= MS_SSIM_MINIMUM else None
-    if metric == "mse":
-        distortion = 255**2 * _mse(image, x_hat)
-    elif similarity is not None:
-        distortion = 1 - similarity
-    else:
+    trained = metric_named(metric)
+    if min(height, width) < trained.minimum_side:
         raise EvaluationError(
-            f"{name}: {width}×{height} pixels; 'metric: ms-ssim' needs at least {MS_SSIM_MINIMUM} a side.\n"
+            f"{name}: {width}×{height} pixels; 'metric: {metric}' needs at least {trained.minimum_side} a side.\n"
             "  Take the image out of the validation images (data.val), or use 'metric: mse'."
         )
-    return Quality(bpp, psnr_db(image, x_hat), similarity, bpp + lmbda * distortion)
-
-
-def psnr_db(image: Tensor, x_hat: Tensor) -> float:
-    """PSNR of values in [0, 1], 100 dB at most."""
-    return -10 * float(np.log10(max(_mse(image, x_hat), 1e-10)))
-
-
-def _mse(image: Tensor, x_hat: Tensor) -> float:
-    return float((x_hat.double() - image.double()).square().mean())
+    assert trained.distortion is not None  # the recipe's schema sees to it
+    loss = bpp + lmbda * trained.weight * float(trained.distortion(x_hat.double(), image.double()))
+    others = {other.name: other.of(image, x_hat) for other in further_metrics()}
+    return Quality(
+        bpp,
+        PSNR.measure(image, x_hat),
+        MS_SSIM.of(image, x_hat),
+        loss,
+        {name: value for name, value in others.items() if value is not None},
+    )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pipeline.recipes.objective_traits import OBJECTIVES
+from pipeline.recipes.registered import METRICS, OBJECTIVES
 from pipeline.recipes.yaml_source import nearest, shown
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -29,9 +30,6 @@ Problem = tuple[tuple[str | int, ...], str]
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
 """What stands for one dotted component in a rename rule."""
-
-MS_SSIM_MINIMUM = 161
-"""Pixels that each side of an image must have for five scales of an 11-tap window."""
 
 # Where the images lie does not matter, which they are does: Photos.digest in pipeline/data/images.py says that.
 # The rest decides how a stage is watched and judged, or how fast it runs, not which weights come out.
@@ -138,10 +136,18 @@ def _trainable(value: object) -> object:
 
 
 def _objective(name: str) -> str:
-    if name in OBJECTIVES:
+    return _registered(name, OBJECTIVES, "objective")
+
+
+def _metric(name: str) -> str:
+    return _registered(name, METRICS, "metric")
+
+
+def _registered(name: str, known: Mapping[str, object], what: str) -> str:
+    if name in known:
         return name
-    hint = nearest(name, list(OBJECTIVES)) or f"; there are {', '.join(OBJECTIVES)}"
-    raise ValueError(f"no objective {shown(name)}{hint}")
+    hint = nearest(name, list(known)) or f"; there are {', '.join(known)}"
+    raise ValueError(f"no {what} {shown(name)}{hint}")
 
 
 class Segment(Settings):
@@ -184,7 +190,8 @@ class Stage(Settings):
     model: ModelChoice
     lmbda: PositiveFloat
     """λ of λ·255²·MSE + bpp, or of λ·(1 − MS-SSIM) + bpp."""
-    metric: Literal["mse", "ms-ssim"] = "mse"
+    metric: Annotated[str, AfterValidator(_metric)] = "mse"
+    """`mse`, `ms-ssim`, or a registered metric of your own that can be trained on."""
     data: Data
     optimizer: Optimizer = Optimizer()
     precision: Literal["no", "bf16"] = "no"
@@ -206,8 +213,8 @@ class Stage(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
         problems = _schedule_problems(self)
-        if self.metric == "ms-ssim" and self.data.crop < MS_SSIM_MINIMUM:
-            least = f"'metric: ms-ssim' needs at least {MS_SSIM_MINIMUM} pixels a side, such as 256"
+        if self.data.crop < METRICS[self.metric]:
+            least = f"'metric: {self.metric}' needs at least {METRICS[self.metric]} pixels a side, such as 256"
             problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
         if self.parent is None and self.transfer != Transfer():
             problems.append((("transfer",), "a stage without a parent has nothing to transfer"))

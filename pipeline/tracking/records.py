@@ -78,10 +78,11 @@ class StageRecord:
     @property
     def quality(self) -> Quality | None:
         """What it achieved in real bitstreams on whole validation images; None where it was not evaluated."""
-        values = {name: self.metrics.get(f"final/{name}") for name in ("bpp", "psnr_db", "ms_ssim", "rd_loss")}
-        if any(value is None for name, value in values.items() if name != "ms_ssim"):
+        final = {key.removeprefix("final/"): value for key, value in self.metrics.items() if key.startswith("final/")}
+        if not {"bpp", "psnr_db", "rd_loss"} <= final.keys():
             return None
-        return Quality(**values)  # type: ignore[arg-type]
+        known = {name: final.pop(name) for name in ("bpp", "psnr_db", "rd_loss")}
+        return Quality(**known, ms_ssim=final.pop("ms_ssim", None), others=final)
 
     @property
     def parent_loss(self) -> float | None:

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from pytorch_msssim import ms_ssim
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modules import HPCM, Noise
+from pipeline.evaluation.metrics import metric_named
 from pipeline.evaluation.quality import bits_per_pixel
-from pipeline.recipes.objective_traits import OBJECTIVES, ObjectiveTraits
+from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
 
 
 def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Sequence[int]) -> Noise:
@@ -82,7 +82,7 @@ def build_objective(name: str, context: ObjectiveContext) -> Objective:
 
 @register_objective("rate-distortion", OBJECTIVES["rate-distortion"])
 class RateDistortion(Objective):
-    """λ·255²·MSE + bits per pixel, or λ·(1 − MS-SSIM) + bits per pixel.
+    """λ · distortion + bits per pixel, such as λ·255²·MSE + bpp or λ·(1 − MS-SSIM) + bpp.
 
     Where no transform is trainable the distortion cannot change: g_s is not run and the rate alone is minimized.
     """
@@ -97,18 +97,17 @@ class RateDistortion(Objective):
         return cls(context.child, context.lmbda, context.metric)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """Code images (B, 3, H, W); returns the scalars `loss`, `bpp` and, where it can change, `mse` or `ms_ssim`."""
+        """Code images (B, 3, H, W); returns the scalars `loss`, `bpp` and, where it can change, `distortion`."""
         transforms = (self.model.g_a, self.model.g_s)
         reconstruct = any(p.requires_grad for transform in transforms for p in transform.parameters())
         coded = self.model(images, training=True, noise=noise, reconstruct=reconstruct)
         bpp = bits_per_pixel(coded["likelihoods"], images.shape[0] * images.shape[2] * images.shape[3])
         if not reconstruct:
             return {"loss": bpp, "bpp": bpp}
-        if self.metric == "ms-ssim":
-            similarity = ms_ssim(coded["x_hat"], images, data_range=1.0)
-            return {"loss": self.lmbda * (1 - similarity) + bpp, "bpp": bpp, "ms_ssim": similarity}
-        mse = (coded["x_hat"] - images).square().mean()
-        return {"loss": self.lmbda * 255**2 * mse + bpp, "bpp": bpp, "mse": mse}
+        metric = metric_named(self.metric)
+        assert metric.distortion is not None  # the recipe's schema sees to it
+        distortion = metric.distortion(coded["x_hat"], images)
+        return {"loss": self.lmbda * metric.weight * distortion + bpp, "bpp": bpp, "distortion": distortion}
 
 
 @register_objective("align", OBJECTIVES["align"])

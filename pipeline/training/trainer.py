@@ -15,7 +15,8 @@ from pipeline.common.errors import Interrupted, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
-from pipeline.recipes.objective_traits import OBJECTIVES
+from pipeline.evaluation.metrics import metric_named
+from pipeline.recipes.registered import OBJECTIVES
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
 from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
@@ -240,8 +241,9 @@ class _SegmentRun:
         """Log the means since the last time, under names that say segment and unit."""
         count = window.get("count", 0)
         values = {key: value / count for key, value in window.items() if key != "count"} if count else {}
-        if "mse" in values:
-            values["psnr_db"] = -10 * math.log10(max(values.pop("mse"), 1e-10))
+        if "distortion" in values:
+            metric = metric_named(self.stage.metric)
+            values[metric.shown_as or metric.name] = metric.shown(values.pop("distortion"))
         prefix = f"train/{self.segment.name}"
         rates = {f"{prefix}/lr_{g['key']}": g["lr"] for g in self.optimizer.param_groups if g["key"].isidentifier()}
         counts = {

@@ -18,10 +18,14 @@ class Quality:
     psnr_db: float
     ms_ssim: float | None
     rd_loss: float
+    others: dict[str, float] = field(default_factory=dict)
+    """Registered metrics beside these, by name."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """The values by metric name, those that are known."""
-        return {f"{prefix}/{name}": value for name, value in asdict(self).items() if value is not None}
+        values = {"bpp": self.bpp, "psnr_db": self.psnr_db, "ms_ssim": self.ms_ssim, "rd_loss": self.rd_loss}
+        every = {**values, **self.others}
+        return {f"{prefix}/{name}": value for name, value in every.items() if value is not None}
 
 
 @dataclass(frozen=True)

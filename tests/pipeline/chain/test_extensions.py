@@ -1,4 +1,4 @@
-"""A component, an objective and their recipe from outside the package: aligned, handed over, released, resumed."""
+"""A component, an objective and a metric from outside the package: aligned, handed over, released, resumed."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import FOLDER, Notes, Stop, run_chain
+from mini import FOLDER, Notes, Stop, run_chain, runs_of
 from torch import Tensor, nn
 
 from modules import HPCM, HPCMConfig, Noise
@@ -17,8 +17,10 @@ from modules.components import Checkpointed, Component, Kind, register
 from modules.layers import LinearLayer
 from pipeline.chain.chain import Chain
 from pipeline.common.errors import Interrupted
+from pipeline.evaluation import metrics
+from pipeline.evaluation.metrics import Metric, register_metric
 from pipeline.recipes.loading import RecipeError, load_recipe
-from pipeline.recipes.objective_traits import OBJECTIVES, ObjectiveTraits
+from pipeline.recipes.registered import METRICS, OBJECTIVES, ObjectiveTraits
 from pipeline.training import objectives
 from pipeline.training.objectives import Objective, ObjectiveContext, register_objective
 from pipeline.weights.checkpoints import load_codec, read
@@ -32,6 +34,7 @@ schedule:
   - {name: align, train: new, objective: align, steps: 2, lr: {new: 1.0e-3}}
   - {name: frozen, train: new, objective: rate-only, steps: 3, handover: 2, lr: {pooling: 1.0e-3}}
   - {name: unfrozen, train: all, objective: rate-distortion, steps: 2, lr: {pooling: 1.0e-3, default: 1.0e-4}}
+metric: mae
 gradient_checkpointing: true
 """
 
@@ -98,6 +101,10 @@ class RateOfY(Objective):
         return {"loss": -coded["likelihoods"]["y"].log2().sum() / images.numel()}
 
 
+def mean_error(x_hat: Tensor, images: Tensor) -> Tensor:
+    return (x_hat - images).abs().mean()
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The mini recipe with a stage of its own; what it registers is gone after the test."""
@@ -105,13 +112,15 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(objectives, "_CLASSES", dict(objectives._CLASSES))
     register("attention", "pooling")(PoolingKind)
     register_objective("rate-only", ObjectiveTraits())(RateOfY)
+    monkeypatch.setattr(metrics, "_METRICS", dict(metrics._METRICS))
+    register_metric(Metric("mae", "MAE", lambda image, x_hat: float(mean_error(x_hat, image)), distortion=mean_error))
     folder = tmp_path / "mini"
     folder.mkdir()
     for path in FOLDER.glob("*.yaml"):
         (folder / path.name).write_text(path.read_text())
     (folder / "pooled.yaml").write_text(STAGE)
     yield folder
-    del OBJECTIVES["rate-only"]
+    del OBJECTIVES["rate-only"], METRICS["mae"]
 
 
 def chain_to(recipe: Path, runs: Path) -> Chain:
@@ -131,6 +140,10 @@ def test_a_chain_migrates_to_a_component_of_your_own(recipe: Path, runs: Path, t
     assert any("fitted 1 modules" in line for line in notes.lines)
     codec = load_codec(whole.tasks[-1].checkpoint)
     assert isinstance(codec.attn_s1, PoolingCell)
+    quality, (_, run) = ours["quality"], runs_of(whole)
+    assert quality["rd_loss"] == pytest.approx(quality["bpp"] + 0.013 * quality["others"]["mae"])
+    assert run[-1].data.metrics["final/mae"] == quality["others"]["mae"]
+    assert 0 < run[-1].data.metrics["train/unfrozen/mae"] < 1
     assert HPCMConfig.from_dict(ours["config"]) == codec.config
 
 

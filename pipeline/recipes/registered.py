@@ -1,4 +1,4 @@
-"""What a recipe may ask of each objective; `pipeline.training.objectives` holds what they compute."""
+"""The names that a recipe may use for objectives and metrics; what they compute is registered in higher rooms."""
 
 from dataclasses import dataclass
 
@@ -21,4 +21,10 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
     "rate-distortion": ObjectiveTraits(),
     "align": ObjectiveTraits(needs_parent=True, new_alone=True, handover=False, steady=False),
 }
-"""The traits of every objective by its name in recipes; `register_objective` adds to them."""
+"""The traits of every objective by its name; `register_objective` in `pipeline.training.objectives` adds to them."""
+
+METRICS: dict[str, int] = {"mse": 1, "ms-ssim": 161}
+"""Pixels that each side of an image must have, by the name of the metric that a stage trains on.
+
+MS-SSIM needs 161, for five scales of an 11-tap window. `register_metric` in `pipeline.evaluation.metrics` adds to them.
+"""

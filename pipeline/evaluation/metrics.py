@@ -1,0 +1,95 @@
+"""Metrics of a reconstruction: what is reported of every image, and what a stage can train on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+from pipeline.recipes.registered import METRICS as TRAINABLE
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of images and their reconstructions, both (B, 3, H, W) in [0, 1].
+
+    `measure` gives a number for one image. `distortion`, where there is one, is differentiable, a mean over the batch,
+    and makes the loss λ · weight · distortion + bits per pixel.
+    """
+
+    name: str
+    """In recipes, tables, MLflow and checkpoints."""
+    heading: str
+    """Of its column in tables, with its unit."""
+    measure: Callable[[Tensor, Tensor], float]
+    """(image, x_hat) → value; not called for smaller images than `minimum_side`."""
+    form: str = ".4f"
+    """Format of the value in tables."""
+    distortion: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(x_hat, images) → scalar."""
+    weight: float = 1.0
+    minimum_side: int = 1
+    """Pixels that each side of an image must have."""
+    shown: Callable[[float], float] = lambda distortion: distortion
+    """What a mean distortion in training is logged as."""
+    shown_as: str | None = None
+    """The name under which; by default the metric's own."""
+
+    def of(self, image: Tensor, x_hat: Tensor) -> float | None:
+        """The value for one image (1, 3, H, W); None where it is too small."""
+        return self.measure(image, x_hat) if min(image.shape[2:]) >= self.minimum_side else None
+
+
+_METRICS: dict[str, Metric] = {}
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Register a metric under its name; raises ValueError for a name that is taken."""
+    if metric.name in _METRICS or metric.name in ("bpp", "psnr_db", "ms_ssim", "rd_loss"):
+        raise ValueError(f"there is a metric {metric.name!r} already")
+    _METRICS[metric.name] = metric
+    if metric.distortion is not None:
+        TRAINABLE[metric.name] = metric.minimum_side
+    return metric
+
+
+def metric_named(name: str) -> Metric:
+    """The metric of this name."""
+    return _METRICS[name]
+
+
+def further_metrics() -> list[Metric]:
+    """Registered metrics beside PSNR and MS-SSIM."""
+    return [metric for metric in _METRICS.values() if metric not in (PSNR, MS_SSIM)]
+
+
+def psnr_db(image: Tensor, x_hat: Tensor) -> float:
+    """PSNR of values in [0, 1], 100 dB at most."""
+    return _psnr(float(_mse(x_hat.double(), image.double())))
+
+
+def _psnr(mse: float) -> float:
+    return -10 * float(np.log10(max(mse, 1e-10)))
+
+
+def _mse(x_hat: Tensor, images: Tensor) -> Tensor:
+    return (x_hat - images).square().mean()
+
+
+def _dissimilarity(x_hat: Tensor, images: Tensor) -> Tensor:
+    return 1 - ms_ssim(x_hat, images, data_range=1.0)
+
+
+PSNR = register_metric(Metric("mse", "PSNR dB", psnr_db, ".2f", _mse, weight=255**2, shown=_psnr, shown_as="psnr_db"))
+MS_SSIM = register_metric(
+    Metric(
+        "ms-ssim",
+        "MS-SSIM",
+        lambda image, x_hat: float(ms_ssim(x_hat, image, data_range=1.0)),
+        distortion=_dissimilarity,
+        minimum_side=TRAINABLE["ms-ssim"],
+        shown=lambda distortion: 1 - distortion,
+        shown_as="ms_ssim",
+    )
+)
