@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sysconfig
 import tempfile
@@ -153,26 +154,55 @@ def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Pat
     version = _run([command[0], "--version"])
     facts = [*command, version, identity, torch.__version__]
     key = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in facts)])).hexdigest()[:16]
-    library = _cache() / f"biwkv4_{kind}_{key}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with library.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            _run_ninja(source, command, library)
-    return library
+    cache, name = _private(_cache()), f"biwkv4_{kind}_{key}"
+    found = _cached(cache, name)
+    if found is None:
+        with (cache / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _cached(cache, name) or _run_ninja(source, command, cache, name)
+    return found
 
 
-def _run_ninja(source: str, command: Sequence[str], library: Path) -> None:
-    """Build beside the cache's entry, then rename: a killed build leaves nothing that could be loaded."""
+def _cached(cache: Path, name: str) -> Path | None:
+    """The library of this name, if its content is what its file's name says, and nobody else could have written it."""
+    for path in cache.glob(f"{name}_*.so"):
+        status = path.lstat()
+        own = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+        if own and path.stem == f"{name}_{_digest(path)}":
+            return path
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _private(folder: Path) -> Path:
+    """The folder, made if need be; raises BuildError where another user could put libraries there."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+    status = folder.stat()
+    if status.st_uid not in (0, os.getuid()):
+        raise BuildError(f"{folder} belongs to another user; set TORCH_EXTENSIONS_DIR to a folder of your own")
+    if status.st_mode & 0o022:
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
+    return folder
+
+
+def _run_ninja(source: str, command: Sequence[str], cache: Path, name: str) -> Path:
+    """Build beside the cache's entry, then rename: what was cut off, or is not whole on disk, is never loaded."""
     ninja = _first_of("ninja")
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f"{library.stem}_") as folder:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}_") as folder:
         escaped = re.sub(r"([$ :])", r"$\1", str(SOURCES / source))
         rule = f"rule library\n  command = {' '.join(command)} $in -o $out\n"
-        (Path(folder) / "build.ninja").write_text(f"{rule}build {library.name}: library {escaped}\n")
+        (Path(folder) / "build.ninja").write_text(f"{rule}build {name}.so: library {escaped}\n")
         _run([ninja, "-C", folder])
-        (Path(folder) / library.name).replace(library)
+        built = Path(folder) / f"{name}.so"
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        built.chmod(0o755)
+        for damaged in cache.glob(f"{name}_*.so"):
+            damaged.unlink()
+        return built.rename(cache / f"{name}_{_digest(built)}.so")
 
 
 def _run(command: Sequence[str]) -> str:

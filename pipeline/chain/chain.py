@@ -8,6 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.stage import StageRun
 from pipeline.chain.stage_task import RunContext, StageTask
@@ -134,7 +136,7 @@ class Chain:
                     raise Interrupted(signum)
                 # A stage that waited for its parent can be told only now; and by all, before one changes anything.
                 now = _status_of(planned.task, None) if number else planned
-                context.processes.agree_on(partial(_facts_of, now))
+                context.processes.agree_on(partial(_facts_of, now, context.processes.accelerator.device))
                 context.wait_for_everyone()
                 self._run_stage(now, context, chain_run)
         except BaseException as error:
@@ -222,8 +224,8 @@ def _end_state(error: BaseException) -> EndState:
     return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped) else "FAILED"
 
 
-def _facts_of(planned: PlannedStage) -> dict[str, str]:
-    return {"status": planned.status, **planned.task.facts()}
+def _facts_of(planned: PlannedStage, device: torch.device) -> dict[str, str]:
+    return {"status": planned.status, **planned.task.facts(device)}
 
 
 def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:

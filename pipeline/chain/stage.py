@@ -191,7 +191,7 @@ class StageRun:
 
     def _note_environment(self, state: TrainingState) -> None:
         """Note what changes the bytes of training and is not what it was at the last state; the next keeps it."""
-        now = environment_of(self.context.processes.accelerator)
+        now = {**environment_of(self.context.processes.accelerator), "Bi-WKV4": self.task.kernel(self.device)}
         for name, before in state.facts.get("environment", now).items():
             if now.get(name) != before:
                 self.context.watcher.note(

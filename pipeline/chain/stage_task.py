@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from modules import HPCMConfig, preset_config
+from modules.biwkv4_build import cpu_kernels, cuda_kernels
 from pipeline.common import files
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.images import Photos, find_images
@@ -144,12 +145,19 @@ class StageTask:
             found["parent"] = checkpoints.read_digest(self.parent)
         return found
 
-    def facts(self) -> dict[str, str]:
+    def kernel(self, device: torch.device) -> str:
+        """What computes the Bi-WKV4 operator on a device; empty for a codec that has none."""
+        if not any(kind.name == "rwkv" for kind in self.config.components.values()):
+            return ""
+        kernels = cuda_kernels() if device.type == "cuda" else cpu_kernels()
+        return "compiled" if kernels else "PyTorch reference"
+
+    def facts(self, device: torch.device) -> dict[str, str]:
         """What all processes must have alike before they train together, each in a few characters."""
         settings = self.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
         found = {name: digest[:16] for name, digest in self.inputs().items()}
         found |= {"validation images": self.val_photos.digest[:16], "settings": files.text_digest(settings)[:16]}
-        return {**found, "PyTorch": torch.__version__}
+        return {**found, "PyTorch": torch.__version__, "device": device.type, "Bi-WKV4": self.kernel(device)}
 
     @cached_property
     def _file_digest(self) -> str:

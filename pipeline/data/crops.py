@@ -137,9 +137,13 @@ def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0
 
 @contextmanager
 def noticing_lost_workers() -> Iterator[None]:
-    """Raise DataError in a few words for what torch raises when a reading process was killed."""
+    """Raise DataError in a few words for what torch raises when a reading process fails, or was killed."""
     try:
         yield
+    except DataError as error:
+        # Torch puts the worker's traceback into the message.
+        last = str(error).rstrip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
     except RuntimeError as error:  # Torch raises nothing more exact, wherever the main process is at that moment.
         if not re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
             raise

@@ -1,7 +1,9 @@
 """How the Bi-WKV4 kernels are built: cached, safely at once; else a warning and the reference."""
 
+import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,46 @@ def test_no_build_is_one_warning_and_the_reference(tmp_path: Path, compiler: str
     assert cause in error
 
 
+class Builds:
+    """In the place of a build: makes a file that holds `content`, under the name of its digest, and counts."""
+
+    def __init__(self, content: bytes = b"a library") -> None:
+        self.content, self.count = content, 0
+
+    def __call__(self, source: str, command: list[str], cache: Path, name: str) -> Path:
+        self.count += 1
+        path = cache / f"{name}_{hashlib.sha256(self.content).hexdigest()[:16]}.so"
+        path.unlink(missing_ok=True)
+        path.write_bytes(self.content)
+        return path
+
+
+def test_a_damaged_library_is_built_again_and_a_strangers_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds = Builds()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(biwkv4_build, "_run_ninja", builds)
+    library = biwkv4_build.build_cpu()
+    assert (biwkv4_build.build_cpu(), builds.count) == (library, 1)
+    for damaged in (b"", b"a lib", b"a librarx"):
+        library.write_bytes(damaged)
+        assert biwkv4_build.build_cpu().read_bytes() == builds.content
+    assert builds.count == 4
+    library.chmod(0o777)
+    biwkv4_build.build_cpu()
+    assert builds.count == 5
+    library.rename(tmp_path / "elsewhere.so")
+    library.symlink_to(tmp_path / "elsewhere.so")
+    assert not biwkv4_build.build_cpu().is_symlink()
+    library.parent.chmod(0o777)
+    biwkv4_build.build_cpu()
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o755
+    os.chown(library.parent, 4711, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 4711)
+    with pytest.raises(biwkv4_build.BuildError, match="belongs to another user"):
+        biwkv4_build.build_cpu()
+
+
 def test_without_kernels_the_op_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(biwkv4_build, "cpu_kernels", lambda: None)
     w, u = torch.randn(4), torch.randn(4)
@@ -70,7 +112,7 @@ def test_without_kernels_the_op_is_the_reference(monkeypatch: pytest.MonkeyPatch
 
 def test_the_cache_knows_what_shapes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(biwkv4_build, "_run_ninja", lambda source, command, library: library.touch())
+    monkeypatch.setattr(biwkv4_build, "_run_ninja", Builds())
     first = biwkv4_build.build_cpu()
     assert biwkv4_build.build_cpu() == first
     monkeypatch.setattr(biwkv4_build, "CPU_FLAGS", (*biwkv4_build.CPU_FLAGS, "-g"))

@@ -19,13 +19,19 @@ from mlflow.entities import Run
 from modules import Noise
 from pipeline.chain.chain import Chain
 from pipeline.tracking.store import EXPERIMENT, Store
+from pipeline.tracking.tags import KEY
 from pipeline.training.objectives import RateDistortion
+from pipeline.weights.published import PublicationRecord
 
 KILLED = -9
 
 
 def attempt(
-    runs: Path, stage: str, settings: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    runs: Path,
+    stage: str,
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Process:
     """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
 
@@ -35,7 +41,7 @@ def attempt(
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     context.set_forkserver_preload(["kills"])
-    command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway"]
+    command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", *options]
     command += [part for setting in settings for part in ("--set", setting)]
     process = context.Process(target=_run, args=(command, dict(environment or {})))
     process.start()
@@ -122,17 +128,23 @@ def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]
     }
 
 
-def differences(chain: Chain, reference: Chain) -> list[str]:
-    """What of a chain is not as in one that was never touched: bytes, number of runs, metrics, leftovers."""
+def differences(chain: Chain, reference: Chain, rebuilt: bool = False) -> list[str]:
+    """What of a chain is not as in one that was never touched: bytes, number of runs, metrics, leftovers.
+
+    Of a chain that was partly `rebuilt` each stage may have several runs; that of what is published counts.
+    """
     found: list[str] = []
     (client, runs), (other_client, other_runs) = stage_runs(chain), stage_runs(reference)
     for task, other in zip(chain.tasks, reference.tasks, strict=False):
         name = task.stage.name
         if task.checkpoint.read_bytes() != other.checkpoint.read_bytes():
             found.append(f"{name}: other bytes")
-        if len(runs[name]) != 1 or runs[name][0].info.status != "FINISHED":
-            found.append(f"{name}: runs {[run.info.status for run in runs[name]]}")
-        elif history(client, runs[name][0]) != history(other_client, other_runs[name][0]):
+        key = PublicationRecord.read(task.record).mlflow_key
+        own = [run for run in runs[name] if run.data.tags[KEY] == key]
+        counted = own if rebuilt else runs[name]
+        if len(counted) != 1 or counted[0].info.status != "FINISHED":
+            found.append(f"{name}: runs {[run.info.status for run in counted]}")
+        elif history(client, counted[0]) != history(other_client, other_runs[name][0]):
             found.append(f"{name}: other metrics")
         if {path.name for path in task.folder.iterdir()} != {path.name for path in other.folder.iterdir()}:
             found.append(f"{name}: other files")

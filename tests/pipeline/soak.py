@@ -2,8 +2,11 @@
 
     python tests/pipeline/soak.py --kills 100 --seed 0
 
-Half of the chains read their data in worker processes. A kill falls on a chosen place
-(pipeline/common/fault_injection.py) or on a moment drawn at random. Exits 1 where anything differs.
+A kill falls on a chosen place (pipeline/common/fault_injection.py) or on a moment drawn at random. Between the
+attempts, a person changes their mind: a stage is forced or begun afresh, another recipe runs in the same folder for a
+while, the folder of runs is renamed or replaced by a copy of itself. Half of the chains read their data in worker
+processes. In the end the chain must have the bytes and metrics of one that was never touched, and its audit must find
+every file as it was recorded. Exits 1 where anything differs.
 """
 
 import argparse
@@ -13,25 +16,28 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from kills import KILLED, attempt, differences, exit_code  # (after the path is set)
-from mini import mini_chain
+from mini import STAGES, mini_chain
+
+from pipeline.evidence.audit import audit
 
 PLACES = {
     "step": 6, "write.partial": 6, "write.renamed": 6, "segment": 2, "stage": 1, "evaluation": 3,
-    "publish.checkpoint": 1, "publish.record": 1, "outbox": 15,
+    "publish.checkpoint": 1, "publish.record": 1, "outbox": 15, "set-aside": 1, "abandon": 1,
 }  # fmt: skip
 """Where to kill, and at which pass of the place at the latest."""
 
+EVENTS = ("force", "fresh", "recipe", "move", "copy")
+"""What a person may do before an attempt; about every other attempt is a plain one."""
+OTHER_RECIPE = "optimizer.clip_norm=0.5"
+
 WORKERS = (0, 2)
 """Data workers, chain by chain in turn."""
-
-
-def _settings(workers: int) -> list[str]:
-    return [f"data.workers={workers}"]
 
 
 class Soak:
@@ -39,55 +45,88 @@ class Soak:
 
     def __init__(self, folder: Path, stage: str, seed: int):
         self.folder, self.stage, self.draw = folder, stage, random.Random(seed)
+        self.stages = STAGES[: STAGES.index(stage) + 1]
         self.kills: Counter[str] = Counter()
-        self.starts = self.chains = self.stages = 0
+        self.events: Counter[str] = Counter()
+        self.starts = self.chains = 0
         self.different: list[str] = []
 
-    def run(self, kills: int) -> None:
-        """Kill that often."""
-        references = []
+    def run(self, kills: int, seconds: float) -> None:
+        """Kill that often, or for so long."""
+        references, end = [], time.time() + seconds
         for workers in WORKERS:
             began = time.time()
             references.append(mini_chain(self.folder / f"reference-{workers}", self.stage))
-            assert exit_code(attempt(references[-1].runs, self.stage, _settings(workers)), 1200) == 0
+            assert exit_code(attempt(references[-1].runs, self.stage, [f"data.workers={workers}"]), 1200) == 0
             self.longest = time.time() - began
-        while sum(self.kills.values()) < kills:
-            runs = self.folder / f"chain-{self.chains}"
+        while sum(self.kills.values()) < kills and time.time() < end:
             workers = WORKERS[self.chains % len(WORKERS)]
-            code = self._one_chain(runs, _settings(workers), kills)
-            chain = mini_chain(runs, self.stage)
+            goal = min(kills, sum(self.kills.values()) + kills // 4 + 1)
+            runs, code = self._one_chain(self.folder / f"chain-{self.chains}", [f"data.workers={workers}"], goal, end)
             reference = references[self.chains % len(WORKERS)]
-            found = [f"exit code {code}"] if code else differences(chain, reference)
+            found = (
+                [f"exit code {code}"] if code else differences(mini_chain(runs, self.stage), reference, rebuilt=True)
+            )
+            found += [line for chain in audit(runs) for stage in chain.stages for line in stage.problems]
             self.different += [f"chain {self.chains}: {line}" for line in found]
-            self.chains, self.stages = self.chains + 1, self.stages + len(chain.tasks)
+            self.chains += 1
             self.tell()
             shutil.rmtree(runs)
 
-    def _one_chain(self, runs: Path, settings: list[str], kills: int) -> int:
-        """Run, kill and restart a chain until it ends by itself; returns its exit code."""
+    def _one_chain(self, runs: Path, settings: list[str], kills: int, end: float) -> tuple[Path, int]:
+        """Run, kill and restart a chain, until it was killed often enough and ends by itself.
+
+        Returns its folder, which may have moved, and its exit code.
+        """
         while True:
-            enough = sum(self.kills.values()) >= kills
+            enough = sum(self.kills.values()) >= kills or time.time() > end
+            event = "" if enough else self.draw.choice([*EVENTS, *[""] * len(EVENTS)])
+            if event in ("move", "copy") and runs.exists():
+                runs = self._moved(runs, event)
+            stage, changes, options = self._attempted(event)
             place = self.draw.choice([*PLACES, "at random", "at random"])
             number = self.draw.randint(1, PLACES.get(place, 1))
             fault = {} if enough or place == "at random" else {"HPCM_FAULT": f"{place}:{number}"}
-            process = attempt(runs, self.stage, settings, fault)
-            self.starts += 1
+            process = attempt(runs, stage, [*settings, *changes], fault, options)
+            self.starts, self.events[event or "plain"] = self.starts + 1, self.events[event or "plain"] + 1
             if place == "at random" and not enough:
                 process.join(self.draw.uniform(0, self.longest / 4))
                 process.kill()
             code = exit_code(process, 1200)
-            if code != KILLED:
-                return code
-            self.kills[place] += 1
-            if sum(self.kills.values()) % 10 == 0:
-                self.tell()
+            if code not in (0, KILLED) or (code == 0 and enough):
+                return runs, code
+            if code == KILLED:
+                self.kills[place] += 1
+                if sum(self.kills.values()) % 10 == 0:
+                    self.tell()
+
+    def _attempted(self, event: str) -> tuple[str, Sequence[str], Sequence[str]]:
+        """The stage to run to, changed settings and options of an attempt."""
+        if event == "force":
+            return self.draw.choice(self.stages), (), ("--force", "--yes")
+        if event == "fresh":
+            return self.stage, (), ("--fresh", "--yes")
+        if event == "recipe":
+            return self.draw.choice(self.stages), (f"{self.draw.choice(self.stages)}.{OTHER_RECIPE}",), ()
+        return self.stage, (), ()
+
+    def _moved(self, runs: Path, event: str) -> Path:
+        target = runs.with_name(f"{runs.name}-{self.starts}")
+        if event == "move":
+            return runs.rename(target)
+        shutil.copytree(runs, target)
+        shutil.rmtree(runs)
+        return target
 
     def tell(self) -> None:
         """Print the tally."""
-        places = ", ".join(f"{place} {count}" for place, count in sorted(self.kills.items()))
+        places, events = (
+            ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
+            for counter in (self.kills, self.events)
+        )
         print(
-            f"{sum(self.kills.values())} kills ({places}), {self.starts} starts, {self.chains} chains: "
-            f"of {self.stages} stages, other files or metrics than untouched: {'; '.join(self.different) or 'none'}",
+            f"{sum(self.kills.values())} kills ({places}), {self.starts} starts ({events}), {self.chains} chains: "
+            f"other files or metrics than untouched, or not as recorded: {'; '.join(self.different) or 'none'}",
             flush=True,
         )
 
@@ -96,12 +135,13 @@ def main() -> None:
     """Read the options, run, exit 1 where a chain differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=600, help="begin no further attempts to kill after that")
     parser.add_argument("--stage", default="phase4")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), options.stage, options.seed)
-        soak.run(options.kills)
+        soak.run(options.kills, 60 * options.minutes)
     sys.exit(bool(soak.different))
 
 

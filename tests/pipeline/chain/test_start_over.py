@@ -94,9 +94,8 @@ def test_force_builds_a_current_stage_again(built: Chain) -> None:
     assert (aside / "checkpoint.safetensors").read_bytes() == before
     stages = [run.data.tags.get("hpcm.stage") for run in runs_of(built)[1]]
     assert stages.count("phase1") == 2  # The old run keeps what was logged to it.
-    rebuild(built, asked.extend, force=True)
     found = [stage for chain in audit(built.runs) for stage in chain.stages if stage.record.name == "phase1"]
-    assert [(stage.files, stage.problems) for stage in found] == [("superseded", ())] * 2 + [("verified", ())]
+    assert [(stage.files, stage.problems) for stage in found] == [("superseded", ()), ("verified", ())]
     shutil.rmtree(aside)
     assert audit(built.runs)[0].stages[1].problems != ()
 

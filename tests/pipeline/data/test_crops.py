@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,26 @@ def test_a_damaged_validation_image_is_left_out_by_name(damaged: Photos, caplog:
     assert [name for name, _ in validation_images(damaged, limit=2)] == ["0.png", "3.png"]
     assert "1.png" in caplog.text
     assert "2.png" in caplog.text
+
+
+class DiesIn(TrainingCrops):
+    """Ends the process that reads it."""
+
+    def __getitem__(self, n: int) -> dict[str, object]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_killed_worker_is_an_error_of_a_few_words(photos: Photos) -> None:
+    message = r"a data worker died: DataLoader worker .*\n.*--set data.workers=…$"
+    with pytest.raises(DataError, match=message) as caught, data.noticing_lost_workers():
+        seen(DiesIn(photos, crop=16, seed=1), StepBatches(0, steps=1, batch_size=2), workers=1)
+    assert str(caught.value).count("\n") == 1
+
+
+def test_an_error_within_a_worker_is_one_line(damaged: Photos) -> None:
+    for path in damaged.paths:
+        path.unlink()
+    with pytest.raises(DataError) as caught, data.noticing_lost_workers():
+        seen(TrainingCrops(damaged, crop=16, seed=1), StepBatches(0, steps=1, batch_size=2), workers=1)
+    assert str(caught.value) == f"{damaged.source}: none of the 4 images can be decoded"

@@ -162,3 +162,16 @@ def test_nothing_yet(runs: Path) -> None:
     done = CliRunner().invoke(app, ["audit", "--runs", str(runs)])
     assert done.exit_code == 0
     assert "no chains yet" in done.stdout
+
+
+def test_a_moved_folder_is_audited_where_it_lies(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    copied = tmp_path / "a?b#c%25" / "runs"
+    shutil.copytree(finished[0].runs, copied)
+    assert problems(copied) == ""
+    chain = mini_chain(copied, "phase4")
+    assert {planned.status for planned in chain.plan()} == {"done"}
+    content = bytearray(chain.tasks[1].checkpoint.read_bytes())
+    content[-1] ^= 255
+    chain.tasks[1].checkpoint.write_bytes(content)
+    assert "do not match their digest" in problems(copied)
+    assert problems(finished[0].runs) == ""

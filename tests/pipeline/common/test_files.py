@@ -1,0 +1,76 @@
+"""Files and folders of the program's own: written whole, anew, and never through links."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.common.figure_style import new_figure, save
+from pipeline.common.files import FileError, replacing, write_json
+from pipeline.common.folder_lock import held
+from pipeline.common.memory import memory_limit, too_large
+from pipeline.common.tables import shortest
+
+
+def test_a_link_in_the_place_of_the_partial_file_is_removed_and_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "victim")
+    write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "a.json").read_text() == "1\n"
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+def test_a_partial_file_that_another_program_replaced_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+
+    def write() -> None:
+        with replacing(tmp_path / "a.json") as partial:
+            partial.unlink()
+            partial.symlink_to(tmp_path / "victim")
+
+    with pytest.raises(FileError, match=r"a.json: cannot be written: .*replaced"):
+        write()
+    assert not (tmp_path / "a.json").exists()
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="lock"), held(tmp_path / "chain"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with (
+        pytest.raises(FileError, match=rf"{tmp_path}/lock: cannot be locked: .*; choose another folder"),
+        held(tmp_path),
+    ):
+        pass
+
+
+def test_no_two_numbers_have_one_name() -> None:
+    assert [shortest(value) for value in (0.013, 0.0018, 1.0, 0.0130000001)] == ["0.013", "0.0018", "1", "0.0130000001"]
+
+
+def test_a_dollar_in_a_label_is_a_dollar(tmp_path: Path) -> None:
+    figure, (axes,) = new_figure(1)
+    axes.plot([0, 1], label="costs $5 and $^{")
+    axes.set_title("$\\frac{")
+    axes.legend()
+    save(figure, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_what_does_not_fit_into_half_the_memory_is_refused() -> None:
+    assert too_large(0.4 * memory_limit()) == ""
+    assert "of memory; " in too_large(0.6 * memory_limit())
