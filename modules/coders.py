@@ -89,3 +89,19 @@ class Decoder:
         except BitstreamError:  # An excess without end: these are no symbols.
             return None
         return symbols if self.guards.matches(self.step, self.reader.check) else None
+
+
+class RecordingDecoder(Decoder):
+    """Keeps every step's scales and symbols, to compare arithmetics."""
+
+    def __init__(self, scale_table: Tensor, reader: SymbolReader, guards: Guards):
+        super().__init__(scale_table, reader, guards)
+        self.scales: list[Tensor] = []
+        self.symbols: list[Tensor] = []
+
+    def _symbols(self, scales: Tensor) -> Tensor | None:
+        symbols = super()._symbols(scales)
+        if symbols is not None:
+            self.scales.append(scales.flatten())
+            self.symbols.append(symbols.flatten())
+        return symbols

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules import version1
-from modules.coders import Decoder, Encoder, StepMismatch
+from modules.coders import Decoder, Encoder, RecordingDecoder, StepMismatch
 from modules.determinism import coding_arithmetic
 from modules.guards import Guards
 from modules.hierarchy import to_rows
@@ -33,6 +33,13 @@ class Tables(NamedTuple):
             CodingTables.from_buffers(model.quantized_cdf_y, model.cdf_length_y, model.offset_y),
             CodingTables.from_buffers(model.quantized_cdf_z, model.cdf_length_z, model.offset_z),
         )
+
+
+class Walk(NamedTuple):
+    """What a decoder computes and reads of y, step after step, as one run of (symbols,) each."""
+
+    scales: Tensor
+    symbols: Tensor
 
 
 class Decoded(NamedTuple):
@@ -79,6 +86,22 @@ def _decode_y(model: "HPCM", y: bytes, z_hat: Tensor, tables: CodingTables) -> t
     recovering, exact = RecoveringDecoder(model.scale_table.cpu(), reader, guards), in_float64(model)
     y_hat = exact.walk(exact.h_s(z_hat.to("cpu", torch.float64)), recovering)
     return y_hat.to(z_hat), recovering.note(step)
+
+
+@torch.no_grad()
+def trace(model: "HPCM", y: bytes, z: bytes, shape: tuple[int, int]) -> Walk:
+    """The scales and symbols of a coded image in this model's own dtype; raises StepMismatch, for nothing is recovered.
+
+    `in_float64(model)` gives the scales that others are measured against.
+    """
+    tables = Tables.of(model)
+    with coding_arithmetic(model.means_hyper.device):
+        z_hat = _decode_z(model, z, shape, tables.z)
+        symbols = model.config.M * 16 * z_hat.shape[2] * z_hat.shape[3]
+        guards, coded = Guards.parse(y, symbols)
+        decoder = RecordingDecoder(model.scale_table, SymbolReader(coded, tables.y, symbols), guards)
+        model.walk(model.h_s(z_hat), decoder)
+    return Walk(torch.cat(decoder.scales), torch.cat(decoder.symbols))
 
 
 def _decode_z(model: "HPCM", z: bytes, shape: tuple[int, int], tables: CodingTables) -> Tensor:

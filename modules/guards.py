@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modules.rans import BitstreamError
 
-EPSILON = 3e-5
+EPSILON = 2e-5
 """What encoder and decoder may each be off the exact scales by, relative, unless the encoder is told otherwise."""
 
 LEAST_EPSILON, MOST_EPSILON = 1e-6, 5e-3
@@ -45,10 +45,11 @@ class Offsets(NamedTuple):
     """(runs,) int8, in units of 5ε in the logarithm of the scale."""
 
     def pack(self) -> bytes:
-        """The logarithm of the run's length, one byte, and one byte a run."""
-        return bytes([self.log2_run]) + self.values.numpy().tobytes()
+        """The logarithm of the run's length, one byte, and one byte a run; 255 alone where nothing moves."""
+        return bytes([self.log2_run]) + self.values.numpy().tobytes() if self.values.any() else bytes([_UNMOVED])
 
 
+_UNMOVED = 255
 UNMOVED = Offsets(0, torch.zeros(0, dtype=torch.int8))
 
 
@@ -63,8 +64,9 @@ class Guards:
 
     def pack(self) -> bytes:
         """Their bytes; no list of offsets where none moves anything."""
-        moved = any(bool(offsets.values.any()) for offsets in self.offsets)
-        packed = b"".join(offsets.pack() for offsets in self.offsets) if moved else b""
+        packed = b"".join(offsets.pack() for offsets in self.offsets)
+        if packed == bytes([_UNMOVED]) * STEPS:
+            packed = b""
         return _HEAD.pack(0, self.epsilon, len(packed), *self.checks) + packed
 
     @classmethod
@@ -79,12 +81,12 @@ class Guards:
         offsets: list[Offsets] = []
         at = 0
         for size in step_sizes(symbols) if length else ():
-            log2_run = packed[at] if at < length else 255
-            runs = -(-size >> log2_run)
-            if log2_run > 31 or at + 1 + runs > length:
+            log2_run = packed[at] if at < length else 254
+            runs = 0 if log2_run == _UNMOVED else -(-size >> log2_run)
+            if 31 < log2_run != _UNMOVED or at + 1 + runs > length:
                 raise BitstreamError("damaged: the table offsets are not those of an image of this size")
-            values = np.frombuffer(packed, dtype=np.int8, count=runs, offset=at + 1)
-            offsets.append(Offsets(log2_run, torch.from_numpy(values.copy())))
+            values = torch.from_numpy(np.frombuffer(packed[at + 1 : at + 1 + runs], dtype=np.int8).copy())
+            offsets.append(Offsets(log2_run, values) if runs else UNMOVED)
             at += 1 + runs
         if at != length:
             raise BitstreamError("damaged: bytes follow the table offsets")
@@ -206,3 +208,11 @@ def _boundaries(table: Tensor) -> Tensor:
 def _by_size(most: int) -> Tensor:
     """Positions of the offsets −most … most, from the smallest to the largest."""
     return torch.tensor(sorted(range(2 * most + 1), key=lambda position: (abs(position - most), position)))
+
+
+def scale_error(scales: Tensor, exact: Tensor, table: Tensor) -> Tensor:
+    """Relative error of each scale that decides anything: not of those below all boundaries or above, by a tenth."""
+    boundaries = _boundaries(table).double()
+    scales, exact = scales.double().cpu(), exact.double().cpu()
+    decides = (exact > 0.9 * float(boundaries[0])) & (exact < 1.1 * float(boundaries[-1]))
+    return ((scales - exact) / exact)[decides].abs()

@@ -56,13 +56,14 @@ class RecoveringDecoder(Decoder):
             if symbols is not None:
                 self.corrected += len(flips)
                 return symbols
-        raise StepMismatch(self.step, self._explanation(float(distances[-1])))
+        # One more symbol than pairs have must be across: the third nearest is the least that this takes.
+        raise StepMismatch(self.step, self._explanation(float(distances[2]) / 2))
 
-    def _explanation(self, reach: float) -> str:
+    def _explanation(self, least: float) -> str:
         return (
             f" by more than the file's ε = {self.guards.epsilon:.1g}: float64 did not help, nor did {self.trials} "
-            f"other choices of tables for scales within {reach:.1e} of a boundary. If it is the arithmetic, the file "
-            f"needs an ε above {reach:.1e}: `hpcm compress --epsilon`"
+            f"other choices of tables next to a boundary. If it is the arithmetic, this step needs an ε above "
+            f"{least:.1e} (`hpcm compress --epsilon`)"
         )
 
     def note(self, step: int) -> str:

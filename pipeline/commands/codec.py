@@ -1,4 +1,4 @@
-"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `evaluate` and `bench codec`."""
+"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `verify`, `evaluate` and `bench codec`."""
 
 from __future__ import annotations
 
@@ -131,6 +131,41 @@ def info(files: Coded) -> None:
     _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
 
 
+def verify(device: Device = "cpu") -> None:
+    """Check that this machine reads what others write: decode the streams of the conformance suite and compare.
+
+    Exits 1 where a stream's symbols are not those of its reference, which was computed in float64.
+    """
+    import torch
+
+    from modules.guards import EPSILON
+    from pipeline.common.timing import machine
+    from pipeline.evaluation import conformance
+
+    chosen = device_of(device)
+    columns = ("stream", "W×H", "ε", "guard bytes", "largest scale error", "values ±1", "")
+    table = Table("", columns)
+    outcomes = []
+    for outcome in conformance.verify(chosen):
+        outcomes.append(outcome)
+        height, width = outcome.size
+        guards = f"{outcome.epsilon:.1g}", str(outcome.guard_bytes)
+        values = "–" if outcome.pixels is None else str(outcome.pixels)
+        mark = "FAIL" if outcome.fault else "pass"
+        table.add(outcome.name, f"{width}×{height}", *guards, number(outcome.scale_error, ".1e"), values, mark)
+    failed = [outcome for outcome in outcomes if outcome.fault]
+    for outcome in failed:
+        print(f"error: {outcome.name}: {outcome.fault}", file=sys.stderr)
+    console = _console()
+    console.print(table.rich())
+    console.print(f"{machine(device)}; PyTorch {torch.__version__}; {torch.backends.cpu.get_cpu_capability()}")
+    worst = max((outcome.scale_error or 0.0 for outcome in outcomes), default=0.0)
+    result = f"{len(failed)} of {len(outcomes)} streams failed" if failed else f"pass: {len(outcomes)} streams"
+    console.print(f"{result}; largest scale error {worst:.1e}, where files allow for ε = {EPSILON:.1g}")
+    if failed:
+        raise typer.Exit(1)
+
+
 def evaluate(
     pictures: Pictures,
     checkpoint: Checkpoint = None,
@@ -201,7 +236,7 @@ def bench_codec(
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to the command line, and the measurement to its own."""
-    for command in (compress, decompress, info, evaluate):
+    for command in (compress, decompress, info, verify, evaluate):
         app.command()(command)
     bench.command("codec")(bench_codec)
 

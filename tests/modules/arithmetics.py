@@ -5,7 +5,6 @@ the processes share: `codecs/*.pt`, `images/*.pt`, and for each arithmetic the f
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modules import HPCM, HPCMConfig, biwkv4, coders
+from modules import HPCM, HPCMConfig, biwkv4, coding
 from modules.bitstream import BitstreamError, CodedImage, ImageCodec
+from modules.coders import RecordingDecoder
 from modules.entropy import scale_table
-from modules.guards import table_index
+from modules.guards import scale_error, table_index
 
 
 def channels_first(model: HPCM) -> None:
@@ -88,11 +88,6 @@ def _codecs(folder: Path, arithmetic: Arithmetic) -> Iterator[tuple[str, ImageCo
         yield path.stem, _load(path, arithmetic)
 
 
-def _identify(codec: ImageCodec, coded: CodedImage) -> CodedImage:
-    """In float64 the same weights have another identity: give a file the codec's own."""
-    return CodedImage(codec.identity, *(coded.height, coded.width, coded.z, coded.y))
-
-
 def encode_all(folder: Path, name: str) -> None:
     """Write every image with every codec; `name` is this process's arithmetic."""
     target = folder / "files" / name
@@ -105,7 +100,7 @@ def encode_all(folder: Path, name: str) -> None:
 
 def decode_all(folder: Path, name: str) -> None:
     """Decode every file; writes `decoded/<name>/results.json`, and float64 `references/` for the others."""
-    results: dict[str, Any] = {}
+    read: dict[str, Any] = {}
     references = folder / "references"
     references.mkdir(exist_ok=True)
     for codec_name, codec in _codecs(folder, ARITHMETICS[name]):
@@ -114,94 +109,90 @@ def decode_all(folder: Path, name: str) -> None:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if digest not in known:
                 known[digest] = _decode(codec, path, references / f"{digest}.pt", name == "float64")
-            results[f"{path.parent.name}/{path.name}"] = known[digest]
+            read[f"{path.parent.name}/{path.name}"] = known[digest]
     (folder / "decoded" / name).mkdir(parents=True, exist_ok=True)
-    (folder / "decoded" / name / "results.json").write_text(json.dumps(results, indent=1))
+    (folder / "decoded" / name / "results.json").write_text(json.dumps(read, indent=1))
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The scales and symbols of every step that is decoded inside."""
-    steps: list[tuple[Tensor, Tensor]] = []
-    symbols_of = coders.Decoder._symbols
+class Kept(RecordingDecoder):
+    """Stands where the codec's decoder does, and leaves the walk behind."""
 
-    def recording(decoder: coders.Decoder, scales: Tensor) -> Tensor | None:
-        symbols = symbols_of(decoder, scales)
-        if symbols is not None:
-            steps.append((scales.flatten(), symbols.flatten()))
-        return symbols
+    last: "Kept"
 
-    coders.Decoder._symbols = recording  # type: ignore[method-assign]
-    try:
-        yield steps
-    finally:
-        coders.Decoder._symbols = symbols_of  # type: ignore[method-assign]
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        Kept.last = self
 
 
 def _decode(codec: ImageCodec, path: Path, reference: Path, exact: bool) -> dict[str, Any]:
-    coded = _identify(codec, CodedImage.read(path))
-    with recorded() as steps:
-        try:
-            x_hat, recovery = codec.decode(coded)
-        except BitstreamError as error:
-            return {"refused": str(error)}
-    scales, symbols = (torch.cat(parts) for parts in zip(*steps, strict=True))
-    pixels = (x_hat * 255).round().byte()
+    coded = CodedImage.read(path)
+    coding.Decoder = Kept  # type: ignore[misc]
+    try:
+        decoded = codec.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
+        pixels, (recovery,) = (decoded["x_hat"] * 255).round().byte(), decoded["recovery"]
+        if recovery:
+            return {"recovery": recovery, "symbols": "recovered"}
+        scales, symbols = torch.cat(Kept.last.scales), torch.cat(Kept.last.symbols)
+    except BitstreamError as error:
+        return {"refused": str(error)}
     if exact:
         torch.save({"scales": scales, "pixels": pixels}, reference)
-    found = {"symbols": hashlib.sha256(symbols.numpy().tobytes()).hexdigest(), "recovery": recovery}
-    if recovery:  # It was decoded in part twice.
+    found = {"symbols": hashlib.sha256(symbols.numpy().tobytes()).hexdigest()}
+    if not reference.exists():
         return found
-    kept = torch.load(reference, weights_only=True)
-    exact_scales, table = kept["scales"], scale_table()
-    # Below the first boundary and above the last, nothing is decided.
-    inside = (exact_scales > 0.9 * table[0]) & (exact_scales < 1.1 * table[-1])
-    error = ((scales.double() - exact_scales) / exact_scales)[inside].abs()
+    kept, table = torch.load(reference, weights_only=True), scale_table()
+    error = scale_error(scales, kept["scales"], table)
     difference = (pixels.int() - kept["pixels"].int()).abs()
     return {
         **found,
         "scale_error": float(error.max()),
         "median_error": float(error.median()),
-        "unguarded": int((table_index(scales, table) != table_index(exact_scales, table)).sum()),
+        "unguarded": int((table_index(scales, table) != table_index(kept["scales"], table)).sum()),
         "pixels": int((difference > 0).sum()),
         "of": pixels.numel(),
         "largest": int(difference.max()),
     }
 
 
+PARTS = {"encode": encode_all, "decode": decode_all}
+
+
 def run_all(folder: Path, names: Sequence[str]) -> None:
-    """Encode, then decode, in a process for each arithmetic; float64 first, since the others compare with it."""
-    for what in ("encode", "decode"):
+    """Encode, then decode, what is not done; float64 first, since the others compare with it."""
+    for part, done in (("encode", "files"), ("decode", "decoded")):
         for name in sorted(names, key=lambda name: name != "float64"):
-            done = (
-                folder / ("files" if what == "encode" else "decoded") / (name if what == "encode" else f"{name}.json")
-            )
-            if not done.exists():
-                start(folder, what, name)
+            if not (folder / done / name).exists() and start(folder, name, part).wait():
+                raise SystemExit(f"{name}: {part} failed")
 
 
-def start(folder: Path, what: str, name: str) -> None:
-    """Run one part in a process of its own; raises CalledProcessError."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, **ARITHMETICS[name].environment, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", __file__, str(folder), "--process", what, name]
-    subprocess.run(command, env=environment, check=True, capture_output=what == "quiet")
+def start(folder: Path, name: str, *parts: str) -> subprocess.Popen[bytes]:
+    """Run parts of the matrix in a process with this arithmetic."""
+    environment = {**os.environ, **ARITHMETICS[name].environment, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, str(folder), "--process", name, *parts], env=environment
+    )
+
+
+def results(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """What an arithmetic read in each file, by the encoder's name and the file's."""
+    read: dict[str, dict[str, Any]] = json.loads((folder / "decoded" / name / "results.json").read_text())
+    return read
 
 
 def report(folder: Path) -> None:
     """Print, for every pair, the largest relative error of a scale, mismatches without guards, and outcomes."""
-    decoded = {path.parent.name: json.loads(path.read_text()) for path in sorted((folder / "decoded").glob("*/*.json"))}
+    decoded = {path.name: results(folder, path.name) for path in sorted((folder / "decoded").iterdir())}
     symbols: dict[str, set[str]] = {}
-    for results in decoded.values():
-        for file, result in results.items():
+    for read in decoded.values():
+        for file, result in read.items():
             symbols.setdefault(file, set()).add(result.get("symbols", "refused"))
     print(
         "| encoder | decoder | files | largest error | median | unguarded | recovered | refused | pixels ±1 | largest |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for encoder in sorted({file.split("/")[0] for file in symbols}):
-        for decoder, results in decoded.items():
-            some = [result for file, result in results.items() if file.startswith(f"{encoder}/")]
+        for decoder, read in decoded.items():
+            some = [result for file, result in read.items() if file.startswith(f"{encoder}/")]
             plain = [result for result in some if "scale_error" in result]
             recovered, refused = (sum(bool(r.get(key)) for r in some) for key in ("recovery", "refused"))
             print(
@@ -217,13 +208,14 @@ def main() -> None:
     """Run the matrix over a folder, or one process of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--process", nargs=2, metavar=("WHAT", "NAME"))
+    parser.add_argument("--process", nargs="+", metavar="NAME PART")
     parser.add_argument("--only", action="append")
     arguments = parser.parse_args()
     if arguments.process:
-        what, name = arguments.process
+        name, *parts = arguments.process
         torch.set_num_threads(ARITHMETICS[name].threads)
-        (encode_all if what == "encode" else decode_all)(arguments.folder, name)
+        for part in parts:
+            PARTS[part](arguments.folder, name)
     else:
         run_all(arguments.folder, arguments.only or list(ARITHMETICS))
         report(arguments.folder)
