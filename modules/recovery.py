@@ -45,8 +45,11 @@ class RecoveringDecoder(Decoder):
         above, boundary = nearest_boundary(scales.flatten(), self.scale_table)
         distances, nearest = above.abs().topk(min(SINGLES, len(above)), largest=False)
         across = torch.where(above > 0, boundary, boundary + 1).int()
+        # Where all trials fail, more than two symbols are across, or one behind many: the third nearest is the least.
+        least = float(distances[:3].max()) / 2
         for flips in _flips(len(nearest)):
             if self.budget <= 0:
+                least = float(distances[0]) / 2
                 break
             self.budget -= self.rewinding.rewind(place) + indexes.numel()
             self.trials += 1
@@ -56,8 +59,7 @@ class RecoveringDecoder(Decoder):
             if symbols is not None:
                 self.corrected += len(flips)
                 return symbols
-        # One more symbol than pairs have must be across: the third nearest is the least that this takes.
-        raise StepMismatch(self.step, self._explanation(float(distances[2]) / 2))
+        raise StepMismatch(self.step, self._explanation(least))
 
     def _explanation(self, least: float) -> str:
         return (
