@@ -12,6 +12,7 @@ import typer
 from pipeline.commands.options import Device, device_of, size_of
 from pipeline.common.errors import UserError
 from pipeline.common.tables import Table, number
+from pipeline.recipes.folders import STAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.codec_files import Conversion
     from pipeline.evaluation.coding import ImageResult
 
-SHIPPED = Path(__file__).resolve().parents[2] / "stages" / "evidence" / "weights" / "lean.safetensors"
+SHIPPED = STAGES / "evidence" / "weights" / "lean.safetensors"
 """The bundled codec; its model card lies beside it."""
 
 Checkpoint = Annotated[
