@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.chain.precheck import check_stages
-from pipeline.chain.stage import StageRun
+from pipeline.chain.passed_checks import check_unless_passed
 from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common import files
 from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
@@ -21,8 +20,7 @@ from pipeline.data.images import find_images
 from pipeline.recipes.schema import Stage
 from pipeline.tracking.outbox import PATIENCE, Outbox
 from pipeline.tracking.store import EndState, Run, Store
-from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError
+from pipeline.weights.metadata import CheckpointError, inputs_digest, read_metadata
 
 Status = Literal["done", "cut off", "stale", "missing"]
 PATIENCE_INTERRUPTED = 10.0
@@ -82,7 +80,7 @@ class Chain:
 
     def plan(self) -> list[PlannedStage]:
         """Where every stage stands, root first; raises what reading its inputs raises."""
-        check_stages(self.tasks)
+        check_unless_passed(self.tasks)
         planned: list[PlannedStage] = []
         for task in self.tasks:
             before = planned[-1] if planned else None
@@ -114,6 +112,9 @@ class Chain:
         self.outbox = Outbox(self.folder / "outbox", Store.default(self.runs), context.watcher.note)
 
     def _run_stages(self, context: RunContext) -> None:
+        from pipeline.chain.precheck import check_stages
+
+        check_stages(self.tasks)
         plan = self.plan()
         context.wait_for_everyone()
         chain_run = self._chain_run()
@@ -139,6 +140,8 @@ class Chain:
             return
         if planned.status == "stale":
             context.on_main_process(lambda: self._set_aside(planned.task))
+        from pipeline.chain.stage import StageRun
+
         fault("stage")
         run = self._stage_run(planned, chain_run)
         stage_run = StageRun(planned.task, context, run)
@@ -162,7 +165,7 @@ class Chain:
         if self.outbox is None:
             return Run()
         rebuilt = self._facts()["rebuilt"].get(planned.name, 0)
-        key = f"{chain_run.key}/{planned.name}/{checkpoints.inputs_digest(planned.task.inputs())}"
+        key = f"{chain_run.key}/{planned.name}/{inputs_digest(planned.task.inputs())}"
         tags = {**self._tags(), "hpcm.stage": planned.name}
         return self.outbox.run(f"{key}/{rebuilt}", f"{self.recipe} {planned.name}", chain_run, tags)
 
@@ -234,10 +237,10 @@ def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
         if not changed:
             return PlannedStage(task, "done", "current")
         return PlannedStage(task, "stale", f"stale: {changed}")
-    state, _passed_over = task.states.newest()
-    if state is not None:
+    progress = task.states.progress()
+    if progress is not None:
         names = [*(segment.name for segment in task.stage.schedule), "evaluation"]
-        at = f"{names[state.progress.segment]} at step {state.progress.step}"
+        at = f"{names[progress.segment]} at step {progress.step}"
         return PlannedStage(task, "cut off", f"cut off in {at}")
     other = task.states.other_form()
     passed = f"; an interrupted training is left alone: {_differences(other, inputs)}" if other else ""
@@ -271,7 +274,7 @@ def _changes(task: StageTask, inputs: dict[str, str]) -> str:
     if not {"digest", "inputs"} <= record.keys():
         return f"{task.record} is damaged"
     try:
-        digest = checkpoints.read_metadata(task.checkpoint)["digest"]
+        digest = read_metadata(task.checkpoint)["digest"]
     except CheckpointError as error:
         return str(error)
     if digest != record["digest"]:

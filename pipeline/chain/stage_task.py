@@ -1,21 +1,25 @@
 """What a stage is made from and where: settings, place, parent, digests."""
 
+from __future__ import annotations
+
 import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from modules import HPCMConfig, preset_config
-from pipeline.common.processes import ProcessGroup
+from modules.config import HPCMConfig, preset_config
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import Stage
-from pipeline.training.trainer import Watcher
-from pipeline.weights import checkpoints
+from pipeline.training.watcher import Watcher
+from pipeline.weights.metadata import check_file, read_metadata
 from pipeline.weights.training_state import StateFolder
+
+if TYPE_CHECKING:
+    from pipeline.common.processes import ProcessGroup
 
 CODE_VERSION = "1"
 """Counted up when a recipe gives other weights, by more than rounding: what was built before is then stale."""
@@ -126,7 +130,7 @@ class StageTask:
         if self.start is not None:
             found["start"] = self._file_digest
         if self.parent is not None:
-            found["parent"] = checkpoints.read_metadata(self.parent)["digest"]
+            found["parent"] = read_metadata(self.parent)["digest"]
         return found
 
     @cached_property
@@ -134,5 +138,5 @@ class StageTask:
         """SHA-256 of the file that the root is taken from or starts from."""
         path = self.imported or self.start
         assert path is not None
-        checkpoints.check_file(path)
+        check_file(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.chain.chain import Chain, PlannedStage
 from pipeline.common.tables import Table, number
 from pipeline.recipes.schema import Segment
-from pipeline.training.trainer import Watcher
+from pipeline.training.watcher import Watcher
 
 # Of the processes that `accelerate launch` starts, the first alone speaks.
 console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")

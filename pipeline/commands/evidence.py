@@ -169,12 +169,15 @@ def rd_curve(
 
 def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
     from pipeline.commands.display import console
+
+    todo = list(sweep.chains())
+    console.print(sweep.table().rich())
+
+    # After the table is on the screen: they load PyTorch.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
 
-    todo = list(sweep.chains())
     accelerator = start_accelerator(todo[0][1][0].precision)
-    console.print(sweep.table().rich())
     for lmbda, chains in todo:
         for chain in chains:
             console.print(f"λ = {lmbda:g}, to {chain.tasks[-1].stage.name}")

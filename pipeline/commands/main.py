@@ -86,12 +86,15 @@ def run(
     """
     from pipeline.chain.stage_task import Rebuild
     from pipeline.commands.display import closing_table, console, plan_table
+
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    console.print(plan_table(chain, chain.plan()).rich())
+
+    # After the plan is on the screen: they load PyTorch.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
 
-    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
     accelerator = start_accelerator(chain.precision)
-    console.print(plan_table(chain, chain.plan()).rich())
     run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)))
     console.print(closing_table(chain).rich())
 

@@ -8,7 +8,7 @@ from pipeline.chain.chain import Chain
 from pipeline.chain.stage_task import Rebuild, RunContext
 from pipeline.commands.display import ProgressWatcher
 from pipeline.common.processes import ProcessGroup
-from pipeline.training.trainer import Watcher
+from pipeline.training.watcher import Watcher
 
 
 def run_chain(chain: Chain, accelerator: Accelerator, accept_anyway: bool, rebuild: Rebuild | None = None) -> None:

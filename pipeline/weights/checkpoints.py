@@ -13,17 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig
-from pipeline.common.errors import UserError
-from pipeline.common.files import replacing, text_digest
+from pipeline.common.files import replacing
+from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
 
-FORMAT = "hpcm-checkpoint-2"
-METADATA_KEY = "hpcm"
 LONGEST_ZIP_END = 22 + 2**16
 """Bytes at the end of a zip archive that its last record, with a comment, lies within."""
-
-
-class CheckpointError(UserError):
-    """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
-    fields["seal"] = _seal(fields)
+    fields["seal"] = seal(fields)
     with replacing(path) as partial:
         # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
         try:
@@ -64,17 +58,6 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
     return digest.hexdigest()
-
-
-def inputs_digest(inputs: Mapping[str, str]) -> str:
-    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
-    return text_digest(json.dumps(inputs, sort_keys=True))[:16]
-
-
-def check_file(path: Path) -> None:
-    """Raise CheckpointError unless there is a file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -100,28 +83,6 @@ def read(path: Path) -> Checkpoint:
     if digest != metadata["digest"]:
         raise CheckpointError(f"{path}: the weights do not match their digest; the file is damaged")
     return Checkpoint(tensors, metadata)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone; raises CheckpointError for a file that `write` did not write."""
-    check_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this pipeline; "
-            f"bring official weights in with `hpcm import {path} baseline.safetensors`"
-        )
-    if metadata.pop("seal", None) != _seal(metadata):
-        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
-    return metadata
-
-
-def _seal(metadata: Mapping[str, Any]) -> str:
-    return text_digest(json.dumps(metadata, sort_keys=True))
 
 
 def load_codec(path: Path | str) -> HPCM:

@@ -3,16 +3,18 @@
 All randomness of a step is drawn from (seed, step), so weights, optimizer state and two counters are the whole of it.
 """
 
+from __future__ import annotations
+
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from pipeline.weights.metadata import CheckpointError, inputs_digest, read_metadata
 
-from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError, inputs_digest
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STATES_KEPT = 2
 """Training states kept, newest first: the one before the last serves where the last is damaged."""
@@ -36,7 +38,7 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, and their `count`: a resumed run logs what an uninterrupted one does."""
 
-    def next_segment(self) -> "Progress":
+    def next_segment(self) -> Progress:
         """The beginning of the segment after this one."""
         return replace(self, segment=self.segment + 1, step=0, window={}, losses=[])
 
@@ -64,6 +66,8 @@ class StateFolder:
 
     def save(self, state: TrainingState) -> None:
         """Save a state and let go of those beyond the last two."""
+        from pipeline.weights import checkpoints
+
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
         tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
@@ -75,6 +79,8 @@ class StateFolder:
 
     def newest(self) -> tuple[TrainingState | None, list[str]]:
         """The newest readable state, and a line for each file that was passed over."""
+        from pipeline.weights import checkpoints
+
         passed_over = []
         for path in self._files():
             try:
@@ -87,12 +93,19 @@ class StateFolder:
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
 
+    def progress(self) -> Progress | None:
+        """How far the newest state got whose file is whole, its tensors unread; None where there is no state."""
+        for path in self._files():
+            with suppress(CheckpointError):
+                return Progress(**read_metadata(path)["progress"])
+        return None
+
     def other_form(self) -> dict[str, str] | None:
         """Inputs of a training of the stage that was cut off in another form, or None."""
         for path in self.root.glob("*/segment-*.safetensors"):
             if path.parent != self.folder:
                 with suppress(CheckpointError):
-                    return dict(checkpoints.read_metadata(path)["inputs"])
+                    return dict(read_metadata(path)["inputs"])
         return None
 
     def _files(self) -> list[Path]:
@@ -116,6 +129,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took, on the parameters' devices: there the fused Adam wants its `step` too."""
+    import torch
+
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.removesuffix(f"/{name}"): t for key, t in tensors.items() if key.partition("/")[2] == name}
