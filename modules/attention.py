@@ -1,11 +1,15 @@
 """Windowed cross-attention, the context component that the RWKV cells replace (HPCM, ICCV 2025), and its absence."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from modules.components import Component, Kind, check_setting, register
 
-class PassThroughCell(nn.Module):
+
+class PassThroughCell(Component):
     """No attention: the new context is the prior's output. A module, so that a migration can watch and replace it."""
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
@@ -13,7 +17,7 @@ class PassThroughCell(nn.Module):
         return x
 
 
-class CrossAttentionCell(nn.Module):
+class CrossAttentionCell(Component):
     """softmax(q kᵀ/√d) v + conv_out(x) in non-overlapping windows: q from the new context, k and v from the old.
 
     `window` is the side of a tile on the grid that the cell works on; height and width must divide by it.
@@ -47,3 +51,38 @@ class CrossAttentionCell(nn.Module):
             i=self.window,
             j=self.window,
         )
+
+
+@register("attention", "cross-attention")
+@dataclass(frozen=True)
+class CrossAttentionKind(Kind):
+    """Windowed cross-attention."""
+
+    heads: int = 32
+    window: int = 8
+    """Side of a window, on the slot's own grid."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "heads", 1, integer=True)
+        check_setting(self, "window", 1, integer=True)
+
+    def build(self, M: int) -> CrossAttentionCell:
+        """The cell of 2M channels; raises ValueError where the heads do not divide them."""
+        if 2 * M % self.heads:
+            raise ValueError(f"2M = {2 * M} channels do not divide into {self.heads} attention heads")
+        return CrossAttentionCell(2 * M, self.heads, self.window)
+
+    @property
+    def grid_multiple(self) -> int:
+        """Windows tile the grid."""
+        return self.window
+
+
+@register("attention", "none")
+@dataclass(frozen=True)
+class NoAttentionKind(Kind):
+    """The prior's output is the next context (HPCM's PhiContext)."""
+
+    def build(self, M: int) -> PassThroughCell:
+        """The cell, which has no weights."""
+        return PassThroughCell()

@@ -12,8 +12,8 @@ from compressai.ops import quantize_ste
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from modules import components
 from modules.coders import Decoder, Encoder, Estimator
+from modules.components import Checkpointed, Kind
 from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.determinism import MOST_THREADS, coding_arithmetic
 from modules.entropy import GeneralizedGaussian
@@ -21,7 +21,6 @@ from modules.entropy import scale_table as default_scale_table
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialization import center_scales, initialize_convolutions, spread_latent
 from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
-from modules.rwkv import RWKVComponent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -36,6 +35,17 @@ _TABLES = (
     "cdf_length_y",
     "offset_y",
 )
+
+
+_GRID_SHIFTS = (
+    ("attn_s1", 2),
+    ("attn_s2", 1),
+    ("attn_s3", 0),
+    ("context_net", 1),
+    ("y_spatial_prior_s1_s2", 2),
+    ("y_spatial_prior_s3", 0),
+)
+"""By how many halvings the coarsest grid that a slot works on is smaller than the latent."""
 
 
 class Noise(NamedTuple):
@@ -76,21 +86,21 @@ class HPCM(CompressionModel):
             self.register_buffer(name, torch.empty(0, dtype=dtype))
         self.entropy_estimation = GeneralizedGaussian()
 
-        self.g_a = AnalysisTransform(M, config.widths, config.depths)
-        self.g_s = SynthesisTransform(M, config.widths, config.depths)
+        self.g_a = AnalysisTransform(M, config.widths, config.depths, config.transform_hidden_rate)
+        self.g_s = SynthesisTransform(M, config.widths, config.depths, config.transform_hidden_rate)
         self.h_a = HyperAnalysis(M, N)
         self.h_s = HyperSynthesis(M, N)
 
         self.y_spatial_prior_adaptor_list_s1 = self._adaptors(1)
         self.y_spatial_prior_adaptor_list_s2 = self._adaptors(3)
         self.y_spatial_prior_adaptor_list_s3 = self._adaptors(6)
-        self.y_spatial_prior_s1_s2 = components.prior(config.y_spatial_prior_s1_s2, config, 0)
-        self.y_spatial_prior_s3 = components.prior(config.y_spatial_prior_s3, config, 1)
+        self.y_spatial_prior_s1_s2 = config.y_spatial_prior_s1_s2.build(M)
+        self.y_spatial_prior_s3 = config.y_spatial_prior_s3.build(M)
         self.adaptive_params_list = nn.ParameterList(torch.ones(1, 3 * M, 1, 1) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = (
-            components.attention(kind, config, scale) for scale, kind in enumerate(config.attentions)
+            kind.build(M) for kind in (config.attn_s1, config.attn_s2, config.attn_s3)
         )
-        self.context_net = nn.ModuleList(components.fusion(config.context_net, config) for _ in range(2))
+        self.context_net = nn.ModuleList(config.context_net.build(M) for _ in range(2))
         self._initialize()
         self.to(memory_format=torch.channels_last)
 
@@ -134,15 +144,21 @@ class HPCM(CompressionModel):
     @property
     def downsampling_factor(self) -> int:
         """Images are padded to multiples of this many pixels: 128, or more where attention windows need it."""
-        needed = [8]
-        for scale, attention in enumerate((self.attn_s1, self.attn_s2, self.attn_s3)):
-            window = getattr(attention, "window", 1)
-            needed.append(window << (2 - scale))
-        return 16 * math.lcm(*needed)
+        multiples = {slot: kind.grid_multiple for slot, kind in self.config.components.items()}
+        needed = (multiples[slot] << shift for slot, shift in _GRID_SHIFTS)
+        return 16 * math.lcm(8, *needed)
 
-    def rwkv_components(self) -> dict[str, RWKVComponent]:
-        """The RWKV components by name."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, RWKVComponent)}
+    def components(self) -> dict[str, Kind]:
+        """The context components: the name of each module and the kind it was built from."""
+        kinds = self.config.components
+        fusions = {f"context_net.{number}": kinds["context_net"] for number in range(len(self.context_net))}
+        return {**{slot: kind for slot, kind in kinds.items() if slot != "context_net"}, **fusions}
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Let the blocks of the components recompute their activations in the backward pass, or not."""
+        for module in self.modules():
+            if isinstance(module, Checkpointed):
+                module.use_checkpoint = on
 
     def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, padding included."""

@@ -1,33 +1,183 @@
-"""The module that each choice of a configuration names."""
+"""What a context component is, and which kinds there are: a registry of kinds by slot.
 
-from torch import nn
+A codec has seven slots for context components (`SLOTS`). A slot takes one kind of its group. A kind is a frozen
+dataclass whose fields are its settings; it builds the module, and it says which weights the module takes over from
+each kind that it can replace.
+"""
 
-from modules.attention import CrossAttentionCell, PassThroughCell
-from modules.config import Attention, Fusion, HPCMConfig, Prior
-from modules.priors import DWConvSpatialPrior
-from modules.rwkv import RWKVContextCell, RWKVFusionNet, RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SLOTS = {
+    "attn_s1": "attention",
+    "attn_s2": "attention",
+    "attn_s3": "attention",
+    "context_net": "fusion",
+    "y_spatial_prior_s1_s2": "prior",
+    "y_spatial_prior_s3": "prior",
+}
+"""The group of kinds that each slot takes. `context_net` holds two modules of one kind.
+
+An attention cell maps (prior's output, context), each (B, 2M, H, W), to the next context (B, 2M, H, W). A fusion maps
+(B, 2M, H, W) to the same shape. A prior maps (B, 3M, H, W) and the step's vector q (1, 3M, 1, 1) to (B, 2M, H, W).
+"""
 
 
-def attention(kind: Attention, config: HPCMConfig, scale: int) -> nn.Module:
-    """The attention cell of scale 0, 1 or 2, coarse to fine."""
-    if kind == "none":
-        return PassThroughCell()
-    if kind == "rwkv":
-        return RWKVContextCell(2 * config.M, config.attn_hidden_rates[scale], config.mix_rate)
-    return CrossAttentionCell(2 * config.M, config.heads, config.windows[scale])
+class Component(nn.Module):
+    """A context component that a migration can put in another's place."""
+
+    def start_as_identity(self) -> None:
+        """Start as near to the predecessor's output as the form allows, before its weights are taken over."""
+
+    @property
+    def last_linear(self) -> nn.Module | None:
+        """The linear layer or 1×1 convolution that the output comes from directly, if there is one."""
+        return None
 
 
-def fusion(kind: Fusion, config: HPCMConfig) -> nn.Module:
-    """What fuses the contexts of two scales."""
-    if kind == "rwkv":
-        return RWKVFusionNet(2 * config.M, config.fusion_blocks, config.fusion_hidden_rate, config.mix_rate)
-    return nn.Conv2d(2 * config.M, 2 * config.M, 1)
+class Checkpointed(nn.Module):
+    """A block of a component; with `use_checkpoint` it recomputes its activations in the backward pass."""
+
+    use_checkpoint = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-def prior(kind: Prior, config: HPCMConfig, scale: int) -> nn.Module:
-    """The spatial prior of s1 and s2 (scale 0), or of s3 (scale 1)."""
-    if kind == "dwconv":
-        return DWConvSpatialPrior(config.M, config.prior_depths[scale])
-    rwkv_prior = (RWKVSpatialPrior_S1_S2, RWKVSpatialPrior_S3)[scale]
-    depths = config.prior_blocks[scale], config.prior_last_blocks[scale]
-    return rwkv_prior(config.M, depths[0], config.prior_hidden_rate, depths[1], config.mix_rate)
+@dataclass(frozen=True)
+class Kind:
+    """Settings of a component. Subclasses are frozen dataclasses, registered with `register`."""
+
+    group: ClassVar[str]
+    name: ClassVar[str]
+
+    def build(self, M: int) -> nn.Module:
+        """The component of a codec whose latent has M channels."""
+        raise NotImplementedError
+
+    def takes_over(self, predecessor: "Kind") -> dict[str, str]:
+        """Where weights of the predecessor belong here: prefixes of their names there → prefixes here.
+
+        A prefix ends where a part of a dotted name ends, `{i}` stands for one part, and the empty prefix for the whole
+        component. A tensor whose shape disagrees is not taken over. By default a component takes over everything from
+        its own kind, and nothing from others.
+        """
+        return {"": ""} if type(predecessor) is type(self) else {}
+
+    @property
+    def grid_multiple(self) -> int:
+        """Height and width of the slot's grid must be multiples of this."""
+        return 1
+
+    @property
+    def num_blocks(self) -> int:
+        """How many equal blocks the settings ask for: a file of weights cannot have fewer tensors."""
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able mapping, `kind` with the settings, that `kind_from` takes back."""
+        return {"kind": self.name, **asdict(self)}
+
+
+GROUPS = tuple(dict.fromkeys(SLOTS.values()))
+_KINDS: dict[str, dict[str, type[Kind]]] = {group: {} for group in GROUPS}
+KindClass = TypeVar("KindClass", bound=type[Kind])
+
+
+def register(group: str, name: str) -> Callable[[KindClass], KindClass]:
+    """Register a kind for the slots of a group (`attention`, `fusion` or `prior`).
+
+    Raises ValueError for an unknown group and for a name that another class has.
+    """
+
+    def add(kind: KindClass) -> KindClass:
+        if group not in _KINDS:
+            raise ValueError(f"no group {group!r} of components; there are {', '.join(_KINDS)}")
+        known = _KINDS[group].setdefault(name, kind)
+        if known is not kind and known.__qualname__ != kind.__qualname__:
+            raise ValueError(f"the {group} kind {name!r} is {known.__module__}.{known.__qualname__} already")
+        kind.group, kind.name = group, name
+        _KINDS[group][name] = kind
+        return kind
+
+    return add
+
+
+def kinds(group: str) -> Mapping[str, type[Kind]]:
+    """The registered kinds of a group, by name."""
+    return _KINDS[group]
+
+
+def kind_names() -> frozenset[str]:
+    """The names of all registered kinds."""
+    return frozenset(name for group in _KINDS.values() for name in group)
+
+
+def kind_from(slot: str, choice: "Kind | str | Mapping[str, Any]", current: Kind | None = None) -> Kind:
+    """The kind that a slot is given: a Kind, a kind's name, or a mapping of `kind` and settings.
+
+    A mapping without `kind`, or with the kind of `current`, changes single settings of `current`. Raises ValueError,
+    naming the slot, for an unknown kind or setting and for one of another group.
+    """
+    group = SLOTS[slot]
+    if isinstance(choice, Kind):
+        if choice.group != group:
+            raise ValueError(f"{slot}: {choice.name!r} is a kind of {choice.group}; the slot takes one of {group}")
+        return choice
+    if not isinstance(choice, str | Mapping):
+        raise ValueError(f"{slot}: expected a kind, or a mapping of its settings, not {choice!r}")
+    settings = {"kind": choice} if isinstance(choice, str) else dict(choice)
+    name = settings.pop("kind", current.name if current else None)
+    kind = _kind_named(group, name, slot)
+    known = {field.name: field for field in fields(kind)}
+    for key in settings:
+        if key not in known:
+            hint = get_close_matches(key, known, n=1)
+            more = f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(known) or 'none'}"
+            raise ValueError(f"{slot}: the kind {name!r} has no setting {key!r}{more}")
+    if current is not None and current.name == name:
+        settings = {**asdict(current), **settings}
+    missing = [key for key, field in known.items() if field.default is MISSING and key not in settings]
+    if missing:
+        raise ValueError(f"{slot}: the kind {name!r} needs the setting {missing[0]!r}")
+    return kind(**settings)
+
+
+def settings_of_kinds(group: str, choices: Any) -> Mapping[str, Any]:
+    """Settings by the name of a kind of this group; raises ValueError for anything else."""
+    if not isinstance(choices, Mapping):
+        raise ValueError(f"{group}: expected settings by kind, such as {{{next(iter(_KINDS[group]))}: {{…}}}}")
+    for name, settings in choices.items():
+        _kind_named(group, name, group)
+        if not isinstance(settings, Mapping) or "kind" in settings:
+            raise ValueError(f"{group}: {name}: expected a mapping of settings")
+    return choices
+
+
+def _kind_named(group: str, name: object, where: str) -> type[Kind]:
+    if not isinstance(name, str) or name not in _KINDS[group]:
+        hint = get_close_matches(str(name), _KINDS[group], n=1)
+        more = f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(_KINDS[group])}"
+        raise ValueError(f"{where}: no kind {name!r}{more} (a kind of your own must be registered first)")
+    return _KINDS[group][name]
+
+
+def check_setting(owner: Kind, name: str, low: float, integer: bool = False) -> None:
+    """Raise ValueError unless the setting is a number of at least `low`."""
+    value = getattr(owner, name)
+    numbers = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value < 2**20:
+        what = "a whole number" if integer else "a number"
+        raise ValueError(f"{name} = {value!r} of the kind {owner.name!r}: expected {what} of at least {low:g}")

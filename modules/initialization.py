@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from modules.layers import ResidualBranch
+from modules.layers import InnerChannels
 
 _DAMPED_RESIDUAL = 0.25
 _DAMPED_HEAD = 0.3
@@ -24,8 +24,8 @@ def initialize_convolutions(model: nn.Module) -> None:
         if convolution.bias is not None:
             nn.init.zeros_(convolution.bias)
     for module in model.modules():
-        if isinstance(module, ResidualBranch):
-            _convolutions(module)[-1].weight.mul_(_DAMPED_RESIDUAL)
+        if isinstance(module, InnerChannels):
+            _convolutions(module.last_linear)[0].weight.mul_(_DAMPED_RESIDUAL)
 
 
 @torch.no_grad()

@@ -19,32 +19,77 @@ class PConv(nn.Module):
 
 
 class ResidualBranch(nn.Module):
-    """x + branch(x), for (B, C, H, W); spatial mixing, then a 1×1 pair `expansion` times as wide."""
+    """x + branch(x), for (B, C, H, W); spatial mixing, then a 1×1 pair whose inner width is `hidden_rate`·C."""
 
-    def __init__(self, spatial: nn.Module, channels: int, expansion: int):
+    def __init__(self, spatial: nn.Module, channels: int, hidden_rate: float):
         super().__init__()
-        self.branch = nn.Sequential(
-            spatial,
-            nn.Conv2d(channels, expansion * channels, 1),
-            nn.LeakyReLU(0.01, inplace=True),
-            nn.Conv2d(expansion * channels, channels, 1),
-        )
+        self.branch = pointwise_pair(spatial, channels, hidden_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         return x + self.branch(x)
 
 
-class PConvRB(ResidualBranch):
-    """The residual block of the transforms: a partial convolution and a 1×1 pair of width 4C."""
+def pointwise_pair(spatial: nn.Module, channels: int, hidden_rate: float) -> "InnerChannels":
+    """Spatial mixing, 1×1 to `hidden_rate`·C channels, LeakyReLU, 1×1 back to C."""
+    width = inner_width(hidden_rate, channels)
+    return InnerChannels(
+        spatial,
+        nn.Conv2d(channels, width, 1),
+        nn.LeakyReLU(0.01, inplace=True),
+        nn.Conv2d(width, channels, 1),
+    )
 
-    def __init__(self, channels: int):
-        super().__init__(PConv(channels), channels, expansion=4)
+
+def inner_width(rate: float, channels: int) -> int:
+    """Channels of an inner width given by its rate, at least 1."""
+    return max(1, round(rate * channels))
+
+
+class Narrowable(nn.Module):
+    """A module with inner channels, of which a narrower one of the same form can keep a part."""
+
+    @property
+    def last_linear(self) -> nn.Module:
+        """The linear layer or 1×1 convolution that reads the inner channels."""
+        raise NotImplementedError
+
+    def keep_channels(self, wider: "Narrowable", index: Tensor) -> None:
+        """Take over all that computes these inner channels of `wider`, index (width,); not the last linear layer."""
+        raise NotImplementedError
+
+
+class InnerChannels(Narrowable, nn.Sequential):
+    """The branch of a residual block: (spatial, 1×1, LeakyReLU, 1×1)."""
+
+    @property
+    def last_linear(self) -> nn.Module:
+        """The second 1×1."""
+        return self[3]
+
+    @torch.no_grad()
+    def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
+        """Take over the spatial mixing and these outputs of the first 1×1."""
+        assert isinstance(wider, InnerChannels)
+        self[0].load_state_dict(wider[0].state_dict())
+        for name in ("weight", "bias"):
+            getattr(self[1], name).copy_(getattr(wider[1], name)[index])
+
+
+class PConvRB(ResidualBranch):
+    """The residual block of the transforms: a partial convolution and a 1×1 pair of width `hidden_rate`·C."""
+
+    def __init__(self, channels: int, hidden_rate: float = 4):
+        super().__init__(PConv(channels), channels, hidden_rate)
 
 
 class DWConvRB(ResidualBranch):
-    """The residual block of the Baseline priors: a depth-wise 3×3 and a 1×1 pair of width 2C."""
+    """The residual block of the Baseline priors: a depth-wise 3×3 and a 1×1 pair of width `hidden_rate`·C."""
 
-    def __init__(self, channels: int):
-        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        super().__init__(depthwise, channels, expansion=2)
+    def __init__(self, channels: int, hidden_rate: float = 2):
+        super().__init__(depthwise(channels), channels, hidden_rate)
+
+
+def depthwise(channels: int) -> nn.Conv2d:
+    """A depth-wise 3×3 convolution."""
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)

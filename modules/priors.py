@@ -1,13 +1,15 @@
 """The Baseline's spatial priors: depth-wise residual blocks, steered by one adaptive vector a step."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from modules.components import Component, Kind, check_setting, register
 from modules.layers import DWConvRB
 
 
-class SpatialPrior(nn.Module):
+class SpatialPrior(Component):
     """branch_2(branch_1(x) · q): the next step's scales and means from what is decoded so far."""
 
     def __init__(self, branch_1: Sequence[nn.Module], branch_2: Sequence[nn.Module], M: int):
@@ -19,10 +21,63 @@ class SpatialPrior(nn.Module):
         """Map x (B, 3M, H, W) and the step's vector q (1, 3M, 1, 1) to (B, 2M, H, W)."""
         return self.branch_2(self.branch_1(x) * q)
 
+    @property
+    def last_linear(self) -> nn.Module:
+        """The 1×1 to scales and means."""
+        return self.branch_2[-1]
+
+
+@dataclass(frozen=True)
+class PriorKind(Kind):
+    """A spatial prior made of equal blocks."""
+
+    blocks: int = 3
+    """Blocks in branch_1."""
+    last_blocks: int = 2
+    """Blocks in branch_2, before its 1×1."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "blocks", 0, integer=True)
+        check_setting(self, "last_blocks", 0, integer=True)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of both branches."""
+        return self.blocks + self.last_blocks
+
+    def takes_over(self, predecessor: Kind) -> dict[str, str]:
+        """The 1×1 that ends the predecessor, whatever blocks come before it."""
+        if not isinstance(predecessor, PriorKind):
+            return {}
+        return {f"branch_2.{predecessor.last_blocks}": f"branch_2.{self.last_blocks}"}
+
+
+@register("prior", "dwconv")
+@dataclass(frozen=True)
+class DWConvPriorKind(PriorKind):
+    """DWConvRBs of 3M channels."""
+
+    hidden_rate: float = 2
+    """Inner width of a block, by its channels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting(self, "hidden_rate", 0)
+
+    def build(self, M: int) -> SpatialPrior:
+        """The prior from 3M to 2M channels."""
+        first, second = (
+            [DWConvRB(3 * M, self.hidden_rate) for _ in range(count)] for count in (self.blocks, self.last_blocks)
+        )
+        return DWConvSpatialPrior(first, second, M)
+
+    def takes_over(self, predecessor: Kind) -> dict[str, str]:
+        """From a prior of the same kind, the blocks as well."""
+        ending = super().takes_over(predecessor)
+        if not isinstance(predecessor, DWConvPriorKind):
+            return ending
+        return {"branch_1": "branch_1", "branch_2.{i}.branch": "branch_2.{i}.branch", **ending}
+
 
 class DWConvSpatialPrior(SpatialPrior):
-    """A spatial prior of DWConvRBs of 3M channels; `depths` counts them in branch_1 and branch_2."""
-
-    def __init__(self, M: int, depths: tuple[int, int]):
-        first, second = ([DWConvRB(3 * M) for _ in range(depth)] for depth in depths)
-        super().__init__(first, second, M)
+    """A spatial prior of DWConvRBs of 3M channels."""

@@ -1,4 +1,4 @@
-"""RWKV components: linear-complexity replacements for HPCM's context modules.
+"""RWKV layers and the blocks made of them: attention of linear complexity over a whole image.
 
 After Vision-RWKV (Duan et al., 2024) and Restore-RWKV (Yang et al., 2024), as LALIC (Feng et al., CVPR 2025) brought
 them into image compression. Images stay (B, C, H, W) in channels-last memory, whose tokens (B, T = H·W, C) are a view.
@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from modules.biwkv4 import biwkv4
-from modules.priors import SpatialPrior
+from modules.components import Checkpointed
+from modules.layers import Narrowable, depthwise, inner_width, pointwise_pair
 
 _TOKENS_AT_ONCE = 4096
 """Layers that mix no positions run on so many at a time: of a large image, their inner tensors would be the peak."""
@@ -36,10 +36,6 @@ def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
         return mix(*tokens)
     parts = zip(*(x.split(_TOKENS_AT_ONCE, dim=1) for x in tokens), strict=True)
     return torch.cat([mix(*part) for part in parts], dim=1)
-
-
-def _width(rate: float, channels: int) -> int:
-    return max(1, round(rate * channels))
 
 
 class TokenLinear(nn.Linear):
@@ -86,12 +82,12 @@ class OmniShift(nn.Module):
         return F.conv2d(x, self.kernel(), padding=2, groups=self.channels)
 
 
-class SpatialMix(nn.Module):
+class SpatialMix(Narrowable):
     """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)), with k, v and r linear in the shifted input, `rate`·C wide."""
 
     def __init__(self, channels: int, rate: float = 1):
         super().__init__()
-        width = _width(rate, channels)
+        width = inner_width(rate, channels)
         self.omni_shift = OmniShift(channels)
         self.key = TokenLinear(channels, width)
         self.value = TokenLinear(channels, width)
@@ -111,13 +107,28 @@ class SpatialMix(nn.Module):
     def _gate(self, tokens: Tensor, attended: Tensor) -> Tensor:
         return self.output(torch.sigmoid(self.receptance(tokens)) * attended)
 
+    @property
+    def last_linear(self) -> nn.Module:
+        """`output`."""
+        return self.output
 
-class ChannelMix(nn.Module):
+    @torch.no_grad()
+    def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
+        """Take over the shift and these channels of keys, values, receptances, decays and boosts."""
+        assert isinstance(wider, SpatialMix)
+        self.omni_shift.load_state_dict(wider.omni_shift.state_dict())
+        for name in ("key", "value", "receptance"):
+            getattr(self, name).weight.copy_(getattr(wider, name).weight[index])
+        for name in ("decay", "boost"):
+            getattr(self, name).copy_(getattr(wider, name)[index])
+
+
+class ChannelMix(Narrowable):
     """σ(receptance(x̃)) ⊙ value(relu(key(x̃))²), x̃ the shifted input; the hidden width is `hidden_rate`·C."""
 
     def __init__(self, channels: int, hidden_rate: float):
         super().__init__()
-        width = _width(hidden_rate, channels)
+        width = inner_width(hidden_rate, channels)
         self.omni_shift = OmniShift(channels)
         self.key = TokenLinear(channels, width)
         self.receptance = TokenLinear(channels, channels)
@@ -130,15 +141,25 @@ class ChannelMix(nn.Module):
     def _mix(self, tokens: Tensor) -> Tensor:
         return torch.sigmoid(self.receptance(tokens)) * self.value(F.relu(self.key(tokens)).square())
 
+    @property
+    def last_linear(self) -> nn.Module:
+        """`value`, whose output the receptance gates."""
+        return self.value
 
-class RWKVBlock(nn.Module):
+    @torch.no_grad()
+    def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
+        """Take over shift and receptance, and these channels of the keys."""
+        assert isinstance(wider, ChannelMix)
+        for name in ("omni_shift", "receptance"):
+            getattr(self, name).load_state_dict(getattr(wider, name).state_dict())
+        self.key.weight.copy_(wider.key.weight[index])
+
+
+class RWKVBlock(Checkpointed):
     """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + γ₂ ⊙ ln2(channel_mix(x)); with γ = 0 the identity.
 
     `hidden_rate` and `mix_rate`, by C, are the inner widths of the channel mix and of the spatial mix.
-    `use_checkpoint` recomputes the block in the backward pass instead of keeping its activations.
     """
-
-    use_checkpoint = False
 
     def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
         super().__init__()
@@ -149,117 +170,36 @@ class RWKVBlock(nn.Module):
         self.gamma1 = nn.Parameter(torch.ones(channels))
         self.gamma2 = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._mix, x, use_reentrant=False, preserve_rng_state=False)
-        return self._mix(x)
-
-    def _mix(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         x = x + _image(self.gamma1 * self.ln1(self.spatial_mix(x)), x)
         return x + _image(self.gamma2 * self.ln2(self.channel_mix(x)), x)
 
-
-class RWKVSpatialPriorBlock(RWKVBlock):
-    """The RWKV block of a spatial prior, on its 3M channels."""
-
-
-class RWKVComponent(nn.Module):
-    """A component made of RWKV blocks, in a place where the Baseline has a convolutional or attention one."""
-
-    def _blocks(self) -> list[RWKVBlock]:
-        return [module for module in self.modules() if isinstance(module, RWKVBlock)]
-
-    @property
-    def use_checkpoint(self) -> bool:
-        """Whether the blocks recompute their activations in the backward pass; setting it sets every block."""
-        return all(block.use_checkpoint for block in self._blocks())
-
-    @use_checkpoint.setter
-    def use_checkpoint(self, value: bool) -> None:
-        for block in self._blocks():
-            block.use_checkpoint = value
-
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set every γ to 0, so that each block hands its input through until training moves it."""
-        for block in self._blocks():
-            block.gamma1.zero_()
-            block.gamma2.zero_()
+        """Set γ to 0, so that the block hands its input through until training moves it."""
+        self.gamma1.zero_()
+        self.gamma2.zero_()
 
 
-class RWKVContextCell(RWKVComponent):
-    """The cross-attention's successor: the next context from the prior's output x and the context h."""
+class RWKVConvBlock(Checkpointed):
+    """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + conv_mix(x), conv_mix being the branch of a DWConvRB.
 
-    def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
-        super().__init__()
-        self.input_proj = nn.Conv2d(2 * channels, channels, 1)
-        self.block = RWKVBlock(channels, hidden_rate, mix_rate)
-        self.output_proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """Map x and h, both (B, C, H, W), to (B, C, H, W)."""
-        return self.output_proj(self.block(self.input_proj(torch.cat((x, h), dim=1))))
-
-    @torch.no_grad()
-    def start_as_identity(self) -> None:
-        """Start as output_proj(x): blocks as the identity, and an input projection that selects x."""
-        super().start_as_identity()
-        channels = self.input_proj.out_channels
-        for parameter in self.input_proj.parameters():
-            nn.init.zeros_(parameter)
-        self.input_proj.weight[:, :channels, 0, 0].fill_diagonal_(1)
-
-
-class RWKVFusionNet(RWKVComponent):
-    """The 1×1 context fusion's successor between two scales: RWKV blocks, then the 1×1."""
-
-    def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: float = 4, mix_rate: float = 1):
-        super().__init__()
-        self.blocks = nn.Sequential(*(RWKVBlock(channels, hidden_rate, mix_rate) for _ in range(num_blocks)))
-        self.out_proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        return self.out_proj(self.blocks(x))
-
-
-class RWKVSpatialPrior(RWKVComponent, SpatialPrior):
-    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M.
-
-    `depths` counts the blocks of branch_1 and branch_2.
+    With γ₁ = 0 it is that DWConvRB. `hidden_rate` and `mix_rate`, by C, are the inner widths of the branch and of the
+    spatial mix.
     """
 
-    def __init__(self, M: int, depths: tuple[int, int], hidden_rate: float, mix_rate: float = 1):
-        first, second = (
-            [RWKVSpatialPriorBlock(3 * M, hidden_rate, mix_rate) for _ in range(depth)] for depth in depths
-        )
-        super().__init__(first, second, M)
+    def __init__(self, channels: int, hidden_rate: float = 2, mix_rate: float = 1):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(channels)
+        self.spatial_mix = SpatialMix(channels, mix_rate)
+        self.gamma1 = nn.Parameter(torch.ones(channels))
+        self.conv_mix = pointwise_pair(depthwise(channels), channels, hidden_rate)
 
+    def _compute(self, x: Tensor) -> Tensor:
+        x = x + _image(self.gamma1 * self.ln1(self.spatial_mix(x)), x)
+        return x + self.conv_mix(x)
 
-class RWKVSpatialPrior_S1_S2(RWKVSpatialPrior):
-    """The prior of the two coarse scales: `num_rwkv_blocks` blocks in branch_1, `num_last_blocks` in branch_2."""
-
-    def __init__(
-        self,
-        M: int,
-        num_rwkv_blocks: int = 2,
-        hidden_rate: float = 4,
-        num_last_blocks: int = 1,
-        mix_rate: float = 1,
-    ):
-        super().__init__(M, (num_rwkv_blocks, num_last_blocks), hidden_rate, mix_rate)
-
-
-class RWKVSpatialPrior_S3(RWKVSpatialPrior):
-    """The prior of the finest scale: `num_rwkv_blocks` blocks in branch_1, `num_last_blocks` in branch_2."""
-
-    def __init__(
-        self,
-        M: int,
-        num_rwkv_blocks: int = 3,
-        hidden_rate: float = 4,
-        num_last_blocks: int = 2,
-        mix_rate: float = 1,
-    ):
-        super().__init__(M, (num_rwkv_blocks, num_last_blocks), hidden_rate, mix_rate)
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Set γ₁ to 0, so that the block is its convolutional branch until training moves it."""
+        self.gamma1.zero_()

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from modules.layers import PConvRB
 
 
-def _blocks(channels: int, depth: int) -> list[nn.Module]:
-    return [PConvRB(channels) for _ in range(depth)]
+def _blocks(channels: int, depth: int, hidden_rate: float = 4) -> list[nn.Module]:
+    return [PConvRB(channels, hidden_rate) for _ in range(depth)]
 
 
 class Transform(nn.Module):
@@ -63,16 +63,16 @@ class ImageTransform(Transform):
 class AnalysisTransform(ImageTransform):
     """g_a: an image (B, 3, H, W) to the latent y (B, M, H/16, W/16)."""
 
-    def __init__(self, M: int, widths: Sequence[int], depths: Sequence[int]):
+    def __init__(self, M: int, widths: Sequence[int], depths: Sequence[int], hidden_rate: float = 4):
         half, quarter, eighth = widths
         super().__init__(
             [
                 nn.Conv2d(3, half, 4, stride=2, padding=1),
-                *_blocks(half, depths[0]),
+                *_blocks(half, depths[0], hidden_rate),
                 nn.Conv2d(half, quarter, 2, stride=2),
-                *_blocks(quarter, depths[1]),
+                *_blocks(quarter, depths[1], hidden_rate),
                 nn.Conv2d(quarter, eighth, 2, stride=2),
-                *_blocks(eighth, depths[2]),
+                *_blocks(eighth, depths[2], hidden_rate),
                 nn.Conv2d(eighth, M, 2, stride=2),
             ],
             (16, 1),
@@ -83,16 +83,16 @@ class AnalysisTransform(ImageTransform):
 class SynthesisTransform(ImageTransform):
     """g_s: the decoded latent ŷ (B, M, H/16, W/16) to an image (B, 3, H, W), not clipped."""
 
-    def __init__(self, M: int, widths: Sequence[int], depths: Sequence[int]):
+    def __init__(self, M: int, widths: Sequence[int], depths: Sequence[int], hidden_rate: float = 4):
         half, quarter, eighth = widths
         super().__init__(
             [
                 nn.ConvTranspose2d(M, eighth, 2, stride=2),
-                *_blocks(eighth, depths[2]),
+                *_blocks(eighth, depths[2], hidden_rate),
                 nn.ConvTranspose2d(eighth, quarter, 2, stride=2),
-                *_blocks(quarter, depths[1]),
+                *_blocks(quarter, depths[1], hidden_rate),
                 nn.ConvTranspose2d(quarter, half, 2, stride=2),
-                *_blocks(half, depths[0]),
+                *_blocks(half, depths[0], hidden_rate),
                 nn.ConvTranspose2d(half, 3, 4, stride=2, padding=1),
             ],
             (1, 16),

@@ -26,7 +26,7 @@ from pipeline.common.timing import timed
 from pipeline.data.images import find_images, read_image
 from pipeline.training.objectives import RateDistortion, training_noise
 from pipeline.training.parameter_groups import set_trainable
-from pipeline.training.transfer import new_tensors
+from pipeline.training.transfer import corresponding, new_tensors
 from pipeline.weights.checkpoints import codec_tensors, load_codec
 
 CODING = ("forward", "encode", "decode")
@@ -76,8 +76,9 @@ class Contender:
         if self.parent is None:
             return frozenset()
         child, parent = HPCM.on_meta(self.config), HPCM.on_meta(self.parent)
-        theirs = {name: tensor.shape for name, tensor in codec_tensors(parent).items()}
-        kept = {name: name for name, tensor in codec_tensors(child).items() if theirs.get(name) == tensor.shape}
+        ours, theirs = codec_tensors(child), codec_tensors(parent)
+        pairs = corresponding(parent, child).items()
+        kept = {name: source for name, source in pairs if ours[name].shape == theirs[source].shape}
         return new_tensors(parent, child, kept)
 
 

@@ -56,7 +56,9 @@ class ModelChoice(Settings):
     preset: str
     phase: int = Field(ge=0, le=4)
     overrides: dict[str, Any] = {}
-    """Codec fields by name, such as `prior_hidden_rate`; the codec checks them when it is built."""
+    """What differs from the preset at that phase; the codec checks it when it is built. A size such as `M`, a slot's
+    kind and settings (`attn_s3: {kind: rwkv, hidden_rate: 1}`), or settings of a kind wherever it is used
+    (`prior: {rwkv: {mix_rate: 0.25}}`)."""
 
 
 class Data(Settings):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from modules import HPCM
-from modules.rwkv import RWKVComponent
+from modules.components import kind_names
 from pipeline.common.errors import UserError
 
 
@@ -16,20 +16,19 @@ class SelectionError(UserError):
 
 
 def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]) -> frozenset[str]:
-    """Names of the parameters that `train` selects: `all`, `new` (the ledger's new tensors), or a list.
+    """Names of the parameters that `train` selects: `all`, or one or several selectors.
 
-    An entry of a list is `new`, `rwkv` (parameters of RWKV components) or a glob over names. Raises SelectionError for
-    one that selects nothing.
+    A selector is `new` (the ledger's new tensors), the name of a kind of component, such as `rwkv` (parameters of all
+    components of that kind), or a glob over names. Raises SelectionError for one that selects nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     if train == "all":
         return frozenset(names)
-    patterns = [train] if isinstance(train, str) else list(train)
     selected: set[str] = set()
-    for pattern in patterns:
-        matched = _matching(pattern, names, new, rwkv_parameters(model))
+    for selector in [train] if isinstance(train, str) else train:
+        matched = _selected(selector, names, model, new)
         if not matched:
-            raise SelectionError(f"train: {pattern!r} matches no parameter of the model")
+            raise SelectionError(f"train: {selector!r} matches no parameter of the model")
         selected |= matched
     return frozenset(selected)
 
@@ -43,14 +42,13 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
 def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str]) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters, each in exactly one: the first rate that selects it, in order.
 
-    A key is `new`, `rwkv` (parameters of RWKV components), a glob over names, or `default`, which takes what the
-    others leave. Raises SelectionError for a key that selects nothing and for a parameter that is left over.
+    A key is a selector as in `trainable_names`, or `default`, which takes what the others leave. Raises SelectionError
+    for a key that selects nothing and for a parameter that is left over.
     """
     rest = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rwkv = rwkv_parameters(model)
     groups = []
     for key in sorted(rates, key=lambda key: key == "default"):
-        matched = set(rest) if key == "default" else _matching(key, list(rest), new, rwkv)
+        matched = set(rest) if key == "default" else _selected(key, list(rest), model, new)
         if not matched:
             raise SelectionError(f"lr: {key!r} selects no trainable parameter (an earlier key may have taken them)")
         names = [name for name in rest if name in matched]
@@ -60,19 +58,10 @@ def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str
     return groups
 
 
-def rwkv_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that belong to RWKV components."""
-    return frozenset(
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, RWKVComponent)
-        for name, _ in module.named_parameters()
-    )
-
-
-def _matching(pattern: str, names: list[str], new: frozenset[str], rwkv: frozenset[str]) -> set[str]:
-    if pattern == "new":
+def _selected(selector: str, names: list[str], model: HPCM, new: frozenset[str]) -> set[str]:
+    if selector == "new":
         return {name for name in names if name in new}
-    if pattern == "rwkv":
-        return {name for name in names if name in rwkv}
-    return {name for name in names if fnmatchcase(name, pattern)}
+    if selector in kind_names():
+        prefixes = tuple(f"{path}." for path, kind in model.components().items() if kind.name == selector)
+        return {name for name in names if name.startswith(prefixes)}
+    return {name for name in names if fnmatchcase(name, selector)}

@@ -41,7 +41,7 @@ class Migration:
     child: HPCM
     parent: HPCM | None
     components: tuple[str, ...]
-    """RWKV components that the parent does not have."""
+    """Components of the child that differ from the parent's."""
     new: frozenset[str]
     """The tensors that a frozen segment trains."""
 
@@ -69,8 +69,7 @@ class Trainer:
         self.stage, self.migration, self.crops, self.processes = stage, migration, crops, processes
         self.accelerator = processes.accelerator
         self.reporting = reporting or Reporting()
-        for component in migration.child.rwkv_components().values():
-            component.use_checkpoint = stage.gradient_checkpointing
+        migration.child.set_gradient_checkpointing(stage.gradient_checkpointing)
 
     def train(self, states: StateFolder, start: TrainingState) -> TrainingState:
         """Train to the end of the schedule, saving into `states`; raises Interrupted after a save when asked to stop.

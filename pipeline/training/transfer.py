@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from modules import HPCM
+from modules.components import Component
 from pipeline.common.errors import UserError
 from pipeline.recipes.schema import Transfer
 from pipeline.weights.checkpoints import codec_tensors, tensor_digest
 
-Class = Literal["copied", "renamed", "initialized", "dropped"]
+Class = Literal["copied", "renamed", "narrowed", "fitted", "initialized", "dropped"]
 
 
 class TransferError(UserError):
@@ -74,27 +75,44 @@ class Ledger:
 def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     """Fill `child` from `parent` in place and return the ledger.
 
-    A tensor of the same name and shape is copied; `rules.rename` maps module prefixes of the parent to the child's;
-    the rest of the child keeps its own initialization, its new RWKV components starting as the identity unless
-    `rules.initialization` is `design`; with `scratch` nothing is copied. Raises TransferError where a rule matches
-    nothing or shapes disagree.
+    A tensor of the same name and shape is copied where parent and child share its component. A component that differs
+    takes over what its kind says (`Kind.takes_over`). `rules.rename` adds to that. The rest of the child keeps its own
+    initialization; components that differ start as the identity unless `rules.initialization` is `design`. With
+    `scratch` nothing is copied. Raises TransferError where a rule matches nothing or shapes disagree.
     """
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     sources = tensors_to_copy(parent, child, rules)
-    new = new_tensors(parent, child, sources)
     if rules.initialization == "function-preserving":
         for name in new_components(parent, child):
-            child.rwkv_components()[name].start_as_identity()
+            component = child.get_submodule(name)
+            if isinstance(component, Component):
+                component.start_as_identity()
     with torch.no_grad():
         for name, source in sources.items():
             ours[name].copy_(theirs[source])
+    return ledger_of(parent, child, sources)
 
+
+def ledger_of(
+    parent: HPCM, child: HPCM, sources: Mapping[str, str], solved: Mapping[str, tuple[Class, str | None]] | None = None
+) -> Ledger:
+    """The ledger of a filled child.
+
+    `sources` maps the child's names to the parent's of what was copied, `solved` to the class and the source of what
+    was narrowed or fitted.
+    """
+    ours, theirs = codec_tensors(child), codec_tensors(parent)
+    new = new_tensors(parent, child, sources)
+    solved = solved or {}
     entries = []
     for name, tensor in ours.items():
         origin = sources.get(name)
         kind: Class = "initialized" if origin is None else "copied" if origin == name else "renamed"
+        if name in solved:
+            kind, origin = solved[name]
         entries.append(Entry(name, origin, tuple(tensor.shape), kind, name in new, tensor_digest(tensor)))
-    for name in theirs.keys() - set(sources.values()):
+    used = {entry.source for entry in entries}
+    for name in theirs.keys() - used:
         entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", False, tensor_digest(theirs[name])))
     return Ledger(tuple(sorted(entries, key=lambda entry: entry.name)))
 
@@ -102,12 +120,16 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
 def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str]:
     """Child's name → parent's name of every tensor that is transferred; raises what `transfer_weights` raises."""
     ours, theirs = codec_tensors(child), codec_tensors(parent)
-    sources = _renamed(rules.rename, theirs, ours)
-    sources |= {name: name for name in ours if name in theirs and name not in sources}
+    wanted = {**corresponding(parent, child), **_renamed(rules.rename, theirs, ours)}
     if rules.initialization == "scratch":
-        sources = {}
-    for name, source in sources.items():
-        if ours[name].shape != theirs[source].shape:
+        return {}
+    different = tuple(f"{name}." for name in new_components(parent, child))
+    narrowable = () if parent.config.transform_hidden_rate == child.config.transform_hidden_rate else ("g_a.", "g_s.")
+    sources = {}
+    for name, source in wanted.items():
+        if ours[name].shape == theirs[source].shape:
+            sources[name] = source
+        elif not name.startswith((*different, *narrowable)):
             raise TransferError(
                 f"{name} has shape {list(ours[name].shape)} in the child but {list(theirs[source].shape)} "
                 f"as {source} in the parent: the stage's model settings must agree where it keeps a component"
@@ -115,35 +137,58 @@ def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str
     return sources
 
 
+def corresponding(parent: HPCM, child: HPCM) -> dict[str, str]:
+    """Child's name → parent's name of every tensor with the same meaning, whatever the shapes.
+
+    Outside components and in those that are alike, that is the same name; elsewhere what the child's kind takes over.
+    """
+    ours, theirs = codec_tensors(child), codec_tensors(parent)
+    different = new_components(parent, child)
+    prefixes = tuple(f"{name}." for name in different)
+    pairs = {name: name for name in ours if name in theirs and not name.startswith(prefixes)}
+    for component in different:
+        predecessor, successor = parent.components()[component], child.components()[component]
+        for old, new in successor.takes_over(predecessor).items():
+            old, new = (f"{component}.{prefix}".rstrip(".") for prefix in (old, new))
+            for source, target in _moved(old, new, theirs, rest=r"(?:\..+)?"):
+                if target in ours:
+                    pairs[target] = source
+    return pairs
+
+
 def new_tensors(parent: HPCM, child: HPCM, sources: Mapping[str, str]) -> frozenset[str]:
-    """The child's tensors that a frozen segment trains: not copied, or of a component that the parent does not have."""
+    """The child's tensors that a frozen segment trains: not copied, or of a component unlike the parent's."""
     components = tuple(f"{component}." for component in new_components(parent, child))
     return frozenset(name for name in codec_tensors(child) if sources.get(name) != name or name.startswith(components))
 
 
 def new_components(parent: HPCM, child: HPCM) -> list[str]:
-    """Names of the child's RWKV components that the parent does not have."""
-    return [name for name in child.rwkv_components() if name not in parent.rwkv_components()]
+    """Names of the child's components whose kind or settings differ from the parent's."""
+    theirs = parent.components()
+    return [name for name, kind in child.components().items() if theirs.get(name) != kind]
 
 
 def _renamed(rules: Mapping[str, str], theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, str]:
     """Child name → parent name, for every tensor under a renamed prefix."""
     sources: dict[str, str] = {}
     for old, new in rules.items():
-        pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^.]+)", re.escape(old)) + r"(?P<_leaf>\.[^.]+)")
-        matches = [match for match in map(pattern.fullmatch, theirs) if match]
-        if not matches:
+        moves = list(_moved(old, new, theirs, rest=r"\.[^.]+"))
+        if not moves:
             raise TransferError(f"transfer.rename: {old!r} matches no tensor of the parent")
-        for match in matches:
-            target = new.format(**match.groupdict()) + match["_leaf"]
+        for source, target in moves:
             if target not in ours:
                 raise TransferError(
-                    f"transfer.rename: {old!r} → {new!r} takes {match.string} to {target}, "
-                    "which the child does not have"
+                    f"transfer.rename: {old!r} → {new!r} takes {source} to {target}, which the child does not have"
                 )
             if target in sources:
-                raise TransferError(
-                    f"transfer.rename: {target} would be taken from {sources[target]} and {match.string}"
-                )
-            sources[target] = match.string
+                raise TransferError(f"transfer.rename: {target} would be taken from {sources[target]} and {source}")
+            sources[target] = source
     return sources
+
+
+def _moved(old: str, new: str, names: Iterable[str], rest: str) -> Iterable[tuple[str, str]]:
+    """Every name under the prefix `old`, and what it becomes under `new`; what follows the prefix matches `rest`."""
+    pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^.]+)", re.escape(old)) + f"(?P<_rest>{rest})")
+    for name in names:
+        if match := pattern.fullmatch(name):
+            yield name, new.format(**match.groupdict()) + match["_rest"]

@@ -104,8 +104,7 @@ def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
     """The configuration, once it is known that what it describes is no larger than the file."""
     try:
         config = HPCMConfig.from_dict(checkpoint.metadata["config"])
-        blocks = [*config.depths, *sum(config.prior_depths, ()), config.fusion_blocks]
-        blocks += [*config.prior_blocks, *config.prior_last_blocks]
+        blocks = [*config.depths, *(kind.num_blocks for kind in config.components.values())]
         if max(blocks) > len(checkpoint.tensors):
             raise ValueError("more blocks than the file has tensors")
         sketch = HPCM.on_meta(config)

@@ -1,0 +1,199 @@
+"""The RWKV kinds of each slot: context cell, fusion and spatial priors."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from modules.attention import CrossAttentionKind
+from modules.components import Component, Kind, check_setting, register
+from modules.fusion import ConvFusionKind
+from modules.priors import DWConvPriorKind, PriorKind, SpatialPrior
+from modules.rwkv import RWKVBlock, RWKVConvBlock
+
+ChannelMixForm = Literal["rwkv", "conv"]
+
+
+class RWKVComponent(Component):
+    """A component made of RWKV blocks, in a place where the Baseline has a convolutional or attention one."""
+
+    def start_as_identity(self) -> None:
+        """Let every block hand its input through, or be its convolutional branch, until training moves it."""
+        for block in self.modules():
+            if isinstance(block, RWKVBlock | RWKVConvBlock):
+                block.start_as_identity()
+
+
+class RWKVContextCell(RWKVComponent):
+    """The cross-attention's successor: the next context from the prior's output x and the context h."""
+
+    def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
+        super().__init__()
+        self.input_proj = nn.Conv2d(2 * channels, channels, 1)
+        self.block = RWKVBlock(channels, hidden_rate, mix_rate)
+        self.output_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Map x and h, both (B, C, H, W), to (B, C, H, W)."""
+        return self.output_proj(self.block(self.input_proj(torch.cat((x, h), dim=1))))
+
+    @property
+    def last_linear(self) -> nn.Module:
+        """`output_proj`."""
+        return self.output_proj
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Start as output_proj(x): blocks as the identity, and an input projection that selects x."""
+        super().start_as_identity()
+        channels = self.input_proj.out_channels
+        for parameter in self.input_proj.parameters():
+            nn.init.zeros_(parameter)
+        self.input_proj.weight[:, :channels, 0, 0].fill_diagonal_(1)
+
+
+class RWKVFusionNet(RWKVComponent):
+    """The 1×1 context fusion's successor between two scales: RWKV blocks, then the 1×1."""
+
+    def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: float = 4, mix_rate: float = 1):
+        super().__init__()
+        self.blocks = nn.Sequential(*(RWKVBlock(channels, hidden_rate, mix_rate) for _ in range(num_blocks)))
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return self.out_proj(self.blocks(x))
+
+    @property
+    def last_linear(self) -> nn.Module:
+        """`out_proj`."""
+        return self.out_proj
+
+
+class RWKVSpatialPriorBlock(RWKVBlock):
+    """The RWKV block of a spatial prior, on its 3M channels."""
+
+
+class RWKVSpatialPrior(RWKVComponent, SpatialPrior):
+    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M.
+
+    `depths` counts the blocks of branch_1 and branch_2; `channel_mix` chooses between RWKVSpatialPriorBlock (`rwkv`)
+    and RWKVConvBlock (`conv`).
+    """
+
+    def __init__(
+        self,
+        M: int,
+        depths: tuple[int, int],
+        hidden_rate: float,
+        mix_rate: float = 1,
+        channel_mix: ChannelMixForm = "rwkv",
+    ):
+        block = RWKVSpatialPriorBlock if channel_mix == "rwkv" else RWKVConvBlock
+        first, second = ([block(3 * M, hidden_rate, mix_rate) for _ in range(depth)] for depth in depths)
+        super().__init__(first, second, M)
+
+
+class RWKVSpatialPrior_S1_S2(RWKVSpatialPrior):
+    """The prior of the two coarse scales: `num_rwkv_blocks` blocks in branch_1, one in branch_2."""
+
+    def __init__(self, M: int, num_rwkv_blocks: int = 2, hidden_rate: float = 4):
+        super().__init__(M, (num_rwkv_blocks, 1), hidden_rate)
+
+
+class RWKVSpatialPrior_S3(RWKVSpatialPrior):
+    """The prior of the finest scale: `num_rwkv_blocks` blocks in branch_1, two in branch_2."""
+
+    def __init__(self, M: int, num_rwkv_blocks: int = 3, hidden_rate: float = 4):
+        super().__init__(M, (num_rwkv_blocks, 2), hidden_rate)
+
+
+@register("attention", "rwkv")
+@dataclass(frozen=True)
+class RWKVContextKind(Kind):
+    """An RWKV block between two 1×1 convolutions."""
+
+    hidden_rate: float = 4
+    """Inner width of the channel mix, by its channels."""
+    mix_rate: float = 1
+    """Inner width of the spatial mix, by its channels."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "hidden_rate", 0)
+        check_setting(self, "mix_rate", 0)
+
+    def build(self, M: int) -> RWKVContextCell:
+        """The cell of 2M channels."""
+        return RWKVContextCell(2 * M, self.hidden_rate, self.mix_rate)
+
+    def takes_over(self, predecessor: Kind) -> dict[str, str]:
+        """From windowed cross-attention its 1×1 of the prior's output."""
+        if isinstance(predecessor, CrossAttentionKind):
+            return {"conv_out": "output_proj"}
+        return super().takes_over(predecessor)
+
+
+@register("fusion", "rwkv")
+@dataclass(frozen=True)
+class RWKVFusionKind(Kind):
+    """RWKV blocks before a 1×1 convolution."""
+
+    blocks: int = 1
+    hidden_rate: float = 4
+    """Inner width of the channel mix, by its channels."""
+    mix_rate: float = 1
+    """Inner width of the spatial mix, by its channels."""
+
+    def __post_init__(self) -> None:
+        check_setting(self, "blocks", 0, integer=True)
+        check_setting(self, "hidden_rate", 0)
+        check_setting(self, "mix_rate", 0)
+
+    def build(self, M: int) -> RWKVFusionNet:
+        """The fusion of 2M channels."""
+        return RWKVFusionNet(2 * M, self.blocks, self.hidden_rate, self.mix_rate)
+
+    def takes_over(self, predecessor: Kind) -> dict[str, str]:
+        """From the 1×1 fusion, the 1×1."""
+        if isinstance(predecessor, ConvFusionKind):
+            return {"": "out_proj"}
+        return super().takes_over(predecessor)
+
+    @property
+    def num_blocks(self) -> int:
+        """RWKV blocks."""
+        return self.blocks
+
+
+@register("prior", "rwkv")
+@dataclass(frozen=True)
+class RWKVPriorKind(PriorKind):
+    """RWKV blocks of 3M channels in both branches."""
+
+    hidden_rate: float = 4
+    """Inner width of the channel mix, by its channels: 2 where the mix is the Baseline's convolution."""
+    mix_rate: float = 1
+    """Inner width of the spatial mix, by its channels."""
+    channel_mix: ChannelMixForm = "rwkv"
+    """`conv` keeps the branch of the predecessor's DWConvRB behind each spatial mix."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting(self, "hidden_rate", 0)
+        check_setting(self, "mix_rate", 0)
+        if self.channel_mix not in get_args(ChannelMixForm):
+            raise ValueError(f"channel_mix = {self.channel_mix!r}: there are {', '.join(get_args(ChannelMixForm))}")
+
+    def build(self, M: int) -> RWKVSpatialPrior:
+        """The prior from 3M to 2M channels."""
+        return RWKVSpatialPrior(M, (self.blocks, self.last_blocks), self.hidden_rate, self.mix_rate, self.channel_mix)
+
+    def takes_over(self, predecessor: Kind) -> dict[str, str]:
+        """The last 1×1; from its own kind the blocks, and from depth-wise blocks their branches if they stay."""
+        taken = super().takes_over(predecessor)
+        if isinstance(predecessor, RWKVPriorKind) and predecessor.channel_mix == self.channel_mix:
+            return {"branch_1": "branch_1", "branch_2.{i}.{part}": "branch_2.{i}.{part}"} | taken
+        if isinstance(predecessor, DWConvPriorKind) and self.channel_mix == "conv":
+            return {f"branch_{n}.{{i}}.branch": f"branch_{n}.{{i}}.conv_mix" for n in (1, 2)} | taken
+        return taken
