@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from modules.config import PRESETS, HPCMConfig, preset_config
-
 if TYPE_CHECKING:
     from modules.codec import HPCM, HPCM_Baseline, HPCM_Phase1, HPCM_Phase2, HPCM_Phase3, HPCM_Phase4, Noise
+    from modules.config import PRESETS, HPCMConfig, preset_config
 
 __all__ = [
     "HPCM",

@@ -34,10 +34,8 @@ def _digest(tasks: Sequence[StageTask]) -> str:
     """SHA-256 over what the checks look at, hexadecimal: settings that shape a codec or select its parameters, code."""
     looked_at = [
         (
-            repr(task.config),
-            task.stage.name,
+            task.stage.model_dump(mode="json", include={"name", "model", "transfer"}),
             task.stage.data.crop,
-            task.stage.transfer.model_dump(mode="json"),
             [(segment.name, segment.train, list(segment.lr)) for segment in task.stage.schedule],
             task.imported is not None,
             task.start is not None,

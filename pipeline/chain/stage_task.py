@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modules.config import HPCMConfig, preset_config
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import Stage
@@ -19,6 +18,7 @@ from pipeline.weights.metadata import check_file, read_metadata
 from pipeline.weights.training_state import StateFolder
 
 if TYPE_CHECKING:
+    from modules.config import HPCMConfig
     from pipeline.common.processes import ProcessGroup
 
 CODE_VERSION = "1"
@@ -89,6 +89,8 @@ class StageTask:
     @cached_property
     def config(self) -> HPCMConfig:
         """The codec to be built; raises RecipeError for settings that it does not have."""
+        from modules.config import preset_config
+
         choice = self.stage.model
         try:
             return preset_config(choice.preset, choice.phase, **choice.overrides)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.tracking.records import ChainRecord, Records, StageRecord
 from pipeline.tracking.store import KEY_TAG
 from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError
+from pipeline.weights.metadata import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """Files of weights: complete or absent, checked by digest, never executed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules import HPCM, HPCMConfig
 from pipeline.common.files import replacing
 from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
+
+if TYPE_CHECKING:
+    from modules import HPCM, HPCMConfig
 
 LONGEST_ZIP_END = 22 + 2**16
 """Bytes at the end of a zip archive that its last record, with a comment, lies within."""
@@ -90,6 +94,8 @@ def load_codec(path: Path | str) -> HPCM:
 
     Raises CheckpointError where file and codec do not fit, naming the tensors.
     """
+    from modules import HPCM
+
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
@@ -102,6 +108,8 @@ def load_codec(path: Path | str) -> HPCM:
 
 def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
     """The configuration, once it is known that what it describes is no larger than the file."""
+    from modules import HPCM, HPCMConfig
+
     try:
         config = HPCMConfig.from_dict(checkpoint.metadata["config"])
         blocks = [*config.depths, *(kind.num_blocks for kind in config.components.values())]
@@ -149,6 +157,8 @@ def import_official(source: Path) -> HPCM:
 
     Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
     """
+    from modules import HPCM
+
     check_file(source)
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
