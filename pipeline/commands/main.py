@@ -12,13 +12,17 @@ import typer
 from pipeline.commands import codec, evidence
 from pipeline.commands.options import (
     AcceptAnyway,
+    AsJson,
     Baseline,
     DataFolder,
     Device,
+    Quiet,
     RecipeName,
     Runs,
     Settings,
+    StageName,
     ValFolder,
+    Verbose,
     device_of,
     overrides_of,
 )
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
     from pipeline.chain.chain import Chain
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -50,6 +53,23 @@ SYNC_PATIENCE = 120.0
 """Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"hpcm {version('hpcm-rwkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def _chain(
     stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
 ) -> "Chain":
@@ -65,7 +85,7 @@ def _chain(
 
 @app.command()
 def run(
-    stage: Annotated[str, typer.Argument(help="The stage to reach, such as phase4; its ancestors are run as needed.")],
+    stage: StageName,
     recipe: RecipeName = "tiny",
     data: DataFolder = None,
     val: ValFolder = None,
@@ -78,6 +98,8 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Build the stage again though it is current.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again what was cut off; do not resume it.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before anything is moved or deleted.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Build a stage and everything before it: run what is missing, resume what was cut off.
 
@@ -85,27 +107,28 @@ def run(
     Several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
     """
     from pipeline.chain.stage_task import Rebuild
-    from pipeline.commands.display import closing_table, console, plan_table
+    from pipeline.commands.display import closing_table, hush, plan_table, show
 
+    if quiet:
+        hush()
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
-    console.print(plan_table(chain, chain.plan()).rich())
+    show(plan_table(chain, chain.plan()))
 
     # After the plan is on the screen: they load PyTorch.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
 
     accelerator = start_accelerator(chain.precision)
-    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)))
-    console.print(closing_table(chain).rich())
+    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)), verbose)
+    show(closing_table(chain))
 
 
 def _confirm(yes: bool, consequences: list[str]) -> None:
     """Say what will be moved and deleted, and ask; raises ChainError where nobody agrees."""
     from pipeline.chain.chain import ChainError
-    from pipeline.commands.display import console
 
     for line in consequences:
-        console.print(line)
+        typer.echo(line)
     if yes:
         return
     if not sys.stdin.isatty():
@@ -143,7 +166,7 @@ def sync(runs: Runs = Path("runs")) -> None:
 
 @app.command()
 def plan(
-    stage: Annotated[str, typer.Argument(help="The stage to reach.")] = "phase4",
+    stage: StageName = "phase4",
     recipe: RecipeName = "tiny",
     data: DataFolder = None,
     val: ValFolder = None,
@@ -152,12 +175,37 @@ def plan(
     start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """Say what `run` would do, and why."""
-    from pipeline.commands.display import console, plan_table
+    from pipeline.commands.display import plan_json, plan_table, show, show_json
 
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
-    console.print(plan_table(chain, chain.plan()).rich())
+    found = chain.plan()
+    if as_json:
+        show_json(plan_json(chain, found))
+    else:
+        show(plan_table(chain, found))
+
+
+@app.command()
+def ui(
+    runs: Runs = Path("runs"),
+    port: Annotated[int | None, typer.Option(help="Port to serve on [default: the first free one from 5000].")] = None,
+) -> None:
+    """Serve MLflow's pages on these runs, and print the address of the one that lists them."""
+    from pipeline.commands.mlflow_pages import address, free_port, serve
+    from pipeline.tracking.store import Store
+
+    store = Store.default(runs)
+    if store.database is not None and not store.database.exists():
+        raise UserError(f"{runs}: nothing was run here yet; --runs names another folder")
+    if store.uri.startswith("http"):
+        print(address(store, store.uri))
+        return
+    port = port or free_port()
+    print(f"runs: {address(store, f'http://127.0.0.1:{port}')}", flush=True)
+    serve(store, port)
 
 
 @bench.command("biwkv4")

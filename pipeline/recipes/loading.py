@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.recipes.folders import DEFAULTS, STAGES, label, recipe_names
+from pipeline.common.packaged import DEFAULTS, STAGES, label, recipe_names
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import (
     NoSuchPlace,

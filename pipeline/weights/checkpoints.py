@@ -195,4 +195,7 @@ def _no_checkpoint(source: Path) -> str:
 
 def publish(path: Path, model: HPCM, lineage: Mapping[str, Any]) -> None:
     """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand."""
-    write(path, codec_tensors(model), {"config": model.config.to_dict(), **lineage})
+    from modules.bitstream import model_identity
+
+    known = {"config": model.config.to_dict(), "identity": model_identity(model).hex()}
+    write(path, codec_tensors(model), {**known, **lineage})

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from modules.bitstream import model_identity
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_metadata, write
 
 KEPT_METADATA = ("name", "config", "stage", "code")
@@ -26,7 +27,10 @@ def export_half(source: Path, target: Path) -> None:
     kept = {key: metadata[key] for key in KEPT_METADATA if key in metadata}
     if "stage" in kept:
         kept["stage"] = _without_paths(kept["stage"])
-    write(target, {**codec_tensors(model), **halves}, {**kept, "exported_from": metadata["digest"]})
+    for name, parameter in model.named_parameters():
+        parameter.data = halves[name].float()  # What `load_codec` will make of them.
+    known = {"exported_from": metadata["digest"], "identity": model_identity(model).hex()}
+    write(target, {**codec_tensors(model), **halves}, {**kept, **known})
 
 
 def _without_paths(stage: str) -> str:

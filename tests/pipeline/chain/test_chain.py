@@ -62,10 +62,10 @@ def test_frozen_tensors_stay_and_new_ones_move(runs: Path) -> None:
     chain, moments = mini_chain(runs, "phase2"), {}
 
     class Moments(Notes):
-        def phase(self, phase: Segment, done: int) -> None:
+        def segment(self, segment: Segment, done: int) -> None:
             state = sorted((chain.folder / "phase2" / "state").glob("*/segment-*"))
             if state:
-                moments[phase.name] = read(state[-1])
+                moments[segment.name] = read(state[-1])
 
     run_chain(chain, Moments())
     ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
