@@ -6,15 +6,18 @@ from accelerate import Accelerator
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.stage_task import Rebuild, RunContext
-from pipeline.commands.display import ProgressWatcher
+from pipeline.commands.progress import ProgressWatcher, to_train
 from pipeline.common.processes import ProcessGroup
-from pipeline.training.trainer import Watcher
+from pipeline.training.watcher import Watcher
 
 
-def run_chain(chain: Chain, accelerator: Accelerator, accept_anyway: bool, rebuild: Rebuild | None = None) -> None:
+def run_chain(
+    chain: Chain, accelerator: Accelerator, accept_anyway: bool, rebuild: Rebuild | None = None, verbose: bool = False
+) -> None:
     """Run a chain on the processes of `accelerator`; raises what `Chain.run` raises."""
+    main = accelerator.is_main_process
     with (
         ProcessGroup(accelerator) as processes,
-        ProgressWatcher() if accelerator.is_main_process else nullcontext(Watcher()) as watcher,
+        ProgressWatcher(to_train(chain.plan()), verbose) if main else nullcontext(Watcher()) as watcher,
     ):
         chain.run(RunContext(chain.folder, processes, watcher, accept_anyway, rebuild or Rebuild()))
