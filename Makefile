@@ -14,7 +14,7 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 
 .DEFAULT_GOAL := help
 .PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu fuzz soak \
-	check clean
+	conformance arithmetics check clean
 
 help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,12 @@ soak: $(READY) ## kill and restart a small chain KILLS=100 times; compare with o
 
 fuzz: $(READY) ## give the decoder 100 000 damaged files and streams, under a memory limit
 	$(BIN)/python tests/modules/fuzz_bitstream.py 100000
+
+conformance: $(READY) ## write the streams of `hpcm verify` anew, after the bundled weights have changed
+	$(BIN)/python tests/pipeline/write_conformance.py
+
+arithmetics: $(READY) ## code the bundled photographs under thirteen arithmetics, decode each under every other
+	$(BIN)/python tests/modules/arithmetics.py runs/arithmetics
 
 check: $(READY) ## lint, format, types; where nvcc is, compile the CUDA source for three architectures
 	$(BIN)/ruff check .

@@ -24,9 +24,7 @@ whatever the number of threads. Elsewhere the networks may round differently, an
 garbles all that follows. That is detected, by the CRC-32 of symbols and tables, and refused with an error.
 """
 
-import hashlib
 import io
-import json
 import os
 import stat
 import struct
@@ -37,12 +35,16 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from modules import version1
 from modules.codec import HPCM
-from modules.config import HPCMConfig
+from modules.coding import Decoded
+from modules.guards import EPSILON, Summary
+from modules.identity import earlier_identity, model_identity
 from modules.rans import BitstreamError
 
 MAGIC = b"HPCM"
-VERSION = 1
+VERSION = 2
+READABLE = 1, 2
 RGB = 0
 MAX_PIXELS = 2**26
 """Images beyond this many pixels, padded, are neither written nor read: it bounds what a forged size can ask for."""
@@ -69,10 +71,12 @@ class Header:
     icc_length: int
     z_length: int
     y_length: int
+    version: int = VERSION
 
     def pack(self) -> bytes:
         """The header's bytes, checksum included."""
-        fields = _HEADER.pack(MAGIC, VERSION, RGB, *astuple(self))
+        *values, version = astuple(self)
+        fields = _HEADER.pack(MAGIC, version, RGB, *values)
         return fields + _CHECK.pack(zlib.crc32(fields))
 
     @classmethod
@@ -80,15 +84,15 @@ class Header:
         """Read the first `HEADER_BYTES` of a file; raises BitstreamError saying what is wrong with them."""
         if data[:4] != MAGIC[: len(data)]:
             raise BitstreamError("not an HPCM file: it does not begin with HPCM")
-        if len(data) > 4 and data[4] != VERSION:
-            raise BitstreamError(f"format version {data[4]}; this program reads version {VERSION}")
+        if len(data) > 4 and data[4] not in READABLE:
+            raise BitstreamError(f"format version {data[4]}; this program reads versions 1 and {VERSION}")
         if len(data) < HEADER_BYTES:
             raise BitstreamError(f"truncated: {len(data)} bytes, where the header alone has {HEADER_BYTES}")
         fields = data[: _HEADER.size]
         if _CHECK.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(fields),):
             raise BitstreamError("damaged: the header does not match its checksum")
-        _, _, color, *values = _HEADER.unpack(fields)
-        header = cls(*values)
+        _, version, color, *values = _HEADER.unpack(fields)
+        header = cls(*(*values, version))
         if color != RGB:
             raise BitstreamError(f"color format {color}; this program reads {RGB} (RGB, 8 bits a channel)")
         _check_size(header.height, header.width)
@@ -103,7 +107,10 @@ class Header:
 
 @dataclass(frozen=True)
 class CodedImage:
-    """One image as a file holds it: identity of the model, size in pixels, strings of z and y, ICC profile or b""."""
+    """One image as a file holds it: identity of the model, size in pixels, strings of z and y, ICC profile or b"".
+
+    `version` is that of the format; files are written in the newest.
+    """
 
     identity: bytes
     height: int
@@ -111,12 +118,18 @@ class CodedImage:
     z: bytes
     y: bytes
     icc_profile: bytes = b""
+    version: int = VERSION
+
+    @property
+    def guards(self) -> Summary | None:
+        """What the file says of the arithmetic it allows for, None in version 1; raises BitstreamError if damaged."""
+        return None if self.version == 1 else Summary.of(self.y)
 
     def pack(self) -> bytes:
         """The file's bytes."""
         lengths = len(self.icc_profile), len(self.z), len(self.y)
         body = self.icc_profile + self.z + self.y
-        header = Header(self.identity, self.height, self.width, *lengths)
+        header = Header(self.identity, self.height, self.width, *lengths, self.version)
         return header.pack() + body + _CHECK.pack(zlib.crc32(body))
 
     @classmethod
@@ -143,7 +156,7 @@ class CodedImage:
         if file.read() != _CHECK.pack(zlib.crc32(b"".join(parts))):
             raise BitstreamError("damaged: the coded image does not match its checksum")
         icc_profile, z, y = parts
-        return cls(header.identity, header.height, header.width, z, y, icc_profile)
+        return cls(header.identity, header.height, header.width, z, y, icc_profile, header.version)
 
 
 class ImageCodec:
@@ -153,36 +166,26 @@ class ImageCodec:
         model.update()
         self.model = model.eval()
         self.identity = model_identity(model)
+        names = self.identity, earlier_identity(model)
+        self.identities = frozenset(name for name in names if name is not None)
 
-    def encode(self, image: Tensor, icc_profile: bytes = b"") -> CodedImage:
-        """Code one image (1, 3, H, W) in [0, 1]; raises BitstreamError where it is too large."""
+    def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
+        """Code one image (1, 3, H, W) in [0, 1], for decoders within ε; raises BitstreamError where it is too large."""
         height, width = image.shape[2:]
         _check_size(height, width)
-        (y,), (z,) = self.model.compress(image)["strings"]
+        (y,), (z,) = self.model.compress(image, epsilon)["strings"]
         return CodedImage(self.identity, height, width, z, y, icc_profile)
 
-    def decode(self, coded: CodedImage) -> Tensor:
-        """The image (1, 3, H, W) in [0, 1]; raises BitstreamError for another model's, and where symbols disagree."""
-        if coded.identity != self.identity:
+    def decode(self, coded: CodedImage) -> Decoded:
+        """The image, and what recovery it needed; raises BitstreamError for another model's, and where that fails."""
+        if coded.identity not in self.identities:
             raise BitstreamError(
                 f"made by another model: {coded.identity.hex()}, where this checkpoint is {self.identity.hex()}"
             )
-        return self.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))["x_hat"]
-
-
-def model_identity(model: HPCM) -> bytes:
-    """8 bytes that name what a decoder computes with: configuration and weights, but for those of g_a and h_a.
-
-    Settings at their defaults do not count, so that one added later leaves the identities of today.
-    """
-    defaults = HPCMConfig().to_dict()
-    settings = {name: value for name, value in model.config.to_dict().items() if value != defaults[name]}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.split(".")[0] not in {"g_a", "h_a", *model.coding_table_names()}:
-            digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().flatten().numpy())
-    return digest.digest()[:8]
+        if version1.wrote(coded.y) != (coded.version == 1):
+            raise BitstreamError(f"damaged: its latent is not of version {coded.version}")
+        decoded = self.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
+        return Decoded(decoded["x_hat"], decoded["recovery"][0])
 
 
 def _check_size(height: int, width: int) -> None:

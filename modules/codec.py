@@ -12,15 +12,15 @@ from compressai.ops import quantize_ste
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from modules.coders import Decoder, Encoder, Estimator
+from modules import coding
+from modules.coders import Estimator
 from modules.components import Checkpointed, Kind
 from modules.config import PRESETS, HPCMConfig, preset_config
-from modules.determinism import MOST_THREADS, coding_arithmetic
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
+from modules.guards import EPSILON, check_epsilon
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialization import center_scales, initialize_convolutions, spread_latent
-from modules.rans import BitstreamError, CodingTables, SymbolReader, SymbolWriter
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -66,6 +66,9 @@ class HPCM(CompressionModel):
 
     A phase is a choice of components in `config`; names of parameters and buffers are the published checkpoints'.
     """
+
+    saved_config: Mapping[str, Any] | None = None
+    """The configuration in the checkpoint that the codec was loaded from, where that is of an earlier form."""
 
     scale_table: Tensor
     quantized_cdf_z: Tensor
@@ -187,7 +190,7 @@ class HPCM(CompressionModel):
         hyper = self.h_s(z_hat).to(images.dtype)
 
         estimator = Estimator(to_rows(y, self.config.M // 8), training)
-        y_hat = self._walk(hyper, estimator)
+        y_hat = self.walk(hyper, estimator)
         residual, scales = (
             from_rows(rows, *y.shape[2:]) for rows in estimator.collected(hierarchy(*y.shape[2:], y.device).restore)
         )
@@ -215,7 +218,7 @@ class HPCM(CompressionModel):
     def _crop(x: Tensor, size: torch.Size) -> Tensor:
         return x[:, :, : size[0], : size[1]]
 
-    def _walk(self, hyper: Tensor, code: CodeStep) -> Tensor:
+    def walk(self, hyper: Tensor, code: CodeStep) -> Tensor:
         """Walk the hierarchy, coding each step with `code`; hyper (B, 2M, h, w) to ŷ (B, M, h, w)."""
         eighth = self.config.M // 8
         hyper_rows = to_rows(hyper, eighth)
@@ -266,63 +269,30 @@ class HPCM(CompressionModel):
         return True
 
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor, epsilon: float = EPSILON) -> dict[str, Any]:
         """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
 
-        Raises BitstreamError where the latent holds NaN or is too large to code.
+        Where a decoder's scales are within a relative ε of the exact ones, as the encoder's are, it reads the same
+        symbols; 0 makes the shortest strings. Raises BitstreamError where the latent holds NaN or is too large to
+        code, ValueError for an ε out of range.
         """
-        tables = self._coding_tables()
-        threads = min(torch.get_num_threads(), MOST_THREADS)
-        with coding_arithmetic(x.device, threads):
-            # One at a time: a decoder need not know what an image was batched with.
-            coded = [self._encode(image, *tables) for image in x.split(1)]
-        strings_y = [bytes([threads]) + y for y, _ in coded]
-        return {"strings": [strings_y, [z for _, z in coded]], "shape": x.shape[2:]}
-
-    def _encode(self, image: Tensor, tables_y: CodingTables, tables_z: CodingTables) -> tuple[bytes, bytes]:
-        y = self.g_a(self._pad(image))
-        z_writer, y_writer = SymbolWriter(tables_z), SymbolWriter(tables_y)
-        z = self.h_a(y)
-        z_hat = z_writer.put((z - self.means_hyper).round(), self._z_indexes(z)) + self.means_hyper
-        self._walk(self.h_s(z_hat), Encoder(to_rows(y, self.config.M // 8), self.scale_table, y_writer))
-        return y_writer.string(), z_writer.string()
+        tables, epsilon = coding.Tables.of(self), check_epsilon(epsilon)
+        # One at a time: a decoder need not know what an image was batched with.
+        coded = [coding.encode(self, self._pad(image), tables, epsilon) for image in x.split(1)]
+        strings_y, strings_z = (list(strings) for strings in zip(*coded, strict=True))
+        return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
 
     @torch.no_grad()
-    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1].
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Any]:
+        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1], and `recovery` of each image.
 
-        Raises BitstreamError for strings that this model, on this machine, did not write.
+        The latter says, where this machine's arithmetic was not within the encoder's ε, what had to be done, else "".
+        Raises BitstreamError for damaged strings, another model's, and where nothing that can be done helps.
         """
-        tables = self._coding_tables()
-        return {"x_hat": torch.cat([self._decode(y, z, shape, *tables) for y, z in zip(*strings, strict=True)])}
-
-    def _decode(
-        self, y: bytes, z: bytes, shape: tuple[int, int], tables_y: CodingTables, tables_z: CodingTables
-    ) -> Tensor:
-        y_shape, z_shape = self.latent_shapes(*shape)
-        y_reader = SymbolReader(y[1:], tables_y, math.prod(y_shape))
-        z_reader = SymbolReader(z, tables_z, math.prod(z_shape))
-        if not 1 <= y[0] <= MOST_THREADS:
-            raise BitstreamError(f"coded with {y[0]} threads: damaged, or from a machine with more than {MOST_THREADS}")
-        with coding_arithmetic(self.means_hyper.device, y[0]):
-            z_hat = z_reader.take(self._z_indexes(self.means_hyper.expand(1, *z_shape))) + self.means_hyper
-            z_reader.finish()
-            hyper = self.h_s(z_hat.contiguous(memory_format=torch.channels_last))
-            y_hat = self._walk(hyper, Decoder(self.scale_table, y_reader))
-            y_reader.finish()
-            return self._crop(self.g_s(y_hat), torch.Size(shape)).clamp(0, 1)
-
-    def _coding_tables(self) -> tuple[CodingTables, CodingTables]:
-        if not len(self.scale_table):
-            raise RuntimeError("the coding tables are not built: call update() after loading or training")
-        return (
-            CodingTables.from_buffers(self.quantized_cdf_y, self.cdf_length_y, self.offset_y),
-            CodingTables.from_buffers(self.quantized_cdf_z, self.cdf_length_z, self.offset_z),
-        )
-
-    @staticmethod
-    def _z_indexes(z: Tensor) -> Tensor:
-        return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1).expand_as(z)
+        tables = coding.Tables.of(self)
+        decoded = [coding.decode(self, y, z, shape, tables) for y, z in zip(*strings, strict=True)]
+        x_hat, recovery = zip(*decoded, strict=True)
+        return {"x_hat": torch.cat(x_hat), "recovery": list(recovery)}
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "HPCM":

@@ -56,6 +56,15 @@ class HPCMConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value.to_dict() if isinstance(value, Kind) else value for name, value in values.items()}
 
+    def distinguishing(self) -> dict[str, Any]:
+        """The part of `to_dict` that differs from HPCM-Base's Baseline, and of a kind's settings from its defaults."""
+        base = type(self)().to_dict()
+        values = {name: value for name, value in self.to_dict().items() if value != base[name]}
+        for slot in values.keys() & SLOTS.keys():
+            defaults = {field.name: field.default for field in fields(getattr(self, slot))}
+            values[slot] = {key: value for key, value in values[slot].items() if value != defaults.get(key, ...)}
+        return values
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HPCMConfig":
         """The configuration of `to_dict`, in this form or an earlier one; raises ValueError for a key that is none."""

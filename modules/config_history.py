@@ -1,5 +1,6 @@
 """Earlier forms of a codec's configuration, as checkpoints still hold them."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,28 @@ _FLAT: dict[str, Any] = {
     "mix_rate": 1,
 }
 """The first form's settings of components, and their defaults."""
+_DEFAULTS: dict[str, Any] = {
+    "M": 320,
+    "N": 256,
+    "widths": (96, 192, 384),
+    "depths": (2, 2, 4),
+    **dict.fromkeys(("attn_s1", "attn_s2", "attn_s3"), "cross-attention"),
+    "context_net": "conv",
+    **dict.fromkeys(("y_spatial_prior_s1_s2", "y_spatial_prior_s3"), "dwconv"),
+    **_FLAT,
+}
+"""All defaults of the first form."""
+
+
+def is_first_form(values: Mapping[str, Any]) -> bool:
+    """Whether this is a configuration of the first form."""
+    return bool(values.keys() & _FLAT.keys())
+
+
+def unlike_first_form(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration of the first form, what was not at its default."""
+    defaults = json.loads(json.dumps(_DEFAULTS))
+    return {name: value for name, value in json.loads(json.dumps(values)).items() if value != defaults[name]}
 
 
 def from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +47,7 @@ def from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
     The first form named the kind of each slot (`attn_s3: rwkv`) and kept all settings beside it. A configuration that
     is not of that form is returned as it is.
     """
-    if not values.keys() & _FLAT.keys():
+    if not is_first_form(values):
         return dict(values)
     new = {name: value for name, value in values.items() if name not in _FLAT}
     values = {**_FLAT, **values}

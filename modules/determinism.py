@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 MOST_THREADS = min(os.cpu_count() or 1, 255)
-"""Upper limit on the thread count a file may request; OpenMP aborts the process if threads cannot be created."""
+"""Upper limit on the threads a file of version 1 may request; OpenMP aborts where threads cannot be created."""
 
 
 @contextmanager
-def coding_arithmetic(device: torch.device, threads: int) -> Iterator[None]:
-    """Settings under which one machine and build compute the same scales and means for encoder and decoder.
+def coding_arithmetic(device: torch.device, threads: int | None = None) -> Iterator[None]:
+    """Settings under which encoder and decoder compute scales and means as exactly as float32 allows.
 
-    Float32 throughout (no autocast, no TF32, no bfloat16 inside products), deterministic algorithms chosen without
-    trials, and `threads` threads: matrix products on a CPU divide their sums by that number.
+    Float32 throughout (no autocast, no TF32, no bfloat16 inside products) and deterministic algorithms chosen without
+    trials. With `threads` threads one machine and build compute the very same values: matrix products on a CPU divide
+    their sums by that number.
     """
     backends: Any = torch.backends
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
@@ -32,5 +33,6 @@ def coding_arithmetic(device: torch.device, threads: int) -> Iterator[None]:
             if before != value:
                 settings.callback(setattr, owner, name, before)
                 setattr(owner, name, value)
-        torch.set_num_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         yield

@@ -79,5 +79,9 @@ class GeneralizedGaussian(nn.Module):
 
 
 def scale_table(levels: int = 60, lowest: float = SCALE_BOUND, highest: float = 64.0) -> Tensor:
-    """The scales that have a coding table, log-spaced, (levels,) float32."""
-    return torch.exp(torch.linspace(math.log(lowest), math.log(highest), levels))
+    """The scales that have a coding table, log-spaced, (levels,) float32.
+
+    Computed in float64 and rounded, they are the same on every machine; PyTorch's float32 `exp` is not.
+    """
+    low, high = math.log(lowest), math.log(highest)
+    return torch.tensor([math.exp(low + (high - low) * level / (levels - 1)) for level in range(levels)])

@@ -90,30 +90,33 @@ class SymbolWriter:
         self.symbols.append(symbols.flatten())
         self.indexes.append(indexes.flatten().int())
 
-    def string(self) -> bytes:
-        """The check value of all symbols and tables, and the coded symbols."""
+    def coded(self) -> bytes:
+        """The range coder's bytes of all symbols."""
         tables = self.tables
         symbols, indexes = torch.cat(self.symbols).tolist(), torch.cat(self.indexes).tolist()
-        coded = RansEncoder().encode_with_indexes(symbols, indexes, tables.cdfs, tables.lengths, tables.offsets)
-        return self.check.to_bytes(_CHECK_BYTES, "little") + coded
+        coded: bytes = RansEncoder().encode_with_indexes(symbols, indexes, tables.cdfs, tables.lengths, tables.offsets)
+        return coded
+
+    def string(self) -> bytes:
+        """The check value of all symbols and tables, and the range coder's bytes."""
+        return self.check.to_bytes(_CHECK_BYTES, "little") + self.coded()
 
 
 class SymbolReader:
-    """Reads what `SymbolWriter` wrote; `count` is the number of symbols in all.
+    """Reads the range coder's bytes; `count` is the number of symbols in all.
 
     Raises BitstreamError for what no writer wrote, at once, or at the latest in `finish`.
     """
 
-    def __init__(self, string: bytes, tables: CodingTables, count: int):
-        coded = string[_CHECK_BYTES:]
+    def __init__(self, coded: bytes, tables: CodingTables, count: int):
         state = int.from_bytes(coded[:_STATE_BYTES], "little")
         # From this state on the coder takes a word (of 32 bits) for 32 bits of symbols, not one a symbol.
         if len(coded) < _STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
             raise BitstreamError("damaged: this is no range coder's stream")
         self.tables, self.check = tables, 0
-        self.expected = int.from_bytes(string[:_CHECK_BYTES], "little")
+        self.stream = coded + bytes(longest(count))
         self.decoder = RansDecoder()
-        self.decoder.set_stream(coded + bytes(longest(count)))
+        self.decoder.set_stream(self.stream)
 
     def take(self, indexes: Tensor) -> Tensor:
         """The next symbols, int32, in the shape of `indexes`."""
@@ -144,10 +147,42 @@ class SymbolReader:
         symbols = self.decoder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
         return torch.from_numpy(np.array(symbols, dtype=np.int32)).to(indexes.device)
 
-    def finish(self) -> None:
-        """Raise BitstreamError unless all symbols and their tables are what the writer's were."""
-        if self.check != self.expected:
+    def finish(self, check: int) -> None:
+        """Raise BitstreamError unless all symbols and their tables are those of the writer with this check value."""
+        if self.check != check:
             raise BitstreamError(_MISMATCH)
+
+
+class RewindingReader(SymbolReader):
+    """A reader that can go back. The range coder cannot, so what came before is read again from the start."""
+
+    def __init__(self, coded: bytes, tables: CodingTables, count: int):
+        super().__init__(coded, tables, count)
+        self.read: list[Tensor] = []
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the reader stands, for `rewind`."""
+        return len(self.read), self.check
+
+    def rewind(self, place: tuple[int, int]) -> int:
+        """Go back to a place; returns how many symbols were read again."""
+        count, self.check = place
+        del self.read[count:]
+        before = torch.cat([torch.empty(0, dtype=torch.int32), *self.read])
+        self.decoder = RansDecoder()
+        self.decoder.set_stream(self.stream)
+        super()._decode(before)
+        return len(before)
+
+    def _decode(self, indexes: Tensor) -> Tensor:
+        self.read.append(indexes.int().cpu())
+        return super()._decode(indexes)
+
+
+def split_check(string: bytes) -> tuple[int, bytes]:
+    """The check value and the range coder's bytes of what `SymbolWriter.string` gave."""
+    return int.from_bytes(string[:_CHECK_BYTES], "little"), string[_CHECK_BYTES:]
 
 
 def longest(count: int) -> int:

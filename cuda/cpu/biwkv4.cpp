@@ -1,5 +1,10 @@
-// The CPU side of the interface: number types, threads, phases, and sums over the batch.
+// The CPU side of the interface: number types, pages, threads, phases, and sums over the batch.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -14,6 +19,17 @@
 namespace biwkv {
 namespace {
 
+// A large result may come from the system as untouched pages. Huge ones save most of the faults, which would otherwise
+// cost as much as the kernel.
+void ask_for_huge_pages(void* result, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  if (!result || bytes < kLarge) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(result) + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(result) + bytes - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Runs task(i) for each i in [0, tasks) on PyTorch's threads.
 template <class Task>
 void run_tasks(const BiwkvCall& call, int64_t tasks, const Task& task) {
@@ -26,14 +42,14 @@ void run_tasks(const BiwkvCall& call, int64_t tasks, const Task& task) {
   if (parallel_for(0, tasks, 1, range, context)) throw std::bad_alloc();  // a task throws nothing else
 }
 
-// Two strips side by side are a task: they go through a phase chunk by chunk in turns, since rows as narrow as one
-// vector come too slowly from memory.
+// A task is two strips side by side, which take turns at each chunk: rows as narrow as one vector come too slowly from
+// memory.
 constexpr int kTogether = 2;
 
 template <class Number, bool backward>
 void scan_fast(const BiwkvCall& call, int64_t b, int64_t first, int64_t end, ParameterGradients* gradients) {
   using Scan = FastScan<Number, backward>;
-  static thread_local FastMemory memory[kTogether];
+  static thread_local FastMemory<backward> memory[kTogether];
   std::vector<Scan> scans;
   scans.reserve(kTogether);
   for (int64_t strip = first; strip < end; ++strip) {
@@ -60,7 +76,8 @@ void scan_fast(const BiwkvCall& call, int64_t b, int64_t first, int64_t end, Par
 
 template <class Number, bool backward, class Parameter>
 void scan_exactly(const BiwkvCall& call, int64_t b, int64_t channel, ParameterGradients* gradients) {
-  const Parameter w = static_cast<const Parameter*>(call.w)[channel], u = static_cast<const Parameter*>(call.u)[channel];
+  const Parameter w = static_cast<const Parameter*>(call.w)[channel];
+  const Parameter u = static_cast<const Parameter*>(call.u)[channel];
   if (std::is_same_v<Parameter, float> && within_bound(w, u, call.length)) return;
   ExactScan<Number> scan(Strip<Number>(call, b, channel), w, u);
   if constexpr (backward) {
@@ -86,6 +103,8 @@ void sum_over_batch(const BiwkvCall& call, int64_t strips, const std::vector<Par
 template <class Number, bool backward, class Parameter = float>
 void run(const BiwkvCall& call) {
   const int64_t strips = (call.channels + kLanes - 1) / kLanes, of_one = (strips + kTogether - 1) / kTogether;
+  const int64_t bytes = call.batch * call.length * call.channels * int64_t{sizeof(Number)};
+  for (void* result : {call.y, call.grad_k, call.grad_v}) ask_for_huge_pages(result, bytes);
   std::vector<ParameterGradients> gradients(backward ? call.batch * strips : 0);
   run_tasks(call, call.batch * of_one, [&](int64_t task) {
     const int64_t b = task / of_one, first = task % of_one * kTogether, end = std::min(first + kTogether, strips);

@@ -1,6 +1,6 @@
-// Bi-WKV4 in float32, a strip at a time. All keys of a channel are shifted by one number, after which every sum is a
-// plain linear recurrence. Time is cut into chunks: a chunk's own sums are float32 and count from its largest key; they
-// are joined in float64, so that an error grows with the chunk and not with the sequence.
+// Bi-WKV4 in float32, a strip at a time. All keys of a channel are shifted by one number; then every sum is a plain
+// linear recurrence. Time is cut into chunks. A chunk's own sums are float32 and count from its largest key; they are
+// joined in float64, so that an error grows with the chunk and not with the sequence.
 //
 // Channels beyond the bound of shared/accumulators.h come out wrong, and exact_scan.h overwrites them.
 #pragma once
@@ -16,44 +16,43 @@
 
 namespace biwkv {
 
+// A chunk's own sums; once joined, the sums of all that comes before it (forth) and after it (back).
+struct Chunk {
+  Floats max, center;  // its largest key, and a mean of its values
+  Floats scale;        // from the chunk's own weights, e^(k - max), to the strip's
+  Sum<Floats> forth, back, grad_forth, grad_back;
+};
+
+template <bool backward>
+struct Row {
+  Floats x, v;  // weight and value; forward, their product takes the value's place
+};
+template <>
+struct Row<true> {
+  Floats x, v, a, b, bonus;  // a = grad / D, b = a y, and the part of grad_k that goes through the own term
+};
+
 // What the phases of a strip leave to one another. It stays with the thread for its next strip.
+template <bool backward>
 struct FastMemory {
-  using Sums = Sum<Floats>;
-
-  // A chunk's own sums; once joined, the sums of all that comes before it (forth) and after it (back).
-  struct Chunk {
-    Floats max, center;  // its largest key, and a mean of its values
-    Floats scale;        // from the chunk's own weights, e^(k - max), to the strip's
-    Sums forth, back, grad_forth, grad_back;
-  };
-  struct Weight {
-    Floats x;
-  };
-  struct Row {
-    Floats v, a, b, bonus;  // centered value, grad / D, a y, and the part of grad_k that goes through the own term
-  };
-
   std::vector<Chunk> chunks;
-  std::vector<Weight> weights;
-  std::vector<Row> rows;  // backward only
+  std::vector<Row<backward>> rows;
 };
 
 // The phases of one strip; each goes over all chunks before the next begins.
 template <class Number, bool backward>
 class FastScan {
  public:
-  FastScan(const Strip<Number>& strip, const float* w_, const float* u, FastMemory& m)
+  FastScan(const Strip<Number>& strip, const float* w_, const float* u, FastMemory<backward>& m)
       : count((strip.length + kRows - 1) / kRows),
         s(strip),
         w(load(w_, s.lanes)),
         boost(exponential(load(u, s.lanes))),
         kept(s.length <= kKept) {
     round_decay();
-    const size_t lines = kept ? count * kRows : kRows;
     m.chunks.resize(std::max<size_t>(m.chunks.size(), count));
-    m.weights.resize(std::max(m.weights.size(), lines));
-    if (backward) m.rows.resize(std::max(m.rows.size(), lines));
-    chunks = m.chunks.data(), weights = m.weights.data(), rows = m.rows.data();
+    m.rows.resize(std::max<size_t>(m.rows.size(), kept ? count * kRows : kRows));
+    chunks = m.chunks.data(), rows = m.rows.data();
   }
 
   const int64_t count;  // of chunks
@@ -63,18 +62,18 @@ class FastScan {
     weigh(c);
     find_center(c);
     const Number* v = s.v + c * kRows * s.v_time;
-    const Weight* weight = weights_at(c);
+    const auto* row = rows_at(c);
     const Floats center = chunks[c].center;
     Sums forth = {}, back = {};
     for (int64_t t = 0, last = rows_of(c) - 1; t <= last; ++t) {
-      const Floats x = weight[t].x, far_x = weight[last - t].x;
+      const Floats x = row[t].x, far_x = row[last - t].x;
       forth = sum_push(forth, decay[t], x * value(v + t * s.v_time, center), x);
       back = sum_push(back, decay[t], far_x * value(v + (last - t) * s.v_time, center), far_x);
     }
     chunks[c].forth = forth, chunks[c].back = back;
   }
 
-  // The strip's weights are e^(k - shift): half of the whole decay lies on either side of the largest key, so that their
+  // The strip's weights are e^(k - shift). Half of the whole decay lies on either side of the largest key, so that the
   // sums stay near one.
   void join_keys() {
     Floats max = chunks[0].max;
@@ -95,32 +94,31 @@ class FastScan {
   }
 
   void write_output(int64_t c) {
-    Floats values[kRows];
     Sums later[kRows];  // the own term and all that comes after
-    weigh_again(c);
+    if (!kept) weigh(c);
     const int64_t end = rows_of(c);
     const Number* v = s.v + c * kRows * s.v_time;
     Number* y = s.y + c * kRows * s.out_time;
-    Weight* weight = weights_at(c);
+    auto* row = rows_at(c);
     const Floats scale = chunks[c].scale;
     Sums sum = chunks[c].back;
     for (int64_t t = end - 1; t >= 0; --t) {
-      const Floats x = weight[t].x * scale, xv = x * value(v + t * s.v_time, center);
-      weight[t].x = x, values[t] = xv;
+      const Floats x = row[t].x * scale, xv = x * value(v + t * s.v_time, center);
+      row[t].x = x, row[t].v = xv;
       later[t] = {sum.n + boost * xv, sum.d + boost * x};
       sum = sum_push(sum, decay[t], xv, x);
     }
     sum = chunks[c].forth;
     for (int64_t t = 0; t < end; ++t) {
       write((sum.n + later[t].n) / (sum.d + later[t].d), y + t * s.out_time);
-      sum = sum_push(sum, decay[t], values[t], weight[t].x);
+      sum = sum_push(sum, decay[t], row[t].v, row[t].x);
     }
   }
 
   void sum_gradients(int64_t c) {
-    weigh_again(c);
+    if (!kept) weigh(c);
     fill_rows(c);
-    const Row* row = rows_at(c);
+    const auto* row = rows_at(c);
     Sums forth = {}, back = {};
     for (int64_t t = 0, last = rows_of(c) - 1; t <= last; ++t) {
       forth = sum_push(forth, decay[t], row[t].a, row[t].b);
@@ -135,19 +133,18 @@ class FastScan {
     Sums earlier_keys[kRows], earlier[kRows];
     if (!kept) weigh(c), fill_rows(c);
     const int64_t end = rows_of(c);
-    const Weight* weight = weights_at(c);
-    const Row* row = rows_at(c);
+    const auto* row = rows_at(c);
     Number *grad_k = s.grad_k + c * kRows * s.out_time, *grad_v = s.grad_v + c * kRows * s.out_time;
     Sums keys = chunks[c].forth, sum = chunks[c].grad_forth;
     for (int64_t t = 0; t < end; ++t) {
       earlier_keys[t] = keys, earlier[t] = sum;
-      keys = sum_push(keys, decay[t], weight[t].x * row[t].v, weight[t].x);
+      keys = sum_push(keys, decay[t], row[t].x * row[t].v, row[t].x);
       sum = sum_push(sum, decay[t], row[t].a, row[t].b);
     }
     Floats to_w = {}, to_u = {};
     keys = chunks[c].back, sum = chunks[c].grad_back;
     for (int64_t t = end - 1; t >= 0; --t) {
-      const Floats x = weight[t].x, v = row[t].v, a = row[t].a;
+      const Floats x = row[t].x, v = row[t].v, a = row[t].a;
       const Floats n = earlier[t].n + sum.n, d = earlier[t].d + sum.d;
       write(x * (v * n - d) + row[t].bonus, grad_k + t * s.out_time);
       write(x * (n + boost * a), grad_v + t * s.out_time);
@@ -161,16 +158,12 @@ class FastScan {
 
  private:
   using Sums = Sum<Floats>;
-  using Chunk = FastMemory::Chunk;
-  using Weight = FastMemory::Weight;
-  using Row = FastMemory::Row;
 
   static constexpr int64_t kRows = 32;    // positions of a chunk
   static constexpr int64_t kKept = 2048;  // longest sequence whose rows stay in the caches from phase to phase
 
   int64_t rows_of(int64_t c) const { return std::min(kRows, s.length - c * kRows); }
-  Weight* weights_at(int64_t c) const { return weights + (kept ? c * kRows : 0); }
-  Row* rows_at(int64_t c) const { return rows + (kept ? c * kRows : 0); }
+  Row<backward>* rows_at(int64_t c) const { return rows + (kept ? c * kRows : 0); }
 
   Floats value(const Number* v, Floats from) const {
     const Floats x = load(v, s.lanes);
@@ -209,10 +202,10 @@ class FastScan {
   // Backward, values count from a mean by weight: v - y would cancel where one key outweighs all others.
   void find_center(int64_t c) {
     const Number* v = s.v + c * kRows * s.v_time;
-    const Weight* weight = weights_at(c);
+    const auto* row = rows_at(c);
     Sums mean = {};
     for (int64_t t = 0, end = rows_of(c); backward && t < end; ++t) {
-      mean = {mean.n + weight[t].x * load(v + t * s.v_time, s.lanes), mean.d + weight[t].x};
+      mean = {mean.n + row[t].x * load(v + t * s.v_time, s.lanes), mean.d + row[t].x};
     }
     chunks[c].center = mean_of(mean);
   }
@@ -224,16 +217,13 @@ class FastScan {
   // The weights of a chunk, e^(k - max).
   void weigh(int64_t c) {
     const int64_t end = rows_of(c), begin = c * kRows, next = begin + kRows;
-    Weight* weight = weights_at(c);
+    auto* row = rows_at(c);
     const Floats max = chunks[c].max;
 #pragma GCC unroll 4
     for (int64_t t = 0; t < end; ++t) {
       fetch(s.k + (next + t) * s.k_time), fetch(s.v + (next + t) * s.v_time);
-      weight[t].x = exponential(load(s.k + (begin + t) * s.k_time, s.lanes) - max);
+      row[t].x = exponential(load(s.k + (begin + t) * s.k_time, s.lanes) - max);
     }
-  }
-  void weigh_again(int64_t c) {
-    if (!kept) weigh(c);
   }
 
   void join(Sums Chunk::*forth, Sums Chunk::*back) {
@@ -257,19 +247,18 @@ class FastScan {
     Sums later[kRows];
     const int64_t end = rows_of(c);
     const Number *v = s.v + c * kRows * s.v_time, *grad_y = s.grad_y + c * kRows * s.grad_y_time;
-    Weight* weight = weights_at(c);
-    Row* row = rows_at(c);
+    auto* row = rows_at(c);
     const Floats scale = chunks[c].scale;
     Sums sum = chunks[c].back;
     for (int64_t t = end - 1; t >= 0; --t) {
       later[t] = sum;
-      weight[t].x *= scale, row[t].v = value(v + t * s.v_time, center);
-      sum = sum_push(sum, decay[t], weight[t].x * row[t].v, weight[t].x);
+      row[t].x *= scale, row[t].v = value(v + t * s.v_time, center);
+      sum = sum_push(sum, decay[t], row[t].x * row[t].v, row[t].x);
     }
     sum = chunks[c].forth;
     for (int64_t t = 0; t < end; ++t) {
       fetch(grad_y + (kRows + t) * s.grad_y_time);
-      const Floats x = weight[t].x, own = boost * x;
+      const Floats x = row[t].x, own = boost * x;
       const Output<Floats> out = sum_output(sum, later[t], own, row[t].v);
       const Floats a = load(grad_y + t * s.grad_y_time, s.lanes) * out.inverse;
       row[t].a = a, row[t].b = a * out.y, row[t].bonus = own * a * out.off;
@@ -284,8 +273,7 @@ class FastScan {
   double skip[kLanes];  // the decay over a chunk
   Floats center;
   Chunk* chunks;
-  Weight* weights;
-  Row* rows;
+  Row<backward>* rows;
 };
 
 }  // namespace biwkv

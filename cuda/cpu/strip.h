@@ -1,4 +1,4 @@
-// A strip: the neighboring channels of one sequence that fill a vector, or the last few of them. It is the unit of work.
+// A strip: the channels of one sequence that fill a vector, or the last few of them.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ struct Strip {
     grad_v = at(static_cast<Number*>(call.grad_v), out);
     length = call.length, k_time = call.k_time, v_time = call.v_time, grad_y_time = call.grad_y_time;
     out_time = call.channels, lanes = static_cast<int>(std::min<int64_t>(kLanes, call.channels - channel));
-    const auto aligned = [](const Number* p) { return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(Number)) == 0; };
+    const auto aligned = [](const Number* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Number[kLanes]) == 0; };
     past_caches = call.batch * call.length * call.channels * int64_t{sizeof(Number)} >= kLarge && lanes == kLanes &&
                   call.channels % kLanes == 0 && aligned(y) && aligned(grad_k) && aligned(grad_v);
   }

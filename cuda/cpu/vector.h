@@ -69,20 +69,19 @@ inline void narrow(Floats x, Bfloat16* p) {
   std::memcpy(p, &raw, sizeof raw);
 }
 
+// The compiler alone converts one lane at a time.
 inline Floats widen(const Float16* p) {
-  Floats x;
 #if defined(__AVX512F__)
-  x = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
-  x = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    _Float16 half;
-    std::memcpy(&half, p + i, sizeof half);
-    x[i] = half;
-  }
-#endif
+  _Float16 raw[kLanes];
+  std::memcpy(raw, p, sizeof raw);
+  Floats x;
+  for (int i = 0; i < kLanes; ++i) x[i] = raw[i];
   return x;
+#endif
 }
 inline void narrow(Floats x, Float16* p) {
 #if defined(__AVX512F__)
@@ -90,10 +89,9 @@ inline void narrow(Floats x, Float16* p) {
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 8));
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    const _Float16 half = (_Float16)x[i];
-    std::memcpy(p + i, &half, sizeof half);
-  }
+  _Float16 raw[kLanes];
+  for (int i = 0; i < kLanes; ++i) raw[i] = static_cast<_Float16>(x[i]);
+  std::memcpy(p, raw, sizeof raw);
 #endif
 }
 

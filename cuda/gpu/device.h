@@ -1,5 +1,5 @@
-// What a GPU's thread computes with: number types, and e^x. A plain C++ compiler gets float alone, so that the tests can
-// run the phases on a CPU.
+// What a GPU's thread computes with: number types, and e^x. A plain C++ compiler gets float alone: it runs the phases on
+// a CPU in the tests.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `evaluate` and `bench codec`."""
+"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `verify`, `evaluate` and `bench codec`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.codec_files import Conversion
     from pipeline.evaluation.coding import ImageResult
 
-SHIPPED = Path(__file__).resolve().parents[2] / "stages" / "evidence" / "weights" / "lean.safetensors"
-"""The bundled codec; its model card lies beside it."""
-
 Checkpoint = Annotated[
-    Path,
-    typer.Option(
-        "--checkpoint",
-        "-c",
-        help="The codec: a stage's checkpoint.safetensors.",
-        show_default="the bundled one",
-    ),
+    Path | None,
+    typer.Option("--checkpoint", "-c", help="The codec: a stage's checkpoint.safetensors [default: a bundled one]."),
 ]
 Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them.")]
 Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them.")]
@@ -44,33 +36,51 @@ Item = TypeVar("Item")
 
 def compress(
     pictures: Pictures,
-    checkpoint: Checkpoint = SHIPPED,
+    checkpoint: Checkpoint = None,
     output: Output = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     max_pixels: MaxPixels = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(help="Bundled codec: from 1, the smallest files, up [default: the middle one].", min=1),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Relative error of a decoder's scales that the file allows for; 0: none [default: 2e-5]."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Decode each file again before it is written.")
+    ] = True,
 ) -> None:
     """Code images as `.hpcm` files. Each is decoded again before it is written, which gives its PSNR.
 
     Images are stored the right way up (EXIF) and with their ICC profile. Transparency is laid on white and 16 bits
     a channel become 8, with a message.
     """
+    from modules.guards import EPSILON, check_epsilon
     from pipeline.evaluation import codec_files
 
+    if checkpoint and quality:
+        raise typer.BadParameter("--quality chooses a bundled codec; give it or --checkpoint, not both")
+    try:
+        chosen = check_epsilon(EPSILON if epsilon is None else epsilon)
+    except ValueError as error:
+        raise typer.BadParameter(f"--epsilon: {error}") from error
     conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite)
-    codec = _codec(checkpoint, device)
+    codec = _codec(checkpoint, device, quality)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
-        done = codec_files.compress_file(codec, conversion, max_pixels)
+        done = codec_files.compress_file(codec, conversion, chosen, verify, max_pixels)
         table.add(
             conversion.name,
             f"{done.width}×{done.height}",
             f"{done.file_bytes}",
             f"{done.bpp:.4f}",
-            f"{done.psnr_db:.2f}",
+            number(done.psnr_db, ".2f"),
             f"{done.encode_seconds:.2f}",
-            f"{done.decode_seconds:.2f}",
+            number(done.decode_seconds, ".2f"),
         )
         return done.changes
 
@@ -79,23 +89,28 @@ def compress(
 
 def decompress(
     files: Coded,
-    checkpoint: Checkpoint = SHIPPED,
+    checkpoint: Checkpoint = None,
     output: Output = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     max_pixels: MaxPixels = None,
 ) -> None:
-    """Decode `.hpcm` files to PNG, or to the format of the name given with --output: all but JPEG keep every bit."""
+    """Decode `.hpcm` files to PNG, or to the format of the name given with --output: all but JPEG keep every bit.
+
+    Of the bundled codecs each file finds its own.
+    """
     from pipeline.evaluation import codec_files
+    from pipeline.weights.shipped import ShippedCodecs
 
     conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
-    codec = _codec(checkpoint, device)
+    given = _codec(checkpoint, device) if checkpoint else None
+    codec_of = (lambda _: given) if given else ShippedCodecs(str(device_of(device))).of
     table = Table("", ("file", "W×H"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
-        coded = codec_files.decompress_file(codec, conversion, max_pixels)
-        table.add(conversion.name, f"{coded.width}×{coded.height}")
-        return ()
+        done = codec_files.decompress_file(codec_of, conversion, max_pixels)
+        table.add(conversion.name, f"{done.width}×{done.height}")
+        return [done.recovery] if done.recovery else []
 
     _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
@@ -105,22 +120,60 @@ def info(files: Coded) -> None:
     from modules.bitstream import CodedImage
     from pipeline.evaluation.codec_files import SUFFIX, find
 
-    table = Table("", ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "model"))
+    columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
+    table = Table("", columns)
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
         coded = CodedImage.read(path)
         bpp = 8 * path.stat().st_size / (coded.width * coded.height)
         lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
-        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, coded.identity.hex())
-        return ()
+        guards = coded.guards
+        guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
+        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, *guarded, coded.identity.hex())
+        return () if guards else ["version 1: decodes where it was written"]
 
     _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
 
 
+def verify(device: Device = "cpu") -> None:
+    """Check that this machine reads what others write: decode the streams of the conformance suite and compare.
+
+    Exits 1 where a stream's symbols are not those of its reference, which was computed in float64.
+    """
+    import torch
+
+    from modules.guards import EPSILON
+    from pipeline.common.timing import machine
+    from pipeline.evaluation import conformance
+
+    chosen = device_of(device)
+    columns = ("stream", "W×H", "ε", "guard bytes", "largest scale error", "values ±1", "")
+    table = Table("", columns)
+    outcomes = []
+    for outcome in conformance.verify(chosen):
+        outcomes.append(outcome)
+        height, width = outcome.size
+        guards = f"{outcome.epsilon:.1g}", str(outcome.guard_bytes)
+        values = "–" if outcome.pixels is None else str(outcome.pixels)
+        mark = "FAIL" if outcome.fault else "pass"
+        table.add(outcome.name, f"{width}×{height}", *guards, number(outcome.scale_error, ".1e"), values, mark)
+    failed = [outcome for outcome in outcomes if outcome.fault]
+    for outcome in failed:
+        print(f"error: {outcome.name}: {outcome.fault}", file=sys.stderr)
+    console = _console()
+    console.print(table.rich())
+    console.print(f"{machine(device)}; PyTorch {torch.__version__}; {torch.backends.cpu.get_cpu_capability()}")
+    worst = max((outcome.scale_error or 0.0 for outcome in outcomes), default=0.0)
+    result = f"{len(failed)} of {len(outcomes)} streams failed" if failed else f"pass: {len(outcomes)} streams"
+    console.print(f"{result}; largest scale error {worst:.1e}, where files allow for ε = {EPSILON:.1g}")
+    if failed:
+        raise typer.Exit(1)
+
+
 def evaluate(
     pictures: Pictures,
-    checkpoint: Checkpoint = SHIPPED,
+    checkpoint: Checkpoint = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
     device: Device = "cpu",
     max_pixels: MaxPixels = None,
@@ -137,7 +190,9 @@ def evaluate(
     from pipeline.evaluation.coding import Evaluation, code
     from pipeline.evaluation.limits import check_size
     from pipeline.weights.published import Lineage
+    from pipeline.weights.shipped import of_quality
 
+    checkpoint = checkpoint or of_quality(None)
     found = find(pictures, SUFFIXES)
     if output:
         if output.is_dir():
@@ -190,16 +245,18 @@ def bench_codec(
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to the command line, and the measurement to its own."""
-    for command in (compress, decompress, info, evaluate):
+    for command in (compress, decompress, info, verify, evaluate):
         app.command()(command)
     bench.command("codec")(bench_codec)
 
 
-def _codec(checkpoint: Path, device: str) -> ImageCodec:
+def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> ImageCodec:
+    """The codec of a checkpoint, or of a quality of the bundled ones."""
     from modules.bitstream import ImageCodec
     from pipeline.weights.checkpoints import load_codec
+    from pipeline.weights.shipped import of_quality
 
-    return ImageCodec(load_codec(checkpoint).to(device_of(device)))
+    return ImageCodec(load_codec(checkpoint or of_quality(quality)).to(device_of(device)))
 
 
 def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:

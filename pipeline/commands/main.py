@@ -202,7 +202,7 @@ def bench_biwkv4(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Measure the Bi-WKV4 operator against its reference, a dense form, a running-maximum scan and a copy."""
+    """Measure the Bi-WKV4 operator against its reference, a dense form and a copy."""
     import torch
 
     from pipeline.evidence.bench_biwkv4 import bench_biwkv4 as measure

@@ -1,7 +1,7 @@
 """Image files to `.hpcm` files and back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from modules.bitstream import CodedImage, ImageCodec
+from modules.guards import EPSILON
 from pipeline.common.files import replacing
 from pipeline.data.images import SUFFIXES, DataError, Picture, files_below, read_picture
 from pipeline.evaluation.limits import check_size
@@ -36,14 +37,17 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What became of one picture: size of the file in bytes, PSNR in dB, times in seconds, changes at reading."""
+    """What became of one picture: size of the file in bytes, PSNR in dB, times in seconds, changes at reading.
+
+    PSNR and the time of decoding are None where the file was not decoded again.
+    """
 
     width: int
     height: int
     file_bytes: int
-    psnr_db: float
+    psnr_db: float | None
     encode_seconds: float
-    decode_seconds: float
+    decode_seconds: float | None
     changes: tuple[str, ...]
 
     @property
@@ -108,8 +112,14 @@ def _beside(source: Path, name: Path, folder: Path | None) -> Conversion:
     return Conversion(source, folder / name if folder else source.with_name(name.name), name.as_posix())
 
 
-def compress_file(codec: ImageCodec, conversion: Conversion, max_pixels: int | None = None) -> Compressed:
-    """Write a picture as an `.hpcm` file, once its bytes have been decoded again.
+def compress_file(
+    codec: ImageCodec,
+    conversion: Conversion,
+    epsilon: float = EPSILON,
+    verify: bool = True,
+    max_pixels: int | None = None,
+) -> Compressed:
+    """Write a picture as an `.hpcm` file, with `verify` once its bytes have been decoded again.
 
     Raises DataError for a picture that cannot be read or is too large, BitstreamError for one that cannot be coded,
     FileError.
@@ -118,33 +128,48 @@ def compress_file(codec: ImageCodec, conversion: Conversion, max_pixels: int | N
     image = to_tensor(picture)
     check_size(codec.model, image.shape[2], image.shape[3], max_pixels)
     start = time.perf_counter()
-    data = codec.encode(image, picture.icc_profile).pack()
-    encoded = time.perf_counter()
-    x_hat = codec.decode(CodedImage.parse(data))
-    decoded = time.perf_counter()
+    data = codec.encode(image, picture.icc_profile, epsilon).pack()
+    seconds, quality, decode_seconds = time.perf_counter() - start, None, None
+    if verify:
+        start = time.perf_counter()
+        x_hat = codec.decode(CodedImage.parse(data)).x_hat
+        decode_seconds = time.perf_counter() - start
+        quality = psnr_db(image, to_8_bits(x_hat) / 255)
     with replacing(conversion.target) as partial:
         partial.write_bytes(data)
     height, width = image.shape[2:]
-    times = encoded - start, decoded - encoded
-    return Compressed(width, height, len(data), psnr_db(image, to_8_bits(x_hat) / 255), *times, picture.changes)
+    return Compressed(width, height, len(data), quality, seconds, decode_seconds, picture.changes)
 
 
-def decompress_file(codec: ImageCodec, conversion: Conversion, max_pixels: int | None = None) -> CodedImage:
+@dataclass(frozen=True)
+class Decompressed:
+    """What became of one file: the picture's size in pixels, and what recovery it needed, or ""."""
+
+    width: int
+    height: int
+    recovery: str
+
+
+def decompress_file(
+    codec_of: Callable[[bytes], ImageCodec], conversion: Conversion, max_pixels: int | None = None
+) -> Decompressed:
     """Decode an `.hpcm` file to a picture in the format of the target's suffix, with the ICC profile it came with.
 
-    Raises BitstreamError for a file that is damaged or another model's, DataError for an unknown suffix and an image
-    that is too large, FileError.
+    `codec_of` gives the codec of the model that a file names. Raises BitstreamError for a file that is damaged or
+    another model's, DataError for an unknown suffix and an image that is too large, FileError.
     """
     form = Image.registered_extensions().get(conversion.target.suffix.lower())
     if form is None or conversion.target.suffix.lower() not in SUFFIXES:
         raise DataError(f"{conversion.target}: pictures are written as {' '.join(SUFFIXES)}")
     coded = CodedImage.read(conversion.source)
+    codec = codec_of(coded.identity)
     check_size(codec.model, coded.height, coded.width, max_pixels)
-    pixels = to_8_bits(codec.decode(coded))[0].byte().permute(1, 2, 0).cpu().numpy()
+    x_hat, recovery = codec.decode(coded)
+    pixels = to_8_bits(x_hat)[0].byte().permute(1, 2, 0).cpu().numpy()
     with replacing(conversion.target) as partial:
         picture = Image.fromarray(pixels)
         picture.save(partial, format=form, icc_profile=coded.icc_profile or None, **SAVING.get(form, {}))
-    return coded
+    return Decompressed(coded.width, coded.height, recovery)
 
 
 def to_tensor(picture: Picture) -> Tensor:

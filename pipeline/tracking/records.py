@@ -66,9 +66,9 @@ class StageRecord:
         return None if parent == "None" else parent
 
     @property
-    def model_phase(self) -> int:
-        """0 for a codec with the Baseline's components, up to 4."""
-        return int(self.parameters.get("model.phase", 0))
+    def codec(self) -> dict[str, str]:
+        """The codec's configuration, as MLflow's parameters hold it."""
+        return {key: value for key, value in self.parameters.items() if key.startswith("codec.")}
 
     @property
     def digest(self) -> str | None:
@@ -152,15 +152,16 @@ class ChainRecord:
         return before + stage.steps
 
     def reference(self, name: str) -> str | None:
-        """What a stage is judged against: the Baseline's components with as many steps of training in all.
+        """What a stage is judged against: the root's codec with as many steps of training in all.
 
         Such a stage is a control. Where the chain has none it is the root, which has had fewer steps; None for what
-        has the Baseline's components itself.
+        has the root's codec itself.
         """
         stages = self.published
-        if stages[name].model_phase == 0:
+        codecs = [stage.codec for stage in stages.values() if stage.parent is None]
+        if stages[name].codec in codecs:
             return None
-        plain = [other for other, stage in stages.items() if stage.model_phase == 0]
+        plain = [other for other, stage in stages.items() if stage.codec in codecs]
         equal = [other for other in plain if self.total_steps(other) == self.total_steps(name)]
         roots = [other for other in plain if stages[other].parent is None]
         return next(iter(equal + roots), None)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig
+from modules.config_history import is_first_form
 from pipeline.common.errors import UserError
 from pipeline.common.files import check_regular, replacing, text_digest
 from pipeline.common.memory import too_large
@@ -147,6 +148,8 @@ def load_codec(path: Path | str) -> HPCM:
     config = _codec_config(checkpoint, path)
     model = HPCM(config)
     load_weights(model, checkpoint.tensors, path)
+    if is_first_form(checkpoint.metadata["config"]):
+        model.saved_config = checkpoint.metadata["config"]
     model.update()
     return model.eval()
 

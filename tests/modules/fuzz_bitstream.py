@@ -1,9 +1,11 @@
 """Mutations of coded images, and a tally of what the codec answers: `make fuzz`, minutes.
 
-Three targets: the file (checks on), the strings behind the checks (a mutated file with right checksums, and the
-comparison of symbols switched off, so that garbage runs through the whole decoder), and the range coder alone.
+Four targets: the file (checks on), the strings behind the checks (a mutated file with right checksums, and the
+comparison of symbols switched off, so that garbage runs through the whole decoder), the guards at the head of a latent,
+and the range coder alone.
 """
 
+import math
 import re
 import resource
 import sys
@@ -13,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modules import HPCM, preset_config
+from modules import HPCM, preset_config, recovery
 from modules.bitstream import BitstreamError, CodedImage, ImageCodec
+from modules.guards import Guards, Summary, step_sizes
 from modules.rans import CodingTables, SymbolReader
 
 HEADROOM = 2**30
 """Bytes of memory that the fuzzed process may take beyond what it has when it begins."""
+
+GUARD_HEAD = 33
+"""Bytes of a coded latent before its guards."""
 
 
 def mini_codec(phase: int = 4) -> ImageCodec:
@@ -70,9 +76,9 @@ def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.ra
     """Decode mutated strings, half of them at another size, in files whose checksums are right.
 
     The answer is an error or an image. With the comparison of symbols on, it is the image that was coded, or another
-    part of it: what changed is the number of threads, the cut out of the padded image, or bytes that nobody reads.
+    part of it: what changed is ε where nothing is moved, the cut out of the padded image, or bytes that nobody reads.
     """
-    tally, finish, expected = Counter[str](), SymbolReader.finish, codec.decode(coded)
+    tally, finish, matches, expected = Counter[str](), SymbolReader.finish, Guards.matches, codec.decode(coded).x_hat
     for number in range(count):
         parts = {name: getattr(coded, name) for name in ("y", "z")}
         for name in [("y",), ("z",), ("y", "z")][random.integers(3)]:
@@ -80,9 +86,10 @@ def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.ra
             parts[name] = mutated + bytes(-(len(mutated) - (name == "y")) % 4)  # else not even the coder starts
         size = random.integers(1, 200, 2).tolist() if random.integers(2) else (coded.height, coded.width)
         forged = CodedImage(coded.identity, *size, **parts)
-        SymbolReader.finish = (lambda _: None) if number % 2 else finish  # type: ignore[method-assign]
+        if number % 2:
+            SymbolReader.finish, Guards.matches = (lambda *_: None), (lambda *_: True)  # type: ignore[method-assign]
         try:
-            x_hat = codec.decode(CodedImage.parse(forged.pack()))
+            x_hat = codec.decode(CodedImage.parse(forged.pack())).x_hat
             assert x_hat.shape == (1, 3, *size)
             common = (..., *(slice(min(sides)) for sides in zip(size, expected.shape[2:], strict=True)))
             assert number % 2 or torch.allclose(x_hat[common], expected[common], atol=1e-4)
@@ -90,7 +97,26 @@ def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.ra
         except BitstreamError as error:
             tally[f"strings: {_kind(error)}"] += 1
         finally:
-            SymbolReader.finish = finish  # type: ignore[method-assign]
+            SymbolReader.finish, Guards.matches = finish, matches  # type: ignore[method-assign]
+    return tally
+
+
+def fuzz_guards(coded: CodedImage, symbols: int, count: int, random: np.random.Generator) -> Counter[str]:
+    """Read mutated guards of a latent; what is accepted has a run's offset for every symbol, and no more."""
+    tally, guarded = Counter[str](), GUARD_HEAD + Summary.of(coded.y).guard_bytes
+    for _ in range(count):
+        head = bytearray(mutate(coded.y[:guarded], random))
+        if random.integers(2) and len(head) > 9:  # a length that fits, so that the list itself is read
+            head[5:9] = max(len(head) - GUARD_HEAD, 0).to_bytes(4, "little")
+        try:
+            guards, rest = Guards.parse(bytes(head), symbols)
+        except BitstreamError as error:
+            tally[f"guards: {_kind(error)}"] += 1
+            continue
+        for offsets, size in zip(guards.offsets, step_sizes(symbols), strict=True):
+            assert not offsets.values.any() or -(-size >> offsets.log2_run) == len(offsets.values)
+        assert len(rest) <= len(head)
+        tally["guards: accepted"] += 1
     return tally
 
 
@@ -104,7 +130,7 @@ def fuzz_coder(tables: CodingTables, count: int, random: np.random.Generator) ->
         try:
             reader = SymbolReader(string, tables, len(indexes))
             assert reader.take(indexes).abs().max() < 2**30
-            reader.finish()
+            reader.finish(int(random.integers(2**32)))
             tally["coder: symbols"] += 1
         except BitstreamError as error:
             tally[f"coder: {_kind(error)}"] += 1
@@ -116,21 +142,26 @@ def _kind(error: BitstreamError) -> str:
 
 
 def fuzz(count: int, seed: int = 0) -> Counter[str]:
-    """`count` mutations, of which 60 % are of files, 10 % of strings and 30 % of what the coder reads."""
+    """`count` mutations: 40 % of files, 10 % of strings, 30 % of guards, 20 % of what the coder reads."""
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     codec = mini_codec()
-    coded = codec.encode(torch.rand(1, 3, 40, 72), icc_profile=b"a profile")
+    image = torch.rand(1, 3, 40, 72)
+    coded = codec.encode(image, icc_profile=b"a profile", epsilon=1e-3)
+    symbols = math.prod(codec.model.latent_shapes(40, 72)[0])
     tables = CodingTables.from_buffers(codec.model.quantized_cdf_y, codec.model.cdf_length_y, codec.model.offset_y)
-    tally = fuzz_file(coded, count * 6 // 10, random)
-    tally += fuzz_strings(codec, coded, count // 10, random)
-    return tally + fuzz_coder(tables, count * 3 // 10, random)
+    tally = fuzz_file(coded, count * 4 // 10, random)
+    for one in (coded, codec.encode(image, epsilon=0)):  # One without guards has none that could fit no other size.
+        tally += fuzz_strings(codec, one, count // 20, random)
+    tally += fuzz_guards(coded, symbols, count * 3 // 10, random)
+    return tally + fuzz_coder(tables, count * 2 // 10, random)
 
 
 def main() -> None:
     """Fuzz under a limit of memory and print the tally."""
     count = int(sys.argv[1])
     torch.set_num_threads(1)
+    recovery.SINGLES = recovery.PAIRED = 4  # What cannot be recovered is given up sooner; one file takes milliseconds.
     mini_codec().model.compress(torch.rand(1, 3, 8, 8))  # Threads and libraries are there before the limit is set.
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, used + HEADROOM))

@@ -5,9 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.coders import table_index
 from modules.entropy import GeneralizedGaussian, scale_table
-from modules.rans import LIMIT, BitstreamError, CodingTables, SymbolReader, SymbolWriter, longest
+from modules.guards import table_index
+from modules.rans import (
+    LIMIT,
+    BitstreamError,
+    CodingTables,
+    RewindingReader,
+    SymbolReader,
+    SymbolWriter,
+    longest,
+    split_check,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +36,10 @@ def test_every_magnitude_of_every_table_comes_back(tables: CodingTables) -> None
     magnitudes = torch.cat((torch.zeros_like(reach), reach // 2, reach + steps, torch.full_like(reach, LIMIT - 1)), 1)
     symbols = torch.stack((magnitudes, -magnitudes))
     indexes = torch.arange(len(reach))[:, None].expand_as(symbols)
-    string = written(symbols, indexes, tables)
-    reader = SymbolReader(string, tables, symbols.numel())
+    check, coded = split_check(written(symbols, indexes, tables))
+    reader = SymbolReader(coded, tables, symbols.numel())
     assert torch.equal(reader.take(indexes), symbols.int())
-    reader.finish()
+    reader.finish(check)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), LIMIT])
@@ -42,13 +51,32 @@ def test_values_that_cannot_be_coded_are_refused(value: float, tables: CodingTab
 def test_another_table_is_noticed_even_where_it_gives_the_same_symbols() -> None:
     twins = CodingTables.from_buffers(*GeneralizedGaussian().tables(torch.ones(2)))
     first, second = torch.zeros(64, dtype=torch.int32), torch.ones(64, dtype=torch.int32)
-    reader = SymbolReader(written(torch.arange(64), first, twins), twins, 64)
+    check, coded = split_check(written(torch.arange(64), first, twins))
+    reader = SymbolReader(coded, twins, 64)
     assert torch.equal(reader.take(second), torch.arange(64, dtype=torch.int32))
     with pytest.raises(BitstreamError, match="do not match their check value"):
-        reader.finish()
+        reader.finish(check)
 
 
-@pytest.mark.parametrize("length", [0, 3, 4, 11, 13])
+def test_a_reader_goes_back_to_any_place_of_its_stream(tables: CodingTables) -> None:
+    parts = torch.tensor([[0, 1, -1, 300, -90], [5, 2, 7000, 0, -1]])  # some are escapes, whose bytes lie between
+    indexes = torch.arange(5) * 5
+    writer = SymbolWriter(tables)
+    for part in parts:
+        writer.put(part.float(), indexes)
+    reader = RewindingReader(writer.coded(), tables, 10)
+    places = [reader.place]
+    assert torch.equal(reader.take(indexes), parts[0].int())
+    places.append(reader.place)
+    assert not torch.equal(reader.take(indexes + 1), parts[1].int())
+    for number in (1, 0):
+        assert reader.rewind(places[number]) == 5 * number + (4 if number else 0)
+        assert torch.equal(reader.take(indexes), parts[number].int())
+    assert torch.equal(reader.take(indexes), parts[1].int())
+    reader.finish(writer.check)
+
+
+@pytest.mark.parametrize("length", [0, 3, 7, 9])
 def test_what_no_coder_ends_with_is_refused(length: int, tables: CodingTables) -> None:
     with pytest.raises(BitstreamError, match="no range coder's stream"):
         SymbolReader(b"\xff" * length, tables, 10)

@@ -74,6 +74,7 @@ def test_a_folder_there_and_back(
     assert hpcm(monkeypatch, "info", coded) == 0
     printed = capsys.readouterr().out
     assert str(len(SRGB)) in printed
+    assert "2e-05" in printed
     assert CodedImage.read(coded / "one.hpcm").identity.hex() in printed
 
     assert hpcm(monkeypatch, "decompress", coded, "-o", decoded, "-c", checkpoint) == 0
@@ -82,7 +83,7 @@ def test_a_folder_there_and_back(
         assert turned.size == (40, 60)
         assert "icc_profile" not in one.info
         assert turned.info["icc_profile"] == SRGB
-        expected = ImageCodec(load_codec(checkpoint)).decode(CodedImage.read(coded / "one.hpcm"))
+        expected = ImageCodec(load_codec(checkpoint)).decode(CodedImage.read(coded / "one.hpcm")).x_hat
         assert np.array_equal(np.asarray(one), (expected[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
@@ -95,6 +96,24 @@ def test_without_a_checkpoint_the_shipped_codec_is_used(tmp_path: Path, monkeypa
     error = np.asarray(Image.open(photo), dtype=float) - np.asarray(Image.open(back), dtype=float)
     assert 10 * np.log10(255**2 / np.square(error).mean()) > 28
     assert coded.stat().st_size < 300 * 200 / 8  # 1 bit per pixel
+
+
+def test_for_those_who_know_better(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, sizes = photos / "one.png", []
+    for epsilon in ("0", "0.001"):
+        target = photos / f"{epsilon}.hpcm"
+        options = ("-c", checkpoint, "--epsilon", epsilon, "--no-verify")
+        assert hpcm(monkeypatch, "compress", source, "-o", target, *options) == 0
+        assert "–" in capsys.readouterr().out  # no PSNR: it was not decoded
+        sizes.append(target.stat().st_size)
+        guards = CodedImage.read(target).guards
+        assert guards is not None
+        assert (guards.epsilon, guards.guard_bytes > 0) == (pytest.approx(float(epsilon)), epsilon != "0")
+    assert sizes[0] < sizes[1]
+    assert hpcm(monkeypatch, "compress", source, "--epsilon", "0.1") == 2
+    assert hpcm(monkeypatch, "compress", source, "-c", checkpoint, "--quality", "1") == 2
 
 
 def test_one_file_to_the_name_given(photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +233,7 @@ def test_one_bad_file_does_not_stop_the_others(
     assert hpcm(monkeypatch, "decompress", coded, "-o", decoded, "-c", checkpoint) == 1
     told = capsys.readouterr().err
     assert f"cut.hpcm: truncated: {len(data) - 5} of {len(data)} bytes" in told
-    assert "newer.hpcm: format version 7; this program reads version 1" in told
+    assert "newer.hpcm: format version 7; this program reads versions 1 and 2" in told
     assert "other.hpcm: made by another model" in told
     assert sorted(path.name for path in decoded.rglob("*.png")) == ["one.png", "turned.png"]
     assert hpcm(monkeypatch, "info", coded / "cut.hpcm", coded / "one.hpcm") == 1

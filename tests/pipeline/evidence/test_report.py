@@ -37,7 +37,7 @@ def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | Non
     phase = name[-1] if name.startswith("phase") else "4" if name == "lean" else "0"
     return StageRecord(
         name, "FINISHED", 1,
-        {"parent": str(parent), "metric": "mse", "model.preset": "tiny", "model.phase": phase},
+        {"parent": str(parent), "metric": "mse", "model.preset": "tiny", "model.phase": phase, "codec.phase": phase},
         {"final/bpp": bpp, "final/psnr_db": psnr_db, "final/rd_loss": loss},
         StageTags(stage=name, checkpoint_digest=name),
         (SegmentRecord("unfrozen", "rate-distortion", 10, 0, {}, 1.0, loss),),

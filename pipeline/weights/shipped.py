@@ -1,0 +1,55 @@
+"""The codecs that come with the program: one for each rate, all of one kind, and others to try."""
+
+from pathlib import Path
+
+import yaml
+
+from modules.bitstream import ImageCodec
+from modules.rans import BitstreamError
+from pipeline.common.errors import UserError
+from pipeline.weights.checkpoints import load_codec, read_metadata
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "stages" / "evidence" / "weights"
+STAGE = "lean"
+"""The stage whose weights `hpcm compress` takes, each λ of them a quality."""
+
+
+def qualities(folder: Path = WEIGHTS) -> list[tuple[float, Path]]:
+    """λ and file of each quality, from the smallest files to the best pictures; number 1 is the first."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        metadata = read_metadata(path)
+        if metadata.get("name") == STAGE:
+            found.append((float(yaml.safe_load(metadata["stage"])["lmbda"]), path))
+    return sorted(found)
+
+
+def of_quality(quality: int | None, folder: Path = WEIGHTS) -> Path:
+    """The weights of this quality, 1 … N; the middle one for None. Raises UserError where there is none."""
+    found = qualities(folder)
+    number = (len(found) + 1) // 2 if quality is None else quality
+    if not 1 <= number <= len(found):
+        numbers = ", ".join(f"{at} (λ = {lmbda:g})" for at, (lmbda, _) in enumerate(found, start=1))
+        raise UserError(f"--quality {number}: there are {numbers}; other weights are given with --checkpoint")
+    return found[number - 1][1]
+
+
+class ShippedCodecs:
+    """Finds the shipped codec that a file was made by; each is loaded once."""
+
+    def __init__(self, device: str = "cpu", folder: Path = WEIGHTS):
+        self.device = device
+        self.waiting = sorted(folder.glob("*.safetensors"), key=lambda path: (STAGE not in path.name, path))
+        self.loaded: dict[bytes, ImageCodec] = {}
+
+    def of(self, identity: bytes) -> ImageCodec:
+        """The codec with this identity; raises BitstreamError where no shipped one has it."""
+        while identity not in self.loaded and self.waiting:
+            codec = ImageCodec(load_codec(self.waiting.pop(0)).to(self.device))
+            for name in codec.identities:
+                self.loaded[name] = codec
+        if identity not in self.loaded:
+            raise BitstreamError(
+                f"made by another model: {identity.hex()} is none of the bundled ones; give its checkpoint with -c"
+            )
+        return self.loaded[identity]

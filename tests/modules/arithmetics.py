@@ -1,0 +1,225 @@
+"""Files coded under one arithmetic and decoded under another, each in a process of its own: `make arithmetics`.
+
+One machine has many arithmetics: instruction sets, libraries and thread counts sum in other orders. A folder holds what
+the processes share: `codecs/*.pt`, `images/*.pt`, and for each arithmetic the files it wrote and what it decoded.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modules import HPCM, HPCMConfig, biwkv4, coding
+from modules.bitstream import BitstreamError, CodedImage, ImageCodec
+from modules.coders import RecordingDecoder
+from modules.entropy import scale_table
+from modules.guards import scale_error, table_index
+
+
+def channels_first(model: HPCM) -> None:
+    """Give every convolution its input in the other layout."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+
+
+def without_kernel(model: HPCM) -> None:
+    """Compute Bi-WKV4 by its reference in PyTorch."""
+    biwkv4._kernels = lambda k: None
+
+
+def without_onednn(model: HPCM) -> None:
+    """Compute convolutions without oneDNN."""
+    torch.backends.mkldnn.enabled = False
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Environment of a process, its threads, and what is done to a model in it."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    threads: int = 2
+    prepare: Callable[[HPCM], object] = lambda model: None
+
+
+ARITHMETICS = {
+    "default": Arithmetic(),
+    "oneDNN SSE4.1": Arithmetic({"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    "oneDNN AVX2": Arithmetic({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "ATen default": Arithmetic({"ATEN_CPU_CAPABILITY": "default"}),
+    "ATen AVX2": Arithmetic({"ATEN_CPU_CAPABILITY": "avx2"}),
+    "ATen AVX-512": Arithmetic({"ATEN_CPU_CAPABILITY": "avx512"}),
+    "MKL compatible": Arithmetic({"MKL_CBWR": "COMPATIBLE"}),
+    "no oneDNN": Arithmetic(prepare=without_onednn),
+    "1 thread": Arithmetic(threads=1),
+    "3 threads": Arithmetic(threads=3),
+    "channels first": Arithmetic(prepare=channels_first),
+    "no kernel": Arithmetic(prepare=without_kernel),
+    "float64": Arithmetic(prepare=lambda model: model.double()),
+}
+"""AVX2 for ATen and SSE4.1 for oneDNN are other code paths; what a machine lacks, it takes as the best it has."""
+
+
+def save_codec(model: HPCM, path: Path) -> None:
+    """Keep a codec for the other processes, which would draw other weights."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": model.config.to_dict(), "state": model.state_dict()}, path)
+
+
+def _load(path: Path, arithmetic: Arithmetic) -> ImageCodec:
+    saved = torch.load(path, weights_only=True)
+    model = HPCM(HPCMConfig.from_dict(saved["config"])).eval()
+    model.load_state_dict(saved["state"])
+    arithmetic.prepare(model)
+    return ImageCodec(model)
+
+
+def _codecs(folder: Path, arithmetic: Arithmetic) -> Iterator[tuple[str, ImageCodec]]:
+    for path in sorted((folder / "codecs").glob("*.pt")):
+        yield path.stem, _load(path, arithmetic)
+
+
+def encode_all(folder: Path, name: str) -> None:
+    """Write every image with every codec; `name` is this process's arithmetic."""
+    target = folder / "files" / name
+    target.mkdir(parents=True, exist_ok=True)
+    for codec_name, codec in _codecs(folder, ARITHMETICS[name]):
+        for path in sorted((folder / "images").glob("*.pt")):
+            image = torch.load(path, weights_only=True).to(codec.model.means_hyper.dtype)
+            (target / f"{codec_name}@{path.stem}.hpcm").write_bytes(codec.encode(image).pack())
+
+
+def decode_all(folder: Path, name: str) -> None:
+    """Decode every file; writes `decoded/<name>/results.json`, and float64 `references/` for the others."""
+    read: dict[str, Any] = {}
+    references = folder / "references"
+    references.mkdir(exist_ok=True)
+    for codec_name, codec in _codecs(folder, ARITHMETICS[name]):
+        known: dict[str, dict[str, Any]] = {}
+        for path in sorted((folder / "files").glob(f"*/{codec_name}@*.hpcm")):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest not in known:
+                known[digest] = _decode(codec, path, references / f"{digest}.pt", name == "float64")
+            read[f"{path.parent.name}/{path.name}"] = known[digest]
+    (folder / "decoded" / name).mkdir(parents=True, exist_ok=True)
+    (folder / "decoded" / name / "results.json").write_text(json.dumps(read, indent=1))
+
+
+class Kept(RecordingDecoder):
+    """Stands where the codec's decoder does, and leaves the walk behind."""
+
+    last: "Kept"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        Kept.last = self
+
+
+def _decode(codec: ImageCodec, path: Path, reference: Path, exact: bool) -> dict[str, Any]:
+    coded = CodedImage.read(path)
+    coding.Decoder = Kept  # type: ignore[misc]
+    try:
+        decoded = codec.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
+        pixels, (recovery,) = (decoded["x_hat"] * 255).round().byte(), decoded["recovery"]
+        if recovery:
+            return {"recovery": recovery, "symbols": "recovered"}
+        scales, symbols = torch.cat(Kept.last.scales), torch.cat(Kept.last.symbols)
+    except BitstreamError as error:
+        return {"refused": str(error)}
+    if exact:
+        torch.save({"scales": scales, "pixels": pixels}, reference)
+    found = {"symbols": hashlib.sha256(symbols.numpy().tobytes()).hexdigest()}
+    if not reference.exists():
+        return found
+    kept, table = torch.load(reference, weights_only=True), scale_table()
+    error = scale_error(scales, kept["scales"], table)
+    difference = (pixels.int() - kept["pixels"].int()).abs()
+    return {
+        **found,
+        "scale_error": float(error.max()),
+        "median_error": float(error.median()),
+        "unguarded": int((table_index(scales, table) != table_index(kept["scales"], table)).sum()),
+        "pixels": int((difference > 0).sum()),
+        "of": pixels.numel(),
+        "largest": int(difference.max()),
+    }
+
+
+PARTS = {"encode": encode_all, "decode": decode_all}
+
+
+def run_all(folder: Path, names: Sequence[str]) -> None:
+    """Encode, then decode, what is not done; float64 first, since the others compare with it."""
+    for part, done in (("encode", "files"), ("decode", "decoded")):
+        for name in sorted(names, key=lambda name: name != "float64"):
+            if not (folder / done / name).exists() and start(folder, name, part).wait():
+                raise SystemExit(f"{name}: {part} failed")
+
+
+def start(folder: Path, name: str, *parts: str) -> subprocess.Popen[bytes]:
+    """Run parts of the matrix in a process with this arithmetic."""
+    environment = {**os.environ, **ARITHMETICS[name].environment, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, str(folder), "--process", name, *parts], env=environment
+    )
+
+
+def results(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """What an arithmetic read in each file, by the encoder's name and the file's."""
+    read: dict[str, dict[str, Any]] = json.loads((folder / "decoded" / name / "results.json").read_text())
+    return read
+
+
+def report(folder: Path) -> None:
+    """Print, for every pair, the largest relative error of a scale, mismatches without guards, and outcomes."""
+    decoded = {path.name: results(folder, path.name) for path in sorted((folder / "decoded").iterdir())}
+    symbols: dict[str, set[str]] = {}
+    for read in decoded.values():
+        for file, result in read.items():
+            symbols.setdefault(file, set()).add(result.get("symbols", "refused"))
+    print(
+        "| encoder | decoder | files | largest error | median | unguarded | recovered | refused | pixels ±1 | largest |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for encoder in sorted({file.split("/")[0] for file in symbols}):
+        for decoder, read in decoded.items():
+            some = [result for file, result in read.items() if file.startswith(f"{encoder}/")]
+            plain = [result for result in some if "scale_error" in result]
+            recovered, refused = (sum(bool(r.get(key)) for r in some) for key in ("recovery", "refused"))
+            print(
+                f"| {encoder} | {decoder} | {len(some)} | {max(r['scale_error'] for r in plain):.1e} "
+                f"| {max(r['median_error'] for r in plain):.1e} | {sum(r['unguarded'] for r in plain)} | {recovered} "
+                f"| {refused} | {sum(r['pixels'] for r in plain) / sum(r['of'] for r in plain):.1e} "
+                f"| {max(r['largest'] for r in plain)} |"
+            )
+    print(f"{len(symbols)} files; with more than one reading: {sum(len(found) > 1 for found in symbols.values())}")
+
+
+def main() -> None:
+    """Run the matrix over a folder, or one process of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--process", nargs="+", metavar="NAME PART")
+    parser.add_argument("--only", action="append")
+    arguments = parser.parse_args()
+    if arguments.process:
+        name, *parts = arguments.process
+        torch.set_num_threads(ARITHMETICS[name].threads)
+        for part in parts:
+            PARTS[part](arguments.folder, name)
+    else:
+        run_all(arguments.folder, arguments.only or list(ARITHMETICS))
+        report(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

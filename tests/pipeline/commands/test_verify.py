@@ -1,0 +1,123 @@
+"""`hpcm verify` and the streams that it reads; which of the bundled weights a quality means."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mini import mini_codec
+
+from modules.bitstream import CodedImage, ImageCodec
+from modules.coding import Tables, trace
+from modules.guards import table_index
+from pipeline.commands import main as cli
+from pipeline.common.errors import UserError
+from pipeline.evaluation import conformance
+from pipeline.evaluation.conformance import REFERENCE, STREAMS, Outcome, Reference
+from pipeline.weights import shipped
+from pipeline.weights.checkpoints import load_codec, publish
+
+CASES = {"guards", "noise", "odd", "pixel"}
+
+
+def test_the_suite_holds_every_bundled_model_and_is_small() -> None:
+    references = json.loads((STREAMS / REFERENCE).read_text())
+    expected = {f"{path.stem}-{case}.hpcm" for path in shipped.WEIGHTS.glob("*.safetensors") for case in CASES}
+    assert set(references) == expected, "make conformance writes the streams anew"
+    assert sum(path.stat().st_size for path in STREAMS.iterdir()) < 100_000
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """The streams of the bundled codec alone, and one whose symbols are to be others."""
+    references = json.loads((STREAMS / REFERENCE).read_text())
+    chosen = {name: fields for name, fields in references.items() if fields["model"] == "lean.safetensors"}
+    for name in chosen:
+        shutil.copy(STREAMS / name, tmp_path)
+    chosen["lean-pixel.hpcm"] |= {"symbols": "0" * 64}
+    (tmp_path / REFERENCE).write_text(json.dumps(chosen))
+    return tmp_path
+
+
+def test_this_machine_reads_the_streams_and_says_where_symbols_differ(suite: Path) -> None:
+    outcomes = {
+        outcome.name.removesuffix(".hpcm"): outcome for outcome in conformance.verify(torch.device("cpu"), suite)
+    }
+    assert {name: outcome.fault for name, outcome in outcomes.items()} == {
+        "lean-guards": "",
+        "lean-noise": "",
+        "lean-odd": "",
+        "lean-pixel": "other symbols than the reference's",
+    }
+    assert all(0 < outcome.scale_error < outcome.epsilon for outcome in outcomes.values() if outcome.scale_error)
+    assert outcomes["lean-guards"].guard_bytes > 50
+
+
+def test_the_noisy_stream_has_residuals_beyond_its_tables() -> None:
+    model = load_codec(shipped.of_quality(None))
+    coded = CodedImage.read(STREAMS / "lean-noise.hpcm")
+    walk = trace(model, coded.y, coded.z, (coded.height, coded.width))
+    reach = Tables.of(model).y.reach[table_index(walk.scales, model.scale_table)]
+    assert (walk.symbols.abs() > reach).any()
+
+
+def test_without_a_suite_there_is_nothing_to_say(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to compare with"):
+        next(conformance.verify(torch.device("cpu"), tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["", "other symbols than the reference's"])
+def test_the_screen_ends_with_pass_or_fail(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = [
+        Outcome("one.hpcm", "lean.safetensors", (40, 60), 2e-5, 22, 6.5e-6, 3, ""),
+        Outcome("two.hpcm", "lean.safetensors", (8, 8), 2e-5, 0, None, None, fault),
+    ]
+    monkeypatch.setattr(conformance, "verify", lambda device: iter(outcomes))
+    monkeypatch.setattr(sys, "argv", ["hpcm", "verify"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert (exit_.value.code or 0) == bool(fault)
+    printed = capsys.readouterr()
+    assert f"PyTorch {torch.__version__}" in printed.out
+    assert ("1 of 2 streams failed; largest scale error 6.5e-06" if fault else "pass: 2 streams") in printed.out
+    assert printed.err == (f"error: two.hpcm: {fault}\n" if fault else "")
+
+
+def test_the_symbols_are_compared_beside_the_tables(suite: Path) -> None:
+    path = suite / REFERENCE
+    references = json.loads(path.read_text())
+    wrong = Reference(**references["lean-noise.hpcm"] | {"tables": ""})
+    path.write_text(json.dumps({"lean-noise.hpcm": vars(wrong)}))
+    (outcome,) = conformance.verify(torch.device("cpu"), suite)
+    assert outcome.fault == "the coding tables of this model are others here"
+
+
+@pytest.fixture
+def rates(tmp_path: Path) -> Path:
+    """A folder of weights at three rates, and a codec of another kind."""
+    for number, (name, lmbda) in enumerate([("lean", 0.05), ("lean", 0.002), ("other", 0.01), ("lean", 0.013)]):
+        torch.manual_seed(number)
+        publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), {"name": name, "stage": f"lmbda: {lmbda}"})
+    return tmp_path
+
+
+def test_qualities_are_the_rates_in_order_and_the_middle_one_the_default(rates: Path) -> None:
+    assert [lmbda for lmbda, _ in shipped.qualities(rates)] == [0.002, 0.013, 0.05]
+    assert shipped.of_quality(1, rates).name == "lean-0.002.safetensors"
+    assert shipped.of_quality(None, rates).name == "lean-0.013.safetensors"
+    with pytest.raises(UserError, match=r"--quality 4: there are 1 \(λ = 0\.002\), 2 \(λ = 0\.013\), 3"):
+        shipped.of_quality(4, rates)
+
+
+def test_a_file_finds_the_bundled_codec_that_made_it(rates: Path) -> None:
+    codecs = shipped.ShippedCodecs(folder=rates)
+    for name in ("other-0.01", "lean-0.05"):
+        codec = ImageCodec(load_codec(rates / f"{name}.safetensors"))
+        assert codecs.of(codec.identity).identity == codec.identity
+    with pytest.raises(ValueError, match="none of the bundled ones; give its checkpoint with -c"):
+        codecs.of(b"somebody")

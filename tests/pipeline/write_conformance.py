@@ -1,0 +1,31 @@
+"""Writes the streams of `hpcm verify` anew, with every bundled model: `make conformance`, where weights change."""
+
+import torch
+from skimage.data import chelsea, coffee
+from torch import Tensor
+
+from modules.guards import EPSILON
+from pipeline.evaluation.conformance import STREAMS, write_suite
+from pipeline.weights.shipped import WEIGHTS
+
+
+def images() -> dict[str, tuple[Tensor, float]]:
+    """Each image (1, 3, H, W) with its ε: an odd size, one pixel, residuals beyond the tables, many guards."""
+    cat, cup = (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255 for pixels in (chelsea(), coffee()))
+    noise = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(0)).round()
+    return {
+        "odd": (cat[:, :, 60:257, 80:261], EPSILON),
+        "pixel": (cup[:, :, :1, :1], EPSILON),
+        "noise": (noise, EPSILON),
+        "guards": (cup[:, :, 100:228, 150:278], 1e-3),
+    }
+
+
+def main() -> None:
+    """Write them and say how many bytes they take."""
+    write_suite(images(), sorted(WEIGHTS.glob("*.safetensors")))
+    print(f"{STREAMS}: {sum(path.stat().st_size for path in STREAMS.iterdir())} bytes")
+
+
+if __name__ == "__main__":
+    main()
