@@ -9,18 +9,21 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import FileError
+from pipeline.common.files import FileError, check_regular
 
 Contract = TypeVar("Contract")
+LARGEST = 2**26
+"""Bytes of a file that holds a contract."""
 
 
 def read_contract(kind: type[Contract], path: Path, error: type[UserError] = FileError) -> Contract:
     """The contract in a JSON file; raises `error`, naming the file, where there is none or it is damaged."""
+    if check_regular(path, error).st_size > LARGEST:
+        raise error(f"{path}: damaged: too large for what it should hold")
     try:
         text = path.read_bytes()
     except OSError as problem:
-        what = "no such file" if isinstance(problem, FileNotFoundError) else problem.strerror
-        raise error(f"{path}: {what}") from problem
+        raise error(f"{path}: {problem.strerror}") from problem
     return parse_contract(kind, text, path, error)
 
 

@@ -13,6 +13,8 @@ import yaml
 from pipeline.common.errors import UserError
 
 DEEPEST = 20
+LARGEST = 2**24
+"""Bytes of a recipe's file."""
 
 
 class RecipeError(UserError):
@@ -102,6 +104,8 @@ def _entry(node: YamlNode, head: str) -> int:
 
 def read_file(path: Path, label: str) -> YamlNode:
     """Read a YAML mapping; `label` names the file in origins and messages."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
+        raise RecipeError(f"{label}: not a regular file, or too large for a recipe")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as problem:

@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused, and how a mistake is named."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,12 @@ def test_missing_folder_files_and_stages(folder: Path) -> None:
 def test_a_stages_name_collides_with_no_other_folder(folder: Path, name: str, message: str) -> None:
     (folder / f"{name}.yaml").write_text(BASELINE.replace("baseline", name))
     assert message in refusal(folder)
+
+
+def test_a_pipe_is_no_recipe_and_not_waited_for(folder: Path) -> None:
+    (folder / "baseline.yaml").unlink()
+    os.mkfifo(folder / "baseline.yaml")
+    assert "baseline.yaml: not a regular file" in refusal(folder)
 
 
 def test_a_recipes_name_collides_with_no_other_folder(folder: Path) -> None:

@@ -30,10 +30,10 @@ def test_a_lineage_with_a_field_of_another_kind_is_refused_by_name(tmp_path: Pat
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    facts = StartFacts(QUALITY, Quality(float("inf"), float("nan"), 0.9, 2), 0.75)
+    facts = StartFacts(QUALITY, Quality(float("inf"), float("nan"), 0.9, 2.0), 0.75)
     record = PublicationRecord("d", {"recipe": "r"}, "key", 10, 1.5, QUALITY, 3.0, 6, 0, facts)
     record.write(tmp_path / "record.json")
-    assert repr(PublicationRecord.read(tmp_path / "record.json")) == repr(record).replace("2)", "2.0)")
+    assert repr(PublicationRecord.read(tmp_path / "record.json")) == repr(record)
 
 
 @pytest.mark.parametrize(
