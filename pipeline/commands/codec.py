@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from pipeline.commands.checkpoint_info import CheckpointInfo, checkpoint_file, is_checkpoint, known_models
 from pipeline.commands.options import AsJson, Device, Quiet, Runs, device_of, size_of
 from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
@@ -137,6 +136,7 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 
     The model of a coded file is named where it is a bundled one, or one of those in --runs.
     """
+    from pipeline.commands.checkpoint_info import CheckpointInfo, is_checkpoint
     from pipeline.commands.display import show, show_json
 
     found: list[dict[str, Any]] = []
@@ -161,6 +161,7 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
     """A table of coded files, whose values are added to `found`, and whether all could be read."""
     from modules.bitstream import CodedImage
+    from pipeline.commands.checkpoint_info import known_models
     from pipeline.evaluation.codec_files import SUFFIX, find
 
     columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
@@ -190,6 +191,7 @@ def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[
     Where it needs another whose place is known, what is returned raises DataError with its name.
     """
     from modules.rans import BitstreamError
+    from pipeline.commands.checkpoint_info import known_models
     from pipeline.data.images import DataError
     from pipeline.weights.shipped import ShippedCodecs
 
@@ -262,6 +264,7 @@ def evaluate(
 
     The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` draws it.
     """
+    from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.commands.display import show_json
     from pipeline.common.files import write_json
     from pipeline.data.images import SUFFIXES, read_picture
@@ -339,6 +342,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> ImageCodec:
     """The codec of a checkpoint, or of a quality of the bundled ones."""
     from modules.bitstream import ImageCodec
+    from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.weights.checkpoints import load_codec
     from pipeline.weights.shipped import of_quality
 

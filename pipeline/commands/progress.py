@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -77,12 +77,12 @@ def _sort(segment: Segment) -> tuple[str, str]:
     return segment.objective, str(segment.train)
 
 
-def to_train(plan: Iterable[PlannedStage]) -> list[tuple[str, Segment]]:
-    """The segments of the stages that are not done, each with its stage's name."""
+def to_train(plan: Sequence[PlannedStage], force: bool = False) -> list[tuple[str, Segment]]:
+    """The segments of the stages that are not done, with `force` of the last one too, each with its stage's name."""
     return [
         (planned.name, segment)
         for planned in plan
-        if planned.status != "done" and planned.task.imported is None
+        if (planned.status != "done" or (force and planned is plan[-1])) and planned.task.imported is None
         for segment in planned.task.stage.schedule
     ]
 

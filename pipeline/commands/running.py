@@ -1,6 +1,6 @@
 """One chain run from the command line: signals, progress for the first process, silence for the others."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from accelerate import Accelerator
 
@@ -15,9 +15,9 @@ def run_chain(
     chain: Chain, accelerator: Accelerator, accept_anyway: bool, rebuild: Rebuild | None = None, verbose: bool = False
 ) -> None:
     """Run a chain on the processes of `accelerator`; raises what `Chain.run` raises."""
-    main = accelerator.is_main_process
-    with (
-        ProcessGroup(accelerator) as processes,
-        ProgressWatcher(to_train(chain.plan()), verbose) if main else nullcontext(Watcher()) as watcher,
-    ):
-        chain.run(RunContext(chain.folder, processes, watcher, accept_anyway, rebuild or Rebuild()))
+    rebuild = rebuild or Rebuild()
+    watching: AbstractContextManager[Watcher] = nullcontext(Watcher())
+    if accelerator.is_main_process:
+        watching = ProgressWatcher(to_train(chain.plan(), rebuild.force), verbose)
+    with ProcessGroup(accelerator) as processes, watching as watcher:
+        chain.run(RunContext(chain.folder, processes, watcher, accept_anyway, rebuild))

@@ -52,6 +52,7 @@ def test_equal_segments_of_two_stages_are_told_apart_and_stages_found_done_are_p
 def test_only_stages_to_be_trained_count(finished: tuple) -> None:
     chain, _ = finished
     assert to_train(chain.plan()) == []
+    assert [name for name, _ in to_train(chain.plan(), force=True)] == ["phase4"] * 3
 
 
 @pytest.mark.parametrize(
