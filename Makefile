@@ -10,7 +10,8 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= PASSIVE
 
 CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(VAL)") \
-	$(if $(LAMBDA),--lmbda $(LAMBDA)) $(if $(BASELINE),--baseline "$(BASELINE)") $(ARGS)
+	$(if $(LAMBDA),--lmbda $(LAMBDA)) $(if $(BASELINE),--baseline "$(BASELINE)") \
+	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu fuzz soak \
@@ -20,7 +21,7 @@ help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  RECIPE=tiny|evidence|base|large|a folder   DATA=training images   VAL=validation images (folders)"
-	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   ARGS='--set phase2.seed=1 …'"
+	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   FROM=scratch   ARGS='--set phase2.seed=1 …'"
 
 OLDEST := 3.11
 RECENT = -c 'import sys; sys.exit(sys.version_info < ($(subst .,$(COMMA) ,$(OLDEST))))'

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chain.chain import Chain, ChainError, PlannedStage
+from pipeline.chain.root_weights import root_weights
 from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 
@@ -57,7 +58,10 @@ class Sweep:
             baseline, start, settings = None, root.checkpoint, self.starting_point.settings
         recipe = load_recipe(self.recipe, [*self.overrides, f"lmbda={lmbda!r}", *settings])
         targets = self.targets or leaves(recipe)
-        return [Chain(recipe.name, recipe.chain(target), self.runs, baseline, start) for target in targets]
+        lines = [recipe.chain(target) for target in targets]
+        if baseline is None and start is None:
+            baseline = root_weights(recipe, lines[0])
+        return [Chain(recipe.name, stages, self.runs, baseline, start) for stages in lines]
 
     def table(self) -> Table:
         """What is done and what is left: a row for each stage, a column for each λ in the order of running."""

@@ -50,6 +50,10 @@ Start = Annotated[
     Path | None, typer.Option(help="Train the first stage from this codec's weights instead of random ones.")
 ]
 
+Scratch = Annotated[
+    bool, typer.Option("--scratch", help="Train the first stage, also where the recipe offers trained weights for it.")
+]
+
 SYNC_PATIENCE = 120.0
 """Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
 
@@ -72,16 +76,26 @@ def _common_options(
 
 
 def _chain(
-    stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
+    stage: str,
+    recipe: str,
+    overrides: list[str],
+    files: tuple[Path | None, Path | None],
+    scratch: bool,
+    runs: Path,
 ) -> "Chain":
     from pipeline.chain.chain import Chain
+    from pipeline.chain.root_weights import root_weights
     from pipeline.recipes.loading import load_recipe
 
-    if all(files):
-        raise typer.BadParameter("give --baseline, which is not trained, or --start, which is, not both")
+    if sum(map(bool, (*files, scratch))) > 1:
+        raise typer.BadParameter("give one of --baseline, which is not trained, --start, which is, and --scratch")
 
     loaded = load_recipe(recipe, overrides)
-    return Chain(loaded.name, loaded.chain(stage), runs, *files)
+    stages = loaded.chain(stage)
+    baseline, start = files
+    if not (baseline or start or scratch):
+        baseline = root_weights(loaded, stages)
+    return Chain(loaded.name, stages, runs, baseline, start)
 
 
 @app.command()
@@ -93,6 +107,7 @@ def run(
     lmbda: Lmbda = None,
     baseline: Baseline = None,
     start: Start = None,
+    scratch: Scratch = False,
     settings: Settings = None,
     runs: Runs = Path("runs"),
     accept_anyway: AcceptAnyway = False,
@@ -112,7 +127,7 @@ def run(
 
     if quiet:
         hush()
-    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
     show(plan_table(chain, chain.plan()))
 
     # After the plan is on the screen: they load PyTorch.
@@ -195,6 +210,7 @@ def plan(
     lmbda: Lmbda = None,
     baseline: Baseline = None,
     start: Start = None,
+    scratch: Scratch = False,
     settings: Settings = None,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -202,7 +218,7 @@ def plan(
     """Say what `run` would do, and why."""
     from pipeline.commands.display import plan_json, plan_table, show, show_json
 
-    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
     found = chain.plan()
     if as_json:
         show_json(plan_json(chain, found))

@@ -44,6 +44,7 @@ class Recipe:
 
     name: str
     stages: Mapping[str, Stage]
+    folder: Path
 
     def chain(self, stage_name: str) -> list[Stage]:
         """The stage and all it grows from, root first. Raises RecipeError where there is no such stage."""
@@ -120,7 +121,7 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             problems += _explain(failure, tree)
         problems += _misplaced(name, trees)
     _report(problems)
-    return Recipe(path.name, stages)
+    return Recipe(path.name, stages, path)
 
 
 def _find_folder(folder: str | Path) -> Path:

@@ -40,6 +40,7 @@ WITHOUT_INFLUENCE: dict[str, Any] = {
     "gradient_checkpointing": True,
     "evaluation": True,
     "accept": True,
+    "weights": True,
 }
 
 
@@ -207,6 +208,9 @@ class Stage(Settings):
     """Steps."""
     evaluation: EvaluationSettings = EvaluationSettings()
     transfer: Transfer = Transfer()
+    weights: str | None = None
+    """Trained weights that a first stage is taken from, relative to the recipe's folder; used where λ and metric are
+    those that they were trained for. null: the schedule trains it."""
     schedule: tuple[Segment, ...]
     accept: Accept = Accept()
 
@@ -218,6 +222,8 @@ class Stage(Settings):
             problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
         if self.parent is None and self.transfer != Transfer():
             problems.append((("transfer",), "a stage without a parent has nothing to transfer"))
+        if self.parent is not None and self.weights is not None:
+            problems.append((("weights",), "a stage with a parent starts from the parent's weights"))
         if problems:
             raise PydanticCustomError("misfit", "the stage does not fit together", {"problems": problems})
         return self
