@@ -1,4 +1,4 @@
-"""The life of a stage: transfer, schedule, evaluation, acceptance, publication."""
+"""One attempt at a stage: transfer, schedule, evaluation, acceptance, publication."""
 
 import time
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ class StageRun:
         return found
 
     def execute(self) -> None:
-        """Live the stage's life to its publication."""
+        """Run the stage up to its publication."""
         self._describe()
         if self.task.imported is not None:
             child, state = self._import(self.task.imported), TrainingState(Progress(), {}, {}, {})
@@ -93,7 +93,7 @@ class StageRun:
         self.context.on_main_process(lambda: self._finish(child, state))
 
     def note_end(self, error: BaseException) -> None:
-        """Say with the attempt what ended it."""
+        """Record what ended the attempt."""
         reason = (str(error) or type(error).__name__).splitlines()[0]
         self._tag(StageTags(attempts={self._began: f"{self._attempt}; {reason}"}))
 
@@ -205,7 +205,7 @@ class StageRun:
         return estimate(model, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)
 
     def _interruptible(self, images: list[NamedImage]) -> Iterator[NamedImage]:
-        """The images, with an ear for signals in between."""
+        """The images; between two of them a signal stops the work."""
         for image in images:
             self.context.processes.stop_if_asked()
             fault("evaluation")

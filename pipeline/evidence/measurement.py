@@ -249,7 +249,7 @@ def _peak(contender: Contender, size: Size, activity: str, device: str) -> int:
 
 
 def _largest_resident_size() -> int:
-    """Bytes. Of Linux's two figures the one that a process does not inherit from the one that started it."""
+    """Bytes. Linux reports two such figures; this one does not include the parent process's peak."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -27,9 +27,9 @@ from pipeline.weights.checkpoints import codec_tensors, load_weights
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 LOSSES_KEPT = 32
-"""Losses whose median says what a segment's loss is like."""
+"""Losses of a segment that are kept for their median."""
 EXPLODED = 10.0
-"""How many times that median is told as an explosion."""
+"""A loss of that many times the median gets a message."""
 
 
 class TrainingError(UserError):
@@ -214,7 +214,7 @@ class _SegmentRun:
             )
 
     def _watch_loss(self, loss: float) -> tuple[list[float], bool]:
-        """The segment's last losses with this one, and whether it is far beyond their median; tells of it if so."""
+        """The segment's last losses with this one, and whether it is far above their median; a message says so."""
         before = self.progress.losses
         known = OBJECTIVES[self.segment.objective].steady and len(before) == LOSSES_KEPT
         exploded = known and loss > EXPLODED * median(before)
