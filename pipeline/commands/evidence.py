@@ -151,7 +151,7 @@ def rd_curve(
     ] = None,
     from_settings: Annotated[
         list[str] | None,
-        typer.Option("--from-set", help="Override a setting of the roots that --from starts, as in `baseline.schedule.scratch.steps=500`."),
+        typer.Option("--from-set", help="Like --set, for those roots: `baseline.schedule.scratch.steps=500`."),
     ] = None,
     runs: Runs = Path("runs"),
     plan: Annotated[bool, typer.Option("--plan", help="Say what is done and what is left, and stop.")] = False,
