@@ -22,8 +22,16 @@ help: ## list the targets and variables
 	@echo "  RECIPE=tiny|evidence|base|large|a folder   DATA=training images   VAL=validation images (folders)"
 	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   ARGS='--set phase2.seed=1 …'"
 
+OLDEST := 3.11
+RECENT = -c 'import sys; sys.exit(sys.version_info < ($(subst .,$(COMMA) ,$(OLDEST))))'
+COMMA := ,
+
+# An environment that an older Python made, or that was left half made, is made anew.
 $(READY): pyproject.toml
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		$(PYTHON) $(RECENT) 2>/dev/null || { echo "error: this needs Python $(OLDEST) or newer, and $(PYTHON) says:" \
+			"$$($(PYTHON) -V 2>&1). Give another, as in 'make install PYTHON=python$(OLDEST)'" >&2; exit 1; }; \
+		$(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -47,8 +55,8 @@ audit: $(READY) ## say what each stage changed, and verify the files
 report: $(READY) ## write runs/report/report.html from MLflow's store
 	$(BIN)/hpcm report $(ARGS)
 
-ui: $(READY) ## serve MLflow's pages on the runs, and print their address
-	$(BIN)/hpcm ui $(ARGS)
+ui: $(READY) ## serve MLflow's pages on a free port; prints the address of the runs
+	@$(BIN)/hpcm ui $(ARGS)
 
 test: $(READY) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nvcc"
@@ -80,4 +88,4 @@ check: $(READY) ## lint, format, types; where nvcc is, compile the CUDA source f
 	$(BIN)/python -m pytest -q -m nvcc
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build

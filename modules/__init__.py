@@ -1,7 +1,10 @@
 """The HPCM codec and its RWKV phases, as plain PyTorch modules."""
 
-from modules.codec import HPCM, HPCM_Baseline, HPCM_Phase1, HPCM_Phase2, HPCM_Phase3, HPCM_Phase4, Noise
-from modules.config import PRESETS, HPCMConfig, preset_config
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modules.codec import HPCM, HPCM_Baseline, HPCM_Phase1, HPCM_Phase2, HPCM_Phase3, HPCM_Phase4, Noise
+    from modules.config import PRESETS, HPCMConfig, preset_config
 
 __all__ = [
     "HPCM",
@@ -15,3 +18,13 @@ __all__ = [
     "Noise",
     "preset_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the codec when it is first asked for: PyTorch and CompressAI take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    from modules import codec
+
+    return getattr(codec, name)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-SOURCES = Path(__file__).resolve().parent.parent / "cuda"
+from modules.kernel_sources import SOURCES
+
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 COMMON_FLAGS = ("-O3", "-std=c++17", "-shared")
 CPU_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

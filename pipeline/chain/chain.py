@@ -10,8 +10,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.chain.precheck import check_stages
-from pipeline.chain.stage import StageRun
+from pipeline.chain.passed_checks import check_unless_passed
 from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.contracts import read_contract
 from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
@@ -25,8 +24,7 @@ from pipeline.recipes.schema import Stage
 from pipeline.tracking.outbox import PATIENCE, Outbox
 from pipeline.tracking.store import EndState, Run, Store
 from pipeline.tracking.tags import ChainTags, StageTags
-from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError
+from pipeline.weights.metadata import CheckpointError, read_digest
 from pipeline.weights.published import PublicationRecord
 
 Status = Literal["done", "cut off", "stale", "missing"]
@@ -95,7 +93,7 @@ class Chain:
 
     def plan(self) -> list[PlannedStage]:
         """Where every stage stands, root first; raises what reading its inputs raises."""
-        check_stages(self.tasks)
+        check_unless_passed(self.tasks)
         planned: list[PlannedStage] = []
         for task in self.tasks:
             before = planned[-1] if planned else None
@@ -127,6 +125,9 @@ class Chain:
         self.outbox = Outbox(self.folder / "outbox", Store.default(self.runs), context.watcher.note)
 
     def _run_stages(self, context: RunContext) -> None:
+        from pipeline.chain.precheck import check_stages
+
+        check_stages(self.tasks)
         plan = self.plan()
         context.wait_for_everyone()
         chain_run = self._chain_run()
@@ -153,6 +154,8 @@ class Chain:
             return
         if planned.status == "stale":
             context.on_main_process(lambda: self._set_aside(planned.task))
+        from pipeline.chain.stage import StageRun
+
         fault("stage")
         run = self._stage_run(planned, chain_run)
         stage_run = StageRun(planned.task, context, run)
@@ -241,10 +244,10 @@ def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
         if not changed:
             return PlannedStage(task, "done", "current")
         return PlannedStage(task, "stale", f"stale: {changed}")
-    state, _passed_over = task.states.newest()
-    if state is not None:
+    progress = task.states.progress()
+    if progress is not None:
         names = [*(segment.name for segment in task.stage.schedule), "evaluation"]
-        at = f"{names[state.progress.segment]} at step {state.progress.step}"
+        at = f"{names[progress.segment]} at step {progress.step}"
         return PlannedStage(task, "cut off", f"cut off in {at}")
     other = task.states.other_form()
     passed = f"; an interrupted training is left alone: {_differences(other, inputs)}" if other else ""
@@ -276,7 +279,7 @@ def _changes(task: StageTask, inputs: dict[str, str]) -> str:
     """Why a published stage is not current, or an empty string."""
     try:
         record = PublicationRecord.read(task.record)
-        digest = checkpoints.read_digest(task.checkpoint)
+        digest = read_digest(task.checkpoint)
     except (FileError, CheckpointError) as error:
         return str(error)
     if digest != record.digest:

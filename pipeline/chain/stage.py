@@ -38,6 +38,7 @@ from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
+from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
 from pipeline.weights.training_state import Progress, TrainingState
 
@@ -276,7 +277,7 @@ class StageRun:
         )
         publish(task.checkpoint, child, lineage)
         fault("publish.checkpoint")
-        digest = checkpoints.read_digest(task.checkpoint)
+        digest = read_digest(task.checkpoint)
         checkpoint = task.checkpoint.relative_to(self.context.runs).as_posix()
         self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
         self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)

@@ -1,24 +1,27 @@
 """What a stage is made from and where: settings, place, parent, digests."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from modules import HPCMConfig, preset_config
-from modules.biwkv4_build import cpu_kernels, cuda_kernels
 from pipeline.common import files
-from pipeline.common.processes import ProcessGroup
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import Stage
-from pipeline.training.trainer import Watcher
-from pipeline.weights import checkpoints
+from pipeline.training.watcher import Watcher
+from pipeline.weights.metadata import check_file, read_digest
 from pipeline.weights.training_state import StateFolder
+
+if TYPE_CHECKING:
+    import torch
+
+    from modules.config import HPCMConfig
+    from pipeline.common.processes import ProcessGroup
 
 CODE_VERSION = "1"
 """Counted up when a recipe gives other weights, by more than rounding: what was built before is then stale."""
@@ -93,6 +96,8 @@ class StageTask:
     @cached_property
     def config(self) -> HPCMConfig:
         """The codec to be built; raises RecipeError for settings that it does not have."""
+        from modules.config import preset_config
+
         choice = self.stage.model
         try:
             return preset_config(choice.preset, choice.phase, **choice.overrides)
@@ -142,18 +147,22 @@ class StageTask:
         if self.start is not None:
             found["start"] = self._file_digest
         if self.parent is not None:
-            found["parent"] = checkpoints.read_digest(self.parent)
+            found["parent"] = read_digest(self.parent)
         return found
 
     def kernel(self, device: torch.device) -> str:
         """What computes the Bi-WKV4 operator on a device; empty for a codec that has none."""
         if not any(kind.name == "rwkv" for kind in self.config.components.values()):
             return ""
+        from modules.biwkv4_build import cpu_kernels, cuda_kernels
+
         kernels = cuda_kernels() if device.type == "cuda" else cpu_kernels()
         return "compiled" if kernels else "PyTorch reference"
 
     def facts(self, device: torch.device) -> dict[str, str]:
         """What all processes must have alike before they train together, each in a few characters."""
+        import torch
+
         settings = self.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
         found = {name: digest[:16] for name, digest in self.inputs().items()}
         found |= {"validation images": self.val_photos.digest[:16], "settings": files.text_digest(settings)[:16]}
@@ -164,6 +173,6 @@ class StageTask:
         """SHA-256 of the file that the root is taken from or starts from."""
         path = self.imported or self.start
         assert path is not None
-        checkpoints.check_file(path)
+        check_file(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

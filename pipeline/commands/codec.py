@@ -5,27 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from pipeline.commands.options import Device, device_of, size_of
+from pipeline.commands.options import AsJson, Device, Quiet, Runs, device_of, size_of
+from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from modules.bitstream import ImageCodec
     from pipeline.evaluation.codec_files import Conversion
     from pipeline.evaluation.coding import ImageResult
 
 Checkpoint = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "-c", help="The codec: a stage's checkpoint.safetensors [default: a bundled one]."),
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="The codec: a stage's checkpoint.safetensors, or its folder [default: a bundled one].",
+    ),
 ]
-Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them.")]
-Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write [default: beside].")]
+Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them; `-`: standard input.")]
+Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them; `-`: standard input.")]
+Inspected = Annotated[
+    list[Path], typer.Argument(help="`.hpcm` files and folders of them, checkpoints, stages' folders.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File or folder to write, `-`: standard output [default: beside].")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 MaxPixels = Annotated[
     int | None,
@@ -34,6 +42,7 @@ MaxPixels = Annotated[
 Item = TypeVar("Item")
 
 
+@with_standard_streams("pictures", ".hpcm")
 def compress(
     pictures: Pictures,
     checkpoint: Checkpoint = None,
@@ -52,6 +61,8 @@ def compress(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Decode each file again before it is written.")
     ] = True,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave out what was coded before.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Code images as `.hpcm` files. Each is decoded again before it is written, which gives its PSNR.
 
@@ -67,7 +78,10 @@ def compress(
         chosen = check_epsilon(EPSILON if epsilon is None else epsilon)
     except ValueError as error:
         raise typer.BadParameter(f"--epsilon: {error}") from error
-    conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite)
+    _speak(not quiet)
+    conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite or skip_existing)
+    if skip_existing:
+        conversions = [conversion for conversion in conversions if not conversion.target.exists()]
     codec = _codec(checkpoint, device, quality)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
@@ -87,6 +101,7 @@ def compress(
     _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
 
+@with_standard_streams("files", ".png")
 def decompress(
     files: Coded,
     checkpoint: Checkpoint = None,
@@ -94,17 +109,18 @@ def decompress(
     overwrite: Overwrite = False,
     device: Device = "cpu",
     max_pixels: MaxPixels = None,
+    runs: Runs = Path("runs"),
+    quiet: Quiet = False,
 ) -> None:
     """Decode `.hpcm` files to PNG, or to the format of the name given with --output: all but JPEG keep every bit.
 
     Of the bundled codecs each file finds its own.
     """
     from pipeline.evaluation import codec_files
-    from pipeline.weights.shipped import ShippedCodecs
 
+    _speak(not quiet)
     conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
-    given = _codec(checkpoint, device) if checkpoint else None
-    codec_of = (lambda _: given) if given else ShippedCodecs(str(device_of(device))).of
+    codec_of = _codec_finder(checkpoint, device, runs)
     table = Table("", ("file", "W×H"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
@@ -115,25 +131,87 @@ def decompress(
     _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
 
 
-def info(files: Coded) -> None:
-    """Check `.hpcm` files and say what they hold. Needs no checkpoint."""
+def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Check `.hpcm` files and checkpoints, and say what they hold.
+
+    The model of a coded file is named where it is a bundled one, or one of those in --runs.
+    """
+    from pipeline.commands.checkpoint_info import CheckpointInfo, is_checkpoint
+    from pipeline.commands.display import show, show_json
+
+    found: list[dict[str, Any]] = []
+    checkpoints = [path for path in files if is_checkpoint(path)]
+    coded = [path for path in files if path not in checkpoints]
+    complete = True
+    if coded:
+        table, complete = _coded_info(coded, runs, found)
+        if not as_json:
+            show(*[table] if table.rows else [])
+    for path in checkpoints:
+        checkpoint = CheckpointInfo.read(path)
+        found.append(checkpoint.to_json())
+        if not as_json:
+            show(checkpoint.table())
+    if as_json:
+        show_json(found)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
+    """A table of coded files, whose values are added to `found`, and whether all could be read."""
     from modules.bitstream import CodedImage
+    from pipeline.commands.checkpoint_info import known_models
     from pipeline.evaluation.codec_files import SUFFIX, find
 
     columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
     table = Table("", columns)
+    names = known_models(runs)
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
         coded = CodedImage.read(path)
-        bpp = 8 * path.stat().st_size / (coded.width * coded.height)
-        lengths = (str(len(part)) for part in (coded.y, coded.z, coded.icc_profile))
-        guards = coded.guards
+        size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
+        bpp = 8 * size / (coded.width * coded.height)
+        lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
         guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
-        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *lengths, *guarded, coded.identity.hex())
+        model = f"{identity} ({names[identity]})" if identity in names else identity
+        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded, model)
+        sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
+        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
+        found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
         return () if guards else ["version 1: decodes where it was written"]
 
-    _end(table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe))
+    return table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)
+
+
+def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[[bytes], ImageCodec]:
+    """Gives the codec that a file names: the one of `checkpoint`, or the bundled one that made the file.
+
+    Where it needs another whose place is known, what is returned raises DataError with its name.
+    """
+    from modules.rans import BitstreamError
+    from pipeline.commands.checkpoint_info import known_models
+    from pipeline.data.images import DataError
+    from pipeline.weights.shipped import ShippedCodecs
+
+    given = _codec(checkpoint, device) if checkpoint else None
+    shipped = ShippedCodecs(str(device_of(device)))
+
+    def find(identity: bytes) -> ImageCodec:
+        if given is not None and identity in given.identities:
+            return given
+        try:
+            if given is None:
+                return shipped.of(identity)
+            raise BitstreamError(f"made by another model: {identity.hex()}, where -c is {given.identity.hex()}")
+        except BitstreamError as error:
+            name = known_models(runs).get(identity.hex())
+            if name is None:
+                raise
+            raise DataError(f"made by another model, which is known: {name}; give it with -c") from error
+
+    return find
 
 
 def verify(device: Device = "cpu") -> None:
@@ -144,6 +222,7 @@ def verify(device: Device = "cpu") -> None:
     import torch
 
     from modules.guards import EPSILON
+    from pipeline.commands.display import console, show
     from pipeline.common.timing import machine
     from pipeline.evaluation import conformance
 
@@ -161,8 +240,7 @@ def verify(device: Device = "cpu") -> None:
     failed = [outcome for outcome in outcomes if outcome.fault]
     for outcome in failed:
         print(f"error: {outcome.name}: {outcome.fault}", file=sys.stderr)
-    console = _console()
-    console.print(table.rich())
+    show(table)
     console.print(f"{machine(device)}; PyTorch {torch.__version__}; {torch.backends.cpu.get_cpu_capability()}")
     worst = max((outcome.scale_error or 0.0 for outcome in outcomes), default=0.0)
     result = f"{len(failed)} of {len(outcomes)} streams failed" if failed else f"pass: {len(outcomes)} streams"
@@ -177,6 +255,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
     device: Device = "cpu",
     max_pixels: MaxPixels = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Encode and decode images for real: bits, PSNR, MS-SSIM and times, of each and on average.
 
@@ -184,6 +264,8 @@ def evaluate(
 
     The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` draws it.
     """
+    from pipeline.commands.checkpoint_info import checkpoint_file
+    from pipeline.commands.display import show_json
     from pipeline.common.files import write_json
     from pipeline.data.images import SUFFIXES, read_picture
     from pipeline.evaluation.codec_files import find, to_tensor
@@ -192,7 +274,8 @@ def evaluate(
     from pipeline.weights.published import Lineage
     from pipeline.weights.shipped import of_quality
 
-    checkpoint = checkpoint or of_quality(None)
+    _speak(not quiet)
+    checkpoint = checkpoint_file(checkpoint) if checkpoint else of_quality(None)
     found = find(pictures, SUFFIXES)
     if output:
         if output.is_dir():
@@ -215,9 +298,12 @@ def evaluate(
         evaluation = Evaluation(tuple(results))
         for result in (*results, evaluation.mean):
             table.add(*_cells(result))
+        values = evaluation.to_json(Lineage.read(checkpoint).name or checkpoint.stem)
         if output:
-            write_json(output, evaluation.to_json(Lineage.read(checkpoint).name or checkpoint.stem))
-    _end(table, complete)
+            write_json(output, values)
+        if as_json:
+            show_json(values)
+    _end(Table("", ()) if as_json else table, complete)
 
 
 def bench_codec(
@@ -231,6 +317,7 @@ def bench_codec(
     import torch
 
     from modules import HPCM
+    from pipeline.commands.display import show
     from pipeline.evidence import bench_codec
 
     pixels = size_of(size)
@@ -240,7 +327,9 @@ def bench_codec(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     model.update()
-    bench_codec.bench_codec(model.to(device_of(device)), pixels, rounds)
+    results = bench_codec.bench_codec(model.to(device_of(device)), pixels, rounds)
+    where = f"{pixels[0]}×{pixels[1]} pixels on {device}, {torch.get_num_threads()} threads"
+    show(bench_codec.results_table(results, where))
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
@@ -253,10 +342,13 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> ImageCodec:
     """The codec of a checkpoint, or of a quality of the bundled ones."""
     from modules.bitstream import ImageCodec
+    from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.weights.checkpoints import load_codec
     from pipeline.weights.shipped import of_quality
 
-    return ImageCodec(load_codec(checkpoint or of_quality(quality)).to(device_of(device)))
+    return ImageCodec(
+        load_codec(checkpoint_file(checkpoint) if checkpoint else of_quality(quality)).to(device_of(device))
+    )
 
 
 def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:
@@ -266,9 +358,14 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, complete = _console(), True
+    from pipeline.commands.display import console, errors
+
+    complete = True
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    shown = errors.is_terminal and not errors.quiet
+    with Progress(
+        *columns, console=errors, transient=True, disable=not shown, redirect_stdout=console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=len(items))
         for path, item in items:
             bar.update(task, description=path.name)
@@ -283,10 +380,11 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
     return complete
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _speak(wanted: bool) -> None:
+    if not wanted:
+        from pipeline.commands.display import hush
 
-    return Console(highlight=False, markup=False)
+        hush()
 
 
 def _cells(result: ImageResult) -> list[str]:
@@ -303,7 +401,9 @@ def _cells(result: ImageResult) -> list[str]:
 
 
 def _end(table: Table, complete: bool) -> None:
+    from pipeline.commands.display import show
+
     if table.rows:
-        _console().print(table.rich())
+        show(table)
     if not complete:
         raise typer.Exit(1)

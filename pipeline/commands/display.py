@@ -1,73 +1,46 @@
-"""What a person at the terminal sees: progress, the plan, the closing table."""
+"""What a person at the terminal sees: tables, the plan, the closing table."""
 
+import json
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.chain.chain import Chain, PlannedStage
 from pipeline.common.tables import Table, number, shortest
-from pipeline.recipes.schema import Segment
-from pipeline.training.trainer import Watcher
 from pipeline.weights.published import PublicationRecord
 
+if TYPE_CHECKING:
+    from pipeline.chain.chain import Chain, PlannedStage
+
 # Of the processes that `accelerate launch` starts, the first alone speaks.
-console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
+_SILENT = os.environ.get("RANK", "0") != "0"
+console = Console(highlight=False, markup=False, quiet=_SILENT)
+"""Results, on standard output."""
+errors = Console(highlight=False, markup=False, quiet=_SILENT, stderr=True)
+"""Progress, on standard error."""
 
 
-class ProgressWatcher(Watcher):
-    """A bar with loss, rate, PSNR and time left; lines instead where the output is no terminal."""
-
-    def __init__(self) -> None:
-        self.bar = Progress(
-            TextColumn("[bold]{task.description:<9}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("", values="")
-        self.name, self.done, self.total = "", 0, 0
-
-    def __enter__(self) -> "ProgressWatcher":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def segment(self, segment: Segment, done: int) -> None:
-        self.name, self.done, self.total = segment.name, done, segment.steps
-        self.bar.reset(self.task, description=segment.name, total=segment.steps, completed=done, values="")
-
-    def step(self, values: dict[str, float] | None) -> None:
-        self.done += 1
-        self.bar.update(self.task, completed=self.done)
-        if values:
-            text = _values(values)
-            self.bar.update(self.task, values=text)
-            if not console.is_terminal:
-                console.print(f"  {self.name} {self.done}/{self.total}  {text}")
-
-    def note(self, line: str) -> None:
-        console.print(f"  {line}", soft_wrap=True)
+def hush() -> None:
+    """Print no results and no progress from now on: `--quiet`."""
+    console.quiet = errors.quiet = True
 
 
-def _values(values: dict[str, float]) -> str:
-    shown = [
-        ("loss", "loss {:.4f}"),
-        ("bpp", "{:.4f} bpp"),
-        ("psnr_db", "{:.2f} dB"),
-        ("step_seconds", "{:.2f} s/step"),
-    ]
-    return "  ".join(form.format(values[key]) for key, form in shown if key in values)
+def show(*tables: Table) -> None:
+    """Print tables: framed and folded at a terminal, plain columns elsewhere."""
+    for table in tables:
+        if console.is_terminal:
+            console.print(table.rich())
+        else:
+            console.print(table.plain(), soft_wrap=True)
 
 
-def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
+def show_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def plan_table(chain: "Chain", plan: Sequence["PlannedStage"]) -> Table:
     """What `hpcm plan` prints."""
     title = f"{chain.recipe}, λ = {shortest(chain.lmbda)}, in {chain.folder}"
     table = Table(title, ("stage", "status", "why", "segments (steps)"), left=4)
@@ -79,7 +52,27 @@ def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
     return table
 
 
-def closing_table(chain: Chain) -> Table:
+def plan_json(chain: "Chain", plan: Sequence["PlannedStage"]) -> dict[str, Any]:
+    """What `hpcm plan --json` prints."""
+    return {
+        "recipe": chain.recipe,
+        "lmbda": chain.lmbda,
+        "seed": chain.seed,
+        "folder": str(chain.folder),
+        "stages": [
+            {
+                "name": planned.name,
+                "status": planned.status,
+                "reason": planned.reason,
+                "imported": str(planned.task.imported) if planned.task.imported else None,
+                "segments": [{"name": s.name, "steps": s.steps} for s in planned.task.stage.schedule],
+            }
+            for planned in plan
+        ],
+    }
+
+
+def closing_table(chain: "Chain") -> Table:
     """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
     columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
     table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,13 +10,16 @@ import typer
 
 from pipeline.commands.options import (
     AcceptAnyway,
+    AsJson,
     Baseline,
     DataFolder,
     Device,
+    Quiet,
     RecipeName,
     Runs,
     Settings,
     ValFolder,
+    Verbose,
     device_of,
     overrides_of,
     size_of,
@@ -30,24 +33,24 @@ if TYPE_CHECKING:
 def audit(
     runs: Runs = Path("runs"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
 
-    from pipeline.commands.display import console
+    from pipeline.commands.display import console, show, show_json
     from pipeline.evidence import audit_display
     from pipeline.evidence.audit import audit as audit_runs
 
     chains = audit_runs(runs)
     if as_json:
-        print(json.dumps(audit_display.to_json(chains), indent=1, ensure_ascii=False))
+        show_json(audit_display.to_json(chains))
     elif markdown:
         print("\n".join(table.markdown() for chain in chains for table in audit_display.tables(chain)))
     else:
         for chain in chains:
-            console.print(*(table.rich() for table in audit_display.tables(chain)))
+            show(*audit_display.tables(chain))
         if not chains:
             console.print(f"no chains yet in {runs}")
     if not all(stage.sound for chain in chains for stage in chain.stages):
@@ -75,15 +78,19 @@ def compare(
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in a fresh process each.")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG.")] = None,
     runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure what every phase costs, taking turns in one run: parameters, MACs, times, peak memory.
 
     Written to MLflow as well, where `hpcm report` finds it.
     """
-    from pipeline.commands.display import console
+    from pipeline.commands.display import errors, hush, show, show_json
     from pipeline.common.figure_style import save
     from pipeline.evidence import comparison, comparison_display
 
+    if quiet:
+        hush()
     device_of(device)
     try:
         title, contenders = _contenders(checkpoints, recipe, settings, preset)
@@ -96,13 +103,15 @@ def compare(
     folder = output or comparison.default_folder(runs, title, device)
     folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
-    found = comparison.compare(title, contenders, plan, device, lambda line: console.print(f"  {line}"))
-    for table in comparison_display.tables(found):
-        console.print(table.rich())
+    found = comparison.compare(title, contenders, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
+    if as_json:
+        show_json(asdict(found))
+    else:
+        show(*comparison_display.tables(found))
     drawing = folder / "comparison.png"
     save(comparison_display.draw(found), drawing)
     logged = comparison.keep(found, runs, folder, drawing)
-    console.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)
+    errors.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)
 
 
 def _contenders(
@@ -147,14 +156,18 @@ def rd_curve(
     runs: Runs = Path("runs"),
     plan: Annotated[bool, typer.Option("--plan", help="Say what is done and what is left, and stop.")] = False,
     accept_anyway: AcceptAnyway = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a recipe at several λ and draw the rate–distortion curves, from real bitstreams.
 
     Each λ is a chain of its own. The same command, given again, continues where the last one stopped.
     """
     from pipeline.chain import lambda_sweep as sweep
-    from pipeline.commands.display import console
+    from pipeline.commands.display import hush, show
 
+    if quiet:
+        hush()
     if from_settings and start_from is None:
         raise typer.BadParameter("--from-set is for roots that start from another λ's: give --from as well")
     starting_point = sweep.StartingPoint(start_from, tuple(from_settings or ())) if start_from is not None else None
@@ -162,31 +175,34 @@ def rd_curve(
     lmbdas = tuple(lmbda or sweep.LMBDAS)
     wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, starting_point, baseline)
     if plan:
-        console.print(wanted.table().rich())
+        show(wanted.table())
     else:
-        _run_sweep(wanted, accept_anyway)
+        _run_sweep(wanted, accept_anyway, verbose)
 
 
-def _run_sweep(sweep: Sweep, accept_anyway: bool) -> None:
-    from pipeline.commands.display import console
+def _run_sweep(sweep: Sweep, accept_anyway: bool, verbose: bool) -> None:
+    from pipeline.commands.display import console, show
+
+    todo = list(sweep.chains())
+    show(sweep.table())
+
+    # After the table is on the screen: they load PyTorch.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
     from pipeline.common.tables import shortest
 
-    todo = list(sweep.chains())
     accelerator = start_accelerator(todo[0][1][0].precision)
-    console.print(sweep.table().rich())
     for lmbda, chains in todo:
         for chain in chains:
             console.print(f"λ = {shortest(lmbda)}, to {chain.tasks[-1].stage.name}")
-            run_chain(chain, accelerator, accept_anyway)
-        console.print(sweep.table().rich())
+            run_chain(chain, accelerator, accept_anyway, verbose=verbose)
+        show(sweep.table())
     if accelerator.is_main_process:
         _draw_curves(sweep)
 
 
 def _draw_curves(sweep: Sweep) -> None:
-    from pipeline.commands.display import console
+    from pipeline.commands.display import console, show
     from pipeline.common.figure_style import save
     from pipeline.evidence import rate_distortion
     from pipeline.tracking.records import Records
@@ -195,8 +211,10 @@ def _draw_curves(sweep: Sweep) -> None:
     wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for _, chains in sweep.chains() for chain in chains}
     found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
     curves = rate_distortion.curves(found)
-    console.print(rate_distortion.points_table("Real bitstreams of whole validation images", curves).rich())
-    console.print(rate_distortion.deltas_table(curves, rate_distortion.references(found)).rich())
+    show(
+        rate_distortion.points_table("Real bitstreams of whole validation images", curves),
+        rate_distortion.deltas_table(curves, rate_distortion.references(found)),
+    )
     path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
     save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
     console.print(f"drawn in {path}", soft_wrap=True)

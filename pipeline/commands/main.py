@@ -13,13 +13,17 @@ import typer
 from pipeline.commands import codec, evidence
 from pipeline.commands.options import (
     AcceptAnyway,
+    AsJson,
     Baseline,
     DataFolder,
     Device,
+    Quiet,
     RecipeName,
     Runs,
     Settings,
+    StageName,
     ValFolder,
+    Verbose,
     device_of,
     overrides_of,
 )
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from pipeline.chain.chain import Chain
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -51,6 +54,23 @@ SYNC_PATIENCE = 120.0
 """Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"hpcm {version('hpcm-rwkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def _chain(
     stage: str, recipe: str, overrides: list[str], files: tuple[Path | None, Path | None], runs: Path
 ) -> "Chain":
@@ -66,7 +86,7 @@ def _chain(
 
 @app.command()
 def run(
-    stage: Annotated[str, typer.Argument(help="The stage to reach, such as phase4; its ancestors are run as needed.")],
+    stage: StageName,
     recipe: RecipeName = "tiny",
     data: DataFolder = None,
     val: ValFolder = None,
@@ -79,6 +99,8 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Build the stage again though it is current.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again what was cut off; do not resume it.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before anything is moved or deleted.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Build a stage and everything before it: run what is missing, resume what was cut off.
 
@@ -86,24 +108,28 @@ def run(
     Several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
     """
     from pipeline.chain.stage_task import Rebuild
-    from pipeline.commands.display import closing_table, console, plan_table
+    from pipeline.commands.display import closing_table, hush, plan_table, show
+
+    if quiet:
+        hush()
+    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
+    show(plan_table(chain, chain.plan()))
+
+    # After the plan is on the screen: they load PyTorch.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
 
-    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
     accelerator = start_accelerator(chain.precision)
-    console.print(plan_table(chain, chain.plan()).rich())
-    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)))
-    console.print(closing_table(chain).rich())
+    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)), verbose)
+    show(closing_table(chain))
 
 
 def _confirm(yes: bool, consequences: list[str]) -> None:
     """Say what will be moved and deleted, and ask; raises ChainError where nobody agrees."""
     from pipeline.chain.chain import ChainError
-    from pipeline.commands.display import console
 
     for line in consequences:
-        console.print(line)
+        typer.echo(line)
     if yes:
         return
     if not sys.stdin.isatty():
@@ -161,26 +187,8 @@ def clean(
 
 
 @app.command()
-def ui(
-    runs: Runs = Path("runs"),
-    port: Annotated[int, typer.Option(help="Port to serve at.")] = 5000,
-) -> None:
-    """Serve MLflow's pages on these runs, wherever their folder was moved."""
-    from pipeline.commands.display import console
-    from pipeline.tracking.store import Store, experiment_id
-
-    store = Store.default(runs)
-    # Opened first: that tells MLflow where the artifacts lie now.
-    experiment = experiment_id(store.client())
-    # Its first page is for language models.
-    console.print(f"runs: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri, "--port", str(port)]
-    os.execv(sys.executable, command)
-
-
-@app.command()
 def plan(
-    stage: Annotated[str, typer.Argument(help="The stage to reach.")] = "phase4",
+    stage: StageName = "phase4",
     recipe: RecipeName = "tiny",
     data: DataFolder = None,
     val: ValFolder = None,
@@ -189,12 +197,37 @@ def plan(
     start: Start = None,
     settings: Settings = None,
     runs: Runs = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """Say what `run` would do, and why."""
-    from pipeline.commands.display import console, plan_table
+    from pipeline.commands.display import plan_json, plan_table, show, show_json
 
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), runs)
-    console.print(plan_table(chain, chain.plan()).rich())
+    found = chain.plan()
+    if as_json:
+        show_json(plan_json(chain, found))
+    else:
+        show(plan_table(chain, found))
+
+
+@app.command()
+def ui(
+    runs: Runs = Path("runs"),
+    port: Annotated[int | None, typer.Option(help="Port to serve on [default: the first free one from 5000].")] = None,
+) -> None:
+    """Serve MLflow's pages on these runs, and print the address of the one that lists them."""
+    from pipeline.commands.mlflow_pages import address, free_port, serve
+    from pipeline.tracking.store import Store
+
+    store = Store.default(runs)
+    if store.database is not None and not store.database.exists():
+        raise UserError(f"{runs}: nothing was run here yet; --runs names another folder")
+    if store.uri.startswith("http"):
+        print(address(store, store.uri))
+        return
+    port = port or free_port()
+    print(f"runs: {address(store, f'http://127.0.0.1:{port}')}", flush=True)
+    serve(store, port)
 
 
 @bench.command("biwkv4")

@@ -7,10 +7,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.common.packaged import recipe_names, stage_names
+
 if TYPE_CHECKING:
     import torch
 
-RecipeName = Annotated[str, typer.Option(help="Folder under stages/, or a path to one of your own.")]
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _complete_stage(context: typer.Context, incomplete: str) -> list[str]:
+    recipe = context.params.get("recipe") or "tiny"
+    return [name for name in stage_names(recipe) if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str, typer.Option(help="Folder under stages/, or a path to one of your own.", autocompletion=_complete_recipe)
+]
+StageName = Annotated[
+    str,
+    typer.Argument(
+        help="The stage to reach, such as phase4; its ancestors are run as needed.", autocompletion=_complete_stage
+    ),
+]
 DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
 ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
@@ -20,6 +40,9 @@ Baseline = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
 AcceptAnyway = Annotated[bool, typer.Option("--accept-anyway", help="Publish stages that miss their limits.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line every `log_every` steps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or one of several GPUs, as in cuda:1.")]
 
 

@@ -1,15 +1,20 @@
-"""Tables as data: what is printed at a terminal is also written as Markdown or set in a page."""
+"""Tables as data: printed at a terminal or into a pipe, written as Markdown, set in a page."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table as RichTable
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text, whose title may be empty; its first `left` columns are aligned left, the others right."""
+    """A table of text, whose title may be empty, and so may all columns' names.
+
+    Its first `left` columns are aligned left, the others right.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -21,15 +26,40 @@ class Table:
         self.rows.append(cells)
 
     def rich(self) -> RichTable:
-        """For a terminal; lines too long for it are folded."""
+        """For a terminal; cells too long for it are folded, between words."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
         title = Text(self.title) if self.title else None
-        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        form: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+        table = RichTable(title=title, title_justify="left", show_header=any(self.columns), **form)
         for number, column in enumerate(self.columns):
             text = number < self.left
-            table.add_column(Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+            cells = [column, *(row[number] for row in self.rows if number < len(row))]
+            # No narrower than its longest word, but for names that alone would fill a terminal.
+            width = min(max(len(word) for cell in cells for word in cell.split(" ")), 40)
+            table.add_column(
+                Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=width
+            )
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
+
+    def plain(self) -> str:
+        """For a pipe or a file: a line a row, columns aligned and at least two spaces apart."""
+        # A cell of several lines stays one field of one line.
+        shown = [self.columns, *self.rows] if any(self.columns) else self.rows
+        rows = [[" / ".join(cell.split("\n")) for cell in row] for row in shown]
+        widths = [max(len(row[number]) for row in rows if number < len(row)) for number in range(len(self.columns))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if number < self.left else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=False))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([self.title, *lines] if self.title else lines)
 
     def markdown(self) -> str:
         """As a Markdown table below its title."""

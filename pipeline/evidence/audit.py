@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.common.files import FileError
 from pipeline.tracking.records import ChainRecord, Records, StageRecord
 from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError
+from pipeline.weights.metadata import CheckpointError
 from pipeline.weights.published import Lineage, PublicationRecord
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from modules import HPCM
 from modules.determinism import coding_arithmetic
+from pipeline.common.tables import Table
 from pipeline.common.timing import timed
 from pipeline.data.images import find_images, read_image
 
@@ -93,7 +92,7 @@ class Coded:
 
 
 def bench_codec(model: HPCM, size: tuple[int, int] = (512, 768), rounds: int = 5) -> list[Coded]:
-    """Encode and decode a packaged photograph, scaled to `size` (height, width); prints times and memory.
+    """Encode and decode a packaged photograph, scaled to `size` (height, width); measures times and memory.
 
     In each round encoder, its products, decoder and its products take turns: what else the machine does meets all of
     them. Memory is the whole process's before any products run alone, or what PyTorch took of a GPU's.
@@ -114,12 +113,10 @@ def bench_codec(model: HPCM, size: tuple[int, int] = (512, 768), rounds: int = 5
         "decode products": decoding.replay,
     }
     medians = _medians(contenders, rounds, device) if rounds else {}
-    results = [
+    return [
         Coded(direction, peak, medians.get(direction), medians.get(f"{direction} products"))
         for direction, peak in zip(("encode", "decode"), memory, strict=True)
     ]
-    _print(results, f"{size[0]}×{size[1]} pixels on {device}, {torch.get_num_threads()} threads")
-    return results
 
 
 def _photograph(height: int, width: int) -> Tensor:
@@ -144,11 +141,12 @@ def _medians(contenders: dict[str, Callable[[], object]], rounds: int, device: t
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def _print(results: list[Coded], title: str) -> None:
-    table = Table("", "seconds", "products alone", "multiple", "peak memory", title=title)
+def results_table(results: list[Coded], title: str) -> Table:
+    """What `hpcm bench codec` prints."""
+    table = Table(title, ("", "seconds", "products alone", "multiple", "peak memory"))
     for result in results:
         times = ["–"] * 3
         if result.seconds and result.products:
             times = [f"{result.seconds:.2f}", f"{result.products:.2f}", f"{result.seconds / result.products:.2f}"]
-        table.add_row(result.direction, *times, f"{result.memory:.2f} GB")
-    Console().print(table)
+        table.add(result.direction, *times, f"{result.memory:.2f} GB")
+    return table

@@ -25,6 +25,7 @@ from pipeline.tracking import tags
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.store import Store
 from pipeline.weights import checkpoints
+from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage
 
 KIND = "comparison"
@@ -149,7 +150,7 @@ def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
     names = {path: lineages[path].name or path.stem for path in paths}
     parents: dict[str, HPCMConfig] = {}
     for path, config in configs.items():
-        parents[checkpoints.read_digest(path)] = config
+        parents[read_digest(path)] = config
         parents.setdefault(names[path], config)
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     found = []

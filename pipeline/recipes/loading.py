@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.common.packaged import DEFAULTS, STAGES, label, recipe_names
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import (
     NoSuchPlace,
@@ -21,9 +22,6 @@ from pipeline.recipes.yaml_source import (
     shown,
 )
 
-PROJECT = Path(__file__).resolve().parents[2]
-STAGES = PROJECT / "stages"
-DEFAULTS = "common.yaml"
 MOST_LINES = 10
 CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock")
 """What a chain's folder holds beside its stages."""
@@ -103,13 +101,13 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     `overrides` (see Override) before both. Raises RecipeError with all that is wrong, one line each.
     """
     path = _find_folder(folder)
-    defaults = read_file(path / DEFAULTS, _label(path / DEFAULTS))
+    defaults = read_file(path / DEFAULTS, label(path / DEFAULTS))
     if path.name.lower() in RUNS_NAMES:
-        raise RecipeError(f"{_label(path)}: {path.name} is a folder that every folder of runs has; choose another name")
+        raise RecipeError(f"{label(path)}: {path.name} is a folder that every folder of runs has; choose another name")
     files = sorted(file for file in path.glob("*.yaml") if file.name != DEFAULTS and file.name[0] != ".")
     if not files:
-        raise RecipeError(f"{_label(path)}: no stage here; expected a YAML file for each beside {DEFAULTS}")
-    trees = {file.stem: merge(defaults, read_file(file, _label(file))) for file in files}
+        raise RecipeError(f"{label(path)}: no stage here; expected a YAML file for each beside {DEFAULTS}")
+    trees = {file.stem: merge(defaults, read_file(file, label(file))) for file in files}
     for override in map(Override.parse, overrides):
         trees = override.apply(trees)
 
@@ -131,15 +129,11 @@ def _find_folder(folder: str | Path) -> Path:
         return named
     if Path(folder).is_dir():
         return Path(folder).resolve()
-    names = sorted(path.parent.name for path in STAGES.glob(f"*/{DEFAULTS}"))
+    names = recipe_names()
     raise RecipeError(
         f"no recipe '{folder}'{nearest(folder, names) or '.'} There are {', '.join(names)}; or give the path of a "
         f"folder with {DEFAULTS} and a YAML file for each stage"
     )
-
-
-def _label(path: Path) -> str:
-    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
 def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:

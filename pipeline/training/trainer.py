@@ -21,6 +21,7 @@ from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
 from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
+from pipeline.training.watcher import Watcher
 from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.checkpoints import codec_tensors, load_weights
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
@@ -45,19 +46,6 @@ class Migration:
     """Components of the child that differ from the parent's."""
     new: frozenset[str]
     """The tensors that a frozen segment trains."""
-
-
-class Watcher:
-    """What a person sees of the training; this one sees nothing."""
-
-    def segment(self, segment: Segment, done: int) -> None:
-        """A segment begins, with `done` of its steps behind it."""
-
-    def step(self, values: dict[str, float] | None) -> None:
-        """A step is over; `values` are the means since the last time there were any."""
-
-    def note(self, line: str) -> None:
-        """Something worth a line."""
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,34 @@
 """Files of weights: complete or absent, checked by digest, never executed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules import HPCM, HPCMConfig
 from modules.config_history import is_first_form
-from pipeline.common.errors import UserError
-from pipeline.common.files import check_regular, replacing, text_digest
-from pipeline.common.memory import too_large
+from pipeline.common.files import replacing
+from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
 
-FORMAT = "hpcm-checkpoint-2"
-METADATA_KEY = "hpcm"
+if TYPE_CHECKING:
+    from modules import HPCM, HPCMConfig
+
 LARGEST_FACTOR = 1024
 """Pixels that a codec may pad images to a multiple of: settings of windows shape no tensor that would show them."""
 MOST_INFLATED = 2
 """How many times its own size an archive of weights may hold: PyTorch stores them uncompressed."""
+
 LONGEST_ZIP_END = 22 + 2**16
 """Bytes at the end of a zip archive that its last record, with a comment, lies within."""
-
-
-class CheckpointError(UserError):
-    """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
-    fields["seal"] = _seal(fields)
+    fields["seal"] = seal(fields)
     with replacing(path) as partial:
         # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
         try:
@@ -71,18 +69,6 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
     return digest.hexdigest()
-
-
-def inputs_digest(inputs: Mapping[str, str]) -> str:
-    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
-    return text_digest(json.dumps(inputs, sort_keys=True))[:16]
-
-
-def check_file(path: Path) -> None:
-    """Raise CheckpointError unless there is a file, and one that the memory can hold."""
-    size = check_regular(path, CheckpointError).st_size
-    if reason := too_large(size):
-        raise CheckpointError(f"{path}: {size:,} bytes: loading it {reason}")
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -110,38 +96,13 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, metadata)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone; raises CheckpointError for a file that `write` did not write."""
-    check_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this pipeline; "
-            f"bring official weights in with `hpcm import {path} baseline.safetensors`"
-        )
-    if metadata.pop("seal", None) != _seal(metadata):
-        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
-    return metadata
-
-
-def read_digest(path: Path) -> str:
-    """Digest of the weights in a file, as it says; raises CheckpointError as `read_metadata` does."""
-    return str(read_metadata(path)["digest"])
-
-
-def _seal(metadata: Mapping[str, Any]) -> str:
-    return text_digest(json.dumps(metadata, sort_keys=True))
-
-
 def load_codec(path: Path | str) -> HPCM:
     """The codec of a published checkpoint, in evaluation mode, its coding tables built.
 
     Raises CheckpointError where file and codec do not fit, naming the tensors.
     """
+    from modules import HPCM
+
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
@@ -156,6 +117,8 @@ def load_codec(path: Path | str) -> HPCM:
 
 def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
     """The configuration, once it is known that what it describes is no larger than the file."""
+    from modules import HPCM, HPCMConfig
+
     try:
         config = HPCMConfig.from_dict(checkpoint.metadata["config"])
         blocks = [*config.depths, *(kind.num_blocks for kind in config.components.values())]
@@ -205,6 +168,8 @@ def import_official(source: Path) -> HPCM:
 
     Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
     """
+    from modules import HPCM
+
     check_file(source)
     _check_inflation(source)
     try:

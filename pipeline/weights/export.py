@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from modules.bitstream import model_identity
 from pipeline.common.contracts import to_values
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_digest, write
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, write
+from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage
 
 
@@ -23,8 +25,16 @@ def export_half(source: Path, target: Path) -> None:
             raise CheckpointError(f"{source}: {name} holds values beyond float16's range")
     full = Lineage.read(source)
     stage = _without_paths(full.stage) if full.stage else None
+    for name, parameter in model.named_parameters():
+        parameter.data = halves[name].float()  # What `load_codec` will make of them.
     # What was measured is no longer true of the weights when they are rounded.
-    lineage = Lineage(name=full.name, stage=stage, code=full.code, exported_from=read_digest(source))
+    lineage = Lineage(
+        name=full.name,
+        stage=stage,
+        code=full.code,
+        identity=model_identity(model).hex(),
+        exported_from=read_digest(source),
+    )
     metadata = {"config": model.config.to_dict(), **to_values(lineage)}
     write(target, {**codec_tensors(model), **halves}, metadata)
 

@@ -1,13 +1,17 @@
 """What a published stage says of itself: in its checkpoint (`Lineage`) and beside it (`PublicationRecord`)."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modules import HPCM
 from pipeline.common.contracts import contract_of, read_contract, to_values
 from pipeline.common.files import write_json
-from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors
+from pipeline.weights.metadata import CheckpointError, read_metadata
+
+if TYPE_CHECKING:
+    from modules import HPCM
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,24 @@ class Lineage:
     validation: Validation | None = None
     imported_from: str | None = None
     """Name of the official file that the weights were taken from."""
+    identity: str | None = None
+    """The name, hexadecimal, by which the files that the codec codes know it."""
     exported_from: str | None = None
     """Digest of the weights that these were rounded from."""
 
     @classmethod
-    def read(cls, path: Path) -> "Lineage":
+    def read(cls, path: Path) -> Lineage:
         """The lineage in a checkpoint's metadata; raises CheckpointError, naming the file."""
-        return contract_of(cls, checkpoints.read_metadata(path), path, CheckpointError)
+        return contract_of(cls, read_metadata(path), path, CheckpointError)
 
 
 def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
     """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand; raises FileError."""
-    checkpoints.write(path, codec_tensors(model), {"config": model.config.to_dict(), **to_values(lineage)})
+    from modules.bitstream import model_identity
+    from pipeline.weights.checkpoints import codec_tensors, write
+
+    known = {"config": model.config.to_dict(), "identity": model_identity(model).hex()}
+    write(path, codec_tensors(model), {**to_values(lineage), **known})
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class PublicationRecord:
     facts: StartFacts
 
     @classmethod
-    def read(cls, path: Path) -> "PublicationRecord":
+    def read(cls, path: Path) -> PublicationRecord:
         """The record in a file; raises FileError, naming it, where it is missing or damaged."""
         return read_contract(cls, path)
 

@@ -7,9 +7,9 @@ import yaml
 from modules.bitstream import ImageCodec
 from modules.rans import BitstreamError
 from pipeline.common.errors import UserError
+from pipeline.common.packaged import WEIGHTS
 from pipeline.weights.checkpoints import load_codec, read_metadata
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "stages" / "evidence" / "weights"
 STAGE = "lean"
 """The stage whose weights `hpcm compress` takes, each λ of them a quality."""
 

@@ -3,20 +3,22 @@
 All randomness of a step is drawn from (seed, step), so weights, optimizer state and two counters are the whole of it.
 """
 
+from __future__ import annotations
+
 import shutil
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import write_json
-from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError, inputs_digest
+from pipeline.weights.metadata import CheckpointError, inputs_digest, read_metadata
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STATES_KEPT = 2
 """Training states kept, newest first: the one before the last serves where the last is damaged."""
@@ -40,7 +42,7 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, and their `count`: a resumed run logs what an uninterrupted one does."""
 
-    def next_segment(self) -> "Progress":
+    def next_segment(self) -> Progress:
         """The beginning of the segment after this one."""
         return replace(self, segment=self.segment + 1, step=0, window={}, losses=[])
 
@@ -75,6 +77,8 @@ class StateFolder:
 
     def save(self, state: TrainingState) -> None:
         """Save a state and let go of those beyond the last two."""
+        from pipeline.weights import checkpoints
+
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
         tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
@@ -86,6 +90,8 @@ class StateFolder:
 
     def newest(self) -> tuple[TrainingState | None, list[str]]:
         """The newest readable state, and a line for each file that was passed over."""
+        from pipeline.weights import checkpoints
+
         passed_over = []
         for path in self._files():
             try:
@@ -97,6 +103,13 @@ class StateFolder:
             parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer", "average")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
+
+    def progress(self) -> Progress | None:
+        """How far the newest state got whose file is whole, its tensors unread; None where there is no state."""
+        for path in self._files():
+            with suppress(CheckpointError):
+                return Progress(**read_metadata(path)["progress"])
+        return None
 
     def run_key(self) -> str:
         """What this training's MLflow run is found by: drawn when it begins, and gone with its states."""
@@ -117,7 +130,7 @@ class StateFolder:
         for path in self.root.glob("*/segment-*.safetensors"):
             if path.parent != self.folder:
                 with suppress(CheckpointError):
-                    return dict(checkpoints.read_metadata(path)["inputs"])
+                    return dict(read_metadata(path)["inputs"])
         return None
 
     def _files(self) -> list[Path]:
@@ -141,6 +154,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took, on the parameters' devices: there the fused Adam wants its `step` too."""
+    import torch
+
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.removesuffix(f"/{name}"): t for key, t in tensors.items() if key.partition("/")[2] == name}

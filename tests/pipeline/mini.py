@@ -16,7 +16,7 @@ from pipeline.common.processes import ProcessGroup
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import EXPERIMENT, Store
-from pipeline.training.trainer import Watcher
+from pipeline.training.watcher import Watcher
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"
 STAGES = ["baseline", "phase1", "phase2", "phase3", "phase4"]

@@ -1,5 +1,6 @@
 """`hpcm compress`, `decompress`, `info` and `evaluate`, as a person runs them."""
 
+import io
 import json
 import os
 import struct
@@ -14,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 from compressai.utils.plot.__main__ import parse_json_file
-from mini import mini_codec
+from mini import Notes, mini_codec
 from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import get_sampling
 from skimage.data import coffee
 
 from modules.bitstream import CodedImage, Header, ImageCodec
+from pipeline.chain.chain import Chain
+from pipeline.commands import display
 from pipeline.commands import main as cli
 from pipeline.common import memory
 from pipeline.evaluation.limits import coding_bytes, padded_pixels
-from pipeline.evidence.bench_codec import Products, bench_codec
+from pipeline.evidence.bench_codec import Products, bench_codec, results_table
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.published import Lineage, publish
 
@@ -146,7 +149,7 @@ def test_outputs_that_cannot_be_meant_are_refused(
     assert not (photos / name).exists()
 
 
-def test_products_are_those_of_the_codec_and_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_products_are_those_of_the_codec_and_run_alone() -> None:
     model = mini_codec(2).eval()
     model.update()
     encoding = Products(torch.device("cpu"))
@@ -164,7 +167,7 @@ def test_products_are_those_of_the_codec_and_run_alone(capsys: pytest.CaptureFix
     results = bench_codec(model, (64, 128), rounds=1)
     assert [result.direction for result in results] == ["encode", "decode"]
     assert all(result.seconds and result.products and result.memory for result in results)
-    assert "64×128 pixels on cpu" in capsys.readouterr().out
+    assert [row[0] for row in results_table(results, "here").rows] == ["encode", "decode"]
 
 
 def test_beside_the_source_and_nothing_replaced_unasked(
@@ -361,3 +364,62 @@ def test_evaluation_is_what_compressai_plots(
         curve = parse_json_file(output, metric)
         assert curve["name"] == "mini"
         assert len(curve["xs"]) == len(curve["ys"]) == 1
+
+
+def test_standard_input_and_output(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((photos / "one.png").read_bytes())))
+    assert hpcm(monkeypatch, "compress", "-", "-c", checkpoint) == 0
+    coded = capsysbinary.readouterr()
+    assert CodedImage.parse(coded.out).width == 60
+    assert "60×40".encode() in coded.err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(coded.out)))
+    assert hpcm(monkeypatch, "decompress", "-", "-o", "-", "-c", checkpoint, "--quiet") == 0
+    decoded = capsysbinary.readouterr()
+    assert Image.open(io.BytesIO(decoded.out)).size == (60, 40)
+    assert decoded.err == b""
+    display.console.quiet = display.errors.quiet = False
+    assert hpcm(monkeypatch, "compress", "-", photos / "one.png", "-c", checkpoint) == 2
+    assert hpcm(monkeypatch, "compress", photos, "-o", "-", "-c", checkpoint) == 2
+
+
+def test_what_was_coded_before_is_left_out_on_request(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "one.hpcm").write_bytes(b"mine")
+    assert hpcm(monkeypatch, "compress", photos, "-c", checkpoint, "--skip-existing") == 0
+    assert "one.hpcm" not in capsys.readouterr().out
+    assert (photos / "one.hpcm").read_bytes() == b"mine"
+    assert (photos / "more" / "turned.hpcm").is_file()
+
+
+def test_the_codec_of_a_file_is_named_where_it_is_known(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = photos.parent / "runs" / "mini" / "lmbda-0.013" / "baseline"
+    publish(stage / "checkpoint.safetensors", mini_codec(0), {"name": "baseline"})
+    image, runs = photos / "one.hpcm", ("--runs", photos.parent / "runs")
+    assert hpcm(monkeypatch, "compress", photos / "one.png", "-c", stage) == 0
+    capsys.readouterr()
+    assert hpcm(monkeypatch, "info", image, "--json", *runs) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["checkpoint"] == str(stage / "checkpoint.safetensors")
+    assert found["bytes"] == image.stat().st_size
+    assert hpcm(monkeypatch, "decompress", image, "-o", photos / "two.png", "-c", checkpoint, *runs) == 1
+    assert f"made by another model, which is known: {found['checkpoint']}" in capsys.readouterr().err
+
+
+def test_checkpoints_are_described(
+    finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished[0].folder / "phase2"
+    assert hpcm(monkeypatch, "info", folder) == 0
+    printed = capsys.readouterr().out
+    assert "tiny, Phase 2, with settings of its own" in printed
+    assert hpcm(monkeypatch, "info", "--json", folder / "checkpoint.safetensors") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["stage"], found["parent"], found["phase"], found["lmbda"]) == ("phase2", "phase1", 2, 0.013)
+    assert [line.split()[0] for line in found["lineage"]] == ["baseline", "phase1", "phase2"]
+    assert found["model"] == ImageCodec(load_codec(folder / "checkpoint.safetensors")).identity.hex()
+    assert f"{found['quality']['psnr_db']:.2f} dB" in printed

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from mini import ENVIRONMENT, FOLDER, Malicious, hpcm, mini_chain, mini_codec, runs_of, steps_of
+from typer.testing import CliRunner
 
 from pipeline.commands import main as cli
+from pipeline.common.packaged import WEIGHTS, recipe_names
 from pipeline.weights.checkpoints import codec_tensors, write
 
 
@@ -106,16 +108,49 @@ def test_bad_input_is_one_screen_that_says_what_to_do(
     assert not (tmp_path / "ran").exists()
 
 
-def test_help_does_not_wait_for_pytorch() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "rd-curve"),
+        (["--version"], "hpcm "),
+        (["plan", "phase4", "--recipe", FOLDER], "waits for phase3"),
+        (["plan", "phase4", "--set", "data.crops=5"], "did you mean 'crop'"),
+        (["info", WEIGHTS / "lean.safetensors"], "Phase 4"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else " ".join(map(str, value[:1])),
+)
+def test_quick_answers_do_not_wait_for_pytorch(arguments: list[object], expected: str, tmp_path: Path) -> None:
+    mini_chain(tmp_path, "phase4").plan()  # Its names and shapes need no second check.
     code = """if True:
         import atexit, sys
-        atexit.register(lambda: print({"torch", "mlflow", "matplotlib"} & sys.modules.keys()))
-        sys.argv = ["hpcm", "--help"]
+        atexit.register(lambda: print({"torch", "mlflow", "matplotlib", "scipy"} & sys.modules.keys()))
         from pipeline.commands import main as cli
         cli.main()"""
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert "rd-curve" in done.stdout
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert expected in done.stdout + done.stderr
     assert done.stdout.endswith("set()\n")
+
+
+def test_the_shell_completes_recipes_and_stages() -> None:
+    def completed(line: str) -> set[str]:
+        words = {"_HPCM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        done = CliRunner(env=words).invoke(cli.app, prog_name="hpcm")
+        return set(done.output.split())
+
+    assert completed("hpcm plan --recipe ") == set(recipe_names())
+    assert completed("hpcm run --recipe evidence le") == {"lean"}
+    assert completed("hpcm run phase") == {"phase1", "phase2", "phase3", "phase4"}
+
+
+def test_the_plan_as_json(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["plan", "phase1", "--recipe", str(FOLDER), "--runs", str(tmp_path), "--json"])
+    plan = json.loads(done.stdout)
+    assert [(stage["name"], stage["status"]) for stage in plan["stages"]] == [
+        ("baseline", "missing"),
+        ("phase1", "missing"),
+    ]
+    assert plan["stages"][1]["segments"][0] == {"name": "align", "steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -124,14 +159,14 @@ def test_help_does_not_wait_for_pytorch() -> None:
 )
 def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int, code: int, runs: Path) -> None:
     settings = [f"phase1.schedule.{phase}.steps=30"]
-    command = hpcm("run", "phase1", "--recipe", FOLDER, "--runs", runs, "--accept-anyway", "--set", *settings)
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        for line in first.stdout:
+    command = hpcm("run", "phase1", "--recipe", FOLDER, "--runs", runs, "--accept-anyway", "--set", *settings, "-v")
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        for line in first.stderr:
             if line.strip().startswith(f"{phase} 10/"):
                 first.send_signal(signum)
                 break
-        first.stdout.read()
+        first.stderr.read()
         assert first.wait(timeout=60) == code
 
     chain = mini_chain(runs, "phase1", settings)

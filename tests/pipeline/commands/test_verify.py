@@ -17,7 +17,8 @@ from pipeline.common.errors import UserError
 from pipeline.evaluation import conformance
 from pipeline.evaluation.conformance import REFERENCE, STREAMS, Outcome, Reference
 from pipeline.weights import shipped
-from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.published import Lineage, publish
 
 CASES = {"guards", "noise", "odd", "pixel"}
 
@@ -102,7 +103,7 @@ def rates(tmp_path: Path) -> Path:
     """A folder of weights at three rates, and a codec of another kind."""
     for number, (name, lmbda) in enumerate([("lean", 0.05), ("lean", 0.002), ("other", 0.01), ("lean", 0.013)]):
         torch.manual_seed(number)
-        publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), {"name": name, "stage": f"lmbda: {lmbda}"})
+        publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), Lineage(name=name, stage=f"lmbda: {lmbda}"))
     return tmp_path
 
 

@@ -22,7 +22,8 @@ from pipeline.evidence.measurement import Subject, measure_memory, photograph, w
 from pipeline.recipes.loading import load_recipe
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.records import Records
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_digest, write
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, write
+from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage, publish
 
 

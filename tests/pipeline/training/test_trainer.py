@@ -15,8 +15,9 @@ from pipeline.data.images import find_images
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
 from pipeline.training import trainer as trainer_module
-from pipeline.training.trainer import Migration, Reporting, Trainer, TrainingError, Watcher, _schedule_factor
+from pipeline.training.trainer import Migration, Reporting, Trainer, TrainingError, _schedule_factor
 from pipeline.training.transfer import Ledger
+from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 

@@ -8,6 +8,7 @@ import torch
 from mini import FOLDER, mini_codec
 
 from modules import HPCM
+from modules.bitstream import model_identity
 from pipeline.commands import main as cli
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Stage
@@ -27,6 +28,7 @@ def test_exported_weights_are_the_originals_rounded(tmp_path: Path) -> None:
         assert torch.equal(loaded.get_parameter(name), parameter.half().float()), name
     for name, bound in model.entropy_estimation.named_buffers():
         assert torch.equal(loaded.entropy_estimation.get_buffer(name), bound), name
+    assert read_metadata(tmp_path / "half.safetensors")["identity"] == model_identity(loaded).hex()
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "full")]
     assert sizes[0] < 0.7 * sizes[1]
 

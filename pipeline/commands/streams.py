@@ -1,0 +1,65 @@
+"""`-` for standard input and output."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import typer
+
+STREAM = Path("-")
+
+
+def with_standard_streams(sources: str, suffix: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take `-` among its options `sources` and `output`; what it writes has the suffix.
+
+    The command itself works on files: what comes from standard input is kept in one, and what goes to standard output
+    is written to one first. Tables and messages then go to standard error.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def wrapped(**options: Any) -> None:
+            if STREAM in options[sources] or options["output"] == STREAM:
+                _through_files(command, options, sources, suffix)
+            else:
+                command(**options)
+
+        return wrapped
+
+    return decorate
+
+
+def _through_files(command: Callable[..., None], options: dict[str, Any], sources: str, suffix: str) -> None:
+    given, output = options[sources], options["output"]
+    if len(given) > 1:
+        raise typer.BadParameter("- stands for one file: give no other beside it")
+    if given[0].is_dir():
+        raise typer.BadParameter(f"{given[0]}: a folder does not go to standard output")
+    with TemporaryDirectory(prefix="hpcm-") as folder:
+        if given == [STREAM]:
+            file = Path(folder) / "standard-input"
+            file.write_bytes(sys.stdin.buffer.read())
+            options = {**options, sources: [file]}
+        if output not in (None, STREAM):
+            command(**options)
+            return
+        target = Path(folder) / f"standard-output{suffix}"
+        with _tables_on_standard_error():
+            command(**{**options, "output": target})
+        sys.stdout.buffer.write(target.read_bytes())
+        sys.stdout.buffer.flush()
+
+
+@contextmanager
+def _tables_on_standard_error() -> Iterator[None]:
+    from pipeline.commands.display import console
+
+    console.stderr = True
+    try:
+        yield
+    finally:
+        console.stderr = False

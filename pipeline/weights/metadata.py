@@ -1,0 +1,59 @@
+"""What a checkpoint says of itself, read without its tensors and without PyTorch, which takes seconds to load."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import check_regular, text_digest
+from pipeline.common.memory import too_large
+
+FORMAT = "hpcm-checkpoint-2"
+METADATA_KEY = "hpcm"
+
+
+class CheckpointError(UserError):
+    """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
+
+
+def check_file(path: Path) -> None:
+    """Raise CheckpointError unless there is a file, and one that the memory can hold."""
+    size = check_regular(path, CheckpointError).st_size
+    if reason := too_large(size):
+        raise CheckpointError(f"{path}: {size:,} bytes: loading it {reason}")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone; raises CheckpointError for a file that `write` did not write."""
+    check_file(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this pipeline; "
+            f"bring official weights in with `hpcm import {path} baseline.safetensors`"
+        )
+    if metadata.pop("seal", None) != seal(metadata):
+        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
+    return metadata
+
+
+def read_digest(path: Path) -> str:
+    """Digest of the weights in a file, as it says; raises CheckpointError as `read_metadata` does."""
+    return str(read_metadata(path)["digest"])
+
+
+def seal(metadata: Mapping[str, Any]) -> str:
+    """SHA-256 over all metadata but the seal, hexadecimal."""
+    return text_digest(json.dumps(metadata, sort_keys=True))
+
+
+def inputs_digest(inputs: Mapping[str, str]) -> str:
+    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
+    return text_digest(json.dumps(inputs, sort_keys=True))[:16]

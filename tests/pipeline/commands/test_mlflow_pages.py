@@ -1,0 +1,39 @@
+"""`hpcm ui` finds the page of the runs, and a port for it."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from pipeline.commands import mlflow_pages
+from pipeline.commands.main import app
+from pipeline.tracking.store import EXPERIMENT, Store
+
+
+def test_the_page_is_that_of_the_experiment_by_name(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.default(runs)
+    client = MlflowClient(tracking_uri=store.uri)
+    client.rename_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id, "somebody's")
+    wanted = client.create_experiment(EXPERIMENT)
+    served = []
+    monkeypatch.setattr(mlflow_pages, "serve", lambda store, port: served.append((store.uri, port)))
+    done = CliRunner().invoke(app, ["ui", "--runs", str(runs), "--port", "5123"])
+    assert done.output == f"runs: http://127.0.0.1:5123/#/experiments/{wanted}/runs?workflowType=machine_learning\n"
+    assert served == [(store.uri, 5123)]
+
+
+def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(mlflow_pages, "FIRST_PORT", taken.getsockname()[1])
+        assert mlflow_pages.free_port() != taken.getsockname()[1]
+
+
+def test_a_folder_without_runs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    done = CliRunner().invoke(app, ["ui", "--runs", str(tmp_path)])
+    assert "nothing was run here yet" in str(done.exception)
+    assert not list(tmp_path.iterdir())

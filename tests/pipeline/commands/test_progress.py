@@ -1,0 +1,85 @@
+"""How long a run may still take, and what is printed of it where there is no terminal."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.commands import progress
+from pipeline.commands.progress import Forecast, ProgressWatcher, duration, to_train
+from pipeline.recipes.schema import Segment
+
+
+def segment(name: str, steps: int, objective: str = "rate-distortion", train: str = "all") -> Segment:
+    return Segment.model_validate(
+        {"name": name, "train": train, "objective": objective, "steps": steps, "lr": {"default": 1e-4}}
+    )
+
+
+ALIGN, RELEASE = segment("align", 10, "align", "new"), segment("release", 100)
+TODO = [("phase1", ALIGN), ("phase1", RELEASE), ("phase2", ALIGN), ("phase2", RELEASE)]
+
+
+def test_what_is_left_follows_from_the_speed_of_each_sort_of_segment() -> None:
+    forecast = Forecast(TODO)
+    forecast.begin(ALIGN, 0)
+    assert forecast.left() is None
+    for step in range(10):
+        forecast.step(2.0 * step)
+    left = forecast.left()
+    assert left is not None
+    # Nothing is known of the release: it is taken to be as fast.
+    assert (left.segment, left.stage, left.chain) == (0, 200, 200 + 20 + 200)
+    forecast.begin(RELEASE, 40)
+    for step in range(20):
+        forecast.step(100 + 5.0 * step)
+    left = forecast.left()
+    assert left is not None
+    assert (left.segment, left.stage, left.chain) == (200, 200, 200 + 20 + 500)
+
+
+def test_equal_segments_of_two_stages_are_told_apart_and_stages_found_done_are_passed_over() -> None:
+    forecast = Forecast([("phase1", RELEASE), ("phase2", RELEASE), ("phase3", ALIGN), ("phase4", ALIGN)])
+    forecast.begin(RELEASE, 0)
+    forecast.step(0.0)
+    forecast.begin(RELEASE, 0)
+    assert forecast.todo[0][0] == "phase2"
+    forecast.begin(ALIGN, 0)
+    assert forecast.todo[0][0] == "phase3"
+    forecast.begin(segment("unheard-of", 3), 0)
+    assert forecast.todo[0][0] == "phase3"
+
+
+def test_only_stages_to_be_trained_count(finished: tuple) -> None:
+    chain, _ = finished
+    assert to_train(chain.plan()) == []
+    assert [name for name, _ in to_train(chain.plan(), force=True)] == ["phase4"] * 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (3900, "1 h 5 min"), (187200, "2 d 4 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("every_line", "steps"), [(False, [40, 80, 100]), (True, [*range(10, 101, 10)])])
+def test_without_a_terminal_there_is_a_line_now_and_then(
+    every_line: bool, steps: list[int], clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher = ProgressWatcher(TODO, every_line)
+    watcher.segment(RELEASE, 0)
+    for step in range(1, 101):
+        clock[0] += 0.8
+        watcher.step({"loss": 1.5} if step % 10 == 0 else None)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line.split() for line in printed.err.splitlines()]
+    assert [line[1] for line in lines] == [f"{step}/100" for step in steps]
+    assert "left: segment 0 s, stage 0 s, chain 1 min" in printed.err.splitlines()[-1]

@@ -1,0 +1,34 @@
+"""Tables where they are printed: whole words at a terminal, plain columns in a pipe."""
+
+from rich.console import Console
+
+from pipeline.common.tables import Table
+
+
+def table() -> Table:
+    found = Table("a title", ("stage", "why", "steps"), left=2)
+    found.add("phase1", "interrupted: the recipe changed\nand its images", "1,000")
+    found.add("baseline", "done", "5")
+    return found
+
+
+def test_a_pipe_gets_a_line_a_row_in_aligned_columns() -> None:
+    assert table().plain().splitlines() == [
+        "a title",
+        "stage     why                                               steps",
+        "phase1    interrupted: the recipe changed / and its images  1,000",
+        "baseline  done                                                  5",
+    ]
+
+
+def test_a_terminal_folds_between_words() -> None:
+    console = Console(width=34, record=True)
+    console.print(table().rich())
+    words = {word for line in console.export_text().splitlines() for word in line.split()}
+    assert {"interrupted:", "recipe", "changed", "images", "baseline", "1,000"} <= words
+
+
+def test_columns_without_names_have_no_head() -> None:
+    found = Table("", ("", ""), left=2)
+    found.add("stage", "phase1")
+    assert found.plain() == "stage  phase1"
