@@ -149,8 +149,9 @@ def files_below(
         if left_out is not None and left_out(Path(root), files):
             folders.clear()
             continue
-        paths = (Path(root, file) for file in files if file.lower().endswith(suffixes))
-        found += [(path.relative_to(folder).as_posix(), path) for path in paths]
+        below = Path(root).relative_to(folder).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        found += [(prefix + file, Path(root, file)) for file in files if file.lower().endswith(suffixes)]
     return found
 
 

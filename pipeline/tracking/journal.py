@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.common.contracts import parse_contract
+from pipeline.common.contracts import contract_of, parse_contract
 from pipeline.common.files import FileError, check_regular, open_own
 from pipeline.tracking.store import EndState
 
@@ -110,6 +110,13 @@ def append(path: Path, line: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def parse(text: bytes, source: str) -> Entry:
+    """The entry in a line, its arguments those of its action; raises FileError, naming `source`."""
+    entry = parse_contract(Entry, text, source)
+    arguments = contract_of(ACTIONS[entry.action], entry.arguments, source)
+    return replace(entry, arguments=vars(arguments))
+
+
 def lines(journal: Path, start: int) -> Iterator[Line]:
     """The whole lines from an offset on."""
     if not journal.exists():
@@ -118,7 +125,7 @@ def lines(journal: Path, start: int) -> Iterator[Line]:
         file.seek(start)
         while (text := file.readline()).endswith(b"\n"):
             try:
-                yield Line(text, file.tell(), parse_contract(Entry, text, "line"))
+                yield Line(text, file.tell(), parse(text, "line"))
             except FileError as error:
                 number = journal.read_bytes()[: file.tell()].count(b"\n")
                 yield Line(text, file.tell(), None, str(error).replace("line", f"line {number}", 1))

@@ -18,13 +18,12 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline.common.contracts import contract_of, parse_contract
 from pipeline.common.errors import UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import FileError, readable
 from pipeline.data.images import Photos
 from pipeline.tracking import journal
-from pipeline.tracking.journal import ACTIONS, Entry, Line
+from pipeline.tracking.journal import Entry, Line
 from pipeline.tracking.store import EndState, Run, Store, brief
 from pipeline.tracking.stored_run import EntryError, StoredRun, open_run
 
@@ -67,6 +66,8 @@ class Outbox:
         self._runs: dict[str, StoredRun] = {}
         self._rejected: int | None = None
         """Where the entry ends that MLflow rejected last."""
+        self._aside: set[int] = set()
+        """Where the entries end that were set aside."""
         self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
         self._thread.start()
 
@@ -86,7 +87,7 @@ class Outbox:
         values = {"run": run, "action": action, "time": int(time.time() * 1000), "arguments": arguments}
         # What is not UTF-8 becomes a question mark: no store could keep it.
         text = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
-        entry, line = parse_contract(Entry, text, self.path), json.dumps(json.loads(text)).encode() + b"\n"
+        entry, line = journal.parse(text, str(self.path)), json.dumps(json.loads(text)).encode() + b"\n"
         with self._changed:
             self._remember(entry)
             try:
@@ -178,6 +179,8 @@ class Outbox:
 
     def _send_or_set_aside(self, line: Line) -> None:
         """Send an entry; what is no entry, or one that MLflow rejects twice, is noted and kept in a file of its own."""
+        if line.end in self._aside:  # before something else in its batch went wrong
+            return
         if line.entry is None:
             self._put_aside(line, f"{self.path}: {line.problem}")
             return
@@ -197,10 +200,10 @@ class Outbox:
 
     def _put_aside(self, line: Line, problem: str) -> None:
         journal.append(self.set_aside, line.text)
+        self._aside.add(line.end)
         self.note(f"{problem}; the entry is kept in {self.set_aside}, and the others go on")
 
     def _send(self, entry: Entry) -> None:
-        arguments = vars(contract_of(ACTIONS[entry.action], entry.arguments, self.path, EntryError))
         if self._client is None:
             self._client = self.store.client()
         if entry.run not in self._runs:
@@ -211,9 +214,10 @@ class Outbox:
         if entry.action == "open":
             run.start()
         elif entry.action == "artifact":
-            run.artifact(self._own_file(arguments["name"]), arguments["folder"], time=entry.time)
+            path = self._own_file(entry.arguments["name"])
+            run.artifact(path, entry.arguments["folder"], time=entry.time)
         else:
-            getattr(run, entry.action)(**arguments, time=entry.time)
+            getattr(run, entry.action)(**entry.arguments, time=entry.time)
 
     def _own_file(self, name: str) -> Path:
         """A file or folder below `files/`; raises EntryError for a name that leads elsewhere, and for links."""
@@ -246,7 +250,7 @@ class Outbox:
         except OSError as error:
             raise FileError(f"{self.sent_path}: cannot be written: {error.strerror}") from error
         self._sent = line.end
-        if line.entry is not None and line.entry.action == "artifact" and not self.set_aside.exists():
+        if line.entry is not None and line.entry.action == "artifact" and line.end not in self._aside:
             with suppress(EntryError, LookupError, TypeError):
                 shutil.rmtree(self._own_file(line.entry.arguments["name"]).parent, ignore_errors=True)
 

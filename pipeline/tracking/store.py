@@ -9,8 +9,8 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import FileError
 from pipeline.common.folder_lock import alone_at
 from pipeline.data.images import Photos
 from pipeline.tracking.tags import KEY
@@ -102,7 +103,7 @@ class Store:
             _create_experiment(client, None)
         else:
             # Of two that begin in an empty folder, one makes the database and the other finds it.
-            with alone_at(self.runs / "mlflow.lock"):
+            with self._alone():
                 make_database(self.runs / DATABASE)
                 client = MlflowClient(tracking_uri=self.uri)
                 _create_experiment(client, self._artifact_folder.as_uri())
@@ -120,6 +121,18 @@ class Store:
         if not re.fullmatch("[0-9a-f]{32}", run_id):
             raise StoreError(f"{self.shown}: {run_id!r} is no run's id")
         return get_artifact_repository((self._artifact_folder / run_id / "artifacts").as_uri())
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        assert self.runs is not None
+        with ExitStack() as exits:
+            try:
+                exits.enter_context(alone_at(self.runs / "mlflow.lock"))
+            except (FileError, OSError):
+                if not (self.runs / DATABASE).exists():
+                    raise
+                # An archive that may only be read, say: there is nothing to be made.
+            yield
 
     @property
     def _artifact_folder(self) -> Path:

@@ -80,6 +80,8 @@ def test_a_link_beside_the_note_of_what_was_sent_is_not_written_through(runs: Pa
         b'{"run": "k", "action": "tags", "time": 2, "arguments": {"values": {"a": "\\udcff"}}}',
         {"run": "k", "action": "__class__", "time": 2, "arguments": {}},
         {"run": "k", "action": "metrics", "time": 2, "arguments": {"values": {"loss": "much"}, "step": 1}},
+        {"run": "k", "action": "metrics", "time": 2, "arguments": {}},
+        {"run": "l", "action": "open", "time": 2, "arguments": {"name": 5}},
         {"run": "stranger", "action": "tags", "time": 2, "arguments": {"values": {}}},
         {"run": "k'", "action": "open", "time": 2, "arguments": {"name": "x", "parent": None, "tags": {}}},
         b"\xff\xfe{", b"5", b"\0\0",
@@ -92,6 +94,7 @@ def test_what_no_store_can_take_is_kept_aside_and_the_rest_is_sent(poison: objec
     assert any("set-aside.jsonl, and the others go on" in note for note in notes)
     line = poison if isinstance(poison, bytes) else json.dumps(poison).encode()
     assert (folder / "set-aside.jsonl").read_bytes() == line + b"\n"
+    assert len([note for note in notes if "set-aside.jsonl" in note]) == 1
     assert not (folder / "journal.jsonl").exists()
     client = Store.default(runs).client()
     assert client.get_run(find_run(client, "k")).data.metrics == {"loss": 1.0}

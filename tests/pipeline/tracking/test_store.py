@@ -1,6 +1,7 @@
 """The store in a folder of runs: made once, found again wherever the folder lies, and safe to be shown."""
 
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -79,6 +80,18 @@ def test_an_experiment_in_the_trash_takes_nothing_and_says_how_to_bring_it_back(
     client.delete_experiment(store_module.experiment_id(client))
     with pytest.raises(StoreError, match=r"in MLflow's trash: .*mlflow experiments restore --experiment-id 1"):
         Store.default(runs).client()
+
+
+def test_a_folder_that_may_only_be_read_is_read(runs: Path, tmp_path: Path) -> None:
+    keep_a_file(runs, "first")
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    if subprocess.run(["mount", "--bind", "-o", "ro", runs, shown], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        assert kept_file(shown, "first") == shown / kept_file(runs, "first").relative_to(runs)
+    finally:
+        subprocess.run(["umount", "--lazy", shown], check=True)  # MLflow keeps its connections open.
 
 
 def test_passwords_are_not_shown() -> None:
