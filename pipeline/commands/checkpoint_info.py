@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,18 @@ def _published(paths: Iterator[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
 def known_models(runs: Path) -> dict[str, str]:
     """Names of the checkpoints that coded files can be read with, by the model's identity (hexadecimal).
 
-    Looks at the bundled weights and at what was published in a folder of runs. Checkpoints from before the identity
-    was recorded are not known.
+    Looks at the bundled weights and at what was published in a folder of runs. Of the latter, checkpoints from before
+    the identity was recorded are not known.
     """
-    found = {}
-    for path, metadata in _published(runs.glob(f"*/*/*/{FILE}")):
-        found[metadata.get("identity", "")] = str(path)
+    found = {m["identity"]: str(path) for path, m in _published(runs.glob(f"*/*/*/{FILE}")) if "identity" in m}
     for path, metadata in _published(WEIGHTS.glob("*.safetensors")):
-        found[metadata.get("identity", "")] = f"bundled {path.name}"
-    found.pop("", None)
+        found[metadata.get("identity") or _computed_identity(path)] = f"bundled {path.name}"
     return found
+
+
+@cache
+def _computed_identity(path: Path) -> str:
+    from modules.bitstream import model_identity
+    from pipeline.weights.checkpoints import load_codec
+
+    return model_identity(load_codec(path)).hex()

@@ -90,12 +90,16 @@ def test_a_folder_there_and_back(
         assert np.array_equal(np.asarray(one), (expected[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def test_without_a_checkpoint_the_shipped_codec_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_checkpoint_the_shipped_codec_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     photo, coded, back = (tmp_path / name for name in ("coffee.png", "coffee.hpcm", "back.png"))
     Image.fromarray(coffee()[100:300, 100:400]).save(photo)
     assert hpcm(monkeypatch, "compress", photo) == 0
     assert hpcm(monkeypatch, "decompress", coded, "-o", back) == 0
     assert hpcm(monkeypatch, "evaluate", photo) == 0
+    assert hpcm(monkeypatch, "info", coded) == 0
+    assert "(bundled lean.safetensors)" in capsys.readouterr().out
     error = np.asarray(Image.open(photo), dtype=float) - np.asarray(Image.open(back), dtype=float)
     assert 10 * np.log10(255**2 / np.square(error).mean()) > 28
     assert coded.stat().st_size < 300 * 200 / 8  # 1 bit per pixel
