@@ -79,7 +79,7 @@ fuzz: $(READY) ## give the decoder 100 000 damaged files and streams, under a me
 conformance: $(READY) ## write the streams of `hpcm verify` anew, after the bundled weights have changed
 	$(BIN)/python tests/pipeline/write_conformance.py
 
-arithmetics: $(READY) ## code the bundled photographs under thirteen arithmetics, decode each under every other
+arithmetics: $(READY) ## code a photograph under thirteen arithmetics, decode each under every other
 	$(BIN)/python tests/modules/arithmetics.py runs/arithmetics
 
 check: $(READY) ## lint, format, types; where nvcc is, compile the CUDA source for three architectures

@@ -1,11 +1,11 @@
-"""The file that holds one coded image, `photo.hpcm`.
+"""The file that holds one coded image, `photo.hpcm`: version 2 of the format.
 
-All numbers are unsigned and little-endian.
+All numbers are little-endian; those without a type are unsigned.
 
 | at | bytes | what |
 |---|---|---|
 | 0 | 4 | `HPCM` |
-| 4 | 1 | version of this format: 1 |
+| 4 | 1 | version of this format: 2 |
 | 5 | 1 | color: 0 = RGB, 8 bits a channel, in the color space of the ICC profile (sRGB where there is none) |
 | 6 | 8 | identity of the model: start of the SHA-256 of all that a decoder computes with (`model_identity`) |
 | 14 | 4 + 4 | height and width in pixels, the right way up |
@@ -14,14 +14,32 @@ All numbers are unsigned and little-endian.
 | 38 | | ICC profile, z, y |
 | end | 4 | CRC-32 of the profile, z and y |
 
-z is the CRC-32 of its symbols, then their range-coded bytes. y is the number of threads that the encoder ran (1 byte),
-the CRC-32 of its symbols and of the tables that they were coded with, and their range-coded bytes (`modules.rans`).
-A symbol of y is coded with the table whose scale is nearest to its own by ratio; the official implementation takes the
-next larger one, which is longer (`modules.coders.table_index`).
+z is the CRC-32 of its symbols and tables, then their range-coded bytes (`modules.rans`). y is
 
-What is promised: the same machine and build of PyTorch decode to the encoder's own reconstruction, bit for bit,
-whatever the number of threads. Elsewhere the networks may round differently, and one table chosen differently
-garbles all that follows. That is detected, by the CRC-32 of symbols and tables, and refused with an error.
+| at | bytes | what |
+|---|---|---|
+| 0 | 1 | 0, where version 1 has the number of threads |
+| 1 | 4 | ε, float32: 0, or 1e-6 to 5e-3 |
+| 5 | 4 | g, the length of the guards |
+| 9 | 10 × 2 | after each step but the last, the lower half of the CRC-32 of y's symbols and tables so far (int32) |
+| 29 | 4 | after the last step, the whole of it |
+| 33 | g | guards; none where nothing is moved |
+| 33 + g | | the range-coded bytes of all eleven steps |
+
+The guards are, for each of the eleven coding steps, a byte k and one signed byte d for each run of 2^k symbols, in
+the order of coding; 255 stands alone for a step where nothing is moved. A symbol of y is coded with the table whose
+scale is nearest, by ratio, to its own scale times exp(−5·ε·d), d its run's (`modules.guards`); the official
+implementation takes the next larger table, which is longer. The encoder chooses d so that no scale is within a
+relative 2ε of the middle between two tables.
+
+What is promised: a machine whose scales are within ε of the exact ones, as the encoder's are, reads the same symbols,
+whatever its processor, device, thread count or PyTorch. Its picture differs from the encoder's by rounding: by 1 of
+255 at few values. Elsewhere the step where the symbols part is noticed; the decoder computes again in float64, then
+tries other tables next to a boundary (`modules.recovery`), and refuses where neither helps. It never decodes into
+noise. `PORTABILITY.md` beside this file has what was measured.
+
+Version 1 promised the machine and build that encoded, and no other. Its y is the number of threads (1 byte), the
+CRC-32 of symbols and tables, and the range-coded bytes; no scale is multiplied. `modules.version1` still reads it.
 """
 
 import io

@@ -75,6 +75,23 @@ def save_codec(model: HPCM, path: Path) -> None:
     torch.save({"config": model.config.to_dict(), "state": model.state_dict()}, path)
 
 
+def prepare(folder: Path) -> None:
+    """The bundled codecs, the five phases with random weights, and a photograph of 256×256."""
+    from skimage.data import coffee
+
+    from pipeline.weights.checkpoints import load_codec
+    from pipeline.weights.shipped import WEIGHTS
+
+    for path in WEIGHTS.glob("*.safetensors"):
+        save_codec(load_codec(path), folder / "codecs" / f"{path.stem}.pt")
+    torch.manual_seed(0)
+    for phase in range(5):
+        save_codec(HPCM.from_preset("tiny", phase), folder / "codecs" / f"tiny{phase}.pt")
+    (folder / "images").mkdir()
+    image = torch.from_numpy(coffee()[100:356, 150:406].copy()).permute(2, 0, 1)[None] / 255
+    torch.save(image, folder / "images" / "coffee.pt")
+
+
 def _load(path: Path, arithmetic: Arithmetic) -> ImageCodec:
     saved = torch.load(path, weights_only=True)
     model = HPCM(HPCMConfig.from_dict(saved["config"])).eval()
@@ -207,7 +224,7 @@ def report(folder: Path) -> None:
 def main() -> None:
     """Run the matrix over a folder, or one process of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="made, with codecs and an image, where it does not exist")
     parser.add_argument("--process", nargs="+", metavar="NAME PART")
     parser.add_argument("--only", action="append")
     arguments = parser.parse_args()
@@ -217,6 +234,8 @@ def main() -> None:
         for part in parts:
             PARTS[part](arguments.folder, name)
     else:
+        if not arguments.folder.exists():
+            prepare(arguments.folder)
         run_all(arguments.folder, arguments.only or list(ARITHMETICS))
         report(arguments.folder)
 

@@ -1,5 +1,6 @@
 """`hpcm verify` and the streams that it reads; which of the bundled weights a quality means."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -11,7 +12,8 @@ from mini import mini_codec
 
 from modules.bitstream import CodedImage, ImageCodec
 from modules.coding import Tables, trace
-from modules.guards import table_index
+from modules.guards import EPSILON, table_index
+from pipeline.commands import codec
 from pipeline.commands import main as cli
 from pipeline.common.errors import UserError
 from pipeline.evaluation import conformance
@@ -85,7 +87,9 @@ def test_the_screen_ends_with_pass_or_fail(
     assert (exit_.value.code or 0) == bool(fault)
     printed = capsys.readouterr()
     assert f"PyTorch {torch.__version__}" in printed.out
-    assert ("1 of 2 streams failed; largest scale error 6.5e-06" if fault else "pass: 2 streams") in printed.out
+    assert ("1 of 2 streams failed" if fault else "pass: 2 streams") in printed.out
+    assert "6.5e-06" in printed.out
+    assert "the largest scale error is 32% of its stream's ε" in printed.out
     assert printed.err == (f"error: two.hpcm: {fault}\n" if fault else "")
 
 
@@ -122,3 +126,8 @@ def test_a_file_finds_the_bundled_codec_that_made_it(rates: Path) -> None:
         assert codecs.of(codec.identity).identity == codec.identity
     with pytest.raises(ValueError, match="none of the bundled ones; give its checkpoint with -c"):
         codecs.of(b"somebody")
+
+
+def test_the_help_names_the_epsilon_that_is_used() -> None:
+    annotation = inspect.signature(codec.compress, eval_str=True).parameters["epsilon"].annotation
+    assert float(annotation.__metadata__[0].help.split("default: ")[1].rstrip("].")) == EPSILON
