@@ -132,9 +132,9 @@ WRONG_VALUES = {
     "model={}": "model.preset: missing; expected here or in common.yaml",
 }
 MISFITS = {
-    "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the phase's 1",
-    "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the phase's 4",
-    "phase1.schedule.1.name=align": "schedule[1].name: a second phase named 'align'",
+    "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the segment's 1",
+    "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the segment's 4",
+    "phase1.schedule.1.name=align": "schedule[1].name: a second segment named 'align'",
     "phase1.schedule.0.handover=1": "schedule[0].handover: needs a parent and 'objective: rate-distortion'",
     "baseline.schedule.0.handover=1": "schedule[0].handover: needs a parent",
     "phase1.schedule.0.train=all": "schedule[0].objective: 'align' needs a parent and 'train: new'",

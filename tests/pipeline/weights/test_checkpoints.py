@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM
+from pipeline.common.files import FileError
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, publish
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
@@ -61,7 +62,7 @@ def test_writing_leaves_the_old_file_until_the_new_one_is_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: cannot be written: .*No space"):
+    with pytest.raises(FileError, match=r"checkpoint.safetensors: cannot be written: .*No space"):
         publish(path, mini_codec(4), {})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -83,7 +84,7 @@ def test_a_full_disk_leaves_the_last_good_state(small_disk: Path) -> None:
     tensors = {"weight": torch.zeros(200_000)}
     states.save(TrainingState(Progress(stage_step=1), tensors, {}, {}))
     states.save(TrainingState(Progress(stage_step=2), tensors, {}, {}))
-    with pytest.raises(CheckpointError, match=r"step-00000003.safetensors: cannot be written: .*\n  What was saved"):
+    with pytest.raises(FileError, match=r"step-00000003.safetensors: cannot be written: .*\n  What was saved"):
         states.save(TrainingState(Progress(stage_step=3), tensors, {}, {}))
     assert [path.name for path in sorted(states.folder.iterdir())] == [
         "segment-00-step-00000001.safetensors", "segment-00-step-00000002.safetensors",
