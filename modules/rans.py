@@ -72,7 +72,7 @@ class SymbolWriter:
         Raises BitstreamError for NaN and for magnitudes of 2²⁴ or more.
         """
         if not bool((values.abs() < LIMIT).all()):
-            raise BitstreamError("the latent is not finite or too large to code: check the image and the weights for NaN")
+            raise BitstreamError("the latent is not finite or too large to code: check image and weights for NaN")
         symbols = values.int()
         reach = self.tables.reach[indexes]
         outside = symbols.abs() > reach

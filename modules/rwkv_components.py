@@ -173,7 +173,7 @@ class RWKVPriorKind(PriorKind):
     """RWKV blocks of 3M channels in both branches."""
 
     hidden_rate: float = 4
-    """Inner width of the channel mix, as a multiple of its channels. With `channel_mix` = `conv`, 2 fits the Baseline."""
+    """Inner width of the channel mix, as a multiple of its channels; 2 to match the Baseline's convolution."""
     mix_rate: float = 1
     """Inner width of the spatial mix, as a multiple of its channels."""
     channel_mix: ChannelMixForm = "rwkv"
