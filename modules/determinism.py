@@ -21,7 +21,7 @@ def coding_arithmetic(device: torch.device, threads: int | None = None) -> Itera
     """
     backends: Any = torch.backends
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
-    # General settings come first. A special setting may follow them, and then it need not be changed and restored.
+    # General settings come first. A special setting that inherits from them needs no change of its own.
     precisions = backends, cudnn, cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
     wanted: list[tuple[Any, str, str | bool]] = [(owner, "fp32_precision", "ieee") for owner in precisions]
     wanted += [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]

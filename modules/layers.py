@@ -58,7 +58,7 @@ class Narrowable(nn.Module):
         raise NotImplementedError
 
     def keep_channels(self, wider: "Narrowable", index: Tensor) -> None:
-        """Copy the weights that compute the inner channels `index` (width,) of `wider`, not the last linear layer."""
+        """Copy what computes the inner channels `index` (width,) of `wider`: all but the last linear layer."""
         raise NotImplementedError
 
 

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kWarp * kWorkers, 1) each_beyond(Tensors<Numbe
       OneBlock<Number>{all, static_cast<int64_t>(blockIdx.x / groups), channel, beyond}, all.chunks);
 }
 
-// Each slice of k, v and grad_y is small enough to stay in the L2 cache for the later phases, but fills the device.
+// A slice of k, v and grad_y stays in the L2 cache for the later phases, unless it must be larger to fill the device.
 template <class Number, bool backward>
 void run_slices(const Tensors<Number>& all, cudaStream_t stream) {
   int device = 0, cache = 0, processors = 0;

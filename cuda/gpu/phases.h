@@ -28,8 +28,8 @@ struct Block {
 };
 
 // Fills a block. `before` and `earlier` are the sums over keys and over gradients at the start of the block; they are
-// updated to its end. `after` is the sum over the keys after its end. Adds the block's part of the gradient of u, and of
-// that of w the crossings with earlier gradients.
+// updated to its end. `after` is the sum over the keys after its end. Adds the gradient of u of this block; of the
+// gradient of w it adds only the crossings with earlier gradients.
 template <class Number, class Weights, class State = typename Weights::State, class Real = typename Weights::Real>
 BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block<Weights>& rows, State& before,
                        State after, State& earlier, Real& to_w, Real& to_u) {

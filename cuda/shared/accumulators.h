@@ -22,7 +22,7 @@ namespace biwkv {
 
 // Whether float32 with one shift of a channel's keys is precise enough. Within this bound, a key that underflows after
 // the shift is less than e^-27 of any sum that it enters. No sum or gradient leaves float32's range. dL/dw keeps five
-// digits; it loses more to cancellation the faster weights grow with distance. Channels beyond the bound use a running
+// digits, although more of it cancels the faster weights grow with distance. Channels beyond the bound use a running
 // maximum in float64.
 BIWKV_SHARED bool within_bound(float w, float u, int64_t length) {
   const float whole = w * length;
