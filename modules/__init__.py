@@ -21,7 +21,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the codec when it is first asked for: PyTorch and CompressAI take seconds."""
+    """Import the codec on first use, because PyTorch and CompressAI take seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""Windowed cross-attention, the context component that the RWKV cells replace (HPCM, ICCV 2025), and its absence."""
+"""Windowed cross-attention (HPCM, ICCV 2025), which the RWKV cells replace, and a cell without attention."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,10 @@ from modules.components import Component, Kind, check_setting, register
 
 
 class PassThroughCell(Component):
-    """No attention: the new context is the prior's output. A module, so that a migration can watch and replace it."""
+    """No attention: the new context is the prior's output.
+
+    It is a module so that a migration can record its inputs and outputs, and replace it.
+    """
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         """Both (B, C, H, W); returns x."""
@@ -18,9 +21,9 @@ class PassThroughCell(Component):
 
 
 class CrossAttentionCell(Component):
-    """softmax(q kᵀ/√d) v + conv_out(x) in non-overlapping windows: q from the new context, k and v from the old.
+    """softmax(q kᵀ/√d) v + conv_out(x) in non-overlapping windows: q comes from x, k and v from the context h.
 
-    `window` is the side of a tile on the grid that the cell works on; height and width must divide by it.
+    `window` is the side of a window in positions of the cell's grid. Height and width must be multiples of it.
     """
 
     def __init__(self, channels: int, heads: int, window: int):
@@ -60,21 +63,21 @@ class CrossAttentionKind(Kind):
 
     heads: int = 32
     window: int = 8
-    """Side of a window, on the slot's own grid."""
+    """Side of a window in positions of the slot's grid."""
 
     def __post_init__(self) -> None:
         check_setting(self, "heads", 1, integer=True)
         check_setting(self, "window", 1, integer=True)
 
     def build(self, M: int) -> CrossAttentionCell:
-        """The cell of 2M channels; raises ValueError where the heads do not divide them."""
+        """Build the cell of 2M channels. Raises ValueError unless 2M is a multiple of `heads`."""
         if 2 * M % self.heads:
-            raise ValueError(f"2M = {2 * M} channels do not divide into {self.heads} attention heads")
+            raise ValueError(f"2M = {2 * M} channels cannot be split evenly into {self.heads} attention heads")
         return CrossAttentionCell(2 * M, self.heads, self.window)
 
     @property
     def grid_multiple(self) -> int:
-        """Windows tile the grid."""
+        """The side of a window, because windows tile the grid."""
         return self.window
 
 
@@ -84,5 +87,5 @@ class NoAttentionKind(Kind):
     """The prior's output is the next context (HPCM's PhiContext)."""
 
     def build(self, M: int) -> PassThroughCell:
-        """The cell, which has no weights."""
+        """Build the cell. It has no weights."""
         return PassThroughCell()

@@ -12,15 +12,15 @@ from modules.biwkv4_build import Call, Kernels
 
 
 def biwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Mean of v, weighted by e^key and by distance in time, over the whole sequence at each of its positions.
+    """For each position, the mean of v over the whole sequence, weighted by e^k and by distance.
 
     y_t = [Σ_{i≠t} e^{−(|t−i|−1)·w + k_i}·v_i + e^{u + k_t}·v_t] / [the same without v]
 
-    w, u: (C,), decay per position and bonus of a position's own key; used in float32 (float64 if k is).
-    k, v: (B, T, C), of one dtype: float32, bfloat16, float16 or, on the CPU, float64; views are read in place
-    as long as the channel is innermost. Returns y (B, T, C), contiguous, of k's dtype; differentiable once.
-    Autocast leaves the arguments alone: k and v come in its dtype from linear layers, w and u in float32.
-    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
+    w, u: (C,), the decay per position and the bonus of a position's own key, converted to float32 (float64 if k is).
+    k, v: (B, T, C), of one dtype: float32, bfloat16, float16 or, on the CPU, float64. A view is copied only if its
+    channels are not contiguous. Returns y (B, T, C), contiguous, of k's dtype. Only first derivatives are supported.
+    Autocast does not cast the arguments: linear layers return k and v in its dtype already; w and u stay in float32.
+    Raises TypeError or ValueError, with the argument's name, if a dtype, shape or device does not fit.
     """
     work = _work_dtype(k.dtype)
     if w.dtype != work or u.dtype != work:
@@ -31,15 +31,15 @@ def biwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def biwkv4_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in plain PyTorch, any float dtype and device; O(T log T), any magnitude of w, u and k.
+    """Bi-WKV4 in plain PyTorch, in O(T log T), for any float dtype and device and any magnitude of w, u and k.
 
-    A set of positions is kept as its total weight's logarithm and its weighted mean of v: neither overflows.
-    w, u (C,); k, v (B, T, C); returns (B, T, C), of k's dtype; half types are computed in float32.
+    A set of positions is represented by the logarithm of its total weight and by its weighted mean of v. Neither
+    overflows. w, u (C,); k, v (B, T, C); returns (B, T, C), of k's dtype. 16-bit types are computed in float32.
     """
     dtype = k.dtype
     w, u, k, v = (x.to(_work_dtype(dtype)) for x in (w, u, k, v))
-    k = k - k.detach().amax(1, keepdim=True)  # the mean stays, and keys of 1e30 do not swallow the decay
-    k = k.clamp(min=torch.finfo(k.dtype).min / 4)  # of −inf the differences below would be NaN
+    k = k - k.detach().amax(1, keepdim=True)  # leaves the mean as it is; added to a key of 1e30 the decay would be lost
+    k = k.clamp(min=torch.finfo(k.dtype).min / 4)  # differences of −inf would be NaN
     before = _all_before(w, k, v)
     log, mean = _all_before(w, k.flip(1), v.flip(1))
     return _join(_join(before, (log.flip(1), mean.flip(1))), (u + k, v))[1].to(dtype)
@@ -49,14 +49,14 @@ LogMean = tuple[Tensor, Tensor]
 
 
 def _join(a: LogMean, b: LogMean) -> LogMean:
-    """Log-weight and mean, both (B, T, C), of two sets of positions together."""
+    """Log-weight and mean, both (B, T, C), of the union of two sets of positions."""
     return torch.logaddexp(a[0], b[0]), torch.lerp(a[1], b[1], torch.sigmoid(b[0] - a[0]))
 
 
 def _all_before(w: Tensor, k: Tensor, v: Tensor) -> LogMean:
     """Log-weight and mean, both (B, T, C), of the positions i < t, weighted by e^{−(t−1−i)·w + k_i}."""
     log, mean, span = k, v, 1
-    while span < k.shape[1]:  # each position knows of the last `span` up to itself, and learns of as many more
+    while span < k.shape[1]:  # each position covers the `span` positions that end at it; a pass doubles that
         earlier = log[:, :-span] - span * w, mean[:, :-span]
         more = _join(earlier, (log[:, span:], mean[:, span:]))
         log, mean = (torch.cat([x[:, :span], y], 1) for x, y in zip((log, mean), more, strict=True))
@@ -89,7 +89,7 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_op(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
-    """What the op itself asks: compiled graphs and others call it without the face."""
+    """Check the op's own arguments: compiled graphs call the op without `biwkv4`."""
     channels, work, device = k.shape[2:], _work_dtype(k.dtype), k.device
     fits = k.dim() == 3 and v.shape == k.shape and w.shape == channels and u.shape == channels
     same = v.dtype == k.dtype and v.device == device and w.device == device and u.device == device
@@ -124,7 +124,7 @@ def _kernels(k: Tensor) -> Kernels | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x itself where its channels are neighbors in memory, else a copy."""
+    """x itself if its channels are contiguous, else a contiguous copy."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -148,7 +148,7 @@ def _run(function: Callable[..., int], kernels: Kernels, call: Call, k: Tensor, 
             call.workspace, call.runner = memory.data_ptr(), torch.cuda.current_stream().cuda_stream
             status = function(ctypes.byref(call))
     if status == 1:
-        raise MemoryError("biwkv4: not enough memory for the sums of the chunks")
+        raise MemoryError("biwkv4: not enough memory for the kernel's partial sums; use smaller batches or images")
     if status:
         raise RuntimeError(f"biwkv4: {kernels.explain(status)}")
 
@@ -226,7 +226,7 @@ def _differentiate(ctx, grad_y: Tensor) -> Gradients:
 
 
 def _differentiate_twice(ctx, *grads: Tensor) -> None:
-    raise NotImplementedError("biwkv4 is differentiable once; for second derivatives use biwkv4_reference")
+    raise NotImplementedError("biwkv4 has first derivatives only; for second derivatives use biwkv4_reference")
 
 
 for _device in ("CPU", "CUDA"):
@@ -240,11 +240,11 @@ torch.library.register_autograd("hpcm::biwkv4_backward", _differentiate_twice, l
 
 @register_flop_formula(torch.ops.hpcm.biwkv4)
 def _forward_flops(w, u, k, v, *, out_shape=None, **kwargs) -> int:
-    """An element: two sums in two directions, own term, exponential, division (k: its shape)."""
+    """Per element: two sums in two directions, the own term, an exponential and a division. `k` is k's shape."""
     return 14 * k[0] * k[1] * k[2]
 
 
 @register_flop_formula(torch.ops.hpcm.biwkv4_backward)
 def _backward_flops(grad_y, w, u, k, v, *, out_shape=None, **kwargs) -> int:
-    """The forward's sums again, as many over the gradients, and the four products that they enter."""
+    """Per element: the forward sums, as many over gradients, and four products of both. `k` is k's shape."""
     return 40 * k[0] * k[1] * k[2]

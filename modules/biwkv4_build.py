@@ -1,6 +1,7 @@
-"""Build and load the Bi-WKV4 kernels of `cuda/`: by ninja, on first use, cached by all that shapes them.
+"""Build the Bi-WKV4 kernels of `cuda/` with ninja on first use, cache them, and load them.
 
-`python -m modules.biwkv4_build` builds ahead what this machine can use.
+A change of the sources, the compiler, its flags, the processor or PyTorch leads to a new build.
+`python -m modules.biwkv4_build` builds the kernels for this machine ahead of time.
 """
 
 import ctypes
@@ -32,11 +33,11 @@ CUDA_FLAGS = ("-Xcompiler", "-fPIC", "-cudart", "static", "--threads", "0")
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be built here; the message is the cause."""
+    """The kernels cannot be built on this machine. The message says why."""
 
 
 class Call(ctypes.Structure):
-    """`BiwkvCall` of `cuda/shared/abi.h`, field by field."""
+    """The same fields as `BiwkvCall` in `cuda/shared/abi.h`."""
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("batch", "length", "channels", "type")],
@@ -51,36 +52,36 @@ class Call(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernels:
-    """A loaded library: each function takes a pointer to a `Call`; a status of 0 is success."""
+    """A loaded library. `forward` and `backward` take a pointer to a `Call` and return a status: 0 is success."""
 
     forward: Callable[..., int]
     backward: Callable[..., int]
-    runner: int = 0  # CPU: address of PyTorch's own parallel loop, 0 for one thread
-    workspace: Callable[..., int] | None = None  # CUDA: bytes that a call needs on the device
+    runner: int = 0  # CPU: address of PyTorch's parallel loop; 0 means one thread
+    workspace: Callable[..., int] | None = None  # CUDA: bytes of device memory that a call needs
     explain: Callable[[int], str] = lambda status: f"status {status}"
 
 
 @functools.cache
 def cpu_kernels() -> Kernels | None:
-    """The CPU kernels, built if need be; None, after one warning with the cause, if they cannot be."""
+    """Load the CPU kernels, built if needed. If that fails, warn once with the cause and return None."""
     return _or_warning(lambda: _load_cpu(build_cpu()))
 
 
 @functools.cache
 def cuda_kernels() -> Kernels | None:
-    """The CUDA kernels for the GPUs present, likewise."""
+    """Load the CUDA kernels for the GPUs present, in the same way."""
     return _or_warning(lambda: _load_cuda(build_cuda()))
 
 
 def build_cpu() -> Path:
-    """The CPU library's path, built now unless cached. Raises BuildError with the compiler's message."""
+    """Return the CPU library's path; build it unless it is cached. Raises BuildError with the compiler's message."""
     compiler = os.environ.get("CXX", "").split() or [_first_of("c++", "g++", "clang++")]
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     return _build("cpu", "cpu/biwkv4.cpp", [*compiler, *COMMON_FLAGS, *CPU_FLAGS, tuning], _cpu_identity())
 
 
 def build_cuda() -> Path:
-    """The CUDA library's path, for `TORCH_CUDA_ARCH_LIST` or the GPUs present, built now unless cached."""
+    """Return the CUDA library's path; build it, for `TORCH_CUDA_ARCH_LIST` or the GPUs present, unless cached."""
     roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     nvcc = _first_of("nvcc", folders=[f"{root}/bin" for root in [*roots, "/usr/local/cuda"] if root])
     return _build("cuda", "gpu/biwkv4.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
@@ -91,12 +92,12 @@ def cuda_architectures() -> list[str]:
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         wanted = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", listed)
         if not wanted:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} names no architecture such as 8.0 or 9.0+PTX")
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} has no architecture of the form 8.0 or 9.0+PTX")
     else:
         devices = range(torch.cuda.device_count())
         wanted = sorted({(*map(str, torch.cuda.get_device_capability(i)), "") for i in devices})
         if not wanted:
-            raise BuildError("there is no GPU to build for, and TORCH_CUDA_ARCH_LIST is not set")
+            raise BuildError("no GPU was found; to build for one, set TORCH_CUDA_ARCH_LIST, for example to 9.0")
     flags = []
     for major, minor, ptx in wanted:
         codes = [f"sm_{major}{minor}"] + ([f"compute_{major}{minor}"] if ptx else [])
@@ -108,7 +109,7 @@ def _or_warning(load: Callable[[], Kernels]) -> Kernels | None:
     try:
         return load()
     except (BuildError, OSError) as error:
-        warnings.warn(f"Bi-WKV4 runs as its slow PyTorch reference: {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"Bi-WKV4 falls back to its slow PyTorch reference: {error}", RuntimeWarning, stacklevel=3)
         return None
 
 
@@ -138,7 +139,7 @@ def _load_cuda(library: Path) -> Kernels:
 
 
 def _parallel_for() -> int:
-    """PyTorch's own loop over threads, so that the kernels follow torch.set_num_threads and add no pool."""
+    """Address of PyTorch's parallel loop. It obeys torch.set_num_threads, so the kernels need no thread pool."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         function = ctypes.CDLL(str(library)).torch_parallel_for
@@ -148,10 +149,10 @@ def _parallel_for() -> int:
 
 
 def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Path:
-    """Compile one source into a library of the cache; processes that ask at once wait for the first."""
+    """Compile one source into a library in the cache. Processes that need it at the same time wait for the first."""
     texts = [path.read_bytes() for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")]
     if not texts:
-        raise BuildError(f"the sources are not at {SOURCES}")
+        raise BuildError(f"there are no kernel sources in {SOURCES}; reinstall the package")
     version = _run([command[0], "--version"])
     facts = [*command, version, identity, torch.__version__]
     key = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in facts)])).hexdigest()[:16]
@@ -165,7 +166,7 @@ def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Pat
 
 
 def _cached(cache: Path, name: str) -> Path | None:
-    """The library of this name, if its content is what its file's name says, and nobody else could have written it."""
+    """Find the library of this name whose digest matches its file name and that no other user could have written."""
     for path in cache.glob(f"{name}_*.so"):
         status = path.lstat()
         own = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
@@ -179,7 +180,7 @@ def _digest(path: Path) -> str:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made if need be; raises BuildError where another user could put libraries there."""
+    """Create the folder if needed. Only its owner may write to it; raises BuildError if another user owns it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     status = folder.stat()
     if status.st_uid not in (0, os.getuid()):
@@ -190,7 +191,7 @@ def _private(folder: Path) -> Path:
 
 
 def _run_ninja(source: str, command: Sequence[str], cache: Path, name: str) -> Path:
-    """Build beside the cache's entry, then rename: what was cut off, or is not whole on disk, is never loaded."""
+    """Build in a temporary folder of the cache, then rename, so that an incomplete library is never loaded."""
     ninja = _first_of("ninja")
     with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}_") as folder:
         escaped = re.sub(r"([$ :])", r"$\1", str(SOURCES / source))
@@ -210,18 +211,18 @@ def _run(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise BuildError(f"{command[0]} does not run: {error}") from error
+        raise BuildError(f"cannot run {command[0]}: {error}") from error
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr).strip()[-2000:]}")
     return done.stdout
 
 
 def _first_of(*programs: str, folders: Sequence[str] = ()) -> str:
-    # The environment's own folder too: ninja comes with it, and it need not have been activated.
+    # Search the environment's scripts as well: ninja is installed there, and the environment may not be activated.
     path = os.pathsep.join([*folders, sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = next((where for program in programs if (where := shutil.which(program, path=path))), None)
     if found is None:
-        raise BuildError(f"none of {', '.join(programs)} is on PATH")
+        raise BuildError(f"{' or '.join(programs)} was not found on PATH; install it")
     return found
 
 
@@ -232,7 +233,7 @@ def _cache() -> Path:
 
 
 def _cpu_identity() -> str:
-    """What `native` means here: a home directory may be shared by machines with different processors."""
+    """The processor's features, which `native` stands for. Machines with other processors may share the cache."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return f"{platform.machine()} {platform.processor()}"

@@ -24,7 +24,7 @@ from modules.initialization import center_scales, initialize_convolutions, sprea
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
-"""Codes the rows of a step, given their scales and means, each (B, R, M/8), and returns ŷ there."""
+"""Codes the rows of a step from their scales and means, each (B, R, M/8), and returns ŷ of these rows."""
 
 _TABLES = (
     "scale_table",
@@ -45,11 +45,11 @@ _GRID_SHIFTS = (
     ("y_spatial_prior_s1_s2", 2),
     ("y_spatial_prior_s3", 0),
 )
-"""By how many halvings the coarsest grid that a slot works on is smaller than the latent."""
+"""For each slot, how many times the latent's sides are halved to give the coarsest grid that the slot works on."""
 
 
 class Noise(NamedTuple):
-    """Additive uniform noise U(−½, ½) of one training step: `y` (B, M, h, w) and `z` (B, N, h/4, w/4)."""
+    """Additive noise of one training step, uniform in (−½, ½): `y` (B, M, h, w) and `z` (B, N, h/4, w/4)."""
 
     y: Tensor
     z: Tensor
@@ -64,11 +64,11 @@ def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
 class HPCM(CompressionModel):
     """A learned image codec whose latent is coded at three scales in eleven steps.
 
-    A phase is a choice of components in `config`; names of parameters and buffers are the published checkpoints'.
+    A phase is a choice of components in `config`. Parameters and buffers have the names of the published checkpoints.
     """
 
     saved_config: Mapping[str, Any] | None = None
-    """The configuration in the checkpoint that the codec was loaded from, where that is of an earlier form."""
+    """The configuration in the loaded checkpoint, if it has an earlier form."""
 
     scale_table: Tensor
     quantized_cdf_z: Tensor
@@ -114,13 +114,13 @@ class HPCM(CompressionModel):
 
     @classmethod
     def on_meta(cls, config: HPCMConfig) -> "HPCM":
-        """The codec without its weights' values or memory, for what follows from shapes alone."""
+        """Build the codec on the meta device: its tensors have shapes, but no values and no memory."""
         with torch.device("meta"):
-            return cls(config).to("meta")  # CompressAI's lower bound heeds no default device.
+            return cls(config).to("meta")  # CompressAI's LowerBound ignores the default device.
 
     @staticmethod
     def nearest_config(shapes: Mapping[str, tuple[int, ...]]) -> HPCMConfig:
-        """The preset and phase whose tensors agree with most of `shapes`, by name and shape."""
+        """The preset and phase whose tensors match most of `shapes` by name and shape."""
 
         def agreement(config: HPCMConfig) -> tuple[int, int]:
             expected = _shapes(config)
@@ -131,7 +131,7 @@ class HPCM(CompressionModel):
     def _initialize(self) -> None:
         initialize_convolutions(self)
         priors = self.y_spatial_prior_s1_s2, self.y_spatial_prior_s3
-        # h_s ends in a residual block, whose input carries the scales: its transposed convolution is the head.
+        # h_s ends in a residual block that adds to its input, so the transposed convolution before it is the head.
         center_scales([self.h_s.branch[:-1], *priors], self.config.M)
         spread_latent(self.g_a, self.g_s)
 
@@ -141,30 +141,30 @@ class HPCM(CompressionModel):
 
     @staticmethod
     def coding_table_names() -> tuple[str, ...]:
-        """Names of the buffers that `update` builds: derived from the weights, so never part of a transfer."""
+        """Names of the buffers that `update` builds from the weights. They are never transferred."""
         return _TABLES
 
     @property
     def downsampling_factor(self) -> int:
-        """Images are padded to multiples of this many pixels: 128, or more where attention windows need it."""
+        """Height and width are padded to multiples of this: 128 pixels, or more if attention windows need it."""
         multiples = {slot: kind.grid_multiple for slot, kind in self.config.components.items()}
         needed = (multiples[slot] << shift for slot, shift in _GRID_SHIFTS)
         return 16 * math.lcm(8, *needed)
 
     def components(self) -> dict[str, Kind]:
-        """The context components: the name of each module and the kind it was built from."""
+        """The kind of each context component, by the name of its module."""
         kinds = self.config.components
         fusions = {f"context_net.{number}": kinds["context_net"] for number in range(len(self.context_net))}
         return {**{slot: kind for slot, kind in kinds.items() if slot != "context_net"}, **fusions}
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        """Let the blocks of the components recompute their activations in the backward pass, or not."""
+        """Choose whether the components' blocks recompute their activations in the backward pass."""
         for module in self.modules():
             if isinstance(module, Checkpointed):
                 module.use_checkpoint = on
 
     def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, padding included."""
+        """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, after padding."""
         factor = self.downsampling_factor
         h, w = (-(-size // factor) * factor // 16 for size in (height, width))
         return (self.config.M, h, w), (self.config.N, h // 4, w // 4)
@@ -176,11 +176,12 @@ class HPCM(CompressionModel):
         noise: Noise | None = None,
         reconstruct: bool = True,
     ) -> dict[str, Any]:
-        """Code `images` (B, 3, H, W) in [0, 1]; any H and W.
+        """Reconstruct `images` (B, 3, H, W) in [0, 1], of any H and W, and estimate the likelihoods of their symbols.
 
-        `training` (by default the module's own mode) selects straight-through rounding with noisy likelihoods;
-        `noise` fixes that noise. Returns `x_hat` (B, 3, H, W), unclipped (None unless `reconstruct`), `y_hat` and
-        `scales` (B, M, h, w), and `likelihoods` with `y` (B, M, h, w) and `z` (B, N, h/4, w/4).
+        `training` (default: the module's mode) selects straight-through rounding for the latents and additive noise
+        for the likelihoods. `noise` fixes that noise. Returns `x_hat` (B, 3, H, W), unclipped (None unless
+        `reconstruct`), `y_hat` and `scales` (B, M, h, w), and `likelihoods` with `y` (B, M, h, w) and
+        `z` (B, N, h/4, w/4).
         """
         training = self.training if training is None else training
         padded = self._pad(images)
@@ -219,13 +220,13 @@ class HPCM(CompressionModel):
         return x[:, :, : size[0], : size[1]]
 
     def walk(self, hyper: Tensor, code: CodeStep) -> Tensor:
-        """Walk the hierarchy, coding each step with `code`; hyper (B, 2M, h, w) to ŷ (B, M, h, w)."""
+        """Run `code` on each step of the hierarchy in order. Maps hyper (B, 2M, h, w) to ŷ (B, M, h, w)."""
         eighth = self.config.M // 8
         hyper_rows = to_rows(hyper, eighth)
         context_rows = y_rows = hyper_rows[:, :0]
         adaptive = iter(self.adaptive_params_list)
         scales = hierarchy(*hyper.shape[2:], hyper.device).scales
-        last = scales[-1].steps[-1]  # Nobody reads the context that it would leave.
+        last = scales[-1].steps[-1]  # No later step needs the context after this one.
         for number, scale in enumerate(scales):
             size = scale.height, scale.width
             adaptors, prior, attention = self._components(number)
@@ -254,10 +255,10 @@ class HPCM(CompressionModel):
         )[scale]
 
     def update(self, scale_table: Tensor | None = None, force: bool = False, update_quantiles: bool = False) -> bool:
-        """Build the coding tables from the weights; returns whether anything was built.
+        """Build the coding tables from the weights. Returns whether any were built.
 
-        Needed once after loading or training. The parameters are those of `CompressionModel.update`;
-        `update_quantiles` has no meaning here.
+        Call it once after loading or training. The parameters are those of `CompressionModel.update`;
+        `update_quantiles` is ignored.
         """
         if len(self.scale_table) and not force:
             return False
@@ -270,24 +271,24 @@ class HPCM(CompressionModel):
 
     @torch.no_grad()
     def compress(self, x: Tensor, epsilon: float = EPSILON) -> dict[str, Any]:
-        """Code images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
+        """Encode images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
 
-        Where a decoder's scales are within a relative ε of the exact ones, as the encoder's are, it reads the same
-        symbols; 0 makes the shortest strings. Raises BitstreamError where the latent holds NaN or is too large to
-        code, ValueError for an ε out of range.
+        A decoder reads the same symbols if its scales and the encoder's are both within a relative error of ε of the
+        exact scales. ε = 0 gives the shortest strings. Raises BitstreamError if the latent holds NaN or values too
+        large to code, and ValueError if ε is out of range.
         """
         tables, epsilon = coding.Tables.of(self), check_epsilon(epsilon)
-        # One at a time: a decoder need not know what an image was batched with.
+        # One image at a time: rounding may depend on the batch, which a decoder does not know.
         coded = [coding.encode(self, self._pad(image), tables, epsilon) for image in x.split(1)]
         strings_y, strings_z = (list(strings) for strings in zip(*coded, strict=True))
         return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Any]:
-        """Decode what `compress` gave: `x_hat` (B, 3, H, W), clipped to [0, 1], and `recovery` of each image.
+        """Decode the output of `compress`: `x_hat` (B, 3, H, W), clipped to [0, 1], and a `recovery` for each image.
 
-        The latter says, where this machine's arithmetic was not within the encoder's ε, what had to be done, else "".
-        Raises BitstreamError for damaged strings, another model's, and where nothing that can be done helps.
+        `recovery` is "" if this machine's arithmetic was within the encoder's ε; otherwise it says how the image was
+        recovered. Raises BitstreamError for damaged strings, for those of another model, and if no recovery succeeds.
         """
         tables = coding.Tables.of(self)
         decoded = [coding.decode(self, y, z, shape, tables) for y, z in zip(*strings, strict=True)]
@@ -296,16 +297,16 @@ class HPCM(CompressionModel):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "HPCM":
-        """The codec that these weights are of, preset and phase inferred from names and shapes; without `update`.
+        """Build the codec of these weights. Names and shapes of the tensors give its preset and phase.
 
-        Raises RuntimeError, naming the tensors, where no preset and phase fit.
+        Call `update` before coding. Raises RuntimeError, which names the tensors, if no preset and phase fit.
         """
         model = cls(cls.nearest_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()}))
         model.load_state_dict(state_dict)
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; coding tables may be built, empty or absent (which leaves them empty) on either side."""
+        """Load weights. Coding tables take the size that `state_dict` gives them; absent ones become empty."""
         tables = {name: getattr(self, name).new_empty(0) for name in _TABLES}
         state = {**tables, **state_dict}
         for name in _TABLES:
@@ -318,7 +319,7 @@ def _named(name: str, phase: int) -> Callable[..., HPCM]:
         return HPCM.from_preset("base", phase, **overrides)
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"HPCM-Base at phase {phase}, untrained; keywords override fields of `HPCMConfig`."
+    build.__doc__ = f"HPCM-Base at phase {phase}, untrained. Keyword arguments override fields of `HPCMConfig`."
     return build
 
 

@@ -10,7 +10,7 @@ from modules.rans import BitstreamError, SymbolReader, SymbolWriter
 
 
 class Estimator:
-    """Rounds each step's residual and keeps it, with its scales, for the likelihoods."""
+    """Rounds each step's residual. Keeps the residual and its scales for the likelihoods."""
 
     def __init__(self, y_rows: Tensor, training: bool):
         self.y_rows, self.round = y_rows, quantize_ste if training else torch.round
@@ -18,7 +18,7 @@ class Estimator:
         self.scales: list[Tensor] = []
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Code (B, R, M/8) rows; returns ŷ there."""
+        """Round the step's rows, (B, R, M/8); returns ŷ of these rows."""
         residual = self.y_rows.index_select(1, step.rows) - means
         self.residuals.append(residual)
         self.scales.append(scales)
@@ -30,7 +30,7 @@ class Estimator:
 
 
 class Encoder:
-    """Writes each step's symbols, with tables that every decoder within ε will choose as well."""
+    """Writes each step's symbols, with the tables that every decoder within ε chooses too."""
 
     def __init__(self, y_rows: Tensor, scale_table: Tensor, writer: SymbolWriter, epsilon: float):
         self.y_rows, self.scale_table, self.writer, self.epsilon = y_rows, scale_table, writer, epsilon
@@ -38,7 +38,7 @@ class Encoder:
         self.checks: list[int] = []
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Code (1, R, M/8) rows; returns ŷ there."""
+        """Encode the step's rows, (1, R, M/8); returns ŷ of these rows."""
         symbols = (self.y_rows.index_select(1, step.rows) - means).round()
         offsets = choose_offsets(scales, self.scale_table, self.epsilon)
         indexes = table_index(moved(scales, offsets, self.epsilon), self.scale_table)
@@ -49,30 +49,30 @@ class Encoder:
 
     @property
     def guards(self) -> Guards:
-        """What a decoder needs beside the symbols, once all steps are coded."""
+        """The data that a decoder needs beside the symbols. Complete once all steps are coded."""
         return Guards(self.epsilon, tuple(self.offsets), tuple(self.checks))
 
 
 class StepMismatch(BitstreamError):
-    """The symbols of coding step `step`, counted from 0, are not what the encoder wrote."""
+    """The symbols of coding step `step`, counted from 0, are not those that the encoder wrote."""
 
     def __init__(self, step: int, explanation: str = ""):
         super().__init__(
-            f"coding step {step + 1} of {STEPS}: the symbols do not match their check value: the stream is damaged, or "
-            f"was written by other weights or where arithmetic rounds differently{explanation}"
+            f"coding step {step + 1} of {STEPS}: the symbols do not match their check value: the stream is damaged, "
+            f"was written with other weights, or comes from a machine that rounds differently{explanation}"
         )
         self.step = step
 
 
 class Decoder:
-    """Reads each step's symbols. Raises StepMismatch after the first step that is not the encoder's."""
+    """Reads each step's symbols. Raises StepMismatch after the first step whose symbols are not the encoder's."""
 
     def __init__(self, scale_table: Tensor, reader: SymbolReader, guards: Guards):
         self.scale_table, self.reader, self.guards = scale_table, reader, guards
         self.step = -1
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Decode (1, R, M/8) rows; returns ŷ there."""
+        """Decode the step's rows, (1, R, M/8); returns ŷ of these rows."""
         self.step += 1
         symbols = self._symbols(scales)
         if symbols is None:
@@ -83,16 +83,16 @@ class Decoder:
         return self._read(self.guards.index(self.step, scales, self.scale_table))
 
     def _read(self, indexes: Tensor) -> Tensor | None:
-        """The symbols with these tables, None where they are not the encoder's."""
+        """Read the symbols with these tables. Returns None if they are not the encoder's."""
         try:
             symbols = self.reader.take(indexes)
-        except BitstreamError:  # An excess without end: these are no symbols.
+        except BitstreamError:  # An excess that does not end: wrong tables or damage.
             return None
         return symbols if self.guards.matches(self.step, self.reader.check) else None
 
 
 class RecordingDecoder(Decoder):
-    """Keeps every step's scales and symbols, to compare arithmetics."""
+    """Keeps every step's scales and symbols, to compare different machines or precisions."""
 
     def __init__(self, scale_table: Tensor, reader: SymbolReader, guards: Guards):
         super().__init__(scale_table, reader, guards)

@@ -1,7 +1,7 @@
-"""What a context component is, and which kinds there are: a registry of kinds by slot.
+"""Context components: their base classes, and the registry of their kinds.
 
-A codec has seven slots for context components (`SLOTS`). A slot takes one kind of its group. A kind is a frozen
-dataclass whose fields are its settings; it builds the module, and it says which weights the module takes over from
+A codec has six slots for context components (`SLOTS`). A slot takes one kind of its group. A kind is a frozen
+dataclass whose fields are its settings. It builds the module, and it lists which weights the module takes over from
 each kind that it can replace.
 """
 
@@ -32,19 +32,19 @@ An attention cell maps (prior's output, context), each (B, 2M, H, W), to the nex
 
 
 class Component(nn.Module):
-    """A context component that a migration can put in another's place."""
+    """A context component, which a migration can put in the place of another."""
 
     def start_as_identity(self) -> None:
-        """Start as near to the predecessor's output as the form allows, before its weights are taken over."""
+        """Initialize so that the output is as close to the predecessor's as possible; weights are taken over later."""
 
     @property
     def last_linear(self) -> LinearLayer | None:
-        """The linear layer or 1×1 convolution that the output comes from directly, if there is one."""
+        """The linear layer or 1×1 convolution that produces the output, or None."""
         return None
 
 
 class Checkpointed(nn.Module):
-    """A block of a component; with `use_checkpoint` it recomputes its activations in the backward pass."""
+    """A block of a component. With `use_checkpoint` it recomputes its activations in the backward pass."""
 
     use_checkpoint = False
 
@@ -66,15 +66,15 @@ class Kind:
     name: ClassVar[str]
 
     def build(self, M: int) -> nn.Module:
-        """The component of a codec whose latent has M channels."""
+        """Build the component for a codec whose latent has M channels."""
         raise NotImplementedError
 
     def takes_over(self, predecessor: "Kind") -> dict[str, str]:
-        """Where weights of the predecessor belong here: prefixes of their names there → prefixes here.
+        """The weights to take over: a mapping from prefixes of names in the predecessor to prefixes of names here.
 
-        A prefix ends where a part of a dotted name ends, `{i}` stands for one part, and the empty prefix for the whole
-        component. A tensor whose shape disagrees is not taken over. By default a component takes over everything from
-        its own kind, and nothing from others.
+        A prefix consists of whole parts of a dotted name. `{i}` stands for one part, and the empty prefix for the whole
+        component. A tensor is not taken over if its shape differs. By default a component takes over everything from
+        its own kind and nothing from other kinds.
         """
         return {"": ""} if type(predecessor) is type(self) else {}
 
@@ -85,11 +85,11 @@ class Kind:
 
     @property
     def num_blocks(self) -> int:
-        """How many equal blocks the settings ask for: a file of weights cannot have fewer tensors."""
+        """Number of equal blocks in the component. A file of its weights holds at least as many tensors."""
         return 0
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able mapping, `kind` with the settings, that `kind_from` takes back."""
+        """A mapping of `kind` and the settings that JSON can hold and `kind_from` accepts."""
         return {"kind": self.name, **asdict(self)}
 
 
@@ -101,7 +101,7 @@ KindClass = TypeVar("KindClass", bound=type[Kind])
 def register(group: str, name: str) -> Callable[[KindClass], KindClass]:
     """Register a kind for the slots of a group (`attention`, `fusion` or `prior`).
 
-    Raises ValueError for an unknown group and for a name that another class has.
+    Raises ValueError for an unknown group, and for a name that another class already has.
     """
 
     def add(kind: KindClass) -> KindClass:
@@ -109,7 +109,7 @@ def register(group: str, name: str) -> Callable[[KindClass], KindClass]:
             raise ValueError(f"no group {group!r} of components; there are {', '.join(_KINDS)}")
         known = _KINDS[group].setdefault(name, kind)
         if known is not kind and known.__qualname__ != kind.__qualname__:
-            raise ValueError(f"the {group} kind {name!r} is {known.__module__}.{known.__qualname__} already")
+            raise ValueError(f"the {group} kind {name!r} is already {known.__module__}.{known.__qualname__}")
         kind.group, kind.name = group, name
         _KINDS[group][name] = kind
         return kind
@@ -128,10 +128,10 @@ def kind_names() -> frozenset[str]:
 
 
 def kind_from(slot: str, choice: "Kind | str | Mapping[str, Any]", current: Kind | None = None) -> Kind:
-    """The kind that a slot is given: a Kind, a kind's name, or a mapping of `kind` and settings.
+    """Make a Kind of `choice`: a Kind, a kind's name, or a mapping of `kind` and settings.
 
-    A mapping without `kind`, or with the kind of `current`, changes single settings of `current`. Raises ValueError,
-    naming the slot, for an unknown kind or setting and for one of another group.
+    A mapping without `kind`, or with the kind of `current`, changes only the given settings of `current`. Raises
+    ValueError, which names the slot, for an unknown kind or setting and for a kind of another group.
     """
     group = SLOTS[slot]
     if isinstance(choice, Kind):
@@ -158,7 +158,7 @@ def kind_from(slot: str, choice: "Kind | str | Mapping[str, Any]", current: Kind
 
 
 def settings_of_kinds(group: str, choices: Any) -> Mapping[str, Any]:
-    """Settings by the name of a kind of this group; raises ValueError for anything else."""
+    """Check that `choices` maps names of this group's kinds to settings, and return it; else raise ValueError."""
     if not isinstance(choices, Mapping):
         raise ValueError(f"{group}: expected settings by kind, such as {{{next(iter(_KINDS[group]))}: {{…}}}}")
     for name, settings in choices.items():
@@ -172,12 +172,12 @@ def _kind_named(group: str, name: object, where: str) -> type[Kind]:
     if not isinstance(name, str) or name not in _KINDS[group]:
         hint = get_close_matches(str(name), _KINDS[group], n=1)
         more = f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(_KINDS[group])}"
-        raise ValueError(f"{where}: no kind {name!r}{more} (a kind of your own must be registered first)")
+        raise ValueError(f"{where}: no kind {name!r}{more} (register your own kinds first)")
     return _KINDS[group][name]
 
 
 def check_setting(owner: Kind, name: str, low: float, integer: bool = False) -> None:
-    """Raise ValueError unless the setting is a number of at least `low`."""
+    """Raise ValueError unless the setting is a number of at least `low` and below 2²⁰."""
     value = getattr(owner, name)
     numbers = (int,) if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value < 2**20:

@@ -1,4 +1,4 @@
-"""What a codec is made of: sizes, and the kind of each context component. A preset and a phase name one."""
+"""The configuration of a codec: its sizes and the kind of each context component. Presets and phases name some."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,10 +14,10 @@ from modules.rwkv_components import RWKVContextKind, RWKVFusionKind, RWKVPriorKi
 
 @dataclass(frozen=True)
 class HPCMConfig:
-    """Every choice that shapes an HPCM; the defaults are HPCM-Base's Baseline.
+    """The sizes and component kinds of an HPCM. The defaults are HPCM-Base's Baseline.
 
-    A slot may be given as a Kind, as a kind's name, or as a mapping of `kind` and its settings. Raises ValueError for
-    sizes and kinds that no codec has.
+    A slot accepts a Kind, a kind's name, or a mapping of `kind` and its settings. Raises ValueError for invalid sizes
+    and kinds.
     """
 
     M: int = 320
@@ -27,9 +27,9 @@ class HPCMConfig:
     widths: tuple[int, int, int] = (96, 192, 384)
     """Channels of g_a at 1/2, 1/4 and 1/8 of the image."""
     depths: tuple[int, int, int] = (2, 2, 4)
-    """PConvRBs of g_a at those three."""
+    """Numbers of PConvRBs of g_a at 1/2, 1/4 and 1/8 of the image."""
     transform_hidden_rate: float = 4
-    """Inner width of a PConvRB of g_a and g_s, by its channels."""
+    """Inner width of a PConvRB of g_a and g_s, as a multiple of its channels."""
 
     attn_s1: Kind = field(default=CrossAttentionKind(heads=32, window=4))
     attn_s2: Kind = field(default=CrossAttentionKind(heads=32, window=8))
@@ -52,12 +52,12 @@ class HPCMConfig:
         return {slot: getattr(self, slot) for slot in SLOTS}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able mapping that `from_dict` takes back."""
+        """A mapping that JSON can hold and `from_dict` accepts."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value.to_dict() if isinstance(value, Kind) else value for name, value in values.items()}
 
     def distinguishing(self) -> dict[str, Any]:
-        """The part of `to_dict` that differs from HPCM-Base's Baseline, and of a kind's settings from its defaults."""
+        """The entries of `to_dict` that differ from HPCM-Base's Baseline. A kind's default settings are left out."""
         base = type(self)().to_dict()
         values = {name: value for name, value in self.to_dict().items() if value != base[name]}
         for slot in values.keys() & SLOTS.keys():
@@ -67,15 +67,15 @@ class HPCMConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HPCMConfig":
-        """The configuration of `to_dict`, in this form or an earlier one; raises ValueError for a key that is none."""
+        """Read the output of `to_dict`, in its current form or an earlier one. Raises ValueError for an unknown key."""
         return cls().changed(**from_flat(values))
 
     def changed(self, **changes: Any) -> "HPCMConfig":
-        """This configuration with some fields replaced.
+        """Return this configuration with some fields replaced.
 
-        A slot takes a kind, or a mapping of those settings of its kind that change. The name of a group takes the
-        settings of kinds wherever the group's slots have them: `prior={"rwkv": {"mix_rate": 0.25}}`. Raises ValueError
-        for an unknown field, kind or setting, naming the ones there are.
+        For a slot, give a kind or a mapping of the settings to change. For a group, give settings by kind; they apply
+        to every slot of the group that has this kind: `prior={"rwkv": {"mix_rate": 0.25}}`. Raises ValueError for an
+        unknown field, kind or setting, and lists the known ones.
         """
         names = [field.name for field in fields(self)]
         for key in changes:
@@ -125,10 +125,10 @@ _PHASES: tuple[dict[str, Kind], ...] = (
 
 
 def preset_config(name: str, phase: int = 0, **overrides: Any) -> HPCMConfig:
-    """The configuration of a preset at a phase (0 = Baseline … 4), with single fields overridden.
+    """The configuration of a preset at a phase (0 = Baseline … 4), with some fields overridden.
 
-    `overrides` are those of `HPCMConfig.changed`.
-    Raises ValueError for an unknown preset, phase or field, naming the ones there are.
+    `overrides` are the arguments of `HPCMConfig.changed`.
+    Raises ValueError for an unknown preset, phase or field, and lists the known ones.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
@@ -139,6 +139,6 @@ def preset_config(name: str, phase: int = 0, **overrides: Any) -> HPCMConfig:
 
 
 def preset_of(config: HPCMConfig) -> tuple[str, int]:
-    """Preset and phase of a configuration; raises StopIteration for one with overrides."""
+    """Preset and phase of a configuration. Raises StopIteration if it has overrides."""
     every = ((name, phase) for name in PRESETS for phase in range(len(_PHASES)))
     return next(found for found in every if preset_config(*found) == config)

@@ -1,4 +1,4 @@
-"""Earlier forms of a codec's configuration, as checkpoints still hold them."""
+"""Earlier forms of a codec's configuration, which old checkpoints hold."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _FLAT: dict[str, Any] = {
     "prior_hidden_rate": 4,
     "mix_rate": 1,
 }
-"""The first form's settings of components, and their defaults."""
+"""Component settings of the first form, with their defaults."""
 _DEFAULTS: dict[str, Any] = {
     "M": 320,
     "N": 256,
@@ -27,7 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("y_spatial_prior_s1_s2", "y_spatial_prior_s3"), "dwconv"),
     **_FLAT,
 }
-"""All defaults of the first form."""
+"""All settings of the first form, with their defaults."""
 
 
 def is_first_form(values: Mapping[str, Any]) -> bool:
@@ -36,16 +36,16 @@ def is_first_form(values: Mapping[str, Any]) -> bool:
 
 
 def unlike_first_form(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a configuration of the first form, what was not at its default."""
+    """The settings of a first-form configuration that differ from their defaults."""
     defaults = json.loads(json.dumps(_DEFAULTS))
     return {name: value for name, value in json.loads(json.dumps(values)).items() if value != defaults[name]}
 
 
 def from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with a mapping for each slot.
+    """Convert a first-form configuration to the current form, which has a mapping for each slot.
 
-    The first form named the kind of each slot (`attn_s3: rwkv`) and kept all settings beside it. A configuration that
-    is not of that form is returned as it is.
+    The first form gave only the kind of each slot (`attn_s3: rwkv`) and kept all settings at the top level. A
+    configuration of another form is returned unchanged.
     """
     if not is_first_form(values):
         return dict(values)

@@ -1,4 +1,4 @@
-"""Arithmetic that comes out the same in encoder and decoder."""
+"""Settings of PyTorch under which encoder and decoder compute the same values."""
 
 import os
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 
 MOST_THREADS = min(os.cpu_count() or 1, 255)
-"""Upper limit on the threads a file of version 1 may request; OpenMP aborts where threads cannot be created."""
+"""The most threads that a file of version 1 may request. OpenMP aborts if it cannot create them."""
 
 
 @contextmanager
 def coding_arithmetic(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """Settings under which encoder and decoder compute scales and means as exactly as float32 allows.
+    """Make PyTorch compute scales and means as exactly as float32 allows.
 
-    Float32 throughout (no autocast, no TF32, no bfloat16 inside products) and deterministic algorithms chosen without
-    trials. With `threads` threads one machine and build compute the very same values: matrix products on a CPU divide
-    their sums by that number.
+    All arithmetic is float32 (no autocast, no TF32, no bfloat16 inside products). Algorithms are deterministic and
+    chosen without benchmarking. With a fixed `threads`, one machine and build always compute identical values: matrix
+    products on a CPU split their sums by the number of threads.
     """
     backends: Any = torch.backends
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
-    # From the general to the special: what is not set for itself follows, and need not be set and put back.
+    # General settings come first. A special setting that inherits from them needs no change of its own.
     precisions = backends, cudnn, cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
     wanted: list[tuple[Any, str, str | bool]] = [(owner, "fp32_precision", "ieee") for owner in precisions]
     wanted += [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]

@@ -1,4 +1,4 @@
-"""Generalized Gaussian entropy model: likelihoods, and the tables of the range coder (HPCM: shape β = 1.5)."""
+"""Generalized Gaussian entropy model (HPCM: shape β = 1.5): likelihoods, and tables for the range coder."""
 
 import math
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 SCALE_BOUND = 0.12
 LIKELIHOOD_BOUND = 1e-9
 TAIL_MASS = 1e-6
-"""Probability that a coding table leaves to its escape symbol, both tails together."""
+"""Probability of a coding table's escape symbol: the mass of both tails together."""
 
 
 class _StandardCDF(torch.autograd.Function):
-    """CDF(v) = (1 + sign(v)·P(1/β, |v|^β)) / 2, with the density as its gradient in v (PyTorch's own is NaN at 0)."""
+    """CDF(v) = (1 + sign(v)·P(1/β, |v|^β)) / 2. Its gradient in v is the density; PyTorch's own is NaN at 0."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
@@ -45,14 +45,14 @@ class GeneralizedGaussian(nn.Module):
         self.likelihood_lower_bound = LowerBound(LIKELIHOOD_BOUND)
 
     def forward(self, residual: Tensor, scales: Tensor) -> Tensor:
-        """Probability mass of the unit interval around `residual`; all three of one shape, or broadcast."""
+        """Probability mass of the unit interval around `residual`. `residual` and `scales` broadcast."""
         scales = self.scale_lower_bound(scales)
         upper = _StandardCDF.apply((residual + 0.5) / scales, self._shape)
         lower = _StandardCDF.apply((residual - 0.5) / scales, self._shape)
         return self.likelihood_lower_bound(upper - lower)
 
     def quantile(self, tail: float) -> float:
-        """The v at which the standard distribution's upper tail holds `tail` of the mass."""
+        """The v above which the standard distribution has probability `tail`."""
         low, high = torch.zeros((), dtype=torch.float64), torch.full((), 64.0, dtype=torch.float64)
         shape = torch.full((), 1 / self._shape, dtype=torch.float64)
         for _ in range(80):
@@ -64,7 +64,7 @@ class GeneralizedGaussian(nn.Module):
     def tables(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coding tables for (n,) scales: quantized CDFs (n, longest), their lengths (n,) and offsets (n,), int32.
 
-        A table covers −c … c with c = ⌈scale · quantile⌉; the mass outside is one escape symbol at its end.
+        A table covers −c … c with c = ⌈scale · quantile⌉. Its last symbol is the escape symbol, for all other values.
         """
         scales = scales.double().clamp_min(SCALE_BOUND)
         reach = torch.ceil(scales * self.quantile(TAIL_MASS / 2)).int()
@@ -79,9 +79,9 @@ class GeneralizedGaussian(nn.Module):
 
 
 def scale_table(levels: int = 60, lowest: float = SCALE_BOUND, highest: float = 64.0) -> Tensor:
-    """The scales that have a coding table, log-spaced, (levels,) float32.
+    """The scales of the coding tables, log-spaced, (levels,) float32.
 
-    Computed in float64 and rounded, they are the same on every machine; PyTorch's float32 `exp` is not.
+    They are computed in float64 and rounded, so they are the same on every machine. PyTorch's float32 `exp` is not.
     """
     low, high = math.log(lowest), math.log(highest)
     return torch.tensor([math.exp(low + (high - low) * level / (levels - 1)) for level in range(levels)])

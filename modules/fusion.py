@@ -1,4 +1,4 @@
-"""The Baseline's fusion of the contexts of two scales: a 1×1 convolution."""
+"""The Baseline's fusion of a coarser scale's context with the hyper-prior: a 1×1 convolution."""
 
 from dataclasses import dataclass
 
@@ -20,5 +20,5 @@ class ConvFusionKind(Kind):
     """The 1×1 convolution."""
 
     def build(self, M: int) -> PointwiseFusion:
-        """The fusion of 2M channels."""
+        """Build the fusion of 2M channels."""
         return PointwiseFusion(2 * M)

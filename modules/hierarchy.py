@@ -1,8 +1,8 @@
-"""The order in which the latent is coded: three scales, eleven steps, as row indices (HPCM, ICCV 2025, section 3.2).
+"""The coding order of the latent, as row indices: three scales, eleven steps (HPCM, ICCV 2025, section 3.2).
 
 In channels-last layout a latent (B, M, H, W) is a list of *rows*: row p·8 + e holds eighth e of the channels at
-position p (reading order). The scale grids, the step masks and the way up a scale all move whole rows, so each is
-one precomputed index. A tensor of 2M channels (scales, then means) has rows p·16 + half·8 + e.
+position p (reading order). The scales' grids, the steps' masks and the change from one scale to the next all move
+whole rows, so each is one precomputed index. A tensor of 2M channels (scales, then means) has rows p·16 + half·8 + e.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,16 @@ from torch import Tensor
 
 EIGHTHS = 8
 
-# Where each eighth of y's channels lies on the finest grid (s2 from y), then on the s2 grid (s1 from s2).
+# For each eighth of the channels, its (row, column) in a 2×2 cell: of y's grid (s2 from y), then of the s2 grid
+# (s1 from s2).
 _S2_OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0), (0, 0), (1, 1), (0, 1), (1, 0))
 _S1_OFFSETS = ((0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 0), (1, 1), (1, 1))
 
-# Which channel group a position of the cell codes, per step; s1 halves, s2 quarters (of 2×2 cells).
+# For each step, the channel group that each position of a 2×2 cell codes: halves on s1, quarters on s2.
 _S1_STEPS = (((0, 1), (1, 0)), ((1, 0), (0, 1)))
 _S2_STEPS = (((3, 2), (1, 0)), ((2, 3), (0, 1)), ((1, 0), (3, 2)))
 
-# s3 codes in 4×4 cells: the pattern that holds each position, and the pattern of each eighth at steps 2 … 7.
+# s3 codes in 4×4 cells: the pattern that each position belongs to, and the pattern of each eighth in each step.
 _S3_PATTERNS = ((0, 4, 1, 5), (6, 2, 7, 3), (1, 5, 0, 4), (7, 3, 6, 2))
 _S3_STEPS = (
     (2, 4, 6, 0, 3, 5, 7, 1),
@@ -38,7 +39,7 @@ _ADAPTORS = ((None, 0), (2, 0, 1), (5, 0, 1, 2, 3, 4))
 
 @dataclass(frozen=True)
 class Step:
-    """One coding step. Rows run position by position, so they fold into (B, h, w, channels of a group)."""
+    """One coding step. Its rows are in order of position, so they reshape to (B, h, w, channels of a group)."""
 
     rows: Tensor
     """(R,) the rows of y that this step codes."""
@@ -47,7 +48,7 @@ class Step:
     parameters: Tensor
     """(2R,) the rows of the step's scales, then of its means, in a 2M-channel tensor of its grid."""
     adaptor: int | None
-    """Index into the scale's adaptors; None where the hyper-prior codes directly."""
+    """Index into the scale's adaptors. None if the hyper-prior gives the scales and means directly."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Scale:
     height: int
     width: int
     context: Tensor
-    """(16·h·w,) where each row of the starting context comes from, in the rows of (coarser context, hyper-prior)."""
+    """(16·h·w,) for each row of the initial context, its source row in (coarser context, hyper-prior)."""
     coarser: Tensor
     """(R,) the rows of this grid that the coarser scale has coded; empty for s1."""
     steps: tuple[Step, ...]
@@ -65,11 +66,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Three scales, coarse to fine, for one size of latent."""
+    """The three scales, coarse to fine, for one latent size."""
 
     scales: tuple[Scale, Scale, Scale]
     restore: Tensor
-    """(8·H·W,) takes the rows coded by all steps, concatenated, back to the order of y."""
+    """(8·H·W,) the index that brings the concatenated rows of all steps into the order of y."""
 
 
 def to_rows(x: Tensor, channels: int) -> Tensor:
@@ -84,8 +85,8 @@ def from_rows(rows: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def hierarchy(height: int, width: int, device: torch.device) -> Hierarchy:
-    """The index tables of a latent of height × width, both multiples of 8; cached per size and device."""
-    # A table built in inference mode could not be saved for a later backward pass.
+    """The index tables of a latent of height × width, both multiples of 8. Cached per size and device."""
+    # Autograd cannot save a tensor that was made in inference mode.
     with torch.inference_mode(False):
         return _build(height, width, device)
 
@@ -122,7 +123,7 @@ def _build(height: int, width: int, device: torch.device) -> Hierarchy:
 
 
 def _polyphase(h: int, w: int, offsets: tuple[tuple[int, int], ...]) -> Tensor:
-    """Rows of the twice finer grid that make up a grid of h × w, in its own row order."""
+    """Rows of the 2h × 2w grid that make up the h × w grid, in the order of its rows."""
     row, column = torch.tensor(offsets).unbind(1)
     y = 2 * torch.arange(h)[:, None, None] + row
     x = 2 * torch.arange(w)[None, :, None] + column
@@ -130,7 +131,7 @@ def _polyphase(h: int, w: int, offsets: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def _both_halves(rows: Tensor) -> Tensor:
-    """These rows in both halves of a 2M-channel tensor, every eight of them in the scales, then in the means."""
+    """The same rows of a 2M-channel tensor: each eight of them among the scales, then among the means."""
     scales = (rows // EIGHTHS * (2 * EIGHTHS) + rows % EIGHTHS).view(-1, EIGHTHS)
     return torch.stack((scales, scales + EIGHTHS), dim=1).flatten()
 
@@ -143,10 +144,10 @@ def _kept_hyper_rows(count: int, coded: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _misplaced_hyper_rows(h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Source and destination rows of the hyper-prior on the s2 grid, which do not agree: a quirk of the official code.
+    """Source and destination rows of the hyper-prior on the s2 grid. They differ, as they do in the official code.
 
-    Within a channel, the values at every position but one of each 2×2 cell, in reading order, fill the positions
-    that s1 has not coded, in reading order. Published weights depend on it.
+    Within a channel, the source skips one position of each 2×2 cell. Its values, in reading order, fill the positions
+    that s1 has not coded, in reading order. The published weights depend on this order.
     """
     cell = (torch.arange(h)[:, None] % 2 * 2 + torch.arange(w) % 2).flatten()
     position = torch.arange(h * w)

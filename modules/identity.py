@@ -1,4 +1,4 @@
-"""The name of a model in the files that it codes: what a decoder computes with, as a hash."""
+"""The identity of a model in the files that it codes: a hash of everything that a decoder computes with."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from modules.config_history import unlike_first_form
 
 
 def model_identity(model: HPCM) -> bytes:
-    """8 bytes for configuration and weights, but for the weights of g_a and h_a.
+    """Hash the configuration and the weights, except those of g_a and h_a, to 8 bytes.
 
-    Settings at their defaults do not count, so that one added later leaves the identities of today.
+    Settings at their defaults are left out, so that a setting added later does not change existing identities.
     """
     return _identity(model, model.config.distinguishing())
 
 
 def earlier_identity(model: HPCM) -> bytes | None:
-    """The name by which files of earlier versions know a model whose checkpoint is as old; None for any other."""
+    """The identity that earlier versions wrote for this model. None unless its checkpoint has an earlier form."""
     saved = model.saved_config
     return None if saved is None else _identity(model, unlike_first_form(saved))
 

@@ -1,4 +1,4 @@
-"""Where training from scratch starts: unit variance kept through the depth, scales clear of their bound."""
+"""Initialization for training from scratch: unit variance through all layers, and scales above their bound."""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ _LATENT_GAIN = 4.0
 
 @torch.no_grad()
 def initialize_convolutions(model: nn.Module) -> None:
-    """Draw every convolution's weight N(0, 1/fan-in), its bias zero; damp the end of each residual branch.
+    """Draw every convolution's weights from N(0, 1/fan-in), set its bias to 0, and damp the end of residual branches.
 
-    PyTorch's own choice loses two thirds of the variance a layer, which costs a codec its first hundreds of steps.
+    PyTorch's default loses two thirds of the variance in each layer, which costs a codec its first hundreds of steps.
     """
     for convolution in _convolutions(model):
         nn.init.normal_(convolution.weight, std=1 / math.sqrt(_fan_in(convolution)))
@@ -30,7 +30,7 @@ def initialize_convolutions(model: nn.Module) -> None:
 
 @torch.no_grad()
 def center_scales(heads: Sequence[nn.Module], M: int) -> None:
-    """Let each head of scales and means (2M channels) start near scale 1 and mean 0, where every gradient flows."""
+    """Make each head of scales and means (2M channels) start near scale 1 and mean 0, where no gradient vanishes."""
     for head in heads:
         convolution = _convolutions(head)[-1]
         convolution.weight.mul_(_DAMPED_HEAD)
@@ -40,7 +40,7 @@ def center_scales(heads: Sequence[nn.Module], M: int) -> None:
 
 @torch.no_grad()
 def spread_latent(g_a: nn.Module, g_s: nn.Module) -> None:
-    """Let y start several quantization steps wide, so that ŷ carries an image at once, and x_hat near mid-gray."""
+    """Make y several quantization steps wide, so that ŷ carries information from the start, and x_hat near mid-gray."""
     _convolutions(g_a)[0].weight.mul_(_LATENT_GAIN)
     last = _convolutions(g_s)[-1]
     last.weight.div_(2 * _LATENT_GAIN)
@@ -53,7 +53,7 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d | nn.ConvTranspose2d]:
 
 
 def _fan_in(convolution: nn.Conv2d | nn.ConvTranspose2d) -> float:
-    """Inputs that add up to one output value."""
+    """Number of inputs that one output value sums, on average."""
     weight = convolution.weight
     if isinstance(convolution, nn.ConvTranspose2d):
         return weight.shape[0] * weight[0, 0].numel() / math.prod(convolution.stride)

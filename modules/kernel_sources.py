@@ -1,7 +1,7 @@
-"""Where the C++ and CUDA sources of Bi-WKV4 lie."""
+"""The folder of Bi-WKV4's C++ and CUDA sources."""
 
 from pathlib import Path
 
-_INSTALLED = Path(__file__).resolve().parent / "_cuda"  # where a wheel keeps what a source tree has in cuda/
+_INSTALLED = Path(__file__).resolve().parent / "_cuda"  # a wheel's copy of cuda/
 
 SOURCES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "cuda"

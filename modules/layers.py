@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 LinearLayer = nn.Linear | nn.Conv2d
-"""A linear layer, or a 1×1 convolution that serves as one."""
+"""A linear layer, or a 1×1 convolution used as one."""
 
 
 class PConv(nn.Module):
-    """Partial convolution: 3×3 on the first quarter of the channels, the rest untouched (Chen et al., CVPR 2023)."""
+    """Partial convolution: 3×3 on the first quarter of the channels, identity on the rest (Chen et al., CVPR 2023)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -22,7 +22,7 @@ class PConv(nn.Module):
 
 
 class ResidualBranch(nn.Module):
-    """x + branch(x), for (B, C, H, W); spatial mixing, then a 1×1 pair whose inner width is `hidden_rate`·C."""
+    """x + branch(x): the branch is spatial mixing, then two 1×1 convolutions of inner width `hidden_rate`·C."""
 
     def __init__(self, spatial: nn.Module, channels: int, hidden_rate: float):
         super().__init__()
@@ -45,20 +45,20 @@ def pointwise_pair(spatial: nn.Module, channels: int, hidden_rate: float) -> "In
 
 
 def inner_width(rate: float, channels: int) -> int:
-    """Channels of an inner width given by its rate, at least 1."""
+    """Inner channels: `rate` times `channels`, rounded, at least 1."""
     return max(1, round(rate * channels))
 
 
 class Narrowable(nn.Module):
-    """A module with inner channels, of which a narrower one of the same form can keep a part."""
+    """A module with inner channels. A narrower copy can keep some of them."""
 
     @property
     def last_linear(self) -> LinearLayer:
-        """The linear layer or 1×1 convolution that reads the inner channels."""
+        """The linear layer or 1×1 convolution whose inputs are the inner channels."""
         raise NotImplementedError
 
     def keep_channels(self, wider: "Narrowable", index: Tensor) -> None:
-        """Take over all that computes these inner channels of `wider`, index (width,); not the last linear layer."""
+        """Copy what computes the inner channels `index` (width,) of `wider`: all but the last linear layer."""
         raise NotImplementedError
 
 
@@ -74,7 +74,7 @@ class InnerChannels(Narrowable, nn.Sequential):
 
     @torch.no_grad()
     def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
-        """Take over the spatial mixing and these outputs of the first 1×1."""
+        """Copy the spatial mixing and the outputs `index` of the first 1×1."""
         assert isinstance(wider, InnerChannels)
         self[0].load_state_dict(wider[0].state_dict())
         for name in ("weight", "bias"):
@@ -82,14 +82,14 @@ class InnerChannels(Narrowable, nn.Sequential):
 
 
 class PConvRB(ResidualBranch):
-    """The residual block of the transforms: a partial convolution and a 1×1 pair of width `hidden_rate`·C."""
+    """The residual block of the transforms: a partial convolution, then two 1×1s of inner width `hidden_rate`·C."""
 
     def __init__(self, channels: int, hidden_rate: float = 4):
         super().__init__(PConv(channels), channels, hidden_rate)
 
 
 class DWConvRB(ResidualBranch):
-    """The residual block of the Baseline priors: a depth-wise 3×3 and a 1×1 pair of width `hidden_rate`·C."""
+    """The residual block of the Baseline priors: a depth-wise 3×3, then two 1×1s of inner width `hidden_rate`·C."""
 
     def __init__(self, channels: int, hidden_rate: float = 2):
         super().__init__(depthwise(channels), channels, hidden_rate)

@@ -1,4 +1,4 @@
-"""The Baseline's spatial priors: depth-wise residual blocks, steered by one adaptive vector a step."""
+"""The Baseline's spatial priors: depth-wise residual blocks, scaled by one learned vector per step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from modules.layers import DWConvRB, LinearLayer
 
 
 class SpatialPrior(Component):
-    """branch_2(branch_1(x) · q): the next step's scales and means from what is decoded so far."""
+    """branch_2(branch_1(x) · q): the next step's scales and means from the context and the latent decoded so far."""
 
     def __init__(self, branch_1: Sequence[nn.Module], branch_2: Sequence[nn.Module], M: int):
         super().__init__()
@@ -34,9 +34,9 @@ class PriorKind(Kind):
     """A spatial prior made of equal blocks."""
 
     blocks: int = 3
-    """Blocks in branch_1."""
+    """Number of blocks in branch_1."""
     last_blocks: int = 2
-    """Blocks in branch_2, before its 1×1."""
+    """Number of blocks in branch_2, before its 1×1."""
 
     def __post_init__(self) -> None:
         check_setting(self, "blocks", 0, integer=True)
@@ -44,11 +44,11 @@ class PriorKind(Kind):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of both branches."""
+        """Number of blocks in both branches."""
         return self.blocks + self.last_blocks
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
-        """The 1×1 that ends the predecessor, whatever blocks come before it."""
+        """The last 1×1 of any prior, whatever its blocks."""
         if not isinstance(predecessor, PriorKind):
             return {}
         return {f"branch_2.{predecessor.last_blocks}": f"branch_2.{self.last_blocks}"}
@@ -60,21 +60,21 @@ class DWConvPriorKind(PriorKind):
     """DWConvRBs of 3M channels."""
 
     hidden_rate: float = 2
-    """Inner width of a block, by its channels."""
+    """Inner width of a block, as a multiple of its channels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_setting(self, "hidden_rate", 0)
 
     def build(self, M: int) -> SpatialPrior:
-        """The prior from 3M to 2M channels."""
+        """Build the prior from 3M to 2M channels."""
         first, second = (
             [DWConvRB(3 * M, self.hidden_rate) for _ in range(count)] for count in (self.blocks, self.last_blocks)
         )
         return DWConvSpatialPrior(first, second, M)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
-        """From a prior of the same kind, the blocks as well."""
+        """The last 1×1 of any prior. From a prior of the same kind, the blocks as well."""
         ending = super().takes_over(predecessor)
         if not isinstance(predecessor, DWConvPriorKind):
             return ending

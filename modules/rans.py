@@ -1,9 +1,9 @@
-"""Symbols to bytes and back with CompressAI's range coder, safe for any bytes.
+"""Symbols to bytes and back with CompressAI's range coder, safe for any input bytes.
 
-CompressAI's decoder does not know where its input ends, and its own escape code, once it meets the wrong bytes, reads
-without limit. So every symbol here is one of a table, which takes 16 bits at most: a value outside its table is the
-table's escape symbol, and what it exceeds the table by follows as bytes, themselves symbols of a uniform table. That
-bounds what a stream can make the decoder read, and so many zeros are put behind it.
+CompressAI's decoder does not check where its input ends, and its escape code reads without limit on wrong bytes. So
+every symbol here belongs to a table and takes 16 bits at most. A value outside its table is coded as the table's escape
+symbol, followed by its excess over the table in bytes, which are symbols of a uniform table. This bounds the number of
+bytes that any stream can make the decoder read. The reader appends that many zeros to the stream.
 """
 
 import zlib
@@ -15,7 +15,7 @@ from compressai.ans import RansDecoder, RansEncoder
 from torch import Tensor
 
 LIMIT = 2**24
-"""Symbols lie below this magnitude: float32 holds each of them."""
+"""Symbols are below this magnitude, so float32 represents them exactly."""
 
 _TOTAL = 2**16
 _EXCESS_BYTES = 4
@@ -23,18 +23,18 @@ _LOWEST_STATE = 2**31
 _CHECK_BYTES = 4
 _STATE_BYTES = 8
 _MISMATCH = (
-    "the symbols do not match their check value: the stream is damaged, or was written by other weights "
-    "or where arithmetic rounds differently (another processor, device or version of PyTorch)"
+    "the symbols do not match their check value: the stream is damaged, was written with other "
+    "weights, or comes from a machine that rounds differently (another processor, device or version of PyTorch)"
 )
 
 
 class BitstreamError(ValueError):
-    """Bytes that are no image of this codec, or an image that it cannot code; the message says which."""
+    """The bytes are not an image of this codec, or the codec cannot code the image. The message says which."""
 
 
 @dataclass(frozen=True)
 class CodingTables:
-    """The range coder's view of a set of distributions, and as the last one that of a byte."""
+    """The range coder's tables of a set of distributions. The last table is the uniform one for bytes."""
 
     cdfs: list[list[int]]
     lengths: list[int]
@@ -47,7 +47,7 @@ class CodingTables:
         """Tables from the model's buffers (n, longest), (n,) and (n,)."""
         rows = [row[:length] for row, length in zip(cdfs.tolist(), lengths.tolist(), strict=True)]
         rows.append([*range(0, _TOTAL + 1, _TOTAL // 256)])
-        # To the coder the last symbol of a table is an escape; this one has no mass, so no stream can hold it.
+        # The coder takes the last symbol of a table as its own escape. This one has no mass, so it never occurs.
         rows = [[*row, _TOTAL] for row in rows]
         return cls(rows, [len(row) for row in rows], [*offsets.tolist(), 0], -offsets)
 
@@ -58,7 +58,7 @@ class CodingTables:
 
 
 class SymbolWriter:
-    """Collects symbols, to be coded in one call."""
+    """Collects symbols and codes them in one call."""
 
     def __init__(self, tables: CodingTables):
         self.tables = tables
@@ -67,12 +67,12 @@ class SymbolWriter:
         self.check = 0
 
     def put(self, values: Tensor, indexes: Tensor) -> Tensor:
-        """Take whole numbers, floats, with the tables `indexes`, both of one shape; returns them as int32.
+        """Add whole numbers, as floats, with their tables `indexes`, both of one shape; returns them as int32.
 
-        Raises BitstreamError for NaN and for values of 2²⁴ or more.
+        Raises BitstreamError for NaN and for magnitudes of 2²⁴ or more.
         """
         if not bool((values.abs() < LIMIT).all()):
-            raise BitstreamError("the latent is not finite or too large to code: image or weights hold bad values")
+            raise BitstreamError("the latent is not finite or too large to code: check image and weights for NaN")
         symbols = values.int()
         reach = self.tables.reach[indexes]
         outside = symbols.abs() > reach
@@ -91,35 +91,35 @@ class SymbolWriter:
         self.indexes.append(indexes.flatten().int())
 
     def coded(self) -> bytes:
-        """The range coder's bytes of all symbols."""
+        """All symbols as the range coder's bytes."""
         tables = self.tables
         symbols, indexes = torch.cat(self.symbols).tolist(), torch.cat(self.indexes).tolist()
         coded: bytes = RansEncoder().encode_with_indexes(symbols, indexes, tables.cdfs, tables.lengths, tables.offsets)
         return coded
 
     def string(self) -> bytes:
-        """The check value of all symbols and tables, and the range coder's bytes."""
+        """The check value of all symbols and tables, then the range coder's bytes."""
         return self.check.to_bytes(_CHECK_BYTES, "little") + self.coded()
 
 
 class SymbolReader:
-    """Reads the range coder's bytes; `count` is the number of symbols in all.
+    """Reads the range coder's bytes. `count` is the total number of symbols.
 
-    Raises BitstreamError for what no writer wrote, at once, or at the latest in `finish`.
+    Raises BitstreamError for bytes that no writer wrote: at once, while reading, or in `finish`.
     """
 
     def __init__(self, coded: bytes, tables: CodingTables, count: int):
         state = int.from_bytes(coded[:_STATE_BYTES], "little")
-        # From this state on the coder takes a word (of 32 bits) for 32 bits of symbols, not one a symbol.
+        # From this state on the coder reads one 32-bit word per 32 bits of symbols. Below it, one per symbol.
         if len(coded) < _STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
-            raise BitstreamError("damaged: this is no range coder's stream")
+            raise BitstreamError("damaged: this is not a range coder's stream")
         self.tables, self.check = tables, 0
         self.stream = coded + bytes(longest(count))
         self.decoder = RansDecoder()
         self.decoder.set_stream(self.stream)
 
     def take(self, indexes: Tensor) -> Tensor:
-        """The next symbols, int32, in the shape of `indexes`."""
+        """Read the next symbols, int32, in the shape of `indexes`."""
         flat = indexes.flatten()
         symbols, reach = self._decode(flat), self.tables.reach[flat]
         outside = (symbols > reach).nonzero().flatten()
@@ -148,13 +148,13 @@ class SymbolReader:
         return torch.from_numpy(np.array(symbols, dtype=np.int32)).to(indexes.device)
 
     def finish(self, check: int) -> None:
-        """Raise BitstreamError unless all symbols and their tables are those of the writer with this check value."""
+        """Raise BitstreamError unless the symbols read and their tables have the writer's check value."""
         if self.check != check:
             raise BitstreamError(_MISMATCH)
 
 
 class RewindingReader(SymbolReader):
-    """A reader that can go back. The range coder cannot, so what came before is read again from the start."""
+    """A reader that can go back. The range coder cannot, so earlier symbols are read again from the start."""
 
     def __init__(self, coded: bytes, tables: CodingTables, count: int):
         super().__init__(coded, tables, count)
@@ -162,11 +162,11 @@ class RewindingReader(SymbolReader):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where the reader stands, for `rewind`."""
+        """The current position, for `rewind`."""
         return len(self.read), self.check
 
     def rewind(self, place: tuple[int, int]) -> int:
-        """Go back to a place; returns how many symbols were read again."""
+        """Go back to `place`; returns how many symbols were read again."""
         count, self.check = place
         del self.read[count:]
         before = torch.cat([torch.empty(0, dtype=torch.int32), *self.read])
@@ -181,12 +181,12 @@ class RewindingReader(SymbolReader):
 
 
 def split_check(string: bytes) -> tuple[int, bytes]:
-    """The check value and the range coder's bytes of what `SymbolWriter.string` gave."""
+    """Split the output of `SymbolWriter.string` into the check value and the range coder's bytes."""
     return int.from_bytes(string[:_CHECK_BYTES], "little"), string[_CHECK_BYTES:]
 
 
 def longest(count: int) -> int:
-    """Bytes that `count` symbols can take at most: 2 each, 1 for each byte of an excess, and 1 for rounding."""
+    """The most bytes that `count` symbols can take: 2 each, 1 for each byte of an excess, and 1 for rounding."""
     return _STATE_BYTES + (2 + _EXCESS_BYTES + 1) * count
 
 

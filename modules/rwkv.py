@@ -1,7 +1,8 @@
-"""RWKV layers and the blocks made of them: attention of linear complexity over a whole image.
+"""RWKV layers and blocks: attention over a whole image in linear time.
 
-After Vision-RWKV (Duan et al., 2024) and Restore-RWKV (Yang et al., 2024), as LALIC (Feng et al., CVPR 2025) brought
-them into image compression. Images stay (B, C, H, W) in channels-last memory, whose tokens (B, T = H·W, C) are a view.
+They follow Vision-RWKV (Duan et al., 2024) and Restore-RWKV (Yang et al., 2024), which LALIC (Feng et al., CVPR 2025)
+brought into image compression. Images are (B, C, H, W) in channels-last memory. Their tokens (B, T = H·W, C) are a
+view.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from modules.components import Checkpointed
 from modules.layers import LinearLayer, Narrowable, depthwise, inner_width, pointwise_pair
 
 _TOKENS_AT_ONCE = 4096
-"""Layers that mix no positions run on so many at a time: of a large image, their inner tensors would be the peak."""
+"""Layers that do not mix positions process this many at a time, which bounds the memory of their inner tensors."""
 
 
 _CONVOLVED_FROM = 2**17
-"""Values of the tokens from which a linear layer is computed as a convolution; fewer do not pay for its set-up."""
+"""A linear layer of at least this many input values is computed as a convolution. For fewer the set-up costs more."""
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def _image(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
-    """`mix` of tokens, each (B, T, C), which sees every position by itself, some positions at a time."""
+    """Apply `mix`, which treats each position separately, to tokens (B, T, C), some positions at a time."""
     if tokens[0].shape[1] <= _TOKENS_AT_ONCE:
         return mix(*tokens)
     parts = zip(*(x.split(_TOKENS_AT_ONCE, dim=1) for x in tokens), strict=True)
@@ -39,10 +40,10 @@ def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
 
 
 class TokenLinear(nn.Linear):
-    """A linear layer of tokens, (B, T, C) to (B, T, width), without bias.
+    """A linear layer without bias on tokens, (B, T, C) to (B, T, width).
 
-    In float32 on a CPU it is computed as the 1×1 convolution that it is: oneDNN's took half as long as the matrix
-    products of the libraries that PyTorch comes with, on an AMD processor with two threads.
+    In float32 on a CPU it is computed as a 1×1 convolution. With two threads of an AMD processor, oneDNN's convolution
+    took half as long as the matrix product of PyTorch's libraries.
     """
 
     def __init__(self, channels: int, width: int):
@@ -57,10 +58,10 @@ class TokenLinear(nn.Linear):
 
 
 class OmniShift(nn.Module):
-    """α₀·x + α₁·dw1×1(x) + α₂·dw3×3(x) + α₃·dw5×5(x), computed as the one 5×5 depth-wise kernel they sum to.
+    """α₀·x + α₁·dw1×1(x) + α₂·dw3×3(x) + α₃·dw5×5(x), computed as one depth-wise 5×5 convolution.
 
-    The kernel is summed anew from the parameters at every call, in training as in evaluation: 25·C additions beside
-    25·C·H·W, and nothing that could go stale.
+    Every call sums the kernel from the parameters, in training and in evaluation. The sum takes 25·C additions, the
+    convolution 25·C·H·W, and no cached kernel can be out of date.
     """
 
     def __init__(self, channels: int):
@@ -83,7 +84,7 @@ class OmniShift(nn.Module):
 
 
 class SpatialMix(Narrowable):
-    """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)), with k, v and r linear in the shifted input, `rate`·C wide."""
+    """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)); r, k and v are linear in the shifted input, of width `rate`·C."""
 
     def __init__(self, channels: int, rate: float = 1):
         super().__init__()
@@ -93,7 +94,7 @@ class SpatialMix(Narrowable):
         self.value = TokenLinear(channels, width)
         self.receptance = TokenLinear(channels, width)
         self.output = TokenLinear(width, channels)
-        # From attention over the whole image to about a sixteenth of it.
+        # The channels' ranges run from the whole image down to about a sixteenth of it.
         self.decay = nn.Parameter(16 * torch.linspace(0, 1, width) ** 2)
         self.boost = nn.Parameter(torch.zeros(width))
 
@@ -114,7 +115,7 @@ class SpatialMix(Narrowable):
 
     @torch.no_grad()
     def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
-        """Take over the shift and these channels of keys, values, receptances, decays and boosts."""
+        """Copy the shift, and the channels `index` of keys, values, receptances, decays and boosts."""
         assert isinstance(wider, SpatialMix)
         self.omni_shift.load_state_dict(wider.omni_shift.state_dict())
         for name in ("key", "value", "receptance"):
@@ -124,7 +125,7 @@ class SpatialMix(Narrowable):
 
 
 class ChannelMix(Narrowable):
-    """σ(receptance(x̃)) ⊙ value(relu(key(x̃))²), x̃ the shifted input; the hidden width is `hidden_rate`·C."""
+    """σ(receptance(x̃)) ⊙ value(relu(key(x̃))²) of the shifted input x̃. The hidden width is `hidden_rate`·C."""
 
     def __init__(self, channels: int, hidden_rate: float):
         super().__init__()
@@ -148,7 +149,7 @@ class ChannelMix(Narrowable):
 
     @torch.no_grad()
     def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
-        """Take over shift and receptance, and these channels of the keys."""
+        """Copy the shift and the receptance, and the channels `index` of the keys."""
         assert isinstance(wider, ChannelMix)
         for name in ("omni_shift", "receptance"):
             getattr(self, name).load_state_dict(getattr(wider, name).state_dict())
@@ -156,9 +157,9 @@ class ChannelMix(Narrowable):
 
 
 class RWKVBlock(Checkpointed):
-    """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + γ₂ ⊙ ln2(channel_mix(x)); with γ = 0 the identity.
+    """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + γ₂ ⊙ ln2(channel_mix(x)). With γ = 0 it is the identity.
 
-    `hidden_rate` and `mix_rate`, by C, are the inner widths of the channel mix and of the spatial mix.
+    The inner widths of the channel mix and the spatial mix are `hidden_rate`·C and `mix_rate`·C.
     """
 
     def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
@@ -176,16 +177,16 @@ class RWKVBlock(Checkpointed):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set γ to 0, so that the block hands its input through until training moves it."""
+        """Set γ₁ and γ₂ to 0, so that the block starts as the identity."""
         self.gamma1.zero_()
         self.gamma2.zero_()
 
 
 class RWKVConvBlock(Checkpointed):
-    """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + conv_mix(x), conv_mix being the branch of a DWConvRB.
+    """x + γ₁ ⊙ ln1(spatial_mix(x)), then x + conv_mix(x). conv_mix is the branch of a DWConvRB.
 
-    With γ₁ = 0 it is that DWConvRB. `hidden_rate` and `mix_rate`, by C, are the inner widths of the branch and of the
-    spatial mix.
+    With γ₁ = 0 the block is that DWConvRB. The inner widths of the branch and the spatial mix are `hidden_rate`·C and
+    `mix_rate`·C.
     """
 
     def __init__(self, channels: int, hidden_rate: float = 2, mix_rate: float = 1):
@@ -201,5 +202,5 @@ class RWKVConvBlock(Checkpointed):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set γ₁ to 0, so that the block is its convolutional branch until training moves it."""
+        """Set γ₁ to 0, so that the block starts as a DWConvRB."""
         self.gamma1.zero_()

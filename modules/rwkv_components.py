@@ -17,17 +17,17 @@ ChannelMixForm = Literal["rwkv", "conv"]
 
 
 class RWKVComponent(Component):
-    """A component made of RWKV blocks, in a place where the Baseline has a convolutional or attention one."""
+    """A component made of RWKV blocks. It replaces the Baseline's attention or convolution."""
 
     def start_as_identity(self) -> None:
-        """Let every block hand its input through, or be its convolutional branch, until training moves it."""
+        """Make every block start as the identity, or as a DWConvRB if it has a convolutional branch."""
         for block in self.modules():
             if isinstance(block, RWKVBlock | RWKVConvBlock):
                 block.start_as_identity()
 
 
 class RWKVContextCell(RWKVComponent):
-    """The cross-attention's successor: the next context from the prior's output x and the context h."""
+    """The context cell that replaces cross-attention: the next context from the prior's output x and the context h."""
 
     def __init__(self, channels: int, hidden_rate: float, mix_rate: float = 1):
         super().__init__()
@@ -46,7 +46,7 @@ class RWKVContextCell(RWKVComponent):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Start as output_proj(x): blocks as the identity, and an input projection that selects x."""
+        """Start as output_proj(x): the block is the identity, and the input projection selects x."""
         super().start_as_identity()
         channels = self.input_proj.out_channels
         for parameter in self.input_proj.parameters():
@@ -55,7 +55,7 @@ class RWKVContextCell(RWKVComponent):
 
 
 class RWKVFusionNet(RWKVComponent):
-    """The 1×1 context fusion's successor between two scales: RWKV blocks, then the 1×1."""
+    """The fusion that replaces the 1×1 convolution between two scales: RWKV blocks, then a 1×1."""
 
     def __init__(self, channels: int, num_blocks: int = 1, hidden_rate: float = 4, mix_rate: float = 1):
         super().__init__()
@@ -77,10 +77,10 @@ class RWKVSpatialPriorBlock(RWKVBlock):
 
 
 class RWKVSpatialPrior(RWKVComponent, SpatialPrior):
-    """branch_2(branch_1(x) · q) of RWKV blocks of 3M channels, and the 1×1 to 2M.
+    """branch_2(branch_1(x) · q), with RWKV blocks of 3M channels in both branches and a last 1×1 to 2M.
 
-    `depths` counts the blocks of branch_1 and branch_2; `channel_mix` chooses between RWKVSpatialPriorBlock (`rwkv`)
-    and RWKVConvBlock (`conv`).
+    `depths` are the numbers of blocks in branch_1 and branch_2. `channel_mix` selects the block: `rwkv` is
+    RWKVSpatialPriorBlock, `conv` is RWKVConvBlock.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class RWKVContextKind(Kind):
     """An RWKV block between two 1×1 convolutions."""
 
     hidden_rate: float = 4
-    """Inner width of the channel mix, by its channels."""
+    """Inner width of the channel mix, as a multiple of its channels."""
     mix_rate: float = 1
-    """Inner width of the spatial mix, by its channels."""
+    """Inner width of the spatial mix, as a multiple of its channels."""
 
     def __post_init__(self) -> None:
         check_setting(self, "hidden_rate", 0)
         check_setting(self, "mix_rate", 0)
 
     def build(self, M: int) -> RWKVContextCell:
-        """The cell of 2M channels."""
+        """Build the cell of 2M channels."""
         return RWKVContextCell(2 * M, self.hidden_rate, self.mix_rate)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
-        """From windowed cross-attention its 1×1 of the prior's output."""
+        """From windowed cross-attention, the 1×1 that it applies to the prior's output."""
         if isinstance(predecessor, CrossAttentionKind):
             return {"conv_out": "output_proj"}
         return super().takes_over(predecessor)
@@ -142,9 +142,9 @@ class RWKVFusionKind(Kind):
 
     blocks: int = 1
     hidden_rate: float = 4
-    """Inner width of the channel mix, by its channels."""
+    """Inner width of the channel mix, as a multiple of its channels."""
     mix_rate: float = 1
-    """Inner width of the spatial mix, by its channels."""
+    """Inner width of the spatial mix, as a multiple of its channels."""
 
     def __post_init__(self) -> None:
         check_setting(self, "blocks", 0, integer=True)
@@ -152,7 +152,7 @@ class RWKVFusionKind(Kind):
         check_setting(self, "mix_rate", 0)
 
     def build(self, M: int) -> RWKVFusionNet:
-        """The fusion of 2M channels."""
+        """Build the fusion of 2M channels."""
         return RWKVFusionNet(2 * M, self.blocks, self.hidden_rate, self.mix_rate)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
@@ -163,7 +163,7 @@ class RWKVFusionKind(Kind):
 
     @property
     def num_blocks(self) -> int:
-        """RWKV blocks."""
+        """Number of RWKV blocks."""
         return self.blocks
 
 
@@ -173,11 +173,11 @@ class RWKVPriorKind(PriorKind):
     """RWKV blocks of 3M channels in both branches."""
 
     hidden_rate: float = 4
-    """Inner width of the channel mix, by its channels: 2 where the mix is the Baseline's convolution."""
+    """Inner width of the channel mix, as a multiple of its channels; 2 to match the Baseline's convolution."""
     mix_rate: float = 1
-    """Inner width of the spatial mix, by its channels."""
+    """Inner width of the spatial mix, as a multiple of its channels."""
     channel_mix: ChannelMixForm = "rwkv"
-    """`conv` keeps the branch of the predecessor's DWConvRB behind each spatial mix."""
+    """`conv` puts the branch of the predecessor's DWConvRB after each spatial mix."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,11 +187,11 @@ class RWKVPriorKind(PriorKind):
             raise ValueError(f"channel_mix = {self.channel_mix!r}: there are {', '.join(get_args(ChannelMixForm))}")
 
     def build(self, M: int) -> RWKVSpatialPrior:
-        """The prior from 3M to 2M channels."""
+        """Build the prior from 3M to 2M channels."""
         return RWKVSpatialPrior(M, (self.blocks, self.last_blocks), self.hidden_rate, self.mix_rate, self.channel_mix)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
-        """The last 1×1; from its own kind the blocks, and from depth-wise blocks their branches if they stay."""
+        """The last 1×1 of any prior. Also the blocks of the same kind, or for `conv` the branches of DWConvRBs."""
         taken = super().takes_over(predecessor)
         if isinstance(predecessor, RWKVPriorKind) and predecessor.channel_mix == self.channel_mix:
             return {"branch_1": "branch_1", "branch_2.{i}.{part}": "branch_2.{i}.{part}"} | taken

@@ -1,4 +1,4 @@
-"""Analysis and synthesis transforms, of the image and of the hyper-prior (HPCM, ICCV 2025, section 3)."""
+"""The analysis and synthesis transforms of image and hyper-prior (HPCM, ICCV 2025, section 3)."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def _blocks(channels: int, depth: int, hidden_rate: float = 4) -> list[nn.Module
 
 
 class Transform(nn.Module):
-    """A chain of layers under the name `branch`, as the published checkpoints call it."""
+    """A sequence of layers, named `branch` as in the published checkpoints."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
@@ -25,14 +25,15 @@ class Transform(nn.Module):
 
 
 class ImageTransform(Transform):
-    """A transform between image and latent, computed in tiles, so that its memory does not grow with the image.
+    """A transform between image and latent. It works in tiles, so that its layers' memory is bounded for any image.
 
-    A tile is computed with as much around it as the layers reach: all tiles together are what the whole would be,
-    but for rounding. `units` are the sides of a latent position in input and output.
+    Each tile is computed with a border as wide as the layers' receptive field, so the tiles together equal the
+    transform of the whole image except for rounding. `units` are the sides of a latent position in the input and in
+    the output, in pixels or positions.
     """
 
     tile = 64
-    """Side of a tile in latent positions: 1024 pixels."""
+    """Side of a tile in latent positions (64 are 1024 pixels)."""
 
     def __init__(self, layers: Sequence[nn.Module], units: tuple[int, int], depths: Sequence[int]):
         super().__init__(layers)

@@ -1,4 +1,4 @@
-// The CPU side of the interface: number types, pages, threads, phases, and sums over the batch.
+// The CPU implementation of the interface: number types, pages, threads, phases, and sums over the batch.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,8 +19,8 @@
 namespace biwkv {
 namespace {
 
-// A large result may come from the system as untouched pages. Huge ones save most of the faults, which would otherwise
-// cost as much as the kernel.
+// The pages of a large result may not be mapped yet. Huge pages avoid most page faults, which would otherwise take as
+// long as the kernel.
 void ask_for_huge_pages(void* result, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 4096;
@@ -42,8 +42,8 @@ void run_tasks(const BiwkvCall& call, int64_t tasks, const Task& task) {
   if (parallel_for(0, tasks, 1, range, context)) throw std::bad_alloc();  // a task throws nothing else
 }
 
-// A task is two strips side by side, which take turns at each chunk: rows as narrow as one vector come too slowly from
-// memory.
+// A task is two neighboring strips, which alternate at each chunk: reading rows only one vector wide from memory is too
+// slow.
 constexpr int kTogether = 2;
 
 template <class Number, bool backward>

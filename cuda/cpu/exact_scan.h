@@ -1,4 +1,4 @@
-// Bi-WKV4 of one channel in float64 with a running maximum: for float64 tensors, and for channels whose w or u lie
+// Bi-WKV4 of one channel in float64 with a running maximum. It computes float64 tensors, and channels whose w or u is
 // beyond the bound of the fast scan.
 #pragma once
 
@@ -16,7 +16,7 @@ template <class Number>
 class ExactScan {
  public:
   ExactScan(const Strip<Number>& strip, double w, double u) : s(strip), w(w), u(u), rows(s.length) {
-    // Keys count from the largest, or those of -1e30 would swallow the decay.
+    // Keys are relative to the largest. Otherwise the decay would be lost beside keys of -1e30.
     double top = read(s.k);
     for (int64_t t = 1; t < s.length; ++t) top = std::max(top, read(s.k + t * s.k_time));
     Running sum = nothing();
@@ -66,12 +66,12 @@ class ExactScan {
  private:
   struct Row {
     double key, v;
-    Running before, after;  // the sums over keys
+    Running before, after;  // sums over keys
     double m, a, b;                 // what the row adds to the sums over gradients
     double grad_k, grad_v;
   };
 
-  // Lower than any key that matters, yet finite: the difference of two of them is zero, not NaN.
+  // Below any key that matters, but finite, so that the difference of two of them is zero, not NaN.
   static Running nothing() { return {0, 0, -1e300}; }
 
   static double read(const Number* p) {
@@ -89,7 +89,7 @@ class ExactScan {
     row.grad_k += (row.v * gradients.n - gradients.d) * weight;
   }
 
-  // The step e^-w joins inside the exponent: without it the product may overflow.
+  // The factor e^-w is inside the exponent, because the product may overflow without it.
   double crossing(const Running& keys, const Running& gradients) const {
     return exponential(keys.m + gradients.m - w) * (keys.n * gradients.n - keys.d * gradients.d);
   }

@@ -1,8 +1,8 @@
-// Bi-WKV4 in float32, a strip at a time. All keys of a channel are shifted by one number; then every sum is a plain
-// linear recurrence. Time is cut into chunks. A chunk's own sums are float32 and count from its largest key; they are
-// joined in float64, so that an error grows with the chunk and not with the sequence.
+// Bi-WKV4 in float32, one strip at a time. All keys of a channel are shifted by one number, so every sum is a plain
+// linear recurrence. Time is split into chunks. The sums within a chunk are float32 and relative to its largest key.
+// They are joined across chunks in float64, so that errors grow with the length of a chunk, not of the sequence.
 //
-// Channels beyond the bound of shared/accumulators.h come out wrong, and exact_scan.h overwrites them.
+// Channels beyond the bound of shared/accumulators.h get wrong results here, which exact_scan.h overwrites.
 #pragma once
 
 #include <algorithm>
@@ -16,30 +16,30 @@
 
 namespace biwkv {
 
-// A chunk's own sums; once joined, the sums of all that comes before it (forth) and after it (back).
+// The sums within a chunk. join() replaces them with the sums of all positions before (forth) and after it (back).
 struct Chunk {
-  Floats max, center;  // its largest key, and a mean of its values
-  Floats scale;        // from the chunk's own weights, e^(k - max), to the strip's
+  Floats max, center;  // its largest key, and the weighted mean of its values
+  Floats scale;        // converts the chunk's weights, e^(k - max), to the strip's
   Sum<Floats> forth, back, grad_forth, grad_back;
 };
 
 template <bool backward>
 struct Row {
-  Floats x, v;  // weight and value; forward, their product takes the value's place
+  Floats x, v;  // weight and value; the forward pass replaces the value with their product
 };
 template <>
 struct Row<true> {
   Floats x, v, a, b, bonus;  // a = grad / D, b = a y, and the part of grad_k that goes through the own term
 };
 
-// What the phases of a strip leave to one another. It stays with the thread for its next strip.
+// The data that the phases of a strip share. Each thread reuses it for its next strip.
 template <bool backward>
 struct FastMemory {
   std::vector<Chunk> chunks;
   std::vector<Row<backward>> rows;
 };
 
-// The phases of one strip; each goes over all chunks before the next begins.
+// The phases of one strip. Each phase finishes all chunks before the next phase begins.
 template <class Number, bool backward>
 class FastScan {
  public:
@@ -55,7 +55,7 @@ class FastScan {
     chunks = m.chunks.data(), rows = m.rows.data();
   }
 
-  const int64_t count;  // of chunks
+  const int64_t count;  // number of chunks
 
   void sum_keys(int64_t c) {
     find_max(c);
@@ -73,8 +73,8 @@ class FastScan {
     chunks[c].forth = forth, chunks[c].back = back;
   }
 
-  // The strip's weights are e^(k - shift). Half of the whole decay lies on either side of the largest key, so that the
-  // sums stay near one.
+  // The strip's weights are e^(k - shift). The shift is half of the whole decay below the largest key, which keeps the
+  // sums near one.
   void join_keys() {
     Floats max = chunks[0].max;
     for (int64_t c = 1; c < count; ++c) max = larger(max, chunks[c].max);
@@ -94,7 +94,7 @@ class FastScan {
   }
 
   void write_output(int64_t c) {
-    Sums later[kRows];  // the own term and all that comes after
+    Sums later[kRows];  // own term and all later positions
     if (!kept) weigh(c);
     const int64_t end = rows_of(c);
     const Number* v = s.v + c * kRows * s.v_time;
@@ -160,7 +160,7 @@ class FastScan {
   using Sums = Sum<Floats>;
 
   static constexpr int64_t kRows = 32;    // positions of a chunk
-  static constexpr int64_t kKept = 2048;  // longest sequence whose rows stay in the caches from phase to phase
+  static constexpr int64_t kKept = 2048;  // longest sequence whose rows are kept, in the caches, between phases
 
   int64_t rows_of(int64_t c) const { return std::min(kRows, s.length - c * kRows); }
   Row<backward>* rows_at(int64_t c) const { return rows + (kept ? c * kRows : 0); }
@@ -171,12 +171,12 @@ class FastScan {
     return x;
   }
   void write(Floats x, Number* p) const { s.past_caches ? narrow_past_caches(x, p) : store(x, p, s.lanes); }
-  // Of rows to come, into the second-level cache: the first has no room for them.
+  // Prefetches a later row into the second-level cache, because the first has no room.
   static void fetch(const Number* p) { __builtin_prefetch(p, 0, 2); }
 
-  // A decay rounded each time alike would drift: each row's makes good what the rows before it have rounded.
+  // With the same rounded decay in every row, errors would add up. Each row's decay corrects those of earlier rows.
   void round_decay() {
-    Floats near, rest, excess = {};  // near + rest is the decay; excess is what is to make good, relatively
+    Floats near, rest, excess = {};  // near + rest is the decay; excess is the relative error to correct
     for (int i = 0; i < kLanes; ++i) {
       const double exact = std::exp(-static_cast<double>(w[i]));
       near[i] = static_cast<float>(exact), rest[i] = static_cast<float>(exact - near[i]);
@@ -194,12 +194,12 @@ class FastScan {
 
   void find_max(int64_t c) {
     const Number* k = s.k + c * kRows * s.k_time;
-    Floats max = Floats{} - 3.40282347e38f;  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+    Floats max = Floats{} - 3.40282347e38f;  // not -inf, so that a chunk with only keys of -inf gives zeros, not NaN
     for (int64_t t = 0, end = rows_of(c); t < end; ++t) max = larger(max, load(k + t * s.k_time, s.lanes));
     chunks[c].max = max;
   }
 
-  // Backward, values count from a mean by weight: v - y would cancel where one key outweighs all others.
+  // In the backward pass, values are relative to a weighted mean. Otherwise v - y would cancel if one key dominates.
   void find_center(int64_t c) {
     const Number* v = s.v + c * kRows * s.v_time;
     const auto* row = rows_at(c);
@@ -233,7 +233,7 @@ class FastScan {
     for (int64_t c = count - 1; c >= 0; --c) pass_on(chunks[c].*back, n, d);
   }
 
-  // From a chunk's own sums to those of all before it, n and d, which go on to the next chunk.
+  // Replaces the sums within a chunk with those of all chunks before it, n and d, and adds the former to n and d.
   void pass_on(Sums& own, double* n, double* d) const {
     for (int i = 0; i < kLanes; ++i) {
       const double own_n = own.n[i], own_d = own.d[i];
@@ -242,7 +242,7 @@ class FastScan {
     }
   }
 
-  // Brings the weights of a chunk to the strip's scale, and fills its rows.
+  // Converts the weights of a chunk to the strip's scale, and fills the chunk's rows.
   void fill_rows(int64_t c) {
     Sums later[kRows];
     const int64_t end = rows_of(c);
@@ -269,7 +269,7 @@ class FastScan {
   const Strip<Number> s;
   const Floats w, boost;
   const bool kept;
-  Floats decay[kRows];  // of each row of a chunk
+  Floats decay[kRows];  // for each row of a chunk
   double skip[kLanes];  // the decay over a chunk
   Floats center;
   Chunk* chunks;

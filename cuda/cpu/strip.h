@@ -1,4 +1,4 @@
-// A strip: the channels of one sequence that fill a vector, or the last few of them.
+// A strip: channels of one sequence that fill a vector, or the last few channels.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace biwkv {
 
-constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that has left the caches when it is read
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that the caches no longer hold when it is read
 
 template <class Number>
 struct Strip {
@@ -17,7 +17,7 @@ struct Strip {
   Number *y, *grad_k, *grad_v;
   int64_t length, k_time, v_time, grad_y_time, out_time;
   int lanes;
-  bool past_caches;  // results go to memory at once: they are large, and a row of the strip fills a vector
+  bool past_caches;  // results bypass the caches: they are large, and a row of the strip fills a vector
 
   Strip(const BiwkvCall& call, int64_t b, int64_t channel) {
     const auto at = [](auto* tensor, int64_t offset) { return tensor ? tensor + offset : nullptr; };
@@ -36,7 +36,7 @@ struct Strip {
   }
 };
 
-// What a strip adds to the gradients of its w and u.
+// The contribution of a strip to the gradients of its w and u.
 struct ParameterGradients {
   double w[kLanes], u[kLanes];
 };

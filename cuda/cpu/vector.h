@@ -1,5 +1,5 @@
-// One machine vector of floats, a lane for each of so many neighboring channels, and its loads and stores of any number
-// type. The compiler's vector extensions become AVX-512, AVX2, NEON or SSE by the build's flags.
+// One machine vector of floats, with one lane per channel, and its loads and stores of any number type. The compiler
+// translates its vector extensions to AVX-512, AVX2, NEON or SSE, depending on the build's flags.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +25,11 @@ typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
-// A comparison with NaN is false: where b is NaN, so is the result.
+// If b is NaN, the result is NaN, because a comparison with NaN is false.
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// e^x for x up to 88, and zero below -87.7, so that no sum begins with a denormal. A degree-6 minimax polynomial over
-// [-ln2/2, ln2/2]: its relative error is under 2e-9 before rounding.
+// e^x for x up to 88, and zero below -87.7, so that sums do not start from denormals. It is a degree-6 minimax
+// polynomial over [-ln2/2, ln2/2] with a relative error under 2e-9 before rounding.
 inline Floats exponential(Floats x) {
   x = larger(Floats{} - 88.02f, x);
   const Floats rounder = x * 1.44269504f + 12582912.0f;  // its last bits are the nearest integer to x log2(e)
@@ -64,12 +64,12 @@ inline Floats widen(const Bfloat16* p) {
 }
 inline void narrow(Floats x, Bfloat16* p) {
   const Words bits = (Words)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Words quiet = bits | 0x400000u;  // rounding could carry a NaN over into an infinity
+  const Words quiet = bits | 0x400000u;  // rounding could turn a NaN into an infinity
   const Halves raw = __builtin_convertvector((x != x ? quiet : rounded) >> 16, Halves);
   std::memcpy(p, &raw, sizeof raw);
 }
 
-// The compiler alone converts one lane at a time.
+// Intrinsics, because the compiler converts one lane at a time without them.
 inline Floats widen(const Float16* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -95,7 +95,7 @@ inline void narrow(Floats x, Float16* p) {
 #endif
 }
 
-// Past the caches, to an aligned place, where there are such stores: the lines written need not be read first.
+// Stores to an aligned address past the caches, if the processor can: it need not read the cache lines first.
 template <class Number>
 inline void narrow_past_caches(Floats x, Number* p) {
 #if defined(__AVX512F__)
@@ -111,14 +111,14 @@ inline void narrow_past_caches(Floats x, Number* p) {
 #endif
 }
 
-// Such stores keep no order of their own: other threads wait for this.
+// Stores past the caches are not ordered. This makes them visible before the task ends.
 inline void finish_past_caches() {
 #if defined(__AVX512F__)
   _mm_sfence();
 #endif
 }
 
-// `lanes` is kLanes, or fewer at the last channels of a tensor; the lanes beyond read as zero.
+// `lanes` is kLanes, or fewer at the last channels of a tensor. The remaining lanes are zero.
 template <class Number>
 inline Floats load(const Number* p, int lanes) {
   if (__builtin_expect(lanes == kLanes, 1)) return widen(p);

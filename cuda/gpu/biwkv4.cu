@@ -1,4 +1,4 @@
-// The CUDA side of the interface: number types, launches, and slices that stay in the L2 cache.
+// The CUDA implementation of the interface: number types, launches, and slices that fit the L2 cache.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ namespace biwkv {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kWarp = 32, kWorkers = 4;  // the channels of a block beyond the bound, and its threads for each
+constexpr int kWarp = 32, kWorkers = 4;  // for channels beyond the bound: channels of a block, and threads per channel
 
 // The sequences and channels of one launch.
 struct Slice {
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) each_cell(Tensors<Number> all, Slice
   if (at < slice.channels) phase(all, slice.batch + blockIdx.z, static_cast<int64_t>(blockIdx.y), slice.channel + at);
 }
 
-// Each phase a launch over a slice.
+// Runs each phase as one launch over a slice.
 template <class Number>
 struct Launches {
   const Tensors<Number>& all;
@@ -43,7 +43,7 @@ struct Launches {
   }
 };
 
-// Each phase by one block, for a warp of channels of one sequence.
+// Runs each phase in one block, for the 32 channels of a warp and one sequence.
 template <class Number>
 struct OneBlock {
   const Tensors<Number>& all;
@@ -57,7 +57,7 @@ struct OneBlock {
   }
 };
 
-// All phases for the channels beyond the bound. One launch, whose blocks mostly find nothing to do.
+// Runs all phases for the channels beyond the bound, in one launch. Most blocks find no such channel and end at once.
 template <class Number, bool backward>
 __global__ void __launch_bounds__(kWarp * kWorkers, 1) each_beyond(Tensors<Number> all) {
   const int64_t groups = (all.channels + kWarp - 1) / kWarp, channel = blockIdx.x % groups * kWarp + threadIdx.x;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kWarp * kWorkers, 1) each_beyond(Tensors<Numbe
       OneBlock<Number>{all, static_cast<int64_t>(blockIdx.x / groups), channel, beyond}, all.chunks);
 }
 
-// So much of k, v and grad_y at a time that the later phases find it in the L2 cache, yet enough to fill the device.
+// A slice of k, v and grad_y stays in the L2 cache for the later phases, unless it must be larger to fill the device.
 template <class Number, bool backward>
 void run_slices(const Tensors<Number>& all, cudaStream_t stream) {
   int device = 0, cache = 0, processors = 0;

@@ -1,5 +1,5 @@
-// What a GPU's thread sees of a call (phases.h): the tensors, the memory in which phases leave numbers to one
-// another, and its own cell, one channel of one chunk of time.
+// The data of a GPU thread (phases.h): the tensors, the workspace through which phases pass numbers to one another, and
+// the thread's cell, which is one channel of one chunk of time.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace biwkv {
 
-constexpr int kChunk = 64, kBlocks = kChunk / kBlock;  // rows of a chunk, and its blocks
+constexpr int kChunk = 64, kBlocks = kChunk / kBlock;  // rows and blocks of a chunk
 
 inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
@@ -27,18 +27,19 @@ struct Tensors {
   BIWKV_DEVICE bool beyond(int64_t channel) const { return !within_bound(w[channel], u[channel], length); }
 };
 
-// What the phases leave in `fields` for one another: these, then states over keys and, backward, over gradients. The
-// states are at first a chunk's own, then, joined, of all before (forth) and after it (back).
+// The numbers that phases pass on in `fields`: first these, then states, which are sums over keys and, in the backward
+// pass, over gradients. A state is first that of a chunk alone. join() replaces it with that of all positions before
+// (forth) or after the chunk (back).
 enum Field { kMax, kForwardFields, kCenter = kForwardFields, kPartW, kPartU, kBackwardFields };
 enum StateField { kForth, kBack, kForwardStates, kGradForth = kForwardStates, kGradBack, kBackwardStates };
 
-constexpr int kWidest = 5;  // numbers of a state
+constexpr int kWidest = 5;  // largest number of floats in a state
 
 BIWKV_SHARED constexpr int64_t fields_of(bool backward) {
   return kWidest * (backward ? kBackwardStates : kForwardStates) + (backward ? kBackwardFields : kForwardFields);
 }
 
-// Numbers that all of this takes, for each channel of each sequence.
+// Floats of workspace for each channel of each sequence.
 inline int64_t numbers_of(int64_t length, bool backward) { return fields_of(backward) * chunks_of(length) + 2; }
 
 // One channel of one chunk.
@@ -93,7 +94,7 @@ struct Cell {
     if (row < rows) put_number(to + (b * all.length + time(row)) * all.channels + channel, static_cast<float>(x));
   }
 
-  // A block of rows in the channel's frame; beyond the sequence there is no weight.
+  // Loads a block of rows as weights and centered values. Rows beyond the sequence have no weight.
   BIWKV_DEVICE void load(int block, Real (&x)[kBlock], float (&values)[kBlock]) const {
     float keys[kBlock];
 #pragma unroll Weights::kUnrollRows
@@ -108,7 +109,7 @@ struct Cell {
     }
   }
 
-  // The sums of all that comes after each block of the chunk.
+  // For each block of the chunk, the sums of all later positions.
   BIWKV_DEVICE void sums_after(State (&after)[kBlocks]) const {
     State sum = state(kBack);
 #pragma unroll Weights::kUnrollBlocks

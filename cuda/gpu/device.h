@@ -1,5 +1,5 @@
-// What a GPU's thread computes with: number types, and e^x. A plain C++ compiler gets float alone: it runs the phases on
-// a CPU in the tests.
+// Number types and e^x for a GPU thread. A plain C++ compiler gets only float, with which the tests run the phases on a
+// CPU.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace biwkv {
 BIWKV_DEVICE float number(float x) { return x; }
 BIWKV_DEVICE void put_number(float* p, float x) { *p = x; }
 
-// NaN stays, as on the CPU.
+// If b is NaN, the result is NaN, as on the CPU.
 BIWKV_DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
 #if defined(__CUDACC__)
@@ -27,7 +27,7 @@ BIWKV_DEVICE float number(__half x) { return __half2float(x); }
 BIWKV_DEVICE void put_number(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 BIWKV_DEVICE void put_number(__half* p, float x) { *p = __float2half_rn(x); }
 
-// The hardware's 2^x, with the rounding of x log2(e) made good: it alone would cost 4e-6 at x = -60.
+// The hardware's 2^x, with a correction for the rounding of x log2(e), which alone causes an error of 4e-6 at x = -60.
 BIWKV_DEVICE float exponential(float x) {
   constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
   x = x < -200.0f ? -200.0f : x;

@@ -1,10 +1,11 @@
-// Bi-WKV4 on a GPU: a thread is one channel of one chunk of time, neighboring threads are neighboring channels.
-// Threads share nothing but global memory, and a phase ends before the next begins, so that the tests run these very
-// functions on the CPU (tests/modules/biwkv4_emulation.cpp), a thread after another.
+// Bi-WKV4 on a GPU. A thread handles one channel of one chunk of time. Neighboring threads handle neighboring channels.
+// Threads share only global memory, and a phase ends before the next begins. So the tests can run these functions on a
+// CPU, one thread after another (tests/modules/biwkv4_emulation.cpp).
 //
-// Each chunk's own sums (sum_keys), the channel's frame, the sums before and after each chunk (join_keys), and then
-// each chunk again from these: the same phases as on the CPU. `Weights` is OneShift for all channels, then
-// RunningMaximum for those beyond the bound, whose results it overwrites: the host need not know of them.
+// The phases are those of the CPU: the sums within each chunk (sum_keys), the channel's shift and center (find_frame),
+// the sums before and after each chunk (join_keys), and a second pass over each chunk with these sums. They run with
+// OneShift as `Weights` for all channels, then with RunningMaximum for channels beyond the bound, whose results they
+// overwrite. So the host need not know which channels are beyond the bound.
 #pragma once
 
 #include <cstdint>
@@ -15,19 +16,20 @@
 
 namespace biwkv {
 
-// A block of rows of the backward pass, in registers.
+// A block of rows in the backward pass, in registers.
 template <class Weights>
 struct Block {
   using Real = typename Weights::Real;
   Real x[kBlock];
   float v[kBlock];
   typename Weights::Gradient gradient[kBlock];
-  Real grad_k[kBlock], grad_v[kBlock];    // all but what later positions add
-  typename Weights::State keys[kBlock];   // the sums over keys before each row
+  Real grad_k[kBlock], grad_v[kBlock];    // without the contribution of later positions
+  typename Weights::State keys[kBlock];   // sums over the keys before each row
 };
 
-// Fills a block from the sums at its start (over keys: before, over gradients: earlier), which move on to its end, and
-// from those of the keys after its end; adds what it can tell of the gradients of w (its crossings) and u.
+// Fills a block. `before` and `earlier` are the sums over keys and over gradients at the start of the block; they are
+// updated to its end. `after` is the sum over the keys after its end. Adds the gradient of u of this block; of the
+// gradient of w it adds only the crossings with earlier gradients.
 template <class Number, class Weights, class State = typename Weights::State, class Real = typename Weights::Real>
 BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block<Weights>& rows, State& before,
                        State after, State& earlier, Real& to_w, Real& to_u) {
@@ -50,19 +52,19 @@ BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block
     to_w += weights.crossing(rows.keys[i], earlier);
     rows.grad_k[i] = weights.to_key(x, v, earlier) + bonus, rows.grad_v[i] = weights.to_value(x, earlier) + own;
     rows.keys[i] = before;
-    if (!inside) continue;  // a decay below one, again and again, would end in infinity times zero
+    if (!inside) continue;  // repeated decay beyond the sequence could give infinity times zero
     before = weights.push(before, x, v);
     earlier = weights.push(earlier, rows.gradient[i]);
   }
   before = weights.settle(before), earlier = weights.settle(earlier);
 }
 
-// ---- the phases, one call a thread ------------------------------------------------------------------------------
+// ---- the phases, one call per thread ----------------------------------------------------------------------------
 
 template <class Number, class Weights, bool backward>
 BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
   Cell<Number, Weights, backward> cell(all, b, chunk, channel);
-  float max = -3.40282347e38f;  // above -inf: a chunk of nothing but -inf is zeros, not NaN
+  float max = -3.40282347e38f;  // not -inf, so that a chunk with only keys of -inf gives zeros, not NaN
 #pragma unroll 8
   for (int row = 0; row < cell.rows; ++row) max = larger(max, cell.k(row));
   cell.field(kMax) = cell.weights.shift = max;
@@ -93,7 +95,7 @@ BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk,
   cell.put(kBack, back);
 }
 
-// The channel's shift and center, from its chunks'.
+// Computes the channel's shift and center from the maxima and centers of its chunks.
 template <class Number, class Weights, bool backward>
 BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int64_t channel) {
   using Chunk = Cell<Number, Weights, backward>;
@@ -114,8 +116,8 @@ BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int
   first.frame(1) = center == center ? center : 0.0f;
 }
 
-// Each chunk's own state to that of all before (forth) or after it (back), in float64. `own` reads a chunk's. Some
-// chunks at a time, so that their reads do not wait for one another's writes.
+// Replaces the state of each chunk with that of all positions before (forth) or after it (back), in float64. `own`
+// reads a chunk's state. The loop reads several chunks before it writes them, so that reads do not wait for writes.
 template <class Number, class Weights, bool backward, class Own>
 BIWKV_DEVICE void join(const Tensors<Number>& all, int64_t b, int64_t channel, bool back, int which, const Own& own) {
   using Chunk = Cell<Number, Weights, backward>;
@@ -206,7 +208,7 @@ template <class Number, class Weights>
 BIWKV_DEVICE void write_gradients(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
   using Real = typename Weights::Real;
   const Cell<Number, Weights, true> cell(all, b, chunk, channel);
-  typename Weights::State after[kBlocks], before[kBlocks], earlier[kBlocks];  // at each block; earlier: over gradients
+  typename Weights::State after[kBlocks], before[kBlocks], earlier[kBlocks];  // of each block; earlier: over gradients
   Real to_w = 0, to_u = 0;
   cell.sums_after(after);
   before[0] = cell.state(kForth), earlier[0] = cell.state(kGradForth);
@@ -236,7 +238,8 @@ BIWKV_DEVICE void write_gradients(const Tensors<Number>& all, int64_t b, int64_t
   cell.field(kPartU) = static_cast<float>(to_u);
 }
 
-// All phases but the last: each.template run<phase>(rows) calls it for so many rows (chunks, sides) of every channel.
+// Runs all phases but sum_parameters. each.template run<phase>(rows) calls a phase for every channel and for as many
+// rows (chunks or sides).
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
@@ -254,7 +257,7 @@ BIWKV_SHARED void run_phases(const Each& each, int64_t chunks) {
   }
 }
 
-// The gradients of one channel's w and u, over the batch and the chunks in their order.
+// Sums the gradients of one channel's w and u over the batch and the chunks, in a fixed order.
 template <class Number>
 BIWKV_DEVICE void sum_parameters(const Tensors<Number>& all, int64_t, int64_t, int64_t channel) {
   double w = 0, u = 0;

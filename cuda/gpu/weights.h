@@ -1,4 +1,4 @@
-// How a GPU's sums keep their weights within range: two ways behind the same names, for phases.h.
+// Two ways to keep the weights of sums within range on a GPU, with one interface for phases.h.
 #pragma once
 
 #include <cmath>
@@ -9,9 +9,9 @@
 
 namespace biwkv {
 
-constexpr int kBlock = 8;  // rows that live in registers
+constexpr int kBlock = 8;  // rows held in registers
 
-// One shift of the keys for a whole channel: plain sums in float32, joined in float64. Within the bound.
+// For channels within the bound: one shift of the keys per channel, and plain sums in float32, joined in float64.
 struct OneShift {
   using Real = float;
   using State = Sum<float>;
@@ -22,7 +22,7 @@ struct OneShift {
   struct Out : Output<float> {
     float own;
   };
-  static constexpr int kWidth = 2;                              // numbers of a state
+  static constexpr int kWidth = 2;                              // floats in a state
   static constexpr int kUnrollBlocks = 8, kUnrollRows = kBlock;  // everything in registers
   static constexpr bool kCentered = true;
 
@@ -30,12 +30,12 @@ struct OneShift {
 
   BIWKV_DEVICE OneShift(float w, float u, float shift) : boost(exponential(u)), shift(shift) {
     const float less_one = expm1f(-w);
-    const bool slow = less_one > -0.5f;  // of a fast decay's powers few count
+    const bool slow = less_one > -0.5f;  // with a fast decay only a few powers matter
     decay = slow ? 1.0f + less_one : exponential(-w);
     drift = slow ? kBlock * (less_one - (decay - 1.0f)) / decay : 0.0f;
   }
 
-  // Half of the whole decay on either side of the largest key: the weights' sums stay near one.
+  // The shift is half of the whole decay below the largest key, which keeps the sums of weights near one.
   static BIWKV_DEVICE float shift_of(float max, float whole) { return max - 0.5f * whole; }
 
   static BIWKV_DEVICE State nothing() { return {0.0f, 0.0f}; }
@@ -45,10 +45,10 @@ struct OneShift {
 
   BIWKV_DEVICE State push(const State& sum, float x, float v) const { return sum_push(sum, decay, x * v, x); }
   BIWKV_DEVICE State push(const State& sum, const Gradient& g) const { return sum_push(sum, decay, g.a, g.b); }
-  // Makes good what the decay's rounding, the same each time, adds up to in a block of pushes.
+  // Corrects the error of the rounded decay, which adds up over a block of pushes.
   BIWKV_DEVICE float settle(float age) const { return age + drift * age; }
   BIWKV_DEVICE State settle(const State& sum) const { return {settle(sum.n), settle(sum.d)}; }
-  // The same from the far end: what a row is worth to those that come before its chunk.
+  // `age` is the decay from the chunk's start to a row. `add` sums rows with it, for the positions before the chunk.
   static BIWKV_DEVICE float near() { return 1.0f; }
   BIWKV_DEVICE float farther(float age) const { return age * decay; }
   BIWKV_DEVICE State add(const State& sum, float age, float x, float v) const {
@@ -90,7 +90,7 @@ struct OneShift {
   }
 };
 
-// A running maximum in float64: any w, u and k, for the channels beyond the bound. A weight is the logarithm of one.
+// For channels beyond the bound: a running maximum in float64, for any w, u and k. A `weight` here is its logarithm.
 struct RunningMaximum {
   using Real = double;
   using State = Running;
@@ -99,8 +99,8 @@ struct RunningMaximum {
     double a, b, m;  // a and b times e^-m
   };
   using Out = RunningOutput;
-  static constexpr int kWidth = 5;  // n and d each as a float and what it rounds off, and m
-  static constexpr int kUnrollBlocks = 1, kUnrollRows = 1;  // or registers would spill
+  static constexpr int kWidth = 5;  // n and d, each as a float and its rounding error, and m
+  static constexpr int kUnrollBlocks = 1, kUnrollRows = 1;  // otherwise registers would spill
   static constexpr bool kCentered = false;
 
   Real w, u;
@@ -110,8 +110,8 @@ struct RunningMaximum {
 
   static BIWKV_DEVICE float shift_of(float max, float) { return max; }
 
-  // Lower than any key that matters, yet finite (the difference of two of them is zero, not NaN) and near enough for a
-  // float to keep its distance from others.
+  // Below any key that matters, but finite, so that the difference of two of them is zero, not NaN. Its magnitude
+  // is small enough for a float to represent its difference from other keys.
   static BIWKV_DEVICE Real no_weight() { return Real(-536870912); }
   static BIWKV_DEVICE State nothing() { return {0, 0, no_weight()}; }
   static BIWKV_DEVICE Gradient no_gradient() { return {0, 0, no_weight()}; }
@@ -146,7 +146,7 @@ struct RunningMaximum {
   BIWKV_DEVICE Real to_value(Real x, const State& gradients) const {
     return exponential(x + gradients.m) * gradients.n;
   }
-  // The step e^-w joins inside the exponent: without it the product may overflow.
+  // The factor e^-w is inside the exponent, because the product may overflow without it.
   BIWKV_DEVICE Real crossing(const State& keys, const State& gradients) const {
     return exponential(keys.m + gradients.m - w) * (keys.n * gradients.n - keys.d * gradients.d);
   }
@@ -164,7 +164,7 @@ struct RunningMaximum {
   }
   static BIWKV_DEVICE Joined widen(const State& own) { return {own.n, own.d, own.m}; }
   static BIWKV_DEVICE Joined none_joined() { return {0, 0, no_weight()}; }
-  // The maximum goes to a float, and what that rounds off to the sums.
+  // Stores the maximum as a float, and multiplies its rounding error into the sums.
   template <class S>
   static BIWKV_DEVICE void put(const S& sum, float (&to)[kWidth]) {
     const double m = larger(static_cast<double>(no_weight()), static_cast<double>(sum.m));

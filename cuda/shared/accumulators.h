@@ -1,7 +1,7 @@
 // The arithmetic of Bi-WKV4, one position at a time, for the CPU and the GPU. V is a float or a vector of neighboring
 // channels.
 //
-// With x_i = e^{k_i}, decay = e^{-w} and, for each t, prefix and suffix sums that leave t itself out,
+// With x_i = e^{k_i}, decay = e^{-w} and, for each t, prefix and suffix sums that exclude t,
 //   F_t = sum_{i<t} decay^{t-1-i} x_i (v_i, 1),    G_t = sum_{i>t} decay^{i-t-1} x_i (v_i, 1),
 // the output is y_t = (F.n + G.n + e^u x_t v_t) / (F.d + G.d + e^u x_t). The backward pass needs the same two sums over
 //   a_t = grad_t / D_t,  b_t = a_t y_t,
@@ -20,15 +20,16 @@
 
 namespace biwkv {
 
-// Where one shift of a channel's keys serves in float32. Within this bound a key that underflows after the shift weighs
-// less than e^-27 of any sum that it enters, no sum or gradient leaves float32's range, and dL/dw, which cancels the more
-// the faster weights grow with distance, keeps its five digits. Beyond it a running maximum in float64 takes over.
+// Whether float32 with one shift of a channel's keys is precise enough. Within this bound, a key that underflows after
+// the shift is less than e^-27 of any sum that it enters. No sum or gradient leaves float32's range. dL/dw keeps five
+// digits, although more of it cancels the faster weights grow with distance. Channels beyond the bound use a running
+// maximum in float64.
 BIWKV_SHARED bool within_bound(float w, float u, int64_t length) {
   const float whole = w * length;
   return whole >= -3.0f && whole <= 60.0f && u >= -20.0f && u <= 20.0f;  // false for NaN
 }
 
-// ---- with one shift of the keys for a whole channel: one exponential an element -----------------------------------
+// ---- with one shift of the keys for a whole channel: one exponential per element ----------------------------------
 
 template <class V>
 struct Sum {
@@ -43,8 +44,8 @@ BIWKV_SHARED Sum<V> sum_push(const Sum<V>& sum, V decay, V n, V d) {
 template <class V>
 struct Output {
   V y;        // the weighted mean of v
-  V inverse;  // 1 / D, D its total weight
-  V off;      // v_t - y_t, free of cancellation where v_t holds nearly all the weight
+  V inverse;  // 1 / D, where D is the total weight
+  V off;      // v_t - y_t, without cancellation if v_t has nearly all the weight
 };
 
 template <class V>
@@ -54,7 +55,7 @@ BIWKV_SHARED Output<V> sum_output(const Sum<V>& prefix, const Sum<V>& suffix, V 
   return {(n + own * v) * inverse, inverse, (v * d - n) * inverse};
 }
 
-// The part of dL/dw that crosses position t, over -decay.
+// The part of dL/dw that crosses position t, divided by -decay.
 template <class V>
 BIWKV_SHARED V flux(const Sum<V>& keys, const Sum<V>& gradients) {
   return keys.n * gradients.n - keys.d * gradients.d;
@@ -62,7 +63,7 @@ BIWKV_SHARED V flux(const Sum<V>& keys, const Sum<V>& gradients) {
 
 // ---- with a running maximum: any finite w, u, k; slower (two exponentials for each sum and step) -----------------
 
-// NaN stays: a comparison with it is false.
+// If b is NaN, the result is NaN, because a comparison with NaN is false.
 BIWKV_SHARED double larger(double a, double b) { return a > b ? a : b; }
 BIWKV_SHARED double exponential(double x) { return exp(x); }
 
@@ -85,7 +86,7 @@ BIWKV_SHARED Running running_join(const Running& aged, const Running& sum) {
 
 struct RunningOutput {
   double y;     // the weighted mean of v
-  double d, m;  // its total weight is d e^m
+  double d, m;  // the total weight is d e^m
   double own;   // the weight of v_t in y_t
   double off;   // v_t - y_t
 };

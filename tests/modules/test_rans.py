@@ -78,9 +78,9 @@ def test_a_reader_goes_back_to_any_place_of_its_stream(tables: CodingTables) -> 
 
 @pytest.mark.parametrize("length", [0, 3, 7, 9])
 def test_what_no_coder_ends_with_is_refused(length: int, tables: CodingTables) -> None:
-    with pytest.raises(BitstreamError, match="no range coder's stream"):
+    with pytest.raises(BitstreamError, match="not a range coder's stream"):
         SymbolReader(b"\xff" * length, tables, 10)
-    with pytest.raises(BitstreamError, match="no range coder's stream"):
+    with pytest.raises(BitstreamError, match="not a range coder's stream"):
         SymbolReader(bytes(100), tables, 10)  # a state too small: the coder would read a word for every symbol
 
 
