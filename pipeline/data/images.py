@@ -73,7 +73,7 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
     """Find the usable images in and below a folder; for None, take the packaged photographs.
 
     Each file is read once; an index in the folder `runs` recognizes it later by its size and times. Folders of runs
-    are left out, because their images are reconstructions. For training, images with a side shorter than `minimum` pixels
+    are left out: their images are reconstructions. For training, images with a side shorter than `minimum` pixels
     are skipped. Raises DataError if no usable image is left.
     """
     if folder is None:
