@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class MainProcessStopped(Exception):
-    """The first process stopped and printed the reason; this process stops with the same `exit_code`."""
+    """The first process stopped and reported why; this process stops with the same `exit_code`."""
 
     def __init__(self, exit_code: int):
         self.exit_code = exit_code

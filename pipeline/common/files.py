@@ -15,7 +15,7 @@ from pipeline.common.fault_injection import fault
 
 
 class FileError(UserError):
-    """A file that is missing, damaged, or cannot be written or locked. A failed write keeps the old content."""
+    """A file is missing or damaged, or cannot be written or locked. A failed write keeps the old content."""
 
 
 @contextmanager

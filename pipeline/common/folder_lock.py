@@ -14,7 +14,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import FileError, open_own
 
 _WORKING = threading.Lock()
-"""Separates threads; the file locks only separate processes."""
+"""Excludes other threads; a file lock excludes only other processes."""
 
 
 class FolderInUse(UserError):

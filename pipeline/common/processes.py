@@ -30,7 +30,7 @@ def start_accelerator(precision: str) -> Accelerator:
 
 
 def environment_of(accelerator: Accelerator) -> dict[str, str]:
-    """Everything that affects rounding in a training step. Results are byte-identical only if all of it is equal."""
+    """What affects rounding in a training step. Results can be byte-identical only if all of it is equal."""
     return {
         "PyTorch": torch.__version__,
         "device": processor(str(accelerator.device)),

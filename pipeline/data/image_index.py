@@ -21,7 +21,7 @@ SETTLED = 2 * 10**9
 READERS = 8
 """Threads that read and hash files; hashing releases Python's global lock."""
 WORTH_A_LINE = 2**28
-"""Bytes to read from which on a message is logged."""
+"""A message is logged if more bytes than this must be read."""
 
 TABLE = (
     "CREATE TABLE IF NOT EXISTS images (folder BLOB, name BLOB, size INTEGER, modified INTEGER, changed INTEGER, "
@@ -41,7 +41,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileStamp":
-        """The stamp in a file's status."""
+        """Take the stamp from a file's status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 

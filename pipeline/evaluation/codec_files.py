@@ -1,4 +1,4 @@
-"""Compresses image files to `.hpcm` files and back."""
+"""Converts image files to `.hpcm` files and back."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ def plan(
     if output and output.suffix and not output.is_dir() and len(sources) == 1 and not sources[0].is_dir():
         if written == SUFFIX != output.suffix.lower():
             raise DataError(
-                f"{output}: a coded image needs the suffix {SUFFIX}; to write into a folder of this name, create it first"
+                f"{output}: a coded image needs the suffix {SUFFIX}; to write into such a folder, create it first"
             )
         conversions = [Conversion(found[0][1], output, output.name)]
     elif output and output.suffix.lower() == written and not output.is_dir():

@@ -5,7 +5,7 @@ from pipeline.common.memory import too_large
 from pipeline.data.images import DataError
 
 GRID = 128
-"""Smallest multiple of pixels that a codec pads height and width to."""
+"""Smallest padding multiple of any codec, in pixels."""
 
 
 def padded_pixels(height: int, width: int, multiple: int = GRID) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from modules import HPCM, HPCMConfig
 
 LARGEST_FACTOR = 1024
-"""Largest multiple of pixels that a codec may pad images to. No tensor shape reveals the size of its windows."""
+"""Largest padding multiple of a codec, in pixels. It needs a limit, because no tensor shape shows the window size."""
 MOST_INFLATED = 2
 """Largest ratio of an archive's content to its size; PyTorch stores weights uncompressed."""
 

@@ -1,6 +1,6 @@
 """Saves and restores the training states of a stage.
 
-All randomness of a step is drawn from (seed, step), so a state needs no random generator.
+All randomness of a step is drawn from (seed, step), so a state stores no random number generator.
 """
 
 from __future__ import annotations
