@@ -1,1 +1,1 @@
-"""What every room may use: errors, files written whole, processes, tables, times."""
+"""Shared by every room: errors, atomic file writes, processes, tables and timing."""

@@ -1,4 +1,4 @@
-"""Contracts between programs that may be years apart: frozen dataclasses, checked when they are read."""
+"""File formats shared between versions of the program: frozen dataclasses that are validated on reading."""
 
 import json
 from dataclasses import asdict
@@ -13,13 +13,13 @@ from pipeline.common.files import FileError, check_regular
 
 Contract = TypeVar("Contract")
 LARGEST = 2**26
-"""Bytes of a file that holds a contract."""
+"""Maximum size of a contract file, in bytes."""
 
 
 def read_contract(kind: type[Contract], path: Path, error: type[UserError] = FileError) -> Contract:
-    """The contract in a JSON file; raises `error`, naming the file, where there is none or it is damaged."""
+    """Read a contract from a JSON file; raises `error`, naming the file, if it is missing or damaged."""
     if check_regular(path, error).st_size > LARGEST:
-        raise error(f"{path}: damaged: too large for what it should hold")
+        raise error(f"{path}: damaged: larger than {LARGEST:,} bytes")
     try:
         text = path.read_bytes()
     except OSError as problem:
@@ -30,9 +30,9 @@ def read_contract(kind: type[Contract], path: Path, error: type[UserError] = Fil
 def parse_contract(
     kind: type[Contract], text: bytes | str, source: Path | str, error: type[UserError] = FileError
 ) -> Contract:
-    """The contract in a JSON text, every field of its type; unknown fields, of later versions, are passed over.
+    """Parse a contract from JSON and check the type of every field; unknown fields of later versions are ignored.
 
-    Raises `error`, naming `source` and the first field that is wrong.
+    Raises `error`, naming `source` and the first invalid field.
     """
     try:
         return _adapter(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
@@ -43,12 +43,12 @@ def parse_contract(
 
 
 def contract_of(kind: type[Contract], values: Any, source: Path | str, error: type[UserError] = FileError) -> Contract:
-    """The contract in values that JSON can hold; raises `error` as `parse_contract` does."""
+    """Build a contract from JSON-compatible values; raises `error` as `parse_contract` does."""
     return parse_contract(kind, json.dumps(values), source, error)
 
 
 def to_values(contract: Any) -> dict[str, Any]:
-    """A contract as values that JSON can hold; fields that are None or empty are left out."""
+    """A contract as JSON-compatible values, without fields that are None or an empty mapping."""
     return {key: value for key, value in asdict(contract).items() if value is not None and value != {}}
 
 

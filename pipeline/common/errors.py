@@ -1,14 +1,14 @@
-"""What ends a command before its time; imports nothing heavy, so that `hpcm --help` need not wait for PyTorch."""
+"""Exceptions that end a command early. This module imports nothing heavy, so `hpcm --help` starts fast."""
 
 import signal
 
 
 class UserError(Exception):
-    """Something that a person can mend: the message fits one screen, names it and says what to do."""
+    """A problem that the user can fix. The message fits one screen, names the problem and says what to do."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and saved; `exit_code` is the usual 128 + signal (SIGUSR1 counts as SIGTERM)."""
+    """The run saved its state and stopped on a signal; `exit_code` is 128 + signal (SIGUSR1 counts as SIGTERM)."""
 
     def __init__(self, signum: int):
         self.signum = signal.SIGTERM if signum == signal.SIGUSR1 else signum
@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class MainProcessStopped(Exception):
-    """The first process stopped and said why; this one stops with the same `exit_code`."""
+    """The first process stopped and reported why; this process stops with the same `exit_code`."""
 
     def __init__(self, exit_code: int):
         self.exit_code = exit_code
@@ -25,4 +25,4 @@ class MainProcessStopped(Exception):
 
 
 class LostProcess(Exception):
-    """Another process of the run is gone."""
+    """Another process of the run has died."""

@@ -1,6 +1,6 @@
-"""Places where a test may stop the process: `HPCM_FAULT=write.partial:3` kills it at the third pass of that place.
+"""Places where a test can kill the process: `HPCM_FAULT=write.partial:3` kills it at the third call for that place.
 
-`HPCM_FAULT_SIGNAL` names another signal than SIGKILL by its number.
+The signal is SIGKILL; `HPCM_FAULT_SIGNAL` sets the number of another one.
 """
 
 import os
@@ -11,7 +11,7 @@ _passed: Counter[str] = Counter()
 
 
 def fault(place: str) -> None:
-    """Send this process the signal here, where the environment asks for it."""
+    """Send this process the signal if the environment asks for it at this place and call."""
     wanted = os.environ.get("HPCM_FAULT")
     if wanted is None:
         return

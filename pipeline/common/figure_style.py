@@ -1,4 +1,4 @@
-"""How every figure looks: one color for a codec wherever it appears, light tables, no frame above and right."""
+"""The style of every figure: the same color for a codec everywhere, and no frame at the top and right."""
 
 import re
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "hpcm",
 }
-# A name may hold a `$`; no label here is a formula.
+# Names may contain `$`, and no label is a formula.
 rcParams["text.parse_math"] = False
 WIDTH = 7.2
-"""Inches."""
+"""Width of a figure in inches."""
 
 
 def new_figure(rows: int, columns: int = 1, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes in reading order; `height` of a row in inches."""
+    """Create a figure and its axes in reading order; `height` is that of one row, in inches."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, rows * height + 0.3), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -33,7 +33,7 @@ def new_figure(rows: int, columns: int = 1, height: float = 3.2) -> tuple[Figure
 
 
 def codec_colors(names: Sequence[str]) -> dict[str, str]:
-    """Black for a Baseline, grays for its controls, the darker the later, and a color each for phases and others."""
+    """Colors by name: black for the Baseline, darker grays for later controls, and a color for each other codec."""
     palette = [to_hex(color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]
     colors, others = {}, iter(palette[5:])
     for name in names:
@@ -51,7 +51,7 @@ def codec_colors(names: Sequence[str]) -> dict[str, str]:
 
 
 def save(figure: Figure, target: Path | IO[bytes], kind: str = "png") -> None:
-    """Write a figure as `png` or `svg`; the same figure gives the same bytes."""
+    """Write a figure as `png` or `svg`. The same figure always gives the same bytes."""
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""Files written whole: a reader finds the new content or the old, never a part."""
+"""Atomic file writes: a reader sees either the old content or the new, never a part of it."""
 
 import errno
 import hashlib
@@ -15,14 +15,14 @@ from pipeline.common.fault_injection import fault
 
 
 class FileError(UserError):
-    """A file that cannot be written, where what it held before is kept; or a journal that somebody damaged."""
+    """A file is missing or damaged, or cannot be written or locked. A failed write keeps the old content."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place once it is whole and on disk; raises FileError.
+    """Yield a temporary file beside `path`; it replaces `path` once it is complete and on disk. Raises FileError.
 
-    It is made anew: whatever bore its name, such as a link to another file, is removed and not written to.
+    The temporary file is always new. Anything under its name, such as a link to another file, is removed first.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         if not stat.S_ISREG(partial.lstat().st_mode):
             raise OSError(errno.ELOOP, f"{partial.name} was replaced by another program")
-        partial.chmod(mode)  # safetensors lets only the owner read it, whatever the umask says.
+        partial.chmod(mode)  # safetensors ignores the umask and makes it readable by the owner only.
         flush(partial)
         fault("write.partial")
         partial.replace(path)
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise FileError(
             f"{path}: cannot be written: {error.strerror or error}.\n"
-            "  What was saved before is kept. Mend that, then give the same command again."
+            "  What was saved before is kept. Fix the cause, then run the same command again."
         ) from error
     finally:
         with suppress(OSError):
@@ -50,13 +50,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either the whole of it or what was there before; raises FileError."""
+    """Write JSON atomically; raises FileError."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def free_name(path: Path, rename: Callable[[Path], object]) -> Path:
-    """Give something a name that nothing has yet: `path`, or the same with a number; returns it."""
+    """Call `rename` with the first free name: `path`, or `path` with a number appended. Returns that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     free = path
@@ -68,7 +68,7 @@ def free_name(path: Path, rename: Callable[[Path], object]) -> Path:
 
 
 def check_regular(path: Path, error: type[UserError] = FileError) -> os.stat_result:
-    """Status of a file; raises `error` for a folder, a pipe or a device, which would be waited for without end."""
+    """Return a file's status. Raises `error` for a folder, pipe or device: reading a pipe could block forever."""
     try:
         status = path.stat()
     except OSError as problem:
@@ -80,7 +80,7 @@ def check_regular(path: Path, error: type[UserError] = FileError) -> os.stat_res
 
 
 def open_own(path: Path, mode: str) -> IO[Any]:
-    """Open a file of the program's own: raises OSError for a symbolic link in its place, and waits for no pipe."""
+    """Open one of the program's own files without blocking on a pipe; raises OSError for a symbolic link."""
     return open(path, mode, opener=_not_through_links)
 
 
@@ -89,12 +89,12 @@ def _not_through_links(name: str, flags: int) -> int:
 
 
 def readable(name: str) -> str:
-    """A file's name with what is not UTF-8 in it written as `\\xff`: it can be printed, and kept as text."""
+    """A file's name as printable text, with bytes that are not UTF-8 written as `\\xff`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def flush(path: Path) -> None:
-    """Force a file, or a folder's entries, to disk."""
+    """Force a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,5 +103,5 @@ def flush(path: Path) -> None:
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 of a text, hexadecimal."""
+    """SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and one process at a time at a short piece of work."""
+"""Locks: one run at a time in a folder, and one process at a time in a short critical section."""
 
 import fcntl
 import os
@@ -14,19 +14,19 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import FileError, open_own
 
 _WORKING = threading.Lock()
-"""A lock of the system's keeps processes apart, and not the threads of one."""
+"""Excludes other threads; a file lock excludes only other processes."""
 
 
 class FolderInUse(UserError):
-    """Another process works in the folder; the message says which."""
+    """Another process is using the folder; the message names it."""
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder while the context lasts; raises FolderInUse, naming the holder.
+    """Lock a folder for the duration of the context; raises FolderInUse, naming the holder.
 
-    The system lets go of the lock when its process ends, however it ends, and data workers do not inherit it. Raises
-    FileError where the file system has no locks.
+    The system releases the lock when the process ends for any reason. Data workers do not inherit it. Raises
+    FileError if the file system does not support locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open_own(folder / "lock", "a+") as file:
@@ -36,7 +36,7 @@ def held(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise FolderInUse(
                 f"{folder}: {file.read().strip() or 'another process'} is using this folder; "
-                "wait for it to end, or stop it, first"
+                "wait for it to end, or stop it"
             ) from error
         file.seek(0)
         file.truncate()
@@ -47,7 +47,7 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_at(path: Path) -> Iterator[None]:
-    """Wait until no other process or thread is inside this context with the same lock file; raises FileError."""
+    """Wait until no other process or thread holds the lock file `path`, then hold it; raises FileError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _WORKING, open_own(path, "a+") as file:
         _lock(file, fcntl.LOCK_EX)
@@ -61,6 +61,6 @@ def _lock(file: IO[str], operation: int) -> None:
         raise
     except OSError as error:
         raise FileError(
-            f"{file.name}: cannot be locked: {error.strerror}. The file system may have no locks; "
+            f"{file.name}: cannot be locked: {error.strerror}. The file system may not support locks; "
             "choose another folder with --runs"
         ) from error

@@ -1,4 +1,4 @@
-"""Memory that this process may use, so that what cannot fit is refused before it is asked for."""
+"""The memory limit of this process, so that images and files too large for it are refused before allocation."""
 
 import os
 import resource
@@ -6,14 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 SHARE = 0.5
-"""Part of the memory that one image, or one file, may take."""
+"""Share of the memory that one image or file may take."""
 
 
 def memory_limit() -> int:
-    """Bytes that this process may use: the machine's, or fewer where a control group or `ulimit -v` says so."""
+    """Bytes that this process may use: the machine's memory, or a lower limit of a control group or `ulimit -v`."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # `max` where there is none.
+        with suppress(OSError, ValueError):  # `max` means no limit.
             limits.append(int(Path(name).read_text()))
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
@@ -22,8 +22,8 @@ def memory_limit() -> int:
 
 
 def too_large(bytes_: float) -> str:
-    """Why so many bytes are refused; empty where they are not."""
+    """The reason why `bytes_` are refused, or "" if they are allowed."""
     allowed = SHARE * memory_limit()
     if bytes_ <= allowed:
         return ""
-    return f"needs {bytes_ / 1e9:.1f} GB of memory; {allowed / 1e9:.1f} GB, half of what there is, are allowed"
+    return f"needs {bytes_ / 1e9:.1f} GB of memory; at most {allowed / 1e9:.1f} GB (half of the limit) is allowed"

@@ -1,4 +1,4 @@
-"""Signals and processes: the first signal asks for a save after the current step, a second ends the process at once."""
+"""Signals and processes. The first signal saves and stops after the current step; a second stops at once."""
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -16,21 +16,21 @@ from pipeline.common.timing import processor
 
 
 class ProcessesDiffer(UserError):
-    """Processes that see other files, or run other programs; the message says what differs."""
+    """The processes of a run have different files or software; the message lists the differences."""
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start_accelerator(precision: str) -> Accelerator:
-    """The processes of this run, as `accelerate launch` started them, or the one."""
-    # The others wait while the first evaluates, which can take long; that one of them has died, they notice.
+    """Connect the processes that `accelerate launch` started; without it there is one process."""
+    # The others wait while the first process evaluates, which can take long. A dead process is noticed sooner.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
 
 
 def environment_of(accelerator: Accelerator) -> dict[str, str]:
-    """What changes the rounding of a training step: the same settings give the same bytes only where this is equal."""
+    """What affects rounding in a training step. Results can be byte-identical only if all of it is equal."""
     return {
         "PyTorch": torch.__version__,
         "device": processor(str(accelerator.device)),
@@ -40,7 +40,7 @@ def environment_of(accelerator: Accelerator) -> dict[str, str]:
 
 
 class ProcessGroup:
-    """While entered, remembers the first signal, so that work stops where it can be continued."""
+    """The processes of a run. Its context records the first signal, so work can stop at a resumable point."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -48,19 +48,19 @@ class ProcessGroup:
         self._previous: dict[int, Any] = {}
 
     def agreed_signal(self) -> int:
-        """The signal that any process received (0 for none): the same answer for all, who must all ask."""
+        """A signal that any process received, or 0. All processes must call this; all get the same answer."""
         if self.accelerator.num_processes == 1:
             return self.signum
         mine = torch.tensor([self.signum], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
 
     def stop_if_asked(self) -> None:
-        """Raise Interrupted if this process received a signal; for work that one process does alone."""
+        """Raise Interrupted if this process received a signal. Use it in work that one process does alone."""
         if self.signum:
             raise Interrupted(self.signum)
 
     def on_main_process(self, work: Callable[[], None]) -> None:
-        """Let the first process do something that all wait for; where it raises, all stop."""
+        """Run `work` in the first process while the others wait. If it raises, all processes stop."""
         error: BaseException | None = None
         if self.accelerator.is_main_process:
             try:
@@ -76,7 +76,7 @@ class ProcessGroup:
             raise error
 
     def agree_on(self, facts: Callable[[], Mapping[str, str]]) -> None:
-        """Raise ProcessesDiffer, in all processes, unless all give the same facts."""
+        """Raise ProcessesDiffer in all processes unless `facts` returns the same in each."""
         if self.accelerator.num_processes == 1:
             return
         every = gather_object([dict(facts())])
@@ -86,20 +86,20 @@ class ProcessGroup:
                 f"  {name}: {'; '.join(f'process {n} has {other.get(name)}' for n, other in enumerate(every, 1))}"
                 for name in differing
             ]
-            raise ProcessesDiffer("\n".join(["the processes would not train on the same:", *lines]))
+            raise ProcessesDiffer("\n".join(["the processes differ; make them equal in:", *lines]))
 
     @contextmanager
     def noticing_lost_processes(self) -> Iterator[None]:
-        """Raise LostProcess for what torch raises when another process of the run has died."""
+        """Turn the error that torch raises after another process has died into LostProcess."""
         try:
             yield
-        except RuntimeError as error:  # DistBackendError of NCCL is one, and Gloo raises nothing more exact.
+        except RuntimeError as error:  # NCCL raises a subclass, DistBackendError; Gloo raises RuntimeError itself.
             if self.accelerator.num_processes == 1 or not _tells_of_a_lost_process(error):
                 raise
             index, count = self.accelerator.process_index, self.accelerator.num_processes
             raise LostProcess(
-                f"process {index + 1} of {count} stops, because another one is gone ({str(error).strip()[:160]}).\n"
-                "  The last saved state is kept; the same command, with any number of processes, goes on from there."
+                f"process {index + 1} of {count} stops because another process has died ({str(error).strip()[:160]}).\n"
+                "  The last saved state is kept. Run the same command, with any number of processes, to resume from it."
             ) from error
 
     def __enter__(self) -> "ProcessGroup":
@@ -115,7 +115,7 @@ class ProcessGroup:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        # To the system's own handling, which does not wait until a long operation returns to Python.
+        # Restore the default handlers: they act at once, even while a long operation runs outside Python.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""Tables as data: printed at a terminal or into a pipe, written as Markdown, set in a page."""
+"""Tables as data, printed to a terminal or a pipe, or written as Markdown."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text, whose title may be empty, and so may all columns' names.
+    """A table of text. The title may be empty, and so may all column names.
 
-    Its first `left` columns are aligned left, the others right.
+    The first `left` columns are aligned left, the others right.
     """
 
     title: str
@@ -26,7 +26,7 @@ class Table:
         self.rows.append(cells)
 
     def rich(self) -> RichTable:
-        """For a terminal; cells too long for it are folded, between words."""
+        """The table for a terminal. Long cells are wrapped between words."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -37,7 +37,7 @@ class Table:
         for number, column in enumerate(self.columns):
             text = number < self.left
             cells = [column, *(row[number] for row in self.rows if number < len(row))]
-            # No narrower than its longest word, but for names that alone would fill a terminal.
+            # At least as wide as its longest word, up to 40 characters.
             width = min(max(len(word) for cell in cells for word in cell.split(" ")), 40)
             table.add_column(
                 Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=width
@@ -47,8 +47,8 @@ class Table:
         return table
 
     def plain(self) -> str:
-        """For a pipe or a file: a line a row, columns aligned and at least two spaces apart."""
-        # A cell of several lines stays one field of one line.
+        """The table for a pipe or a file: one line per row, columns aligned and at least two spaces apart."""
+        # The lines of a cell are joined, so that a row stays one line.
         shown = [self.columns, *self.rows] if any(self.columns) else self.rows
         rows = [[" / ".join(cell.split("\n")) for cell in row] for row in shown]
         widths = [max(len(row[number]) for row in rows if number < len(row)) for number in range(len(self.columns))]
@@ -62,7 +62,7 @@ class Table:
         return "\n".join([self.title, *lines] if self.title else lines)
 
     def markdown(self) -> str:
-        """As a Markdown table below its title."""
+        """The title and the table in Markdown."""
         rules = [":--" if number < self.left else "--:" for number in range(len(self.columns))]
         lines = (_line(self.columns), _line(rules), *map(_line, self.rows))
         return "\n".join((f"**{self.title}**", "", *lines, ""))
@@ -73,11 +73,11 @@ def _line(cells: tuple[str, ...] | list[str]) -> str:
 
 
 def shortest(value: float) -> str:
-    """A number in as few digits as tell it from every other: `0.013`, and 0.0130000001 in full."""
+    """A number in at most six digits if these are exact (`0.013`), otherwise in full (`0.0130000001`)."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """A number in a table, or a dash where none is known."""
+    """A number formatted for a table, or a dash for None."""
     return "–" if value is None else format(value, form)

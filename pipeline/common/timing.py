@@ -1,4 +1,4 @@
-"""Times of single calls, and the name of what they were measured on."""
+"""The time of a single call, and the name of the processor."""
 
 import platform
 import time
@@ -9,7 +9,7 @@ import torch
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, what it left running on a GPU included."""
+    """Seconds that a call takes, including the GPU work that it started."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -20,13 +20,13 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def machine(device: str) -> str:
-    """The GPU's name, or the CPU's with the number of threads in use."""
+    """The GPU's name, or the CPU's name with the number of threads in use."""
     threads = torch.get_num_threads()
     return processor(device) + (f", {threads} thread{'s' if threads > 1 else ''}" if device.startswith("cpu") else "")
 
 
 def processor(device: str) -> str:
-    """The GPU's name, or the CPU's."""
+    """The name of the GPU or CPU."""
     if not device.startswith("cpu"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,1 +1,1 @@
-"""Images on disk, and crops of them by number."""
+"""Reads images from disk and cuts numbered crops from them."""

@@ -1,8 +1,8 @@
 """Batches for training and whole images for validation.
 
-What a training step sees is a function of (seed, step) alone. Every crop has a number n, counted over the
-whole run and all processes: n decides the photograph, the position and the flip. So any worker, any process
-and any resumed run gives the same crop for the same n.
+A training batch depends only on (seed, step). Crops are numbered over the whole run and all processes. The number n
+and the seed determine the photograph, the position and the flip. So every worker, process and resumed run gives the
+same crop for the same n.
 """
 
 import logging
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pipeline.data.images import DataError, Photos, read_image
 
 MEMORY_BUDGET = 2**30
-"""Bytes of decoded images that a training process and its workers keep together."""
+"""Bytes of decoded images that a training process and its workers may cache in total."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,8 @@ logger = logging.getLogger(__name__)
 class TrainingCrops(Dataset[dict[str, Any]]):
     """Square crops by number n ≥ 0, without end: `{"image": float32 (3, crop, crop) in [0, 1], "sample": n}`.
 
-    Each epoch of as many numbers as photographs shows every photograph once, in an order drawn from
-    (seed, epoch); position and flip are drawn from (seed, n). A photograph that cannot be decoded is named
-    once in a warning, and the next usable one takes its place.
+    An epoch shows every photograph once, in an order drawn from (seed, epoch). Position and flip are drawn from
+    (seed, n). A photograph that cannot be decoded is reported once and replaced by the next usable one.
     """
 
     def __init__(self, photos: Photos, crop: int, seed: int, flip: bool = True) -> None:
@@ -41,11 +40,11 @@ class TrainingCrops(Dataset[dict[str, Any]]):
         self.seed = seed
         self.flip = flip
         self._decoded: dict[int, np.ndarray] = {}
-        # Shared memory, so that of all reading processes one gives the warning.
+        # In shared memory, so that only one of the data workers gives the warning.
         self._named = torch.zeros(len(photos.paths), dtype=torch.bool).share_memory_()
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """The crop number n. Raises DataError where no photograph at all can be decoded."""
+        """Crop number n. Raises DataError if no photograph can be decoded."""
         epoch, place = divmod(n, len(self.photos.paths))
         image = self._usable(int(_order(self.seed, epoch, len(self.photos.paths))[place]))
         draw = np.random.default_rng([self.seed, 1, n])
@@ -63,7 +62,7 @@ class TrainingCrops(Dataset[dict[str, Any]]):
             except DataError as problem:
                 if not self._named[index]:
                     self._named[index] = True
-                    logger.warning("%s; the next usable image takes its place", problem)
+                    logger.warning("%s; replaced by the next usable image", problem)
         raise DataError(f"{self.photos.source}: none of the {count} images can be decoded")
 
     def _read(self, index: int) -> np.ndarray:
@@ -85,16 +84,16 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:
-    # Divided by NumPy: torch would start threads, which for a crop costs more than the division.
+    # NumPy divides, because torch would start threads, which costs more than dividing one crop.
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255)
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The sample numbers of one process, step by step, from `start_step` on for `steps` steps.
+    """The sample numbers of one process for each of `steps` steps, beginning at `start_step`.
 
-    Step s is samples s·batch_size … (s + 1)·batch_size − 1, all processes together; process `rank` takes the
-    rank-th part of it. Raises DataError where `world_size` does not divide `batch_size`.
+    Over all processes, step s has the samples s·batch_size … (s + 1)·batch_size − 1. Process `rank` takes the
+    rank-th part of them. Raises DataError if `world_size` does not divide `batch_size`.
     """
 
     start_step: int
@@ -126,43 +125,43 @@ def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0
         crops,
         batch_sampler=batches,
         num_workers=workers,
-        # Children of the trainer's own notice when it is killed, and end; a fork server's would stay.
+        # Forked workers end when the trainer is killed; workers of a fork server would stay.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_stand_apart,
-        # Without its own, the loader draws from the global generator, and a resumed run would draw once more.
+        # Without its own generator, the loader would draw from the global one, and a resumed run would draw once more.
         generator=torch.Generator(),
     )
 
 
 @contextmanager
 def noticing_lost_workers() -> Iterator[None]:
-    """Raise DataError in a few words for what torch raises when a reading process fails, or was killed."""
+    """Turn the error that torch raises when a data worker fails or is killed into a short DataError."""
     try:
         yield
     except DataError as error:
         # Torch puts the worker's traceback into the message.
         last = str(error).rstrip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
-    except RuntimeError as error:  # Torch raises nothing more exact, wherever the main process is at that moment.
+    except RuntimeError as error:  # Torch raises no more specific class for a dead worker.
         if not re.search(r"DataLoader worker \(pid.*\) (is killed|exited)", str(error)):
             raise
         raise DataError(
             f"a data worker died: {str(error).splitlines()[0][:160]}\n"
-            "  The last saved state is kept; the same command goes on from there. Where memory is short, fewer workers "
-            "help: --set data.workers=…"
+            "  The last saved state is kept. Run the same command again to resume from it. If memory is short, use "
+            "fewer workers: --set data.workers=…"
         ) from error
 
 
 def _stand_apart(worker: int) -> None:
-    """Leave the trainer's process group: Ctrl-C is for the trainer, which saves before its workers end."""
+    """Leave the trainer's process group, so that Ctrl-C reaches only the trainer, which saves before workers end."""
     os.setpgid(0, 0)
 
 
 def validation_images(photos: Photos, limit: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Whole images in order, at most `limit`: (name, float32 (1, 3, H, W) in [0, 1]).
+    """At most `limit` whole images in order: (name, float32 (1, 3, H, W) in [0, 1]).
 
-    One that cannot be decoded is left out with a warning. Raises DataError where none can.
+    An image that cannot be decoded is skipped with a warning. Raises DataError if none can be decoded.
     """
     given = 0
     for name, path in zip(photos.names, photos.paths, strict=True):
@@ -171,7 +170,7 @@ def validation_images(photos: Photos, limit: int | None = None) -> Iterator[tupl
         try:
             image = read_image(path)
         except DataError as problem:
-            logger.warning("%s; left out of validation", problem)
+            logger.warning("%s; skipped in validation", problem)
             continue
         given += 1
         yield name, _to_tensor(image)[None]

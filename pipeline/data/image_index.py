@@ -1,4 +1,4 @@
-"""What was found out about image files, kept beside the runs: a file is read again when its size or times change."""
+"""A cache of image sizes and digests, kept beside the runs. A file is read again if its size or times change."""
 
 import hashlib
 import logging
@@ -17,11 +17,11 @@ from pipeline.common.folder_lock import alone_at
 
 FILE = "images.db"
 SETTLED = 2 * 10**9
-"""Nanoseconds for which a file must have been left alone: within a tick of the clock it may change unseen."""
+"""Nanoseconds without a change before a file is cached: two changes within a clock tick can have the same time."""
 READERS = 8
-"""Threads that read files; hashing runs beside other Python code."""
+"""Threads that read and hash files; hashing releases Python's global lock."""
 WORTH_A_LINE = 2**28
-"""Bytes to be read of which a person is told."""
+"""A message is logged if more bytes than this must be read."""
 
 TABLE = (
     "CREATE TABLE IF NOT EXISTS images (folder BLOB, name BLOB, size INTEGER, modified INTEGER, changed INTEGER, "
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What changes with a file: its size in bytes, and when content and status changed, in ns since 1970."""
+    """A file's size in bytes, and the times when its content and status changed, in ns since 1970."""
 
     size: int
     modified: int
@@ -41,7 +41,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileStamp":
-        """From the system's record of a file."""
+        """Take the stamp from a file's status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -55,28 +55,28 @@ class ImageFacts:
 
 
 class ImageIndex:
-    """The files of one folder; without a `path` to keep it in, nothing is remembered."""
+    """The cached facts about one folder's files, in the database `path`; without a path, nothing is cached."""
 
     def __init__(self, path: Path | None, folder: Path):
         self.path, self._folder = path, os.fsencode(folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no other process read the same files meanwhile: it will find them here."""
+        """Lock the index, so that other processes wait for its entries instead of reading the same files."""
         with ExitStack() as exits:
             if self.path is not None and self.path.parent.is_dir():
-                with suppress(FileError, OSError):  # Not to be written: then each reads for itself.
+                with suppress(FileError, OSError):  # Not writable: each process reads the files itself.
                     exits.enter_context(alone_at(self.path.with_suffix(".lock")))
             yield
 
     def known(self) -> dict[str, tuple[FileStamp, ImageFacts]]:
-        """By the name relative to the folder."""
+        """All entries, by the file's name relative to the folder."""
         query = "SELECT name, size, modified, changed, width, height, digest FROM images WHERE folder = ?"
         rows = self._in_database(lambda database: database.execute(query, (self._folder,)).fetchall())
         return {os.fsdecode(row[0]): (FileStamp(*row[1:4]), ImageFacts(*row[4:])) for row in rows}
 
     def remember(self, found: Iterable[tuple[str, FileStamp, ImageFacts]]) -> None:
-        """Keep what was found out, but for files that changed just now."""
+        """Store entries, except those of files that changed just now."""
         settled = time.time_ns() - SETTLED
         rows = [
             (self._folder, os.fsencode(name), *vars(stamp).values(), *vars(facts).values())
@@ -88,7 +88,7 @@ class ImageIndex:
             self._in_database(lambda database: database.executemany(statement, rows).fetchall())
 
     def _in_database(self, work: Callable[[sqlite3.Connection], list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
-        """What `work` gives; nothing where there can be no database, for all that it holds can be found out again."""
+        """Return the rows of `work`, or [] if the database is unusable: it is only a cache."""
         if self.path is None or not self.path.parent.is_dir():
             return []
         for _ in range(2):
@@ -96,17 +96,17 @@ class ImageIndex:
                 with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
                     database.execute(TABLE)
                     return work(database)
-            except sqlite3.OperationalError:  # Not to be written, or locked for long.
+            except sqlite3.OperationalError:  # Not writable, or locked for too long.
                 return []
-            except sqlite3.DatabaseError:  # Damaged, or of another program.
+            except sqlite3.DatabaseError:  # Damaged, or not a database.
                 self.path.unlink()
         return []
 
 
 def digests(paths: Sequence[Path], sizes: Sequence[int]) -> Iterator[str | OSError]:
-    """SHA-256 (hexadecimal) of each file, in order; the error for one that cannot be read."""
+    """SHA-256 (hexadecimal) of each file, in order, or the error if a file cannot be read."""
     if sum(sizes) > WORTH_A_LINE:
-        logger.warning("reading %s images once (%.1f GB), to know their contents", f"{len(paths):,}", sum(sizes) / 1e9)
+        logger.warning("reading %s images once to compute their digests (%.1f GB)", f"{len(paths):,}", sum(sizes) / 1e9)
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(_digest, paths)
 

@@ -1,4 +1,4 @@
-"""Photographs on disk: which of a folder are usable, and their pixels."""
+"""Photographs on disk: finds the usable ones in a folder and decodes them."""
 
 import hashlib
 import logging
@@ -21,9 +21,9 @@ from pipeline.common.memory import too_large
 from pipeline.data.image_index import FILE, FileStamp, ImageFacts, ImageIndex, digests
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-# Pillow goes by content, and some of its formats start other programs (EPS runs Ghostscript).
+# Pillow detects the format by content, and some formats start other programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
-# Wheels of scikit-image and scikit-learn carry these, so no network is needed.
+# The wheels of scikit-image and scikit-learn contain these, so no network is needed.
 PACKAGED = {
     "train": (
         ("scikit-image", "skimage/data/astronaut.png"),
@@ -40,24 +40,24 @@ PACKAGED = {
 }
 
 PIXEL_BYTES = 16
-"""Bytes a pixel that decoding takes at most: 16 bits a channel, with transparency, twice."""
+"""Most bytes per pixel that decoding takes: two copies of four channels of 16 bits."""
 LARGEST_EXTRA = 2**28
-"""Bytes of a file that are no pixels, at most: profiles, previews, further pages."""
+"""Most bytes of a file besides its pixels: profiles, previews, further pages."""
 
 logger = logging.getLogger(__name__)
 
 
 class DataError(UserError):
-    """Images that cannot be used; the message names the file or folder and what to do."""
+    """Images cannot be used; the message names the file or folder and says what to do."""
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Images whose headers were read, in the order of their names.
+    """Usable images, in the order of their names.
 
-    `names` are relative to the folder, with `/`, and can be printed; `pixels` counts all images together; `skipped`
-    pairs each unusable file with the reason. `digest` is the SHA-256 (hexadecimal) of every name and content: it
-    notices images that come, go or change. `name` and `source` tell a run's tracking what it was trained on.
+    `names` are printable, relative to the folder and use `/`. `pixels` is the total of all images. `skipped` pairs
+    each unusable file with the reason. `digest` is the SHA-256 (hexadecimal) of all names and contents; it changes
+    when an image is added, removed or changed. Tracking records `name` and `source` as the data of a run.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Photos:
 
 
 def find_images(folder: Path | None, split: Literal["train", "val"], minimum: int, runs: Path | None = None) -> Photos:
-    """Find the usable images of a folder and those below it; of None, the packaged photographs.
+    """Find the usable images in and below a folder; for None, take the packaged photographs.
 
-    Each file is read once: an index in the folder `runs` knows it again by its size and times. What lies in that
-    folder is left out: reconstructions are no images to train on. For training, images with a side shorter than
-    `minimum` pixels are skipped. Raises DataError where no usable image is left.
+    Each file is read once; an index in the folder `runs` recognizes it later by its size and times. Folders of runs
+    are left out: their images are reconstructions. For training, images with a side shorter than `minimum` pixels
+    are skipped. Raises DataError if no usable image is left.
     """
     if folder is None:
         found = [(name, Path(str(distribution(wheel).locate_file(name)))) for wheel, name in PACKAGED[split]]
@@ -106,7 +106,7 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
 
 
 def _look(found: list[tuple[str, Path]], index: ImageIndex) -> list[tuple[str, Path, ImageFacts | str]]:
-    """What is known of each file, or why it cannot be used; what was not known before is remembered."""
+    """Facts about each file, or the reason why it cannot be used; new facts are added to the index."""
     known = index.known()
     looked_at: list[tuple[str, Path, ImageFacts | str]] = []
     new: list[tuple[int, FileStamp, tuple[int, int]]] = []
@@ -137,9 +137,9 @@ def _look(found: list[tuple[str, Path]], index: ImageIndex) -> list[tuple[str, P
 def files_below(
     folder: Path, suffixes: tuple[str, ...] = SUFFIXES, left_out: Callable[[Path, list[str]], bool] | None = None
 ) -> list[tuple[str, Path]]:
-    """Files of these suffixes in a folder and below it, with their names relative to it; raises DataError.
+    """Files with these suffixes in and below a folder, each with its name relative to it; raises DataError.
 
-    Folders that `left_out`, given their path and the names of their files, says so of are not looked through.
+    `left_out` gets the path and file names of each folder and returns whether to skip it and its subfolders.
     """
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
@@ -156,10 +156,10 @@ def files_below(
 
 
 def _is_runs_folder(images: Path, runs: Path | None, folder: Path, files: list[str]) -> bool:
-    """Whether a folder is one of runs; raises DataError where it is that of the images itself."""
+    """Whether `folder` is a folder of runs; raises DataError if it is the folder of images itself."""
     found = "mlflow.db" in files or (runs is not None and folder.resolve() == runs.resolve())
     if found and folder == images:
-        raise DataError(f"{images}: a folder of runs, and what a run makes is nothing to train on; give another")
+        raise DataError(f"{images}: a folder of runs, whose images are reconstructions; give another folder")
     return found
 
 
@@ -168,7 +168,7 @@ def _nothing_usable(source: str, split: str, skipped: list[tuple[Path, str]]) ->
         f"{source}: no usable image for {split}; looked for {' '.join(SUFFIXES)} here and below",
         *(f"  skipped {path}: {reason}" for path, reason in skipped[:5]),
         *([f"  … and {len(skipped) - 5} more"] if len(skipped) > 5 else []),
-        "Give another folder (data.train, data.val), or none for the packaged photographs.",
+        "Give another folder (data.train, data.val), or null for the packaged photographs.",
     ]
     return "\n".join(lines)
 
@@ -194,10 +194,10 @@ def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: broken, or no image ({' '.join(FORMATS)})") from None
+        raise DataError(f"{path}: damaged, or not an image ({' '.join(FORMATS)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    # On damaged files Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError …
+    # On damaged files, Pillow's plugins raise many classes: OSError, SyntaxError, struct.error, KeyError …
     except Exception as problem:
         raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
     finally:
@@ -205,7 +205,7 @@ def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
 
 
 def _check_size(path: Path, picture: Image.Image, size: int, max_pixels: int | None) -> None:
-    """Raise DataError for what is too large to be decoded, and for a file that is far larger than its pixels."""
+    """Raise DataError for an image too large to decode, and for a file far larger than its pixels."""
     pixels = picture.width * picture.height
     if max_pixels is not None:
         if pixels > max_pixels:
@@ -218,9 +218,9 @@ def _check_size(path: Path, picture: Image.Image, size: int, max_pixels: int | N
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels (H, W, 3), uint8 RGB, the right way up (EXIF); the ICC profile that they are in, or b''.
+    """Pixels (H, W, 3), uint8 RGB, rotated by EXIF orientation, and their ICC profile or b''.
 
-    `changes` says in a few words each what the file had and the pixels have not.
+    Each of `changes` describes in a few words what reading changed or dropped.
     """
 
     pixels: np.ndarray
@@ -234,10 +234,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
-    """Decode an image, the right way up (EXIF), of at most `max_pixels`; of None, as large as memory allows.
+    """Decode an image of at most `max_pixels` and apply its EXIF orientation; for None, memory sets the limit.
 
-    16 bits a channel become 8, transparency is laid on white, gray, palette and CMYK become RGB without a
-    color profile, and of several pages or frames the first counts. Raises DataError naming the file.
+    Channels of 16 bits become 8 bits. Transparency is blended with white. Gray, palette and CMYK become RGB; a color
+    profile that is not for RGB is dropped. Only the first page or frame is read. Raises DataError naming the file.
     """
     with _opened(path, max_pixels) as picture:
         changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
@@ -245,20 +245,20 @@ def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
             changes.append("only the first frame was kept")
         icc_profile = picture.info.get("icc_profile", b"")
         if icc_profile and icc_profile[16:20] != b"RGB ":
-            changes.append(f"its color profile, which is not for RGB, was left out of the {picture.mode} image")
+            changes.append(f"the color profile of the {picture.mode} image was dropped because it is not for RGB")
             icc_profile = b""
         upright = ImageOps.exif_transpose(picture)
         if upright.mode[0] in "IF":
             return Picture(_from_deep_gray(np.asarray(upright)), icc_profile, tuple(changes))
         if upright.has_transparency_data:
-            changes.append("transparency was laid on white")
+            changes.append("transparency was blended with white")
             opaque = Image.new("RGBA", upright.size, "white")
             upright = Image.alpha_composite(opaque, upright.convert("RGBA"))
         return Picture(np.array(upright.convert("RGB")), icc_profile, tuple(changes))
 
 
 def _is_deep(picture: Image.Image) -> bool:
-    """Whether a channel has more than 8 bits, which of RGB only the decoder's settings tell."""
+    """Whether a channel has more than 8 bits; for RGB, only the decoder's settings show it."""
     settings = [(tile.codec_name, tile.args) for tile in getattr(picture, "tile", [])]
     return picture.mode[0] in "IF" or any(
         args[1] > 255 if codec == "ppm" else ";16" in str(args) for codec, args in settings
@@ -267,6 +267,6 @@ def _is_deep(picture: Image.Image) -> bool:
 
 def _from_deep_gray(gray: np.ndarray) -> np.ndarray:
     if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
-        raise ValueError("gray values beyond 16 bits; save the image with 8 or 16")
+        raise ValueError("gray values beyond 16 bits; save the image with 8 or 16 bits")
     eight = np.round(gray / 257).astype(np.uint8)
     return np.repeat(eight[:, :, None], 3, axis=2)

@@ -1,1 +1,1 @@
-"""What a codec achieves on images and files."""
+"""Measures codecs on images, and converts image files."""

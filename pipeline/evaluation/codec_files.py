@@ -1,4 +1,4 @@
-"""Image files to `.hpcm` files and back."""
+"""Converts image files to `.hpcm` files and back."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from pipeline.evaluation.metrics import psnr_db
 SUFFIX = ".hpcm"
 COMPRESSION = (SUFFIXES, SUFFIX)
 DECOMPRESSION = ((SUFFIX,), ".png")
-"""Suffixes to read, and the one to write."""
+"""Suffixes to read, and the suffix to write."""
 SAVING: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
-"""What keeps a decoded picture as it is, or as near as the format can: Pillow's defaults are for small files."""
+"""Pillow options for lossless or near-lossless pictures; its defaults favor small files."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file to read and the file to write; `name` is the latter's in the folder that is written to."""
+    """A file to read and a file to write; `name` is the path of the target relative to the output folder."""
 
     source: Path
     target: Path
@@ -37,9 +37,9 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What became of one picture: size of the file in bytes, PSNR in dB, times in seconds, changes at reading.
+    """The result for one picture: file size in bytes, PSNR in dB, times in seconds, and changes made when reading.
 
-    PSNR and the time of decoding are None where the file was not decoded again.
+    PSNR and decoding time are None if the file was not decoded again.
     """
 
     width: int
@@ -57,9 +57,9 @@ class Compressed:
 
 
 def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """The files named, and those of these suffixes in and below the folders named, each with its relative name.
+    """The given files, and the files with these suffixes in and below the given folders, with relative names.
 
-    Raises DataError for a source that does not exist, and where a folder has none of them.
+    Raises DataError for a source that does not exist and for a folder without such files.
     """
     found = []
     for source in sources:
@@ -79,20 +79,22 @@ def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, 
 def plan(
     sources: Sequence[Path], output: Path | None, suffixes: tuple[tuple[str, ...], str], overwrite: bool
 ) -> list[Conversion]:
-    """What to write for `sources`: beside each file, in the folder `output` (which is made), or to the file `output`.
+    """Plan the files to write: beside each source, in the folder `output` (created if missing), or the file `output`.
 
-    `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file where one file is given and `output` has a
-    suffix. Raises DataError for an `output` that cannot be meant, where two conversions would write one file and,
-    unless `overwrite`, where a file to be written exists.
+    `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file if there is one source file and `output` has a
+    suffix. Raises DataError for an invalid `output`, if two conversions have the same target, and, unless
+    `overwrite`, if a target exists.
     """
     read, written = suffixes
     found = find(sources, read)
     if output and output.suffix and not output.is_dir() and len(sources) == 1 and not sources[0].is_dir():
         if written == SUFFIX != output.suffix.lower():
-            raise DataError(f"{output}: a coded image is named *{SUFFIX}; an existing folder may have any name")
+            raise DataError(
+                f"{output}: a coded image needs the suffix {SUFFIX}; to write into such a folder, create it first"
+            )
         conversions = [Conversion(found[0][1], output, output.name)]
     elif output and output.suffix.lower() == written and not output.is_dir():
-        raise DataError(f"{output}: this names one file, for {len(found)}; give a folder")
+        raise DataError(f"{output}: this names one file, but there are {len(found)} to write; give a folder")
     else:
         conversions = [_beside(path, Path(name).with_suffix(written), output) for name, path in found]
     writers: dict[Path, Path] = {}
@@ -104,7 +106,7 @@ def plan(
             raise DataError(f"{target}: exists; --overwrite replaces it")
         writers[target] = conversion.source
     for folder in {target.parent for target in writers}:
-        folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
+        folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it is not allowed.
     return conversions
 
 
@@ -119,10 +121,10 @@ def compress_file(
     verify: bool = True,
     max_pixels: int | None = None,
 ) -> Compressed:
-    """Write a picture as an `.hpcm` file, with `verify` once its bytes have been decoded again.
+    """Compress a picture to an `.hpcm` file. With `verify`, its bytes are decoded before the file is written.
 
     Raises DataError for a picture that cannot be read or is too large, BitstreamError for one that cannot be coded,
-    FileError.
+    and FileError.
     """
     picture = read_picture(conversion.source, max_pixels)
     image = to_tensor(picture)
@@ -143,7 +145,7 @@ def compress_file(
 
 @dataclass(frozen=True)
 class Decompressed:
-    """What became of one file: the picture's size in pixels, and what recovery it needed, or ""."""
+    """The result for one file: the picture's size in pixels, and the recovery that decoding needed, or ""."""
 
     width: int
     height: int
@@ -153,14 +155,14 @@ class Decompressed:
 def decompress_file(
     codec_of: Callable[[bytes], ImageCodec], conversion: Conversion, max_pixels: int | None = None
 ) -> Decompressed:
-    """Decode an `.hpcm` file to a picture in the format of the target's suffix, with the ICC profile it came with.
+    """Decode an `.hpcm` file, with its ICC profile, to a picture in the format of the target's suffix.
 
-    `codec_of` gives the codec of the model that a file names. Raises BitstreamError for a file that is damaged or
-    another model's, DataError for an unknown suffix and an image that is too large, FileError.
+    `codec_of` returns the codec for the identity in a file. Raises BitstreamError for a file that is damaged or of
+    another model, DataError for an unknown suffix or an image that is too large, and FileError.
     """
     form = Image.registered_extensions().get(conversion.target.suffix.lower())
     if form is None or conversion.target.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{conversion.target}: pictures are written as {' '.join(SUFFIXES)}")
+        raise DataError(f"{conversion.target}: unknown format; give a name that ends in one of {' '.join(SUFFIXES)}")
     coded = CodedImage.read(conversion.source)
     codec = codec_of(coded.identity)
     check_size(codec.model, coded.height, coded.width, max_pixels)
@@ -178,5 +180,5 @@ def to_tensor(picture: Picture) -> Tensor:
 
 
 def to_8_bits(x_hat: Tensor) -> Tensor:
-    """A reconstruction in [0, 1] as whole numbers from 0 to 255, of the same shape and type."""
+    """A reconstruction in [0, 1], rounded to integers in 0 … 255, of the same shape and dtype."""
     return (x_hat * 255).round()

@@ -1,4 +1,4 @@
-"""What a codec achieves on whole images: quality estimated for a curve, or with real bitstreams for the record."""
+"""Measures a codec on whole images: estimated from likelihoods, or with real bitstreams."""
 
 import time
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from pipeline.weights.published import Quality
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image through encoder and decoder; times in seconds, `estimated_bpp` what the likelihoods predicted."""
+    """The result of coding one image; times in seconds. `estimated_bpp` is the rate that the likelihoods predict."""
 
     name: str
     quality: Quality
@@ -29,7 +29,7 @@ class ImageResult:
     decode_seconds: float
 
     def to_compressai(self) -> dict[str, float | None]:
-        """The values under CompressAI's names."""
+        """The values by CompressAI's names."""
         return {
             "psnr-rgb": self.quality.psnr_db,
             "ms-ssim-rgb": self.quality.ms_ssim,
@@ -47,7 +47,7 @@ class Evaluation:
 
     @property
     def quality(self) -> Quality:
-        """The mean over images."""
+        """The mean quality over images."""
         return mean_quality([image.quality for image in self.images])
 
     @property
@@ -58,9 +58,9 @@ class Evaluation:
         return ImageResult("mean", self.quality, **means)
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """Everything, in the layout of `compressai.utils.eval_model`, whose plotting tool reads it.
+        """All values in the layout of `compressai.utils.eval_model`, which CompressAI's plotting tool reads.
 
-        `results` holds means, as curves of one point: bits per pixel, dB, and seconds an image.
+        `results` holds means as curves with one point, in bits per pixel, dB, and seconds per image.
         """
         means = self.mean.to_compressai()
         return {
@@ -76,7 +76,7 @@ class Evaluation:
 
 @torch.no_grad()
 def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str) -> Quality:
-    """Mean quality by the model's own likelihoods, without a bitstream; the model's mode is left as it was."""
+    """Mean quality from the model's likelihoods, without a bitstream. The model's mode does not change."""
     qualities = []
     for name, image in images:
         image = image.to(model.means_hyper.device)
@@ -89,7 +89,7 @@ def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: st
 def evaluate(
     model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str, keep: int = 0
 ) -> tuple[Evaluation, list[Tensor]]:
-    """Encode and decode every image for real; returns results and the first `keep` reconstructions (1, 3, H, W)."""
+    """Encode and decode all images with real bitstreams; returns results and `keep` reconstructions (1, 3, H, W)."""
     model.update(force=True)
     results: list[ImageResult] = []
     kept: list[Tensor] = []
@@ -102,7 +102,7 @@ def evaluate(
 
 @torch.no_grad()
 def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tuple[ImageResult, Tensor]:
-    """Encode and decode one image (1, 3, H, W) for real; returns the result and the reconstruction, in 8 bits."""
+    """Encode and decode one image (1, 3, H, W) with a real bitstream; returns result and 8-bit reconstruction."""
     x = image.to(model.means_hyper.device)
     pixels = x.shape[2] * x.shape[3]
     estimated = float(bits_per_pixel(model(x, training=False, reconstruct=False)["likelihoods"], pixels))
@@ -117,9 +117,9 @@ def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tu
 
 
 def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:
-    """Multiply-accumulates of encoding and decoding one image, per pixel, counted by PyTorch on its operations.
+    """Multiply-accumulates per pixel of one forward pass, counted by PyTorch.
 
-    Convolutions, matrix products and attention count; the elementwise rest does not.
+    The count includes convolutions, matrix products and attention, but no elementwise operations.
     """
     model = HPCM.on_meta(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -128,19 +128,19 @@ def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> f
 
 
 def comparison_name(image: str) -> str:
-    """What an image's reconstruction is kept under: `b__001` for `b/001.jpg`."""
+    """The name of an image's saved reconstruction: `b__001` for `b/001.jpg`."""
     return image.rpartition(".")[0].replace("/", "__")
 
 
 def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
-    """Write original and reconstruction, both (1, 3, H, W), side by side as a PNG."""
+    """Write an image and its reconstruction, both (1, 3, H, W), side by side as a PNG."""
     both = torch.cat((image.cpu(), x_hat.cpu()), dim=3)[0].clamp(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((both * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
 def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
-    """Draw one labeled point per stage: bits per pixel against PSNR in dB."""
+    """Plot PSNR in dB against bits per pixel, with one labeled point per stage."""
     figure, (axes,) = new_figure(1)
     for name, quality in points.items():
         axes.plot(quality.bpp, quality.psnr_db, "o", label=name)

@@ -1,4 +1,4 @@
-"""`hpcm verify`: whether this machine reads the committed streams as the machine did that wrote them."""
+"""`hpcm verify`: checks that this machine decodes the committed streams as the reference machine did."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ REFERENCE = "reference.json"
 
 @dataclass(frozen=True)
 class Reference:
-    """What a stream holds: its model's file, SHA-256 of the coding tables, and of y's symbols, step after step."""
+    """A stream's model file, and the SHA-256 of its coding tables and of the symbols of y in coding order."""
 
     model: str
     tables: str
@@ -35,7 +35,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one stream was read here; `fault` is "" where it was read as it should be."""
+    """The result of decoding one stream on this machine; `fault` is "" if it is correct."""
 
     name: str
     model: str
@@ -43,16 +43,16 @@ class Outcome:
     epsilon: float
     guard_bytes: int
     scale_error: float | None
-    """The largest relative error of a scale against this machine's own walk in float64."""
+    """Largest relative error of a scale compared with a float64 pass on this machine."""
     pixels: int | None
-    """Values of the picture, of 3 a pixel, that differ by 1 of 255 from that of the latent decoded in float64."""
+    """Number of values (3 per pixel) that differ from the picture decoded in float64; a difference of 1 is allowed."""
     fault: str
 
 
 def verify(device: torch.device, folder: Path = STREAMS, weights: Path = WEIGHTS) -> Iterator[Outcome]:
-    """Read every stream of the suite on `device`, as each comes; raises UserError where there is no suite."""
+    """Decode the streams of the suite one by one on `device`; raises UserError if there is no suite."""
     if not (folder / REFERENCE).is_file():
-        raise UserError(f"{folder}: no {REFERENCE} here, and so nothing to compare with")
+        raise UserError(f"{folder}: no {REFERENCE} here to compare with")
     references = {name: Reference(**fields) for name, fields in json.loads((folder / REFERENCE).read_text()).items()}
     codecs: dict[str, ImageCodec] = {}
     for name, reference in references.items():
@@ -69,13 +69,13 @@ def _read(codec: ImageCodec, name: str, reference: Reference, path: Path) -> Out
         decoded = codec.decode(coded)
         fault = decoded.recovery
         if tables_digest(codec.model) != reference.tables:
-            fault = "the coding tables of this model are others here"
+            fault = "the coding tables of this model differ from the reference"
         if not fault:
             walk = trace(codec.model, coded.y, coded.z, size)
             exact = in_float64(codec.model)
             exact_walk = trace(exact, coded.y, coded.z, size)
             error = float(scale_error(walk.scales, exact_walk.scales, codec.model.scale_table.cpu()).max())
-            fault = "" if symbols_digest(walk.symbols) == reference.symbols else "other symbols than the reference's"
+            fault = "" if symbols_digest(walk.symbols) == reference.symbols else "the symbols differ from the reference"
             expected = exact.decompress([[coded.y], [coded.z]], size)["x_hat"]
             difference = (to_8_bits(decoded.x_hat.cpu().double()) - to_8_bits(expected)).abs()
             pixels = int((difference > 0).sum())
@@ -87,7 +87,7 @@ def _read(codec: ImageCodec, name: str, reference: Reference, path: Path) -> Out
 
 
 def write_suite(images: dict[str, tuple[Tensor, float]], models: Sequence[Path], folder: Path = STREAMS) -> None:
-    """Code each image (1, 3, H, W), with its ε, by every model, and keep the hashes of what float64 reads of it."""
+    """Code each image (1, 3, H, W) with its ε by every model; write the streams and the reference from float64."""
     references = {}
     folder.mkdir(exist_ok=True)
     for model in models:
@@ -103,12 +103,12 @@ def write_suite(images: dict[str, tuple[Tensor, float]], models: Sequence[Path],
 
 
 def symbols_digest(symbols: Tensor) -> str:
-    """SHA-256 of int32 symbols, hexadecimal."""
+    """SHA-256 of int32 symbols, in hexadecimal."""
     return hashlib.sha256(symbols.int().cpu().numpy().tobytes()).hexdigest()
 
 
 def tables_digest(model: HPCM) -> str:
-    """SHA-256 of the coding tables, hexadecimal."""
+    """SHA-256 of the coding tables, in hexadecimal."""
     digest = hashlib.sha256()
     for name in model.coding_table_names():
         digest.update(getattr(model, name).cpu().numpy().tobytes())

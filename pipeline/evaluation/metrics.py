@@ -1,4 +1,4 @@
-"""Metrics of a reconstruction: what is reported of every image, and what a stage can train on."""
+"""Metrics of a reconstruction: the reported values, and the distortions that a stage can train on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from pipeline.recipes.registered import METRICS as TRAINABLE
 class Metric:
     """One metric of images and their reconstructions, both (B, 3, H, W) in [0, 1].
 
-    `measure` gives a number for one image. `distortion`, where there is one, is differentiable, a mean over the batch,
-    and makes the loss λ · weight · distortion + bits per pixel.
+    `measure` returns a number for one image. `distortion` is optional: a differentiable mean over the batch. The loss
+    is then λ · weight · distortion + bits per pixel.
     """
 
     name: str
-    """In recipes, tables, MLflow and checkpoints."""
+    """Name in recipes, tables, MLflow and checkpoints."""
     heading: str
-    """Of its column in tables, with its unit."""
+    """Heading of its column in tables, with the unit."""
     measure: Callable[[Tensor, Tensor], float]
-    """(image, x_hat) → value; not called for smaller images than `minimum_side`."""
+    """(image, x_hat) → value; not called for images smaller than `minimum_side`."""
     form: str = ".4f"
     """Format of the value in tables."""
     distortion: Callable[[Tensor, Tensor], Tensor] | None = None
     """(x_hat, images) → scalar."""
     weight: float = 1.0
     minimum_side: int = 1
-    """Pixels that each side of an image must have."""
+    """Minimum side of an image in pixels."""
     shown: Callable[[float], float] = lambda distortion: distortion
-    """What a mean distortion in training is logged as."""
+    """Maps the mean distortion in training to the logged value."""
     shown_as: str | None = None
-    """The name under which; by default the metric's own."""
+    """Name of the logged value; by default the metric's name."""
 
     def of(self, image: Tensor, x_hat: Tensor) -> float | None:
-        """The value for one image (1, 3, H, W); None where it is too small."""
+        """The value for one image (1, 3, H, W); None if the image is too small."""
         return self.measure(image, x_hat) if min(image.shape[2:]) >= self.minimum_side else None
 
 
@@ -45,9 +45,9 @@ _METRICS: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> Metric:
-    """Register a metric under its name; raises ValueError for a name that is taken."""
+    """Register a metric under its name; raises ValueError if the name is taken."""
     if metric.name in _METRICS or metric.name in ("bpp", "psnr_db", "ms_ssim", "rd_loss"):
-        raise ValueError(f"there is a metric {metric.name!r} already")
+        raise ValueError(f"the metric name {metric.name!r} is taken")
     _METRICS[metric.name] = metric
     if metric.distortion is not None:
         TRAINABLE[metric.name] = metric.minimum_side
@@ -55,17 +55,17 @@ def register_metric(metric: Metric) -> Metric:
 
 
 def metric_named(name: str) -> Metric:
-    """The metric of this name."""
+    """The metric with this name."""
     return _METRICS[name]
 
 
 def further_metrics() -> list[Metric]:
-    """Registered metrics beside PSNR and MS-SSIM."""
+    """Registered metrics other than PSNR and MS-SSIM."""
     return [metric for metric in _METRICS.values() if metric not in (PSNR, MS_SSIM)]
 
 
 def psnr_db(image: Tensor, x_hat: Tensor) -> float:
-    """PSNR of values in [0, 1], 100 dB at most."""
+    """PSNR of values in [0, 1], in dB, at most 100."""
     return _psnr(float(_mse(x_hat.double(), image.double())))
 
 

@@ -1,4 +1,4 @@
-"""Rate and distortion of an image, and the loss that they make."""
+"""Rate, distortion and rate–distortion loss of an image."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,16 +15,16 @@ NamedImage = tuple[str, Tensor]
 
 
 class EvaluationError(UserError):
-    """An image that the loss is not defined for; the message names it."""
+    """The loss is not defined for an image; the message names the image."""
 
 
 def bits_per_pixel(likelihoods: dict[str, Tensor], pixels: int) -> Tensor:
-    """Estimated rate in bits per pixel; `likelihoods` of images that have `pixels` pixels together."""
+    """Estimated rate in bits per pixel; `pixels` is the total of all images in `likelihoods`."""
     return sum((-likelihood.log2().sum() for likelihood in likelihoods.values()), torch.zeros(())) / pixels
 
 
 def mean_quality(qualities: Sequence[Quality]) -> Quality:
-    """The mean of each value, over the images that have it."""
+    """The mean of each value over the images that have it."""
     names = dict.fromkeys(name for quality in qualities for name in quality.others)
     others = {name: _mean(quality.others.get(name) for quality in qualities) for name in names}
     return Quality(
@@ -42,9 +42,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def quality_of(named: NamedImage, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:
-    """Compare an image with its reconstruction, both (1, 3, H, W), clipped to [0, 1].
+    """Compare an image with its reconstruction, both (1, 3, H, W); the reconstruction is clipped to [0, 1].
 
-    Raises EvaluationError for an image too small for the metric of the loss.
+    Raises EvaluationError if the image is too small for the metric of the loss.
     """
     (name, image), x_hat = named, x_hat.clamp(0, 1)
     height, width = image.shape[2:]
@@ -54,7 +54,7 @@ def quality_of(named: NamedImage, x_hat: Tensor, bpp: float, lmbda: float, metri
             f"{name}: {width}×{height} pixels; 'metric: {metric}' needs at least {trained.minimum_side} a side.\n"
             "  Take the image out of the validation images (data.val), or use 'metric: mse'."
         )
-    assert trained.distortion is not None  # the recipe's schema sees to it
+    assert trained.distortion is not None  # the recipe's schema checks it
     loss = bpp + lmbda * trained.weight * float(trained.distortion(x_hat.double(), image.double()))
     others = {other.name: other.of(image, x_hat) for other in further_metrics()}
     return Quality(

@@ -1,1 +1,1 @@
-"""YAML to typed stages."""
+"""Reads YAML recipes into typed stages."""

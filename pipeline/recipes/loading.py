@@ -1,4 +1,4 @@
-"""A recipe: a folder of stages, read, merged with its defaults and overrides, and checked as a whole."""
+"""Loads a recipe: reads a folder of stages, merges defaults and overrides, and checks the whole."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from pipeline.recipes.yaml_source import (
 
 MOST_LINES = 10
 CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock")
-"""What a chain's folder holds beside its stages."""
+"""Names in a chain's folder that are not stages."""
 RUNS_NAMES = ("mlartifacts", "comparisons", "report")
-"""What a folder of runs holds beside its recipes."""
+"""Names in a folder of runs that are not recipes."""
 WORDINGS = {
     "missing": f"missing; expected here or in {DEFAULTS}",
     "too_short": "should have at least {min_length} entries, not {actual_length}",
@@ -40,14 +40,14 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages by name, each with a parent among them or none."""
+    """Stages by name. The parent of each is another stage of the recipe, or None."""
 
     name: str
     stages: Mapping[str, Stage]
     folder: Path
 
     def chain(self, stage_name: str) -> list[Stage]:
-        """The stage and all it grows from, root first. Raises RecipeError where there is no such stage."""
+        """The stage after all its ancestors, root first. Raises RecipeError if there is no such stage."""
         if stage_name not in self.stages:
             names = list(self.stages)
             hint = nearest(stage_name, names)
@@ -58,9 +58,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Override:
-    """`--set path=value`: dotted keys, entries of a list by number or name, the value in YAML.
+    """`--set path=value`: the path has dotted keys, and list entries by number or name; the value is YAML.
 
-    A path that begins with a stage's name is for that stage, any other for every stage that has the place.
+    A path that begins with a stage's name applies to that stage. Any other applies to every stage that has the path.
     """
 
     text: str
@@ -69,14 +69,14 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> "Override":
-        """Read `a.b=value`. Raises RecipeError."""
+        """Parse `a.b=value`. Raises RecipeError."""
         path, equals, value = text.partition("=")
         if not (equals and all(path.split("."))):
             raise RecipeError(f"--set {text}: expected key=value, such as --set data.crop=128")
         return cls(text, tuple(path.split(".")), read_text(value, f"--set {text}"))
 
     def apply(self, trees: Mapping[str, YamlNode]) -> dict[str, YamlNode]:
-        """The stages with the value in its place. Raises RecipeError where no stage has the place."""
+        """Return the stages with the value set. Raises RecipeError if no stage has the path."""
         head, *rest = self.path
         scope = [head] if head in trees and rest else list(trees)
         path = rest if scope == [head] else self.path
@@ -96,18 +96,18 @@ class Override:
 
 
 def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read every stage of a recipe, by its name under `stages/` or by its folder's path.
+    """Read every stage of a recipe, which is given by its name under `stages/` or by its folder's path.
 
-    `common.yaml` gives the defaults, a stage's own file goes before it key by key (lists as a whole), and
-    `overrides` (see Override) before both. Raises RecipeError with all that is wrong, one line each.
+    `common.yaml` gives the defaults. A stage's own file overrides them key by key, and lists as a whole. `overrides`
+    (see Override) override both. Raises RecipeError that lists every problem, one per line.
     """
     path = _find_folder(folder)
     defaults = read_file(path / DEFAULTS, label(path / DEFAULTS))
     if path.name.lower() in RUNS_NAMES:
-        raise RecipeError(f"{label(path)}: {path.name} is a folder that every folder of runs has; choose another name")
+        raise RecipeError(f"{label(path)}: {path.name} is a reserved name in the folder of runs; choose another name")
     files = sorted(file for file in path.glob("*.yaml") if file.name != DEFAULTS and file.name[0] != ".")
     if not files:
-        raise RecipeError(f"{label(path)}: no stage here; expected a YAML file for each beside {DEFAULTS}")
+        raise RecipeError(f"{label(path)}: no stage here; add a YAML file for each stage beside {DEFAULTS}")
     trees = {file.stem: merge(defaults, read_file(file, label(file))) for file in files}
     for override in map(Override.parse, overrides):
         trees = override.apply(trees)
@@ -132,23 +132,23 @@ def _find_folder(folder: str | Path) -> Path:
         return Path(folder).resolve()
     names = recipe_names()
     raise RecipeError(
-        f"no recipe '{folder}'{nearest(folder, names) or '.'} There are {', '.join(names)}; or give the path of a "
+        f"no recipe '{folder}'{nearest(folder, names) or '.'} Use one of {', '.join(names)}, or the path of a "
         f"folder with {DEFAULTS} and a YAML file for each stage"
     )
 
 
 def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
-    """What is wrong with a stage's place in the chain: its name, its parent, a circle."""
+    """Problems with a stage's name and parent, and cycles of parents."""
     tree = trees[name]
     fields = tree.plain()
     if fields.get("name", name) != name:
-        return [f"{tree.origin_of(['name'])}: name: should be '{name}', as the file is called"]
+        return [f"{tree.origin_of(['name'])}: name: should be '{name}', the name of the file"]
     where = f"{tree.origin_of(['name'])}: name"
     if name.lower() in CHAIN_NAMES:
-        return [f"{where}: '{name}' is a folder that every chain has; choose another name"]
+        return [f"{where}: '{name}' is a reserved name in a chain's folder; choose another name"]
     same = [other for other in trees if other.lower() == name.lower()]
     if len(same) > 1:
-        return [f"{where}: {' and '.join(same)} are one folder where capitals do not count; rename one of them"]
+        return [f"{where}: {' and '.join(same)} differ only in capitals, and some file systems ignore case; rename one"]
     line = [name]
     while isinstance(parent := trees[line[-1]].plain().get("parent"), str):
         where = f"{trees[line[-1]].origin_of(['parent'])}: parent"
@@ -157,7 +157,7 @@ def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
             return [f"{where}: there is no stage {parent!r}{hint}"]
         if parent in line:
             once = parent == name == min(line)
-            return [f"{where}: the stages go in a circle: {' → '.join([*line, name])}"] if once else []
+            return [f"{where}: the parents form a cycle: {' → '.join([*line, name])}"] if once else []
         line.append(parent)
     return []
 
@@ -178,7 +178,7 @@ def _line(tree: YamlNode, path: tuple[str | int, ...], problem: str) -> str:
 
 
 def _wording(error: ErrorDetails) -> str:
-    """A validation error in a user's words: what was expected, what was found, the nearest valid one."""
+    """A readable validation error: what was expected, what was found, and the nearest valid value."""
     key, context = str(error["loc"][-1]), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         valid = _fields(error["loc"][:-1])
@@ -191,7 +191,7 @@ def _wording(error: ErrorDetails) -> str:
 
 
 def _fields(path: tuple[str | int, ...]) -> list[str]:
-    """Keys that the schema knows in the mapping at `path`."""
+    """Keys that the schema allows in the mapping at `path`."""
     section: type[BaseModel] = Stage
     for key in path:
         if isinstance(key, str):

@@ -1,4 +1,4 @@
-"""What a stage may say: frozen, typed fields, with units and ranges."""
+"""The schema of a stage: frozen, typed fields with units and ranges."""
 
 import hashlib
 import json
@@ -29,10 +29,10 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Problem = tuple[tuple[str | int, ...], str]
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
-"""What stands for one dotted component in a rename rule."""
+"""A placeholder in a rename rule; it matches one part of a dotted name."""
 
-# Where the images lie does not matter, which they are does: Photos.digest in pipeline/data/images.py says that.
-# The rest decides how a stage is watched and judged, or how fast it runs, not which weights come out.
+# The paths of the images do not matter; their contents do, and Photos.digest in pipeline/data/images.py covers those.
+# The other fields affect logging, evaluation and speed, not the trained weights.
 WITHOUT_INFLUENCE: dict[str, Any] = {
     "data": {"train", "val", "workers"},
     "log_every": True,
@@ -45,54 +45,54 @@ WITHOUT_INFLUENCE: dict[str, Any] = {
 
 
 class Settings(BaseModel):
-    """Common ground: frozen, no unknown keys, no conversions (`true` is no number, `"3"` neither)."""
+    """Base class: frozen, without unknown keys or type conversions (`true` and `"3"` are not numbers)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelChoice(Settings):
-    """The codec: a preset's sizes, a phase's components, and any field of the codec set otherwise."""
+    """The codec: the sizes of a preset, the components of a phase, and overrides of single fields."""
 
     preset: str
     phase: int = Field(ge=0, le=4)
     overrides: dict[str, Any] = {}
-    """What differs from the preset at that phase; the codec checks it when it is built. A size such as `M`, a slot's
-    kind and settings (`attn_s3: {kind: rwkv, hidden_rate: 1}`), or settings of a kind wherever it is used
-    (`prior: {rwkv: {mix_rate: 0.25}}`)."""
+    """Differences from the preset at that phase; the codec checks them when it is built. A key is a size such as `M`,
+    a slot with its kind and settings (`attn_s3: {kind: rwkv, hidden_rate: 1}`), or settings of a kind in every slot
+    that uses it (`prior: {rwkv: {mix_rate: 0.25}}`)."""
 
 
 class Data(Settings):
-    """Images and how a batch is cut from them."""
+    """The images, and the size of the batches that are cut from them."""
 
     train: str | None = None
     """Folder of training images, relative to the working directory; null for the packaged photographs."""
     val: str | None = None
-    """The same for validation, on whole images."""
+    """Folder of validation images, likewise; they are evaluated whole."""
     crop: PositiveInt
     """Side of the square training crops, in pixels."""
     batch_size: PositiveInt
-    """Crops a step, all processes together."""
+    """Crops per step, over all processes."""
     workers: Count = 0
-    """Reading processes a training process; 0 reads in the training process itself."""
+    """Data workers per training process; with 0, the training process reads the images itself."""
 
 
 class Optimizer(Settings):
-    """Adam and what guards its steps."""
+    """Settings of Adam and limits on its steps."""
 
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     clip_norm: PositiveFloat = 1.0
     """Largest norm of the gradient over all trainable parameters."""
     max_bad_steps: PositiveInt = 10
-    """Steps with a non-finite loss or gradient, one after another, before the run stops."""
+    """Number of consecutive steps with a non-finite loss or gradient at which the run stops."""
 
 
 class EvaluationSettings(Settings):
-    """What is measured on the validation images."""
+    """How the validation images are evaluated."""
 
     images: PositiveInt | None = None
-    """At most that many images; null for all."""
+    """Maximum number of images; null for all."""
     reconstructions: Count = 4
-    """How many of them are kept beside their originals."""
+    """Number of reconstructions that are saved beside their originals."""
 
 
 def _renaming(rules: dict[str, str]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _renaming(rules: dict[str, str]) -> dict[str, str]:
         if set("{}") & set(PLACEHOLDER.sub("", old + new)):
             problem = "a placeholder is a word in braces, such as {i}"
         elif len(names) > len(set(names)):
-            problem = "a placeholder stands once on the left"
+            problem = "a placeholder may occur only once on the left"
         elif unknown := sorted(set(targets) - set(names)):
             problem = f"{{{unknown[0]}}} is not on the left"
         if problem:
@@ -114,18 +114,19 @@ class Transfer(Settings):
     """How a child starts from its parent."""
 
     initialization: Literal["function-preserving", "design", "scratch"] = "function-preserving"
-    """`function-preserving`: as near to the parent's output as the new form allows; `design`: random; `scratch`: all
-    of the child is random and nothing is copied, to compare a migration with training anew."""
+    """`function-preserving`: new components start as near to the parent's output as their form allows. `design`: new
+    components start random. `scratch`: nothing is copied, which compares a migration with training from scratch."""
     rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
-    """Module prefix in the parent → prefix in the child, beside what the child's components take over by themselves;
-    `{i}` stands for one part of a dotted name."""
+    """Module prefix in the parent → prefix in the child, in addition to what the child's components copy by themselves.
+    `{i}` matches one part of a dotted name."""
     narrow: bool = True
-    """Where the child differs in a smaller inner width alone, keep the parent's most useful inner channels and solve
-    the layer that reads them; needs `function-preserving`."""
+    """If a component differs only by a smaller inner width, keep the parent's most useful inner channels and solve the
+    layer that reads them. Needs `function-preserving`."""
     fit: bool = False
-    """Solve the last linear layer of each new component for the output of the one it replaces; likewise."""
+    """Solve the last linear layer of each new component to match the component it replaces. Needs
+    `function-preserving`."""
     calibration: PositiveInt = 24
-    """Training crops that `narrow` and `fit` compute with."""
+    """Number of training crops that `narrow` and `fit` use."""
 
 
 def _trainable(value: object) -> object:
@@ -147,47 +148,47 @@ def _metric(name: str) -> str:
 def _registered(name: str, known: Mapping[str, object], what: str) -> str:
     if name in known:
         return name
-    hint = nearest(name, list(known)) or f"; there are {', '.join(known)}"
+    hint = nearest(name, list(known)) or f"; expected one of {', '.join(known)}"
     raise ValueError(f"no {what} {shown(name)}{hint}")
 
 
 class Segment(Settings):
-    """One part of a stage's schedule, with its own trainable parameters, objective and fresh optimizer."""
+    """One part of a stage's schedule, with its own trainable parameters, objective and new optimizer."""
 
     name: Word
     train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
-    """`new`: what was not copied from the parent, and all of a component that the parent does not have."""
+    """`new`: parameters that were not copied from the parent, and all parameters of components that it lacks."""
     objective: Annotated[str, AfterValidator(_objective)]
-    """`rate-distortion`, `align` (the new components alone, on their inputs and outputs in the parent), or a registered
-    objective of your own."""
+    """`rate-distortion`, `align` (trains only the new components, on the inputs and outputs of the components they
+    replace), or a registered objective of your own."""
     steps: Count
     handover: Count = 0
-    """Steps over which a new component takes over from the parent's; within `steps`."""
+    """Steps over which a new component gradually replaces the parent's; at most `steps`."""
     lr: dict[str, PositiveFloat] = Field(min_length=1)
     """Learning rate by parameter group or name pattern."""
     decay: Literal["constant", "cosine"] = "constant"
-    """`cosine`: from the learning rate down to zero at the last step."""
+    """`cosine`: the learning rate falls to zero at the last step."""
     warmup: Count = 0
-    """Steps of linear rise to the learning rate."""
+    """Steps over which the learning rate rises linearly to its value."""
 
 
 class Accept(Settings):
-    """Limits against the parent on the validation images; null is not checked."""
+    """Limits relative to the parent on the validation images; null means no check."""
 
     bpp_change: float | None = None
-    """Largest relative change of bits per pixel; 0.01 allows one per cent more."""
+    """Largest relative increase of bits per pixel; 0.01 allows one percent."""
     psnr_drop: float | None = None
-    """Largest loss of PSNR, in dB."""
+    """Largest drop of PSNR, in dB."""
     rd_loss_change: float | None = None
-    """Largest relative change of the rate–distortion loss."""
+    """Largest relative increase of the rate–distortion loss."""
 
 
 class Stage(Settings):
-    """One stage of a migration, complete: all that decides what `parent` is turned into."""
+    """One complete stage of a migration, from `parent` to a new checkpoint."""
 
     name: Word
     parent: Word | None
-    """Stage whose checkpoint is taken up; null starts from random weights."""
+    """Stage whose checkpoint this stage starts from; null starts from random weights or from `weights`."""
     model: ModelChoice
     lmbda: PositiveFloat
     """λ of λ·255²·MSE + bpp, or of λ·(1 − MS-SSIM) + bpp."""
@@ -197,20 +198,20 @@ class Stage(Settings):
     optimizer: Optimizer = Optimizer()
     precision: Literal["no", "bf16"] = "no"
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights, such as 0.999; each segment ends with the average. null: none."""
+    """Decay of a moving average of the weights, such as 0.999; each segment ends with the average. null: no average."""
     gradient_checkpointing: bool = False
-    """Recompute the RWKV components' activations in the backward pass: less memory, more time."""
+    """Recompute the RWKV components' activations in the backward pass, to save memory at the cost of time."""
     compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: PositiveInt = 10
-    """Steps."""
+    """Steps between log lines."""
     checkpoint_every: PositiveInt = 500
-    """Steps."""
+    """Steps between saved training states."""
     evaluation: EvaluationSettings = EvaluationSettings()
     transfer: Transfer = Transfer()
     weights: str | None = None
-    """Trained weights that a first stage is taken from, relative to the recipe's folder; used where λ and metric are
-    those that they were trained for. null: the schedule trains it."""
+    """Checkpoint to use instead of training a root stage, relative to the recipe's folder. It is used only if it was
+    trained for the same λ and metric. null: the schedule trains the stage."""
     schedule: tuple[Segment, ...]
     accept: Accept = Accept()
 
@@ -225,22 +226,22 @@ class Stage(Settings):
         if self.parent is not None and self.weights is not None:
             problems.append((("weights",), "a stage with a parent starts from the parent's weights"))
         if problems:
-            raise PydanticCustomError("misfit", "the stage does not fit together", {"problems": problems})
+            raise PydanticCustomError("misfit", "the fields of the stage do not agree", {"problems": problems})
         return self
 
     def digest(self) -> str:
-        """SHA-256 of what influences the trained weights, as hexadecimal.
+        """SHA-256, in hexadecimal, of the fields that influence the trained weights.
 
-        Left out are the intervals of logging and saving, evaluation and acceptance, gradient checkpointing,
-        data workers and the paths (not the contents: their digest is that of the images) of the data.
+        It omits the intervals of logging and saving, evaluation, acceptance, gradient checkpointing, the path in
+        `weights`, data workers and the paths of the images. The images have a digest of their own.
         """
         fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
         for segment in fields["schedule"]:
-            segment["lr"] = list(segment["lr"].items())  # The first that selects a parameter has it.
+            segment["lr"] = list(segment["lr"].items())  # The first entry that matches wins.
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The stage with every default written out; reads back as the same stage."""
+        """The stage as YAML with all defaults written out; reading it gives the same stage."""
         fields = self.model_dump(mode="json")
         return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
 
@@ -251,7 +252,7 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
     for index, segment in enumerate(stage.schedule):
         at = ("schedule", index)
         if segment.name in seen:
-            problems.append(((*at, "name"), f"a second segment named '{segment.name}'"))
+            problems.append(((*at, "name"), f"another segment is named '{segment.name}'"))
         seen.add(segment.name)
         for key, length in (("handover", segment.handover), ("warmup", segment.warmup)):
             if length > segment.steps:

@@ -1,4 +1,4 @@
-"""YAML as data that remembers where every value was written."""
+"""YAML data with the file and line of every value."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from pipeline.common.errors import UserError
 
 DEEPEST = 20
 LARGEST = 2**24
-"""Bytes of a recipe's file."""
+"""Maximum size of a recipe's file, in bytes."""
 
 
 class RecipeError(UserError):
@@ -22,7 +22,7 @@ class RecipeError(UserError):
 
 
 class NoSuchPlace(RecipeError):
-    """A path into a list or a scalar that has no such entry."""
+    """A path names an entry that a list or scalar does not have."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class YamlNode:
     origin: str
 
     def plain(self) -> Any:
-        """The value alone, lists as tuples."""
+        """The value without origins, with lists as tuples."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -41,7 +41,7 @@ class YamlNode:
         return self.value
 
     def origin_of(self, path: Sequence[str | int]) -> str:
-        """Where the value at `path` was written; of what nobody wrote, where it would belong."""
+        """Where the value at `path` was written; if it is absent, the origin of the nearest enclosing value."""
         node = self
         for key in path:
             children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
@@ -52,19 +52,19 @@ class YamlNode:
 
 
 def nearest(word: object, valid: Sequence[str]) -> str:
-    """The hint `; did you mean 'seed'?`, or nothing where no valid word is close."""
+    """The hint `; did you mean 'seed'?`, or "" if no valid word is close."""
     close = get_close_matches(str(word), valid, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def shown(value: object) -> str:
-    """A value as YAML would write it, cut short where it is long."""
+    """A value as JSON, cut after 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def merge(base: YamlNode, over: YamlNode) -> YamlNode:
-    """Lay `over` on `base`: mappings key by key, anything else replaced."""
+    """Merge `over` into `base`: mappings are merged key by key, any other value is replaced."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     merged = {key: merge(base.value[key], child) if key in base.value else child for key, child in over.value.items()}
@@ -72,10 +72,10 @@ def merge(base: YamlNode, over: YamlNode) -> YamlNode:
 
 
 def put(node: YamlNode, path: Sequence[str], value: YamlNode) -> YamlNode:
-    """Replace the value at `path`; a list's entry goes by its number or its `name`.
+    """Replace the value at `path`, where a list entry is given by its number or `name`.
 
-    Mappings that are missing on the way are made. Raises NoSuchPlace where a list has no such entry, or
-    where a scalar stands in the way.
+    Missing mappings along the path are created. Raises NoSuchPlace if a list has no such entry, or if the path
+    leads into a scalar.
     """
     if not path:
         return value
@@ -85,7 +85,7 @@ def put(node: YamlNode, path: Sequence[str], value: YamlNode) -> YamlNode:
         items = [*node.value[:index], put(node.value[index], rest, value), *node.value[index + 1 :]]
         return YamlNode(items, node.origin)
     if not (isinstance(node.value, dict) or node.value is None):
-        raise NoSuchPlace(f"the value {shown(node.value)} ({node.origin}) has no '{head}' in it")
+        raise NoSuchPlace(f"the value {shown(node.value)} ({node.origin}) has no key '{head}'")
     children = node.value or {}
     child = put(children.get(head, YamlNode({}, value.origin)), rest, value)
     return YamlNode(children | {head: child}, node.origin)
@@ -122,7 +122,7 @@ def read_file(path: Path, label: str) -> YamlNode:
 
 
 def read_text(text: str, origin: str) -> YamlNode:
-    """Parse one value that stands in no file; every part of it has the same origin."""
+    """Parse one value that is not from a file; all its parts have the same origin."""
     return _parse(text, origin, lines=False)
 
 
@@ -137,17 +137,17 @@ def _parse(text: str, label: str, lines: bool) -> YamlNode:
     except yaml.reader.ReaderError as problem:
         line = text.count("\n", 0, problem.position) + 1
         where = f"{label}:{line}" if lines else label
-        raise RecipeError(f"{where}: a control character (code {problem.character}) is no text") from None
+        raise RecipeError(f"{where}: control character (code {problem.character}); delete it") from None
     except yaml.MarkedYAMLError as problem:
         where = origin(problem.problem_mark or problem.context_mark)
         tab = "; indent with spaces, not tabs" if r"'\t'" in str(problem.problem) else ""
         raise RecipeError(f"{where}: {problem.problem or problem.context}{tab}") from None
     except (ValueError, OverflowError):
-        raise RecipeError(f"{label}: a '\\U' escape names no character") from None
+        raise RecipeError(f"{label}: a '\\U' escape is not a valid character") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's scalars and nothing that a recipe has no use for.
+    """PyYAML's safe loader with the scalars of YAML 1.2, and without anchors, aliases and tags.
 
     YAML 1.1 reads `1e-3` as a string, `no` as false, `010` as eight and `1:30` as ninety; 1.2 does not.
     """
@@ -194,7 +194,7 @@ def _build(loader: _Loader, node: yaml.Node, origin: Any) -> YamlNode:
         key_origin = origin(key_node.start_mark)
         key = key_node.value
         if key_node.tag != "tag:yaml.org,2002:str":
-            raise RecipeError(f"{key_origin}: a key must be a word; write it in quotes if it is one")
+            raise RecipeError(f"{key_origin}: a key must be text; put quotes around numbers and true or false")
         if key in children:
             raise RecipeError(f"{key_origin}: {key}: written twice; first at {children[key].origin}")
         children[key] = YamlNode(_build(loader, value_node, origin).value, key_origin)

@@ -1,1 +1,1 @@
-"""Checkpoint files, training states, exported weights."""
+"""Reads and writes checkpoints, training states and exported weights."""

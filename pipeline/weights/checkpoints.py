@@ -1,4 +1,4 @@
-"""Files of weights: complete or absent, checked by digest, never executed."""
+"""Checkpoint files. They are written atomically, checked by digest, and never executed."""
 
 from __future__ import annotations
 
@@ -23,47 +23,46 @@ if TYPE_CHECKING:
     from modules import HPCM, HPCMConfig
 
 LARGEST_FACTOR = 1024
-"""Pixels that a codec may pad images to a multiple of: settings of windows shape no tensor that would show them."""
+"""Largest padding multiple of a codec, in pixels. It needs a limit, because no tensor shape shows the window size."""
 MOST_INFLATED = 2
-"""How many times its own size an archive of weights may hold: PyTorch stores them uncompressed."""
+"""Largest ratio of an archive's content to its size; PyTorch stores weights uncompressed."""
 
 LONGEST_ZIP_END = 22 + 2**16
-"""Bytes at the end of a zip archive that its last record, with a comment, lies within."""
+"""Largest size in bytes of a zip archive's end record with its comment."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors and what is known of them; `metadata` is JSON-able and includes `config` and `digest` once published."""
+    """Tensors and JSON-compatible metadata, which includes `digest` and, in a published checkpoint, `config`."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that `path` holds either the whole of it or what was there before.
+    """Write a checkpoint atomically. Raises FileError.
 
-    The metadata is kept as JSON; `digest` (SHA-256 over the tensors) and `seal` (over the rest) are
-    added. Raises FileError.
+    The metadata is stored as JSON, with `digest` (SHA-256 of the tensors) and `seal` (SHA-256 of the metadata) added.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     fields = {**metadata, "format": FORMAT, "digest": state_digest(contiguous)}
     fields["seal"] = seal(fields)
     with replacing(path) as partial:
-        # One entry, because safetensors writes several in no fixed order: the same content is to be the same bytes.
+        # A single entry keeps the bytes reproducible, because safetensors writes several in no fixed order.
         try:
             save_file(contiguous, partial, {METADATA_KEY: json.dumps(fields, sort_keys=True)})
-        except SafetensorError as error:  # its word for a full disk
+        except SafetensorError as error:  # safetensors raises it when the disk is full
             raise OSError(str(error)) from error
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values in row-major order, hexadecimal."""
+    """SHA-256 of a tensor's values in row-major order, in hexadecimal."""
     values = tensor.detach().cpu().contiguous()
     return hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def state_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a state dict, hexadecimal; independent of its order."""
+    """SHA-256 of a state dict's names, dtypes, shapes and values, in hexadecimal; independent of their order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -72,18 +71,18 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raise CheckpointError where `target` is `source`, exists and is not to be overwritten, or is no .safetensors."""
+    """Raise CheckpointError if `target` is not .safetensors, is `source`, or exists and `overwrite` is false."""
     if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: give a name that ends in .safetensors, by which it is known later")
+        raise CheckpointError(f"{target}: give a name that ends in .safetensors")
     if target.exists():
         if source.exists() and target.samefile(source):
-            raise CheckpointError(f"{target}: would replace the file it is made from; give another name")
+            raise CheckpointError(f"{target}: is also the source file; give another name")
         if not overwrite:
             raise CheckpointError(f"{target}: exists; --overwrite replaces it")
 
 
 def read(path: Path) -> Checkpoint:
-    """Read what `write` wrote; raises CheckpointError for anything else, and where a digest disagrees."""
+    """Read a checkpoint of `write`; raises CheckpointError for any other file and for a wrong digest."""
     metadata = read_metadata(path)
     try:
         with safe_open(path, "pt") as file:
@@ -97,9 +96,9 @@ def read(path: Path) -> Checkpoint:
 
 
 def load_codec(path: Path | str) -> HPCM:
-    """The codec of a published checkpoint, in evaluation mode, its coding tables built.
+    """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
-    Raises CheckpointError where file and codec do not fit, naming the tensors.
+    Raises CheckpointError, naming the tensors, if they do not fit the configuration.
     """
     from modules import HPCM
 
@@ -116,7 +115,7 @@ def load_codec(path: Path | str) -> HPCM:
 
 
 def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
-    """The configuration, once it is known that what it describes is no larger than the file."""
+    """The checked configuration. The check prevents a file from describing a codec larger than its own tensors."""
     from modules import HPCM, HPCMConfig
 
     try:
@@ -127,19 +126,19 @@ def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
         sketch = HPCM.on_meta(config)
         if sketch.downsampling_factor > LARGEST_FACTOR:
             raise ValueError(f"its attention windows pad images to multiples of {sketch.downsampling_factor} pixels")
-    except Exception as error:  # Of values that no codec has, nearly anything.
-        raise CheckpointError(f"{path}: its configuration is of no codec ({error})") from error
+    except Exception as error:  # Invalid values can raise almost any class.
+        raise CheckpointError(f"{path}: its configuration is not valid ({error})") from error
     _check_fit(sketch, checkpoint.tensors, path)
     return config
 
 
 def codec_tensors(model: HPCM) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a codec: all but the coding tables, which follow from the weights."""
+    """The tensors that a checkpoint stores: all except the coding tables, which are built from the weights."""
     return {name: t for name, t in model.state_dict().items() if name not in model.coding_table_names()}
 
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load `tensors` into `model`, every one and nothing else; raises CheckpointError naming what does not fit."""
+    """Load `tensors` into `model`; raises CheckpointError naming missing, unexpected and unusable tensors."""
     _check_fit(model, tensors, source)
     model.load_state_dict(tensors)
 
@@ -153,7 +152,7 @@ def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -
         elif tensor.shape != expected[name].shape:
             problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            problems.append(f"not plain  {name}: a sparse, quantized or empty form of a tensor")
+            problems.append(f"not plain  {name}: sparse, quantized or without data")
         elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             problems.append(f"not finite {name}: NaN, infinite or integer values")
     if problems:
@@ -164,9 +163,9 @@ def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -
 
 
 def import_official(source: Path) -> HPCM:
-    """The codec in an official `.pth.tar`, its preset recognized by its tensors; nothing in the file is executed.
+    """Load the codec of an official `.pth.tar` without executing anything in it; the tensors identify the preset.
 
-    Raises CheckpointError for a pickle with anything but tensors in it, and where no preset fits.
+    Raises CheckpointError for a pickle that holds more than tensors, and if no preset fits.
     """
     from modules import HPCM
 
@@ -174,12 +173,12 @@ def import_official(source: Path) -> HPCM:
     _check_inflation(source)
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # Of a damaged pickle, torch may raise anything.
+    except Exception as error:  # For a damaged pickle, torch can raise any class.
         if kind := _no_checkpoint(source):
             raise CheckpointError(f"{source}: {kind}") from error
         raise CheckpointError(
             f"{source}: holds more than tensors, or is damaged; refused, because loading it could run code.\n"
-            "  Save only the state dict (torch.save(model.state_dict(), …)) where you trust the file."
+            "  If you trust the file, save only its state dict: torch.save(model.state_dict(), …)."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(
@@ -194,22 +193,22 @@ def import_official(source: Path) -> HPCM:
 
 
 def _check_inflation(source: Path) -> None:
-    """Raise CheckpointError for an archive that holds far more than its size: its entries were compressed."""
+    """Raise CheckpointError for an archive whose entries are compressed to far less than their size."""
     try:
         with zipfile.ZipFile(source) as archive:
             held = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # A plain pickle, or damaged: that is told later.
+        return  # A plain pickle or a damaged file; loading it reports that.
     size = source.stat().st_size
     if held > MOST_INFLATED * size + 2**20:
         raise CheckpointError(
-            f"{source}: {size:,} bytes that inflate to {held:,}; refused. PyTorch stores weights uncompressed: "
-            "save it again with torch.save where you trust the file"
+            f"{source}: {size:,} bytes that inflate to {held:,}; refused. PyTorch stores weights uncompressed; "
+            "if you trust the file, save it again with torch.save"
         )
 
 
 def _no_checkpoint(source: Path) -> str:
-    """What a file is that is neither a whole zip archive nor a pickle; empty if it may be one."""
+    """Why a file is neither a complete zip archive nor a pickle; "" if it can be one."""
     size = source.stat().st_size
     with source.open("rb") as file:
         start = file.read(4)

@@ -1,4 +1,4 @@
-"""Published checkpoints in half precision, to ship: half the bytes, for a change that bits and PSNR hardly show."""
+"""Exports published checkpoints in half precision: half the bytes, with almost no change of rate and PSNR."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from pipeline.weights.published import Lineage
 
 
 def export_half(source: Path, target: Path) -> None:
-    """Write the codec of `source`, its parameters rounded to float16, as a checkpoint that `load_codec` reads.
+    """Write the codec of `source`, with its parameters rounded to float16, as a checkpoint for `load_codec`.
 
-    Raises CheckpointError where `source` is no published checkpoint, and for a weight beyond float16's range.
+    Raises CheckpointError if `source` is not a published checkpoint or has a weight beyond float16's range.
     """
     model = load_codec(source)
-    # Parameters alone: of the buffers, the likelihoods' bound of 1e-9 would become 0.
+    # Only parameters are rounded: in the buffers, the likelihood bound of 1e-9 would become 0.
     halves = {name: parameter.half() for name, parameter in model.named_parameters()}
     for name, tensor in halves.items():
         if not torch.isfinite(tensor).all():
@@ -26,8 +26,8 @@ def export_half(source: Path, target: Path) -> None:
     full = Lineage.read(source)
     stage = _without_paths(full.stage) if full.stage else None
     for name, parameter in model.named_parameters():
-        parameter.data = halves[name].float()  # What `load_codec` will make of them.
-    # What was measured is no longer true of the weights when they are rounded.
+        parameter.data = halves[name].float()  # The same values that `load_codec` will read.
+    # The lineage omits quality, because it was measured before rounding.
     lineage = Lineage(
         name=full.name,
         stage=stage,
@@ -40,7 +40,7 @@ def export_half(source: Path, target: Path) -> None:
 
 
 def _without_paths(stage: str) -> str:
-    """A stage's YAML without the folders that its images lay in: they say nothing elsewhere."""
+    """A stage's YAML without the paths of its images, which mean nothing on another machine."""
     fields = yaml.safe_load(stage)
     fields["data"] |= {"train": None, "val": None}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)

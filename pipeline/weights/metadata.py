@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, read without its tensors and without PyTorch, which takes seconds to load."""
+"""Reads a checkpoint's metadata without its tensors, and without PyTorch, which takes seconds to import."""
 
 import json
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ METADATA_KEY = "hpcm"
 
 
 class CheckpointError(UserError):
-    """A file that is no usable checkpoint; the message names file and tensor, and what to do."""
+    """A file is not a usable checkpoint. The message names the file and tensor and says what to do."""
 
 
 def check_file(path: Path) -> None:
-    """Raise CheckpointError unless there is a file, and one that the memory can hold."""
+    """Raise CheckpointError unless the file exists and fits into memory."""
     size = check_regular(path, CheckpointError).st_size
     if reason := too_large(size):
         raise CheckpointError(f"{path}: {size:,} bytes: loading it {reason}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone; raises CheckpointError for a file that `write` did not write."""
+    """Read the metadata only; raises CheckpointError for a file that `checkpoints.write` did not write."""
     check_file(path)
     try:
         with safe_open(path, "numpy") as file:
@@ -37,23 +37,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a checkpoint of this pipeline; "
-            f"bring official weights in with `hpcm import {path} baseline.safetensors`"
+            f"import official weights with `hpcm import {path} baseline.safetensors`"
         )
     if metadata.pop("seal", None) != seal(metadata):
-        raise CheckpointError(f"{path}: the metadata do not match their digest; the file is damaged")
+        raise CheckpointError(f"{path}: the metadata does not match its digest; the file is damaged")
     return metadata
 
 
 def read_digest(path: Path) -> str:
-    """Digest of the weights in a file, as it says; raises CheckpointError as `read_metadata` does."""
+    """The digest of the weights that a file's metadata states; raises CheckpointError as `read_metadata` does."""
     return str(read_metadata(path)["digest"])
 
 
 def seal(metadata: Mapping[str, Any]) -> str:
-    """SHA-256 over all metadata but the seal, hexadecimal."""
+    """SHA-256 of all metadata except the seal, in hexadecimal."""
     return text_digest(json.dumps(metadata, sort_keys=True))
 
 
 def inputs_digest(inputs: Mapping[str, str]) -> str:
-    """Sixteen hexadecimal digits for the digests of all that a stage is made from."""
+    """Sixteen hexadecimal digits of a SHA-256 of the digests of a stage's inputs."""
     return text_digest(json.dumps(inputs, sort_keys=True))[:16]

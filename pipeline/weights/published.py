@@ -1,4 +1,4 @@
-"""What a published stage says of itself: in its checkpoint (`Lineage`) and beside it (`PublicationRecord`)."""
+"""Records of a published stage: `Lineage` in its checkpoint, and `PublicationRecord` in a file beside it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quality:
-    """Rate in bits per pixel, PSNR in dB, MS-SSIM in 0 … 1 (None for small images), and the loss they make."""
+    """Rate in bits per pixel, PSNR in dB, MS-SSIM in 0 … 1 (None for small images), and rate–distortion loss."""
 
     bpp: float
     psnr_db: float
     ms_ssim: float | None
     rd_loss: float
     others: dict[str, float] = field(default_factory=dict)
-    """Registered metrics beside these, by name."""
+    """Values of other registered metrics, by name."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The values by metric name, those that are known."""
+        """The values that are not None, by metric name."""
         values = {"bpp": self.bpp, "psnr_db": self.psnr_db, "ms_ssim": self.ms_ssim, "rd_loss": self.rd_loss}
         every = {**values, **self.others}
         return {f"{prefix}/{name}": value for name, value in every.items() if value is not None}
@@ -34,7 +34,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the quality of a published stage depends on beside its codec: the images, λ and the metric."""
+    """The conditions under which a quality was measured: images, λ and metric."""
 
     digest: str
     images: tuple[str, ...]
@@ -44,34 +44,34 @@ class Validation:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a published codec's checkpoint says of where it comes from; a field that does not apply is None or empty."""
+    """The origin of a published codec, stored in its checkpoint. Fields that do not apply are None or empty."""
 
     name: str | None = None
-    """The stage's."""
+    """Name of the stage."""
     stage: str | None = None
-    """The resolved stage, in YAML."""
+    """The stage as YAML, with all defaults."""
     code: str | None = None
-    """Version of the code that trained it."""
+    """Version of the code that trained the codec."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """Digests of all that the stage was made from, by name; `parent` is the digest of the parent's weights."""
+    """Digests of the stage's inputs, by name; `parent` is the digest of the parent's weights."""
     quality: Quality | None = None
-    """In real bitstreams on whole validation images."""
+    """Measured with real bitstreams on whole validation images."""
     validation: Validation | None = None
     imported_from: str | None = None
-    """Name of the official file that the weights were taken from."""
+    """Name of the official file with the original weights."""
     identity: str | None = None
-    """The name, hexadecimal, by which the files that the codec codes know it."""
+    """Identity in hexadecimal; files coded with this codec store it."""
     exported_from: str | None = None
-    """Digest of the weights that these were rounded from."""
+    """Digest of the weights before they were rounded."""
 
     @classmethod
     def read(cls, path: Path) -> Lineage:
-        """The lineage in a checkpoint's metadata; raises CheckpointError, naming the file."""
+        """Read the lineage in a checkpoint's metadata; raises CheckpointError, naming the file."""
         return contract_of(cls, read_metadata(path), path, CheckpointError)
 
 
 def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
-    """Write a codec's checkpoint, loadable by `load_codec` with nothing else at hand; raises FileError."""
+    """Write a codec's checkpoint, which `load_codec` can load without any other file; raises FileError."""
     from modules.bitstream import model_identity
     from pipeline.weights.checkpoints import codec_tensors, write
 
@@ -81,24 +81,24 @@ def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
 
 @dataclass(frozen=True)
 class StartFacts:
-    """What was measured before the first step of a stage that has a parent: estimates on the validation images."""
+    """Estimated quality on the validation images before the first step of a stage with a parent."""
 
     parent: Quality | None = None
     step0: Quality | None = None
-    """The child's."""
+    """The child's quality at step 0."""
     step0_gap: float | None = None
-    """R-D loss of the child less its parent's."""
+    """R-D loss of the child minus that of its parent."""
 
 
 @dataclass(frozen=True)
 class PublicationRecord:
-    """`record.json`, which lies beside a published checkpoint: with it the stage counts as done."""
+    """`record.json` beside a published checkpoint. Its existence marks the stage as done."""
 
     digest: str
-    """Of the weights."""
+    """Digest of the weights."""
     inputs: dict[str, str]
     mlflow_key: str | None
-    """What the stage's MLflow run is found by."""
+    """Key of the stage's MLflow run."""
     parameters: int
     kmacs_per_pixel: float
     quality: Quality
@@ -109,9 +109,9 @@ class PublicationRecord:
 
     @classmethod
     def read(cls, path: Path) -> PublicationRecord:
-        """The record in a file; raises FileError, naming it, where it is missing or damaged."""
+        """Read a record; raises FileError, naming the file, if it is missing or damaged."""
         return read_contract(cls, path)
 
     def write(self, path: Path) -> None:
-        """Write the file whole; raises FileError."""
+        """Write the record atomically; raises FileError."""
         write_json(path, asdict(self))

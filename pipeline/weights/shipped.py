@@ -1,4 +1,4 @@
-"""The codecs that come with the program: one for each rate, all of one kind, and others to try."""
+"""The bundled codecs: one of the default kind for each quality, and others to try."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from pipeline.common.packaged import WEIGHTS
 from pipeline.weights.checkpoints import load_codec, read_metadata
 
 STAGE = "lean"
-"""The stage whose weights `hpcm compress` takes, each λ of them a quality."""
+"""The stage whose weights `hpcm compress` uses; each λ is a quality."""
 
 
 def qualities(folder: Path = WEIGHTS) -> list[tuple[float, Path]]:
-    """λ and file of each quality, from the smallest files to the best pictures; number 1 is the first."""
+    """λ and weights file of each quality, in order of increasing λ; quality 1 gives the smallest coded images."""
     found = []
     for path in sorted(folder.glob("*.safetensors")):
         metadata = read_metadata(path)
@@ -25,17 +25,17 @@ def qualities(folder: Path = WEIGHTS) -> list[tuple[float, Path]]:
 
 
 def of_quality(quality: int | None, folder: Path = WEIGHTS) -> Path:
-    """The weights of this quality, 1 … N; the middle one for None. Raises UserError where there is none."""
+    """The weights file of a quality, 1 … N; None means the middle one. Raises UserError for any other number."""
     found = qualities(folder)
     number = (len(found) + 1) // 2 if quality is None else quality
     if not 1 <= number <= len(found):
         numbers = ", ".join(f"{at} (λ = {lmbda:g})" for at, (lmbda, _) in enumerate(found, start=1))
-        raise UserError(f"--quality {number}: there are {numbers}; other weights are given with --checkpoint")
+        raise UserError(f"--quality {number}: there are {numbers}; use --checkpoint for other weights")
     return found[number - 1][1]
 
 
 class ShippedCodecs:
-    """Finds the shipped codec that a file was made by; each is loaded once."""
+    """Finds the bundled codec that coded a file; each codec is loaded once."""
 
     def __init__(self, device: str = "cpu", folder: Path = WEIGHTS):
         self.device = device
@@ -43,7 +43,7 @@ class ShippedCodecs:
         self.loaded: dict[bytes, ImageCodec] = {}
 
     def of(self, identity: bytes) -> ImageCodec:
-        """The codec with this identity; raises BitstreamError where no shipped one has it."""
+        """The codec with this identity; raises BitstreamError if no bundled codec has it."""
         while identity not in self.loaded and self.waiting:
             codec = ImageCodec(load_codec(self.waiting.pop(0)).to(self.device))
             for name in codec.identities:

@@ -1,6 +1,6 @@
-"""Where a stage stands: a value that is saved, found again and continued from.
+"""Saves and restores the training states of a stage.
 
-All randomness of a step is drawn from (seed, step), so weights, optimizer state and two counters are the whole of it.
+All randomness of a step is drawn from (seed, step), so a state stores no random number generator.
 """
 
 from __future__ import annotations
@@ -21,62 +21,62 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATES_KEPT = 2
-"""Training states kept, newest first: the one before the last serves where the last is damaged."""
+"""Number of newest training states to keep; the second serves if the newest is damaged."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Segment (index into the schedule), steps done in it and in the whole stage, and what was counted on the way."""
+    """The segment (index into the schedule), steps done in it and in the stage, and running statistics."""
 
     segment: int = 0
     step: int = 0
     stage_step: int = 0
     bad_steps: int = 0
-    """Steps skipped in the stage for a non-finite loss or gradient."""
+    """Steps of the stage that were skipped because of a non-finite loss or gradient."""
     consecutive_bad: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
-    """The segment's last finite losses, by whose median an exploding one is told."""
+    """The segment's last finite losses. A loss far above their median counts as exploded."""
     exploded_steps: int = 0
-    """Steps of the stage whose loss was many times that median."""
+    """Steps of the stage with an exploded loss."""
     window: dict[str, float] = field(default_factory=dict)
-    """Sums since the last log line, and their `count`: a resumed run logs what an uninterrupted one does."""
+    """Sums since the last log line, and their `count`, so that a resumed run logs the same values."""
 
     def next_segment(self) -> Progress:
-        """The beginning of the segment after this one."""
+        """The start of the next segment."""
         return replace(self, segment=self.segment + 1, step=0, window={}, losses=[])
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """One saved moment of a stage."""
+    """A saved state of a stage's training."""
 
     progress: Progress
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    """`<state>/<parameter name>` → tensor; empty at the beginning of a segment."""
+    """`<state>/<parameter name>` → tensor; empty at the start of a segment."""
     facts: dict[str, Any]
-    """What the stage found out before its first step: ledger, step-0 comparison."""
+    """Measured before the first step: ledger and step-0 comparison."""
     average: dict[str, Tensor] = field(default_factory=dict)
     """The moving average of the segment's trainable parameters, by name; empty without `ema`."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """`run.json`, which lies beside the states."""
+    """The content of `run.json` beside the states."""
 
     key: str
 
 
 class StateFolder:
-    """The training states of one stage in one form; `inputs` are the digests of what the stage is made from."""
+    """The training states of a stage for one set of inputs; `inputs` holds their digests."""
 
     def __init__(self, root: Path, inputs: dict[str, str]):
         self.root, self.inputs = root, inputs
         self.folder = root / inputs_digest(inputs)
 
     def save(self, state: TrainingState) -> None:
-        """Save a state and let go of those beyond the last two."""
+        """Save a state, then delete all but the two newest."""
         from pipeline.weights import checkpoints
 
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
@@ -89,7 +89,7 @@ class StateFolder:
             path.unlink()
 
     def newest(self) -> tuple[TrainingState | None, list[str]]:
-        """The newest readable state, and a line for each file that was passed over."""
+        """The newest readable state or None, and an error message for each newer file that is unreadable."""
         from pipeline.weights import checkpoints
 
         passed_over = []
@@ -105,28 +105,28 @@ class StateFolder:
         return None, passed_over
 
     def progress(self) -> Progress | None:
-        """How far the newest state got whose file is whole, its tensors unread; None where there is no state."""
+        """Progress of the newest state with readable metadata; None if there is none. The tensors are not read."""
         for path in self._files():
             with suppress(CheckpointError):
                 return Progress(**read_metadata(path)["progress"])
         return None
 
     def run_key(self) -> str:
-        """What this training's MLflow run is found by: drawn when it begins, and gone with its states."""
+        """The key of this training's MLflow run. It is created with the first call and deleted with the states."""
         path = self.folder / "run.json"
         if not path.exists():
             write_json(path, asdict(TrainingRun(uuid.uuid4().hex)))
         return read_contract(TrainingRun, path, CheckpointError).key
 
     def forget(self) -> None:
-        """Delete the states: what they led to is published."""
+        """Delete the states once the stage is published."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # Of other forms and stages there may be more.
+        with suppress(OSError):  # Not empty if other inputs or stages have states.
             self.root.rmdir()
             self.root.parent.rmdir()
 
     def other_form(self) -> dict[str, str] | None:
-        """Inputs of a training of the stage that was cut off in another form, or None."""
+        """Inputs of an unfinished training of the stage that differ from these, or None."""
         for path in self.root.glob("*/segment-*.safetensors"):
             if path.parent != self.folder:
                 with suppress(CheckpointError):
@@ -143,7 +143,7 @@ def _under(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state by parameter name; its groups must list `names` beside `params`."""
+    """An optimizer's state by parameter name. Its groups must have `names` as well as `params`."""
     return {
         f"{key}/{name}": value.clone()
         for group in optimizer.param_groups
@@ -153,7 +153,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took, on the parameters' devices: there the fused Adam wants its `step` too."""
+    """Restore tensors of `optimizer_tensors` on the parameters' devices; fused Adam needs its `step` there too."""
     import torch
 
     for group in optimizer.param_groups:

@@ -79,7 +79,7 @@ def test_a_killed_process_ends_the_others_with_a_message(killed: int, tmp_path: 
     assert codes[killed] == KILLED
     assert codes[1 - killed] == 1
     printed = (tmp_path / f"log-{1 - killed}").read_text()
-    assert f"error: process {2 - killed} of 2 stops, because another one is gone" in printed
+    assert f"error: process {2 - killed} of 2 stops because another process has died" in printed
 
 
 def test_processes_that_see_other_files_do_not_begin(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_processes_that_see_other_files_do_not_begin(tmp_path: Path) -> None:
     assert codes == [1, 1]
     for rank in range(2):
         printed = (tmp_path / f"node-{rank}" / "log").read_text()
-        assert "error: the processes would not train on the same:\n  training images: process 1 has " in printed
+        assert "error: the processes differ; make them equal in:\n  training images: process 1 has " in printed
         assert "validation images" not in printed
     assert not (tmp_path / "runs" / "mini" / "lmbda-0.013" / "states").exists()
 

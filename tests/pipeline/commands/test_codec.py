@@ -213,11 +213,11 @@ def test_what_a_file_loses_is_said(
     assert hpcm(monkeypatch, "compress", tmp_path, "-o", tmp_path / "coded", "-c", checkpoint) == 0
     printed = capsys.readouterr().out
     for line in (
-        "alpha.png: transparency was laid on white",
+        "alpha.png: transparency was blended with white",
         "gray.png: 16 bits a channel became 8",
         "deep.png: 16 bits a channel became 8",
         "deeper.ppm: 16 bits a channel became 8",
-        "print.jpg: its color profile, which is not for RGB, was left out of the CMYK image",
+        "print.jpg: the color profile of the CMYK image was dropped because it is not for RGB",
     ):
         assert line in printed
     assert "plain.png:" not in printed

@@ -73,12 +73,12 @@ def test_every_unusable_file_is_skipped_with_its_reason(tmp_path: Path) -> None:
     assert photos.names == ("good.png",)
     reasons = {path.name: reason for path, reason in photos.skipped}
     assert reasons["empty.png"] == "empty file"
-    assert reasons["text.jpg"].startswith("broken, or no image")
+    assert reasons["text.jpg"].startswith("damaged, or not an image")
     assert reasons["header.png"].startswith("cannot be read: ")
     assert reasons["gone.png"] == "no such file"
     assert reasons["pipe.png"] == "not a regular file"
     assert reasons["bomb.png"] == reasons["bombs.png"] == f"more than {Image.MAX_IMAGE_PIXELS} pixels"
-    assert reasons["script.png"].startswith("broken, or no image")
+    assert reasons["script.png"].startswith("damaged, or not an image")
     assert reasons["small.png"] == "200×31, smaller than 32×32 pixels"
     assert len(reasons) == 9
 
@@ -179,7 +179,7 @@ def test_what_a_run_makes_is_no_image_to_train_on(tmp_path: Path) -> None:
         save(tmp_path / runs / "mini" / "lmbda-0.013" / "baseline" / "reconstructions" / "0.png")
     (tmp_path / "older" / "mlflow.db").touch()
     assert find_images(tmp_path, "train", 32, tmp_path / "runs").names == ("0.png",)
-    with pytest.raises(DataError, match="a folder of runs, and what a run makes is nothing to train on"):
+    with pytest.raises(DataError, match="a folder of runs, whose images are reconstructions"):
         find_images(tmp_path, "train", 32, tmp_path)
 
 

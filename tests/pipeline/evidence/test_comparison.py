@@ -150,7 +150,7 @@ def test_a_parent_is_found_by_its_digest(tmp_path: Path) -> None:
 
 def test_a_configuration_of_no_codec_is_named(tmp_path: Path) -> None:
     write(tmp_path / "odd", codec_tensors(mini_codec(0)), {"config": {"M": "many"}})
-    with pytest.raises(CheckpointError, match="odd: its configuration is of no codec"):
+    with pytest.raises(CheckpointError, match="odd: its configuration is not valid"):
         comparison.of_checkpoints([tmp_path / "odd"])
 
 

@@ -127,7 +127,7 @@ WRONG_VALUES = {
     "schedule.0.train=[]": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
     "schedule.0.name=a/b": "schedule[0].name: should be a word of letters, digits, - and _",
     "phase1.transfer.rename={'a.{i}': 'b.{j}'}": "transfer.rename: 'a.{i}' → 'b.{j}': {j} is not on the left",
-    "phase1.transfer.rename={'a.{i}.{i}': 'b.{i}'}": "'a.{i}.{i}' → 'b.{i}': a placeholder stands once on the left",
+    "phase1.transfer.rename={'a.{i}.{i}': 'b.{i}'}": "'a.{i}.{i}' → 'b.{i}': a placeholder may occur only once on",
     "phase1.transfer.rename={'a.{i}': 'b.{i.x}'}": "'a.{i}' → 'b.{i.x}': a placeholder is a word in braces, such",
     "phase1.transfer.rename={'a.{0}': b}": "a placeholder is a word in braces",
     "phase1.transfer.rename={'a.{_leaf}': b}": "a placeholder is a word in braces",
@@ -137,7 +137,7 @@ WRONG_VALUES = {
 MISFITS = {
     "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the segment's 1",
     "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the segment's 4",
-    "phase1.schedule.1.name=align": "schedule[1].name: a second segment named 'align'",
+    "phase1.schedule.1.name=align": "schedule[1].name: another segment is named 'align'",
     "phase1.schedule.0.handover=1": "schedule[0].handover: needs a parent and an objective that runs the whole codec",
     "baseline.schedule.0.handover=1": "schedule[0].handover: needs a parent",
     "phase1.schedule.0.train=all": "schedule[0].objective: 'align' needs 'train: new'",
@@ -146,20 +146,20 @@ MISFITS = {
     "phase1.metric=ms-ssim": "common.yaml:3: data.crop: 64 is too small: 'metric: ms-ssim' needs at least 161 pixels",
     "phase1.parent=basline": "parent: there is no stage 'basline'; did you mean 'baseline'?",
     "phase1.parent={a: 1}": "parent: should be a valid string",
-    "baseline.parent=phase1": "the stages go in a circle: baseline → phase1 → baseline",
-    "baseline.parent=baseline": "the stages go in a circle: baseline → baseline",
-    "phase1.name=phase2": "name: should be 'phase1', as the file is called",
+    "baseline.parent=phase1": "the parents form a cycle: baseline → phase1 → baseline",
+    "baseline.parent=baseline": "the parents form a cycle: baseline → baseline",
+    "phase1.name=phase2": "name: should be 'phase1', the name of the file",
 }
 NO_PLACE = {
     "schedule.5.steps=1": "no entry '5' in this list of 2 (align, frozen)",
     "schedule.frosen.steps=1": "did you mean 'frozen'?",
-    "seed.x=1": "has no 'x' in it",
+    "seed.x=1": "has no key 'x'",
     "seed": "expected key=value",
     "a..b=1": "expected key=value",
     "lmbda=[1": "expected ',' or ']'",
     "data.train=!!python/object/apply:os.system ['true']": "is not allowed",
     "data.train=&a x": "anchors and aliases",
-    'data.train="\\UFFFFFFFF"': "names no character",
+    'data.train="\\UFFFFFFFF"': "escape is not a valid character",
 }
 
 
@@ -200,14 +200,14 @@ def test_a_long_list_of_mistakes_fits_one_screen(folder: Path) -> None:
         (b"# nothing\n", "common.yaml: the file is empty"),
         (b"- 1\n", "common.yaml:1: expected a mapping"),
         (b"a: 1\nb: \xff\n", "common.yaml:2: not UTF-8 text"),
-        (b"a: 1\n\nb: \x07\n", "common.yaml:3: a control character (code 7)"),
+        (b"a: 1\n\nb: \x07\n", "common.yaml:3: control character (code 7); delete it"),
         (b"a: 1\nb:\n\tc: 2\n", "common.yaml:3: found character '\\t'"),
         (b"a: 1\na: 2\n", "common.yaml:2: a: written twice; first at"),
         (b"a: &x 1\nb: *x\n", "common.yaml:1: anchors and aliases"),
         (b"a: 1\nb: *x\n", "common.yaml:2: anchors and aliases"),
         (b"a: !!python/name:os.system ''\n", "common.yaml:1: the tag"),
-        (b"a: 1\n1: 2\n", "common.yaml:2: a key must be a word"),
-        (b"? [a]\n: 2\n", "common.yaml:1: a key must be a word"),
+        (b"a: 1\n1: 2\n", "common.yaml:2: a key must be text"),
+        (b"? [a]\n: 2\n", "common.yaml:1: a key must be text"),
         (b"a: " + 10**5 * b"[", "common.yaml:1: nested deeper than 20 levels"),
         (b"a: 1\n---\nb: 1\n", "common.yaml:2: "),
         (b"a: 1\n b: [\n", "common.yaml:2: "),
@@ -240,9 +240,9 @@ def test_missing_folder_files_and_stages(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("outbox", "name: 'outbox' is a folder that every chain has"),
-        ("Superseded", "name: 'Superseded' is a folder that every chain has"),
-        ("Phase1", "name: Phase1 and phase1 are one folder where capitals do not count"),
+        ("outbox", "name: 'outbox' is a reserved name in a chain's folder"),
+        ("Superseded", "name: 'Superseded' is a reserved name in a chain's folder"),
+        ("Phase1", "name: Phase1 and phase1 differ only in capitals"),
     ],
 )
 def test_a_stages_name_collides_with_no_other_folder(folder: Path, name: str, message: str) -> None:
@@ -258,7 +258,7 @@ def test_a_pipe_is_no_recipe_and_not_waited_for(folder: Path) -> None:
 
 def test_a_recipes_name_collides_with_no_other_folder(folder: Path) -> None:
     taken = folder.rename(folder.parent / "mlartifacts")
-    assert "mlartifacts is a folder that every folder of runs has" in refusal(taken)
+    assert "mlartifacts is a reserved name in the folder of runs" in refusal(taken)
 
 
 def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:

@@ -244,7 +244,7 @@ def test_settings_that_shape_no_tensor_are_checked(tmp_path: Path) -> None:
         config = model.config.to_dict()
         config["attn_s3"] = {**config["attn_s3"], "window": window}
         write(tmp_path / "odd.safetensors", codec_tensors(model), {"config": config})
-        with pytest.raises(CheckpointError, match=rf"odd.safetensors: its configuration is of no codec \(.*{message}"):
+        with pytest.raises(CheckpointError, match=rf"odd.safetensors: its configuration is not valid \(.*{message}"):
             load_codec(tmp_path / "odd.safetensors")
 
 

@@ -78,7 +78,7 @@ def test_a_file_that_exists_is_not_replaced_unasked(
     assert "target.safetensors: exists; --overwrite replaces it" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
     assert ends_with(source, tmp_path / "link.safetensors", "--overwrite") == 1
-    assert "link.safetensors: would replace the file it is made from" in capsys.readouterr().err
+    assert "link.safetensors: is also the source file" in capsys.readouterr().err
     assert source.read_bytes() == before
     assert ends_with(source, target, "--overwrite") == 0
     assert load_codec(target).config == (mini_codec(0) if command == "export" else HPCM.from_preset("tiny")).config
