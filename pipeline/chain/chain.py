@@ -74,7 +74,7 @@ class Chain:
         start: Path | None = None,
     ):
         if len({stage.precision for stage in stages}) > 1:
-            raise ChainError("all stages of a chain must have the same `precision`: the processes keep it throughout")
+            raise ChainError("all stages of a chain must have the same `precision`: they run in the same processes")
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
         self.seed = stages[0].seed
@@ -101,9 +101,9 @@ class Chain:
         return planned
 
     def run(self, context: RunContext) -> None:
-        """Run the missing, interrupted and stale stages. An error of a stage is raised after its state is saved.
+        """Run the missing, interrupted and stale stages. Raises the error that stops a stage.
 
-        Raises FolderInUse if another process runs a chain in the same folder.
+        The stage's last saved state is kept. Raises FolderInUse if another process runs a chain in the same folder.
         """
         with context.processes.noticing_lost_processes(), noticing_lost_workers(), ExitStack() as exits:
             context.on_main_process(lambda: self._enter(context, exits))
@@ -232,7 +232,7 @@ def _facts_of(planned: PlannedStage, device: torch.device) -> dict[str, str]:
 
 
 def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
-    """A stage's status. `before` is the plan of its parent, or None if the parent is published."""
+    """A stage's status. `before` is its parent's plan; None for a root, or if the parent is published."""
     exists = task.record.is_file() and task.checkpoint.is_file()
     if before is not None and before.status != "done":
         status: Status = "stale" if exists else "missing"

@@ -33,7 +33,7 @@ class Sweep:
     runs: Path
     starting_point: StartingPoint | None = None
     baseline: Path | None = None
-    """File from which the roots are imported. With a starting point, only its root is."""
+    """File from which the roots are imported. With a starting point, only that λ's root is imported."""
 
     def chains(self) -> Iterator[tuple[float, list[Chain]]]:
         """Every λ with its chains, the starting point first. Raises RecipeError and ChainError."""

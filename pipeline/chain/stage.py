@@ -44,7 +44,7 @@ from pipeline.weights.training_state import Progress, TrainingState
 
 
 class StageRun:
-    """One attempt at a stage. It resumes the previous attempt."""
+    """One attempt at a stage. It continues where the previous attempt stopped."""
 
     def __init__(self, task: StageTask, context: RunContext, run: Run):
         self.task, self.context, self.run = task, context, run
@@ -191,7 +191,7 @@ class StageRun:
         self._tag(StageTags(attempts={self._began: self._attempt}))
 
     def _note_environment(self, state: TrainingState) -> None:
-        """Report what changed in the environment since the last state and can change the trained bytes."""
+        """Record the environment, and report changes since the last state that can change the trained bytes."""
         now = {**environment_of(self.context.processes.accelerator), "Bi-WKV4": self.task.kernel(self.device)}
         for name, before in state.facts.get("environment", now).items():
             if now.get(name) != before:

@@ -60,7 +60,7 @@ class RunContext:
         return self.processes.accelerator.is_main_process
 
     def wait_for_everyone(self) -> None:
-        """Wait until all processes are here, so that all read what another wrote."""
+        """Wait for all processes, so that none reads a file before another has written it."""
         self.processes.accelerator.wait_for_everyone()
 
     def on_main_process(self, work: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""A run in an MLflow store. Entries that it already has are not logged again; new ones are checked for afterwards."""
+"""A run in an MLflow store. It skips entries that the store already has, and checks that new ones arrived."""
 
 import math
 from collections.abc import Mapping

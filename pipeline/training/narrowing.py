@@ -2,7 +2,7 @@
 
 A module of the child may differ from the parent's only by a smaller inner width. It then keeps the parent's most useful
 inner channels, and its last linear layer is solved again for the output of the wide module. Modules are narrowed in the
-order of computation. Each gets the outputs of the modules narrowed before it.
+order of computation. Each is solved on the outputs of the modules narrowed before it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
