@@ -1,1 +1,1 @@
-"""Which stages run, when and why; one stage from its inputs to its publication."""
+"""Chains of stages: which stages must run, and running a stage up to its publication."""

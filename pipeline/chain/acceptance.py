@@ -1,11 +1,11 @@
-"""Whether a stage's result may take its parent's place."""
+"""Acceptance of a stage's result, compared with its parent."""
 
 from pipeline.recipes.schema import Accept
 from pipeline.weights.published import Quality
 
 
 def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]:
-    """Which limits a result breaks against its parent, a phrase each."""
+    """The limits that a result exceeds, one phrase each. A result without parent exceeds none."""
     if parent is None:
         return []
     measured = {
@@ -17,5 +17,5 @@ def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]
     return [
         f"{name} is {value:+.4f}, allowed {allowed[name]:+.4f}"
         for name, value in measured.items()
-        if allowed[name] is not None and not value <= allowed[name]  # NaN is within no limit.
+        if allowed[name] is not None and not value <= allowed[name]  # NaN exceeds every limit.
     ]

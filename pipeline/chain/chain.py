@@ -1,4 +1,4 @@
-"""A chain of stages behaves like make: what is done stays, what was cut off goes on, what is stale is built anew."""
+"""A chain of stages. Like make, it skips finished stages, resumes interrupted ones and rebuilds stale ones."""
 
 import uuid
 from collections.abc import Sequence
@@ -29,24 +29,24 @@ from pipeline.weights.published import PublicationRecord
 
 Status = Literal["done", "cut off", "stale", "missing"]
 PATIENCE_INTERRUPTED = 10.0
-"""Seconds that a chain waits for MLflow to take what was said to it, when a signal asks it to stop."""
+"""Seconds to send the remaining log entries to MLflow after a signal to stop."""
 
 
 class ChainError(UserError):
-    """Stages that cannot be run together, or not so."""
+    """The stages or their source files cannot be used together."""
 
 
 @dataclass(frozen=True)
 class ChainFacts:
-    """`chain.json` in the chain's folder."""
+    """Contents of `chain.json` in the chain's folder."""
 
     identity: str
-    """What the chain's runs in MLflow are found by."""
+    """Key by which the chain's runs are found in MLflow."""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with where it stands and why."""
+    """A stage with its status and the reason."""
 
     task: StageTask
     status: Status
@@ -61,8 +61,8 @@ class PlannedStage:
 class Chain:
     """The stages from a root to a target, under runs/<recipe>/lmbda-<λ>[-seed-<s>]/<stage>.
 
-    The seed is the root's: chains of other seeds than 0 lie beside the first one, as those of other λ do. The root
-    is taken from the file `baseline`, or trained from the weights in the file `start`, where one is given.
+    The seed is the root's. Each λ and each seed has its own folder. With the file `baseline` the root is imported; with
+    the file `start` the root's training starts from those weights.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Chain:
         start: Path | None = None,
     ):
         if len({stage.precision for stage in stages}) > 1:
-            raise ChainError("all stages of a chain must have the same precision: it is a property of the processes")
+            raise ChainError("all stages of a chain must have the same `precision`: they run in the same processes")
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
         self.seed = stages[0].seed
@@ -87,12 +87,12 @@ class Chain:
             task = StageTask(stage, self.folder / stage.name, parent, *files, find=find)
             for file in filter(None, files):
                 if file.absolute() == task.checkpoint.absolute():
-                    raise ChainError(f"{file}: this is the chain's own {stage.name}, which need not be given")
+                    raise ChainError(f"{file}: this is the chain's own {stage.name}; do not give it as an option")
             self.tasks.append(task)
         self.outbox: Outbox | None = None
 
     def plan(self) -> list[PlannedStage]:
-        """Where every stage stands, root first; raises what reading its inputs raises."""
+        """The status of every stage, root first. Raises the errors of the checks and of reading the inputs."""
         check_unless_passed(self.tasks)
         planned: list[PlannedStage] = []
         for task in self.tasks:
@@ -101,9 +101,9 @@ class Chain:
         return planned
 
     def run(self, context: RunContext) -> None:
-        """Run what is missing, cut off or stale; raises what stops a stage, the state being kept.
+        """Run the missing, interrupted and stale stages. Raises the error that stops a stage.
 
-        Raises FolderInUse where another process runs a chain in the same folder.
+        The stage's last saved state is kept. Raises FolderInUse if another process runs a chain in the same folder.
         """
         with context.processes.noticing_lost_processes(), noticing_lost_workers(), ExitStack() as exits:
             context.on_main_process(lambda: self._enter(context, exits))
@@ -115,7 +115,7 @@ class Chain:
                 raise
             if self.outbox is not None:
                 self.outbox.close()
-            # All is done, but whoever asked to stop may have more in mind than this chain.
+            # The chain is finished, but a signal must also stop the command that runs it.
             if signum := context.processes.agreed_signal():
                 raise Interrupted(signum)
 
@@ -135,7 +135,7 @@ class Chain:
             for number, planned in enumerate(plan):
                 if signum := context.processes.agreed_signal():
                     raise Interrupted(signum)
-                # A stage that waited for its parent can be told only now; and by all, before one changes anything.
+                # The status depends on the parent, now built. All processes compute it before one changes a file.
                 now = _status_of(planned.task, None) if number else planned
                 context.processes.agree_on(partial(_facts_of, now, context.processes.accelerator.device))
                 context.wait_for_everyone()
@@ -150,7 +150,7 @@ class Chain:
         context.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
         if planned.status == "done":
             if context.is_main:
-                planned.task.states.forget()  # which a kill after publication left behind
+                planned.task.states.forget()  # A kill after publication may leave states.
             return
         if planned.status == "stale":
             context.on_main_process(lambda: self._set_aside(planned.task))
@@ -193,17 +193,17 @@ class Chain:
         try:
             return read_contract(ChainFacts, path)
         except FileError as error:
-            raise ChainError(f"{error}.\n  Delete it, and MLflow gets new runs for this chain.") from error
+            raise ChainError(f"{error}.\n  Delete the file; MLflow then gets new runs for this chain.") from error
 
     def _start_over(self, context: RunContext) -> None:
-        """Make way for what a person wants built anew; asks first."""
+        """Move away results and states for `--force` and `--fresh`, after a confirmation."""
         wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
         begun = [task for task in self.tasks if wish.fresh and task.is_begun]
         superseded, abandoned = self.folder / "superseded", self.folder / "abandoned"
         consequences = [
-            *(f"{task.stage.name}: what is published moves to {superseded}" for task in published),
-            *(f"{task.stage.name}: the training that was cut off moves to {abandoned}" for task in begun),
+            *(f"{task.stage.name}: the published stage moves to {superseded}" for task in published),
+            *(f"{task.stage.name}: the interrupted training moves to {abandoned}" for task in begun),
         ]
         if consequences:
             wish.confirm(consequences)
@@ -214,10 +214,10 @@ class Chain:
             self._set_aside(task)
 
     def _set_aside(self, task: StageTask) -> None:
-        """Move what a stage published out of the way: nothing that was won is deleted."""
+        """Move a published stage's folder to `superseded/`. Nothing is deleted."""
         record = _record(task)
         if record is not None:
-            task.states_of(record.inputs).forget()  # which a kill after publication left behind
+            task.states_of(record.inputs).forget()  # A kill after publication may leave states.
         digest = record.digest if record else "damaged"
         free_name(self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}", task.folder.rename)
         fault("set-aside")
@@ -232,7 +232,7 @@ def _facts_of(planned: PlannedStage, device: torch.device) -> dict[str, str]:
 
 
 def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
-    """Where a stage stands; `before` is its parent's plan where that has not been run yet."""
+    """A stage's status. `before` is its parent's plan; None for a root, or if the parent is published."""
     exists = task.record.is_file() and task.checkpoint.is_file()
     if before is not None and before.status != "done":
         status: Status = "stale" if exists else "missing"
@@ -250,25 +250,25 @@ def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
         at = f"{names[progress.segment]} at step {progress.step}"
         return PlannedStage(task, "cut off", f"cut off in {at}")
     other = task.states.other_form()
-    passed = f"; an interrupted training is left alone: {_differences(other, inputs)}" if other else ""
+    passed = f"; an interrupted training with other inputs is kept: {_differences(other, inputs)}" if other else ""
     return PlannedStage(task, "missing", f"not built yet{passed}")
 
 
 def _check_source(task: StageTask) -> None:
-    """Raise ChainError where a root came from a file and none is given: more likely forgotten than meant."""
+    """Raise ChainError if a root came from a file and none is given: the option was probably forgotten."""
     if task.imported or task.start:
         return
     record = _record(task)
     for option, make in (("baseline", " (with make: BASELINE=)"), ("start", "")):
         if record and option in record.inputs:
             raise ChainError(
-                f"{task.folder}: made from a file given as --{option}{make}; give it again.\n"
-                "  To train this stage from the beginning instead, choose another folder with --runs."
+                f"{task.folder}: this stage was made from a file; give it again with --{option}{make}.\n"
+                "  To train the stage from random weights instead, choose another folder with --runs."
             )
 
 
 def _record(task: StageTask) -> PublicationRecord | None:
-    """What was recorded of a published stage; None where the file is damaged."""
+    """The record of a published stage; None if the file is damaged."""
     try:
         return PublicationRecord.read(task.record)
     except FileError:
@@ -283,7 +283,7 @@ def _changes(task: StageTask, inputs: dict[str, str]) -> str:
     except (FileError, CheckpointError) as error:
         return str(error)
     if digest != record.digest:
-        return "the checkpoint is not the one that was recorded"
+        return "the checkpoint differs from the recorded one"
     return _differences(record.inputs, inputs)
 
 

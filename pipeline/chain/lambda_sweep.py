@@ -1,4 +1,4 @@
-"""A sweep over λ: a chain for each, any of them cut off and continued like single ones."""
+"""A sweep over λ: one chain per λ. Each can be interrupted and resumed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
-"""Those of the published checkpoints."""
+"""The λ of the published checkpoints."""
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The λ whose trained root the other λ's roots start from, and their settings: fewer steps, as a rule."""
+    """The λ whose trained root initializes the roots of the other λ, and their settings, such as fewer steps."""
 
     lmbda: float
     settings: tuple[str, ...] = ()
@@ -23,30 +23,28 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to run: a recipe with its overrides, the stages to reach, the λ, and where."""
+    """A recipe with its overrides, the target stages, the λ, and the folder of runs."""
 
     recipe: str
     overrides: tuple[str, ...]
     targets: tuple[str, ...]
-    """Empty for all that no other grows from."""
+    """Empty for all stages without children."""
     lmbdas: tuple[float, ...]
     runs: Path
     starting_point: StartingPoint | None = None
     baseline: Path | None = None
-    """File that the roots are taken from; with a starting_point, its root alone."""
+    """File from which the roots are imported. With a starting point, only that λ's root is imported."""
 
     def chains(self) -> Iterator[tuple[float, list[Chain]]]:
-        """Every λ with its chains, the starting_point first; raises RecipeError and ChainError."""
+        """Every λ with its chains, the starting point first. Raises RecipeError and ChainError."""
         first = self.starting_point.lmbda if self.starting_point else None
         if self.baseline is not None and first is None and len(self.lmbdas) > 1:
             raise ChainError(
-                f"{self.baseline}: a codec is of one λ, and here are {len(self.lmbdas)}; let the others start from its "
-                "weights with --from, or give its --lmbda alone"
+                f"{self.baseline}: a codec has one λ, but the sweep has {len(self.lmbdas)}; start the others from its "
+                "weights with --from, or give only its λ with --lmbda"
             )
         if first is not None and first not in self.lmbdas:
-            raise ChainError(
-                f"λ = {shortest(first)}, which the others are to start from, is not among those of the sweep"
-            )
+            raise ChainError(f"λ = {shortest(first)} of --from is not in the sweep; add it to --lmbda")
         for lmbda in sorted(self.lmbdas, key=lambda lmbda: (lmbda != first, lmbda)):
             yield lmbda, self._chains(lmbda)
 
@@ -64,7 +62,7 @@ class Sweep:
         return [Chain(recipe.name, stages, self.runs, baseline, start) for stages in lines]
 
     def table(self) -> Table:
-        """What is done and what is left: a row for each stage, a column for each λ in the order of running."""
+        """The status of all stages: one row per stage, one column per λ, in the order of running."""
         columns = {
             lmbda: {p.name: p for chain in chains for p in self._plan_of(chain)} for lmbda, chains in self.chains()
         }
@@ -78,7 +76,7 @@ class Sweep:
         return table
 
     def _plan_of(self, chain: Chain) -> list[PlannedStage]:
-        """The chain's plan; of one whose start is still to be trained, that everything is missing."""
+        """The chain's plan. While its starting point is not trained, all stages are missing."""
         root = chain.tasks[0]
         if root.start is not None and not root.start.is_file():
             return [PlannedStage(task, "missing", "waits for its start") for task in chain.tasks]
@@ -86,13 +84,13 @@ class Sweep:
 
 
 def leaves(recipe: Recipe) -> list[str]:
-    """The stages that no other grows from."""
+    """Names of the stages without children."""
     parents = {stage.parent for stage in recipe.stages.values()}
     return [name for name in recipe.stages if name not in parents]
 
 
 def _cell(planned: PlannedStage) -> str:
-    """`done`, `–`, `stale`, or where it was cut off."""
+    """`done`, `–`, `stale`, or the segment and step of an interruption."""
     if planned.status == "cut off":
         return planned.reason.removeprefix("cut off in ").replace(" at step ", " ")
     return "–" if planned.status == "missing" else planned.status

@@ -1,4 +1,4 @@
-"""Trainings that were interrupted or given up: kept until a person removes them."""
+"""Interrupted and abandoned trainings. They are kept until a person deletes them."""
 
 import shutil
 import time
@@ -13,37 +13,37 @@ from pipeline.weights.checkpoints import CheckpointError, read_metadata
 
 @dataclass(frozen=True)
 class Leftover:
-    """The training states of one stage in one form."""
+    """The training states of one stage with one set of inputs."""
 
     chain: Path
     """The chain's folder."""
     folder: Path
     stage: str
     steps: int | None
-    """Steps done in the newest state; None where it cannot be read."""
+    """Steps of the newest state; None if it cannot be read."""
     saved: float
-    """When, in seconds since 1970."""
+    """Time of the newest state, in seconds since 1970."""
     bytes: int
 
     @property
     def title(self) -> str:
-        """What a person needs to know to decide."""
+        """One line that helps a person to decide."""
         steps = "damaged" if self.steps is None else f"{self.steps:,} steps"
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.saved))
         kept = " (given up with --fresh)" if self.folder.parents[1].name == "abandoned" else ""
         return f"{self.folder}: {self.stage}: {steps}, saved {saved}, {self.bytes / 1e6:.1f} MB{kept}"
 
     def delete(self) -> None:
-        """Delete the states; raises FolderInUse where a run works in the chain's folder."""
+        """Delete the states. Raises FolderInUse if a run uses the chain's folder."""
         with held(self.chain):
             shutil.rmtree(self.folder)
-            with suppress(OSError):  # There may be more.
+            with suppress(OSError):  # The folders may hold other states.
                 self.folder.parent.rmdir()
                 self.folder.parents[1].rmdir()
 
 
 def leftovers(runs: Path) -> Iterator[Leftover]:
-    """Every interrupted training in a folder of runs, by chain and stage."""
+    """All interrupted and abandoned trainings in a folder of runs, by chain and stage."""
     for kind in ("states", "abandoned"):
         for folder in sorted(runs.glob(f"*/*/{kind}/*/*")):
             states = sorted(folder.glob("segment-*.safetensors"))

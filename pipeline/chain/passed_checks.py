@@ -1,6 +1,6 @@
-"""Chains that passed their checks are remembered: to check names and shapes takes PyTorch, which takes seconds to load.
+"""A cache of chains that passed their checks. Checks of names and shapes need PyTorch, which takes seconds to load.
 
-A file per chain that passed lies in the user's cache folder, named by all that the checks depend on.
+Each chain that passed has an empty file in the user's cache folder. Its name is a digest of all inputs of the checks.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pipeline.chain.stage_task import StageTask
 
 
 def check_unless_passed(tasks: Sequence[StageTask]) -> None:
-    """Raise what `check_stages` raises, unless these stages have passed it before."""
+    """Call `check_stages`, unless these stages passed it before."""
     mark = _cache() / _digest(tasks)
     if mark.exists():
         return
@@ -25,13 +25,13 @@ def check_unless_passed(tasks: Sequence[StageTask]) -> None:
     from pipeline.chain.precheck import check_stages
 
     check_stages(tasks)
-    with suppress(OSError):  # A cache that cannot be written costs time alone.
+    with suppress(OSError):  # Without a cache the checks only take longer.
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
 
 
 def _digest(tasks: Sequence[StageTask]) -> str:
-    """SHA-256 over what the checks look at, hexadecimal: settings that shape a codec or select its parameters, code."""
+    """SHA-256, hexadecimal, of the checks' inputs: the settings of shapes and parameter selection, and the code."""
     looked_at = [
         (
             task.stage.model_dump(mode="json", include={"name", "model", "transfer"}),

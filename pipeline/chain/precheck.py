@@ -1,4 +1,4 @@
-"""What is wrong with a chain's stages and follows from names and shapes alone: told before anything runs."""
+"""Checks of a chain's stages that need only names and shapes. They run before anything else."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from pipeline.training.transfer import new_tensors, tensors_to_copy
 
 
 class StageError(UserError):
-    """A stage that cannot begin, or whose result is not accepted; the message says what to do."""
+    """A stage cannot begin, or its result is not accepted."""
 
 
 def check_stages(tasks: Sequence[StageTask]) -> None:
-    """Check sizes, rename rules, `train` and `lr` of stages that grow from one another, root first.
+    """Check sizes, rename rules, `train` and `lr` of a chain's stages, root first.
 
-    Raises StageError naming the stage, and RecipeError for settings that no codec has.
+    Raises StageError, naming the stage, and RecipeError for invalid codec settings.
     """
     parent: HPCM | None = None
     for task in tasks:
@@ -48,7 +48,7 @@ def _check(task: StageTask, parent: HPCM | None, child: HPCM) -> None:
         if task.stage.data.crop % model.downsampling_factor:
             raise StageError(
                 f"data.crop = {task.stage.data.crop} must be a multiple of {model.downsampling_factor}, "
-                "which the codec's hierarchy and attention windows need"
+                "because of the codec's hierarchy and attention windows"
             )
     new = frozenset(child.state_dict())
     if parent is not None:

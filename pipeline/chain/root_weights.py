@@ -1,4 +1,4 @@
-"""The trained weights that a recipe offers for its first stage."""
+"""The trained weights that a recipe provides for its root stage."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from pipeline.weights.published import Lineage
 
 
 def root_weights(recipe: Recipe, stages: Sequence[Stage]) -> Path | None:
-    """The file that `weights` of the first stage names; None where there is none, or only one of another λ or loss.
+    """The file named by `weights` of the root stage; None without it, or if it was trained for another λ or metric.
 
-    Raises CheckpointError for a file that is no checkpoint.
+    Raises CheckpointError if the file is not a checkpoint.
     """
     root = stages[0]
     if root.weights is None:
@@ -22,5 +22,5 @@ def root_weights(recipe: Recipe, stages: Sequence[Stage]) -> Path | None:
     path = (recipe.folder / root.weights).resolve()
     trained = yaml.safe_load(Lineage.read(path).stage or "") or {}
     if not {"lmbda", "metric"} <= trained.keys():
-        raise CheckpointError(f"{path}: does not say which loss it was trained for; give it as --baseline instead")
+        raise CheckpointError(f"{path}: its metadata lack the λ or metric it was trained for; give it with --baseline")
     return path if (trained["lmbda"], trained["metric"]) == (root.lmbda, root.metric) else None

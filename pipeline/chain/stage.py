@@ -1,4 +1,4 @@
-"""One attempt at a stage: transfer, schedule, evaluation, acceptance, publication."""
+"""Runs a stage: transfer, schedule, evaluation, acceptance, publication."""
 
 import time
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ from pipeline.weights.training_state import Progress, TrainingState
 
 
 class StageRun:
-    """One attempt at a stage, from wherever the last one stopped."""
+    """One attempt at a stage. It continues where the previous attempt stopped."""
 
     def __init__(self, task: StageTask, context: RunContext, run: Run):
         self.task, self.context, self.run = task, context, run
@@ -57,19 +57,19 @@ class StageRun:
 
     @cached_property
     def parent(self) -> HPCM | None:
-        """The codec that the stage grows from; raises StageError where its file is damaged."""
+        """The parent's codec; None for a root. Raises StageError if its file is damaged."""
         if self.task.parent is None:
             return None
         try:
             return checkpoints.load_codec(self.task.parent)
         except CheckpointError as error:
             raise StageError(
-                f"{error}.\n  MLflow keeps a copy of it; or build it again: hpcm run {self.stage.parent} --force"
+                f"{error}.\n  Restore the file from its copy in MLflow, or run: hpcm run {self.stage.parent} --force"
             ) from error
 
     @cached_property
     def images(self) -> list[NamedImage]:
-        """The validation images, in memory."""
+        """The validation images, in memory. Images too large for the codec are left out."""
         sketch = HPCM.on_meta(self.task.config)
         found = []
         for name, image in validation_images(self.val_photos, self.stage.evaluation.images):
@@ -79,11 +79,11 @@ class StageRun:
             except DataError as error:
                 self.context.watcher.note(f"left out of validation: {name}: {error}")
         if not found:
-            raise DataError(f"{self.val_photos.source}: no image is small enough to be validated on")
+            raise DataError(f"{self.val_photos.source}: all images are too large for validation; give smaller ones")
         return found
 
     def execute(self) -> None:
-        """Run the stage up to its publication."""
+        """Run the stage and publish its result."""
         self._describe()
         if self.task.imported is not None:
             child, state = self._import(self.task.imported), TrainingState(Progress(), {}, {}, {})
@@ -93,7 +93,7 @@ class StageRun:
         self.context.on_main_process(lambda: self._finish(child, state))
 
     def note_end(self, error: BaseException) -> None:
-        """Record what ended the attempt."""
+        """Record the error that ended the attempt."""
         reason = (str(error) or type(error).__name__).splitlines()[0]
         self._tag(StageTags(attempts={self._began: f"{self._attempt}; {reason}"}))
 
@@ -117,8 +117,8 @@ class StageRun:
                 f"{name} is {found[name]}, expected {expected[name]}" for name in found if found[name] != expected[name]
             ]
             raise StageError(
-                f"{path}: does not match {self.stage.name} of the recipe: {'; '.join(differing)}.\n"
-                "  Give a checkpoint of that size, or choose the recipe that fits this one."
+                f"{path}: does not match the recipe's {self.stage.name}: {'; '.join(differing)}.\n"
+                "  Give a checkpoint with these settings, or choose a recipe that matches the file."
             )
         return model
 
@@ -145,7 +145,7 @@ class StageRun:
         return child, trainer.train(self.states, state)
 
     def _begin(self, child: HPCM, crops: TrainingCrops) -> TrainingState:
-        """Transfer, and compare child and parent before the first step."""
+        """Transfer weights, and compare child and parent before the first step."""
         child.to(self.device)
         if self.task.start is not None:
             start = Start(transfer_weights(self._import(self.task.start).to(self.device), child, Transfer()))
@@ -175,13 +175,13 @@ class StageRun:
         for what in ("narrowed", "fitted"):
             if errors := [site["error"] for site in state.facts.get(what, ())]:
                 self.context.watcher.note(
-                    f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance missed"
+                    f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance unexplained"
                 )
         if "step0_gap" in state.facts:
             self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
                 f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
-                f"{state.facts['step0_gap']:+.4f} against the parent"
+                f"{state.facts['step0_gap']:+.4f} relative to the parent"
             )
         progress = state.progress
         if progress.stage_step or progress.segment:
@@ -191,13 +191,13 @@ class StageRun:
         self._tag(StageTags(attempts={self._began: self._attempt}))
 
     def _note_environment(self, state: TrainingState) -> None:
-        """Note what changes the bytes of training and is not what it was at the last state; the next keeps it."""
+        """Record the environment, and report changes since the last state that can change the trained bytes."""
         now = {**environment_of(self.context.processes.accelerator), "Bi-WKV4": self.task.kernel(self.device)}
         for name, before in state.facts.get("environment", now).items():
             if now.get(name) != before:
                 self.context.watcher.note(
-                    f"{name}: {before} until now, {now.get(name)} from here; the result will be as good, "
-                    "and not bit for bit that of a run that was not interrupted"
+                    f"{name}: {before} before, {now.get(name)} now; the result will be as good as that of an "
+                    "uninterrupted run, but not bit for bit the same"
                 )
         state.facts["environment"] = now
 
@@ -205,7 +205,7 @@ class StageRun:
         return estimate(model, self._interruptible(self.images), self.stage.lmbda, self.stage.metric)
 
     def _interruptible(self, images: list[NamedImage]) -> Iterator[NamedImage]:
-        """The images; between two of them a signal stops the work."""
+        """Yields the images. A signal stops the work between two images."""
         for image in images:
             self.context.processes.stop_if_asked()
             fault("evaluation")
@@ -225,7 +225,7 @@ class StageRun:
         self.context.on_main_process(measure)
 
     def _finish(self, child: HPCM, state: TrainingState) -> None:
-        """Evaluate with real bitstreams, accept, publish."""
+        """Evaluate with real bitstreams, check the limits, publish."""
         kept = self.stage.evaluation.reconstructions
         images = self._interruptible(self.images)
         evaluation, reconstructions = evaluate(child, images, self.stage.lmbda, self.stage.metric, kept)
@@ -236,9 +236,9 @@ class StageRun:
         self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
         if verdict == "refused":
             raise StageError(
-                f"{self.stage.name}: not accepted against its parent: {'; '.join(refusal)}.\n"
-                "  The trained state is kept: relax `accept` in the recipe (or --set "
-                f"{self.stage.name}.accept.…=), or publish it as it is with --accept-anyway. "
+                f"{self.stage.name}: not accepted, compared with its parent: {'; '.join(refusal)}.\n"
+                "  The trained state is kept. Relax `accept` in the recipe (or with --set "
+                f"{self.stage.name}.accept.…=), or publish the result with --accept-anyway. "
                 "A longer schedule trains the stage again from its parent."
             )
         for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
@@ -305,7 +305,7 @@ class StageRun:
             skipped_steps=progress.bad_steps,
             facts=contract_of(StartFacts, facts, "training state"),
         )
-        # Last: with the record the stage counts as done.
+        # Last: a stage with a record counts as done.
         record.write(task.record)
         fault("publish.record")
         self.states.forget()

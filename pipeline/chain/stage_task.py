@@ -1,4 +1,4 @@
-"""What a stage is made from and where: settings, place, parent, digests."""
+"""A stage's settings, folders, parent and input digests."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from pipeline.common.processes import ProcessGroup
 
 CODE_VERSION = "1"
-"""Counted up when a recipe gives other weights, by more than rounding: what was built before is then stale."""
+"""Increased when the same recipe gives different weights, beyond rounding. Stages built before are then stale."""
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """What a person wants built anew though it need not be, and how to ask whether that is meant."""
+    """Stages to rebuild on request, and the question that confirms it."""
 
     force: bool = False
-    """Build the chain's last stage again though it is current."""
+    """Rebuild the chain's last stage even if it is current."""
     fresh: bool = False
-    """Begin again what was cut off in training."""
+    """Restart interrupted trainings from step 0."""
     confirm: Callable[[list[str]], None] = lambda consequences: None
-    """Raises what stops the run where the person does not agree."""
+    """Raises an error that stops the run if the person does not agree."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all stages of a chain share: where they lie, the processes they run on, who watches."""
+    """What the stages of a chain share: the chain's folder, processes, watcher and options."""
 
     folder: Path
     processes: ProcessGroup
@@ -51,28 +51,28 @@ class RunContext:
 
     @property
     def runs(self) -> Path:
-        """The folder of runs, in which the chain's is."""
+        """The folder of runs, which contains the chain's folder."""
         return self.folder.parents[1]
 
     @property
     def is_main(self) -> bool:
-        """Whether this process evaluates, publishes and talks to MLflow."""
+        """Whether this process evaluates, publishes and logs to MLflow."""
         return self.processes.accelerator.is_main_process
 
     def wait_for_everyone(self) -> None:
-        """Let no process run ahead of what another writes."""
+        """Wait for all processes, so that none reads a file before another has written it."""
         self.processes.accelerator.wait_for_everyone()
 
     def on_main_process(self, work: Callable[[], None]) -> None:
-        """Let the first process do something that all wait for; where it raises, all stop."""
+        """Do work in the first process while the others wait. If it raises, all processes stop."""
         self.processes.on_main_process(work)
 
 
 @dataclass(frozen=True)
 class StageTask:
-    """One stage and its place: settings and the parent's checkpoint (None for a root).
+    """One stage: its settings, its folder and the parent's checkpoint (None for a root).
 
-    A root may be taken from a file (`imported`), or be trained from a file's weights instead of random ones (`start`).
+    A root may be imported from a file (`imported`), or its training may start from a file's weights (`start`).
     """
 
     stage: Stage
@@ -81,21 +81,21 @@ class StageTask:
     imported: Path | None = None
     start: Path | None = None
     find: Callable[[Path | None, Literal["train", "val"], int], Photos] = find_images
-    """Finds the images; the stages of a chain share one that remembers, since folders can be large and far away."""
+    """Finds the images. The stages of a chain share one function with a cache, since folders can be large and slow."""
 
     @property
     def checkpoint(self) -> Path:
-        """What the stage publishes."""
+        """The published checkpoint."""
         return self.folder / "checkpoint.safetensors"
 
     @property
     def record(self) -> Path:
-        """What is known of the published stage beyond its checkpoint: times, digests, runs."""
+        """The published stage's record: quality, times, digests, key of its MLflow run."""
         return self.folder / "record.json"
 
     @cached_property
     def config(self) -> HPCMConfig:
-        """The codec to be built; raises RecipeError for settings that it does not have."""
+        """The codec's configuration. Raises RecipeError for invalid settings."""
         from modules.config import preset_config
 
         choice = self.stage.model
@@ -106,40 +106,40 @@ class StageTask:
 
     @property
     def states(self) -> StateFolder:
-        """Where the stage's training states lie; the parent must be published."""
+        """The folder of the stage's training states. The parent must be published."""
         return self.states_of(self.inputs())
 
     def states_of(self, inputs: dict[str, str]) -> StateFolder:
-        """Where the states lie of a training from these inputs.
+        """The folder of the training states for these inputs.
 
-        Not in the stage's own folder: that is moved away as a whole when the stage is built again.
+        It is not in the stage's own folder, which is moved away as a whole when the stage is rebuilt.
         """
         return StateFolder(self.folder.parent / "states" / self.stage.name, inputs)
 
     @property
     def is_begun(self) -> bool:
-        """Whether a training of the stage, in whatever form, was cut off."""
+        """Whether an interrupted training of the stage exists, with any inputs."""
         return not self.record.is_file() and any((self.folder.parent / "states" / self.stage.name).glob("*/*"))
 
     def abandon_states(self) -> None:
-        """Begin the stage anew: move the training states of every form away, at once."""
+        """Move all training states of the stage to `abandoned/`, in one rename."""
         states = self.folder.parent / "states" / self.stage.name
         files.free_name(self.folder.parent / "abandoned" / self.stage.name, states.rename)
 
     @cached_property
     def train_photos(self) -> Photos:
-        """Training images; raises DataError."""
+        """Training images. Raises DataError."""
         data = self.stage.data
         return self.find(Path(data.train) if data.train else None, "train", data.crop)
 
     @cached_property
     def val_photos(self) -> Photos:
-        """Validation images; raises DataError."""
+        """Validation images. Raises DataError."""
         data = self.stage.data
         return self.find(Path(data.val) if data.val else None, "val", 1)
 
     def inputs(self) -> dict[str, str]:
-        """Digests of all that the result is made from, by name; the parent must be published."""
+        """Digests of all inputs of the result, by name. The parent must be published."""
         if self.imported is not None:
             return {"baseline": self._file_digest, "model": repr(self.config)}
         images = self.train_photos.digest
@@ -151,7 +151,7 @@ class StageTask:
         return found
 
     def kernel(self, device: torch.device) -> str:
-        """What computes the Bi-WKV4 operator on a device; empty for a codec that has none."""
+        """The implementation of the Bi-WKV4 operator on a device; empty for a codec without it."""
         if not any(kind.name == "rwkv" for kind in self.config.components.values()):
             return ""
         from modules.biwkv4_build import cpu_kernels, cuda_kernels
@@ -160,7 +160,7 @@ class StageTask:
         return "compiled" if kernels else "PyTorch reference"
 
     def facts(self, device: torch.device) -> dict[str, str]:
-        """What all processes must have alike before they train together, each in a few characters."""
+        """What all processes must agree on before they train together, as short strings by name."""
         import torch
 
         settings = self.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
@@ -170,7 +170,7 @@ class StageTask:
 
     @cached_property
     def _file_digest(self) -> str:
-        """SHA-256 of the file that the root is taken from or starts from."""
+        """SHA-256 of the file `imported` or `start`, hexadecimal."""
         path = self.imported or self.start
         assert path is not None
         check_file(path)

@@ -1,1 +1,1 @@
-"""MLflow: the store, the outbox, the records read back."""
+"""Logging to MLflow, and reading what was logged."""

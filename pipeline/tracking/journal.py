@@ -1,4 +1,4 @@
-"""The journal of an outbox: what its lines say, and how they are read, appended and counted as sent."""
+"""The journal of an outbox: the entries in its lines, and how to read, append and count them."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pipeline.tracking.store import EndState
 
 @dataclass(frozen=True)
 class Open:
-    """Arguments of an entry that opens a run: its name, the key of the run that it is nested in, and its tags."""
+    """Arguments of an entry that opens a run. `parent` is the key of the run that contains it."""
 
     name: str
     parent: str | None
@@ -48,7 +48,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Arguments of an entry that keeps a file: its name below `files/`, and the artifact folder that it goes to."""
+    """Arguments of an entry that logs an artifact: the file's name below `files/`, and its artifact folder."""
 
     name: str
     folder: str | None
@@ -69,7 +69,7 @@ ACTIONS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the journal: what to do with which run, and when that was asked for, in ms since 1970."""
+    """One log entry: an action on a run. `time` is when it was logged, in ms since 1970."""
 
     run: str
     action: Literal["open", "parameters", "tags", "dataset", "metrics", "artifact", "end"]
@@ -79,7 +79,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the journal, the offset where it ends, and its entry: None with a `problem` where it is damaged."""
+    """A line of the journal and the offset of its end. A damaged line has a `problem` and no entry."""
 
     text: bytes
     end: int
@@ -88,22 +88,20 @@ class Line:
 
 
 def make_folder(folder: Path) -> None:
-    """Make an outbox's folder; raises FileError where it or a file of its own is a link, or no plain file."""
+    """Make an outbox's folder. Raises FileError if the folder or one of its files is a link or not a plain file."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, folder / "files"):
         if path.is_symlink():
-            raise FileError(
-                f"{path}: a link, which is not followed; move it away, or send its journal from its own place"
-            )
+            raise FileError(f"{path}: this is a link, and links are not followed; move it away, or use the real folder")
     for path in (folder / "journal.jsonl", folder / "sent", folder / "set-aside.jsonl"):
         if path.is_symlink():
-            raise FileError(f"{path}: a link, which is not followed; move it away")
+            raise FileError(f"{path}: this is a link, and links are not followed; move it away")
         if path.exists():
             check_regular(path)
 
 
 def append(path: Path, line: bytes) -> None:
-    """Add a line to a file on disk."""
+    """Append a line to a file and flush it to the disk."""
     with open_own(path, "ab") as file:
         file.write(line)
         file.flush()
@@ -111,14 +109,14 @@ def append(path: Path, line: bytes) -> None:
 
 
 def parse(text: bytes, source: str) -> Entry:
-    """The entry in a line, its arguments those of its action; raises FileError, naming `source`."""
+    """The entry in a line, with its arguments checked. Raises FileError, naming `source`."""
     entry = parse_contract(Entry, text, source)
     arguments = contract_of(ACTIONS[entry.action], entry.arguments, source)
     return replace(entry, arguments=vars(arguments))
 
 
 def lines(journal: Path, start: int) -> Iterator[Line]:
-    """The whole lines from an offset on."""
+    """The complete lines after an offset."""
     if not journal.exists():
         return
     with open_own(journal, "rb") as file:
@@ -132,7 +130,7 @@ def lines(journal: Path, start: int) -> Iterator[Line]:
 
 
 def offset(path: Path, journal: Path) -> int:
-    """How much of the journal is noted as sent; 0 where the note does not fit it."""
+    """How many bytes of the journal were sent; 0 if the file `path` does not fit the journal."""
     try:
         sent = int(path.read_text())
         return sent if journal.read_bytes()[:sent].endswith(b"\n") and sent <= journal.stat().st_size else 0
@@ -141,7 +139,7 @@ def offset(path: Path, journal: Path) -> int:
 
 
 def cut_torn_line(journal: Path) -> int:
-    """Cut off a last line that a kill left unfinished; returns the length in bytes."""
+    """Remove an incomplete last line. Returns the length of the journal in bytes."""
     if not journal.exists():
         return 0
     content = journal.read_bytes()

@@ -1,9 +1,9 @@
-"""What runs log to MLflow waits on disk, in order: training neither waits for the store nor fails for it.
+"""A queue of log entries on disk: training neither waits for MLflow nor fails because of it.
 
-A run logs something by appending an entry to a journal; one thread sends the entries, and forgets one when the store
-shows it. What a kill leaves unclear, the store's own state decides (see StoredRun), and a metric keeps the time at
-which it was first logged, so that sending it twice is logging it once. Files that are sent lie beside the journal under
-names of their own: nothing else is read or deleted, whatever a journal says.
+A run logs by appending an entry to a journal. One thread sends the entries in order, and counts an entry as sent when
+the store shows it. After a kill, some entries may be sent twice. StoredRun then checks what the store already has. A
+metric keeps its original time, so that a second copy changes nothing. Artifacts are linked or copied into `files/`
+beside the journal. The outbox reads and deletes files only there, whatever the journal contains.
 """
 
 import json
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PATIENCE = 30.0
-"""Seconds that whoever closes an outbox waits for MLflow to take what was logged."""
+"""Seconds that `Outbox.close` waits for the remaining entries to be sent."""
 LONGEST_PAUSE = 30.0
-"""Seconds between attempts to reach a store that does not answer."""
+"""Longest pause in seconds between attempts to reach a store that does not answer."""
 BATCH = 64
-"""Entries that are sent before the store is asked whether it shows them."""
+"""Number of entries sent between two checks that the store shows them."""
 
 _NAME = re.compile(r"[\w.: /-]+")
 
 
 class Outbox:
-    """The journal of a chain and the thread that sends it; `note` is told when the store goes away and comes back."""
+    """The journal of a chain and the thread that sends it. `note` is called when sending fails and recovers."""
 
     def __init__(self, folder: Path, store: Store, note: Callable[[str], None] = lambda line: None):
-        # Here and not in the thread: a data worker that is forked during an import would wait for it for ever.
+        # Not in the thread: a data worker forked during the import would deadlock on the import lock.
         import mlflow  # noqa: F401
 
         self.folder, self.store, self.note = folder, store, note
@@ -58,34 +58,34 @@ class Outbox:
         self._sent = journal.offset(self.sent_path, self.path)
         self._opened: dict[str, dict[str, Any]] = {}
         self.last_step: dict[tuple[str, str], int] = {}
-        """The last step logged of each run and metric, as far as the journal goes back."""
+        """The last step logged for each (run, metric) in the journal."""
         for line in journal.lines(self.path, 0):
             if line.entry is not None:
                 self._remember(line.entry)
         self._client: MlflowClient | None = None
         self._runs: dict[str, StoredRun] = {}
         self._rejected: int | None = None
-        """Where the entry ends that MLflow rejected last."""
+        """Offset of the end of the entry that MLflow rejected last."""
         self._aside: set[int] = set()
-        """Where the entries end that were set aside."""
+        """Offsets of the ends of the entries that were set aside."""
         self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
         self._thread.start()
 
     def run(self, key: str, name: str, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> Run:
-        """The run with this key, opened (again)."""
+        """Open or reopen the run with this key."""
         run = OutboxRun(self, key)
         run.queue("open", name=name, parent=parent.key if parent else None, tags=dict(tags or {}))
         return run
 
     @property
     def waiting(self) -> int:
-        """How many entries have not been sent."""
+        """Number of entries that are not sent yet."""
         return self.path.read_bytes()[self._sent :].count(b"\n") if self.path.exists() else 0
 
     def append(self, run: str, action: str, arguments: dict[str, Any]) -> None:
-        """Put an entry on disk; raises FileError where the disk is full."""
+        """Write an entry to the journal. Raises FileError if that fails, such as on a full disk."""
         values = {"run": run, "action": action, "time": int(time.time() * 1000), "arguments": arguments}
-        # What is not UTF-8 becomes a question mark: no store could keep it.
+        # Characters that UTF-8 cannot encode become question marks: no store accepts them.
         text = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
         entry, line = journal.parse(text, str(self.path)), json.dumps(json.loads(text)).encode() + b"\n"
         with self._changed:
@@ -101,9 +101,9 @@ class Outbox:
             self._changed.notify()
 
     def keep(self, path: Path) -> str:
-        """A second name for a file, or for those in a folder: whatever happens to the first, it can be sent.
+        """Link or copy a file, or the files of a folder, into `files/`, so that it can be sent even if it changes.
 
-        Returns the name, relative to the outbox's files.
+        Returns the name below `files/`.
         """
         kept = PurePosixPath(str(time.time_ns()), readable(path.name))
         for file in path.iterdir() if path.is_dir() else [path]:
@@ -116,24 +116,24 @@ class Outbox:
         return str(kept)
 
     def close(self, patience: float = PATIENCE) -> bool:
-        """Send what waits, for at most `patience` seconds; False where something still waits: it stays, with a note."""
+        """Send the remaining entries for at most `patience` seconds. Returns False, with a note, if some remain."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(patience)
         self._abandoned = self._thread.is_alive()
-        # A thread that has ended may also have died.
+        # Not `_abandoned`: the thread may have ended with an error.
         if self._sent != self._size:
             self.note(
                 f"{self.waiting} log entries are not sent yet ({self.folder}); "
                 "`hpcm sync`, or the same command, sends them"
             )
             return False
-        self.sent_path.unlink(missing_ok=True)  # First: a journal without it is sent once more, which changes nothing.
+        self.sent_path.unlink(missing_ok=True)  # First: a journal without it is only sent again, which changes nothing.
         self.path.unlink(missing_ok=True)
         if not self.set_aside.exists():
             shutil.rmtree(self._files, ignore_errors=True)
-            with suppress(OSError):  # What else lies there is not the outbox's.
+            with suppress(OSError):  # The folder may hold files that are not the outbox's.
                 self.folder.rmdir()
         return True
 
@@ -170,16 +170,16 @@ class Outbox:
                         return
                 if self._sent < size:
                     raise FileError(f"{self.path}: shortened or deleted while it was in use")
-            except Exception as error:  # Whatever MLflow's HTTP and SQL libraries raise, and the disk.
+            except Exception as error:  # MLflow's HTTP and SQL libraries and the disk raise many types.
                 failures += 1
-                self._client, self._runs = None, {}  # To be opened again: the store decides what of this arrived.
+                self._client, self._runs = None, {}  # Reopened next time, to see which entries arrived.
                 self._pause(error, failures)
             if self._closing and self._sent == self._size:
                 return
 
     def _send_or_set_aside(self, line: Line) -> None:
-        """Send an entry; what is no entry, or one that MLflow rejects twice, is noted and kept in a file of its own."""
-        if line.end in self._aside:  # before something else in its batch went wrong
+        """Send an entry. A damaged entry, or one that MLflow rejects twice, goes to `set_aside`, with a note."""
+        if line.end in self._aside:  # by an earlier attempt to send the same batch
             return
         if line.entry is None:
             self._put_aside(line, f"{self.path}: {line.problem}")
@@ -189,10 +189,10 @@ class Outbox:
         except EntryError as error:
             self._put_aside(line, f"the {line.entry.action} of run {line.entry.run} cannot be sent: {error}")
         except Exception as error:
-            # Where there is no store at all, it is not the entry that is rejected.
+            # Without a connection, the rejection is not about the entry.
             if self._client is None or not _is_rejection(error):
                 raise
-            # It may be the run that is in the trash, or the experiment: everything is looked at again first.
+            # The run or the experiment may be in the trash. Retry once with everything reopened.
             if self._rejected != line.end:
                 self._rejected = line.end
                 raise
@@ -201,14 +201,14 @@ class Outbox:
     def _put_aside(self, line: Line, problem: str) -> None:
         journal.append(self.set_aside, line.text)
         self._aside.add(line.end)
-        self.note(f"{problem}; the entry is kept in {self.set_aside}, and the others go on")
+        self.note(f"{problem}; the entry is kept in {self.set_aside}, and the other entries are sent")
 
     def _send(self, entry: Entry) -> None:
         if self._client is None:
             self._client = self.store.client()
         if entry.run not in self._runs:
             if entry.run not in self._opened:
-                raise EntryError("nothing in the journal says which run that is")
+                raise EntryError("the journal has no entry that opens this run")
             self._runs[entry.run] = open_run(self.store, self._client, entry.run, **self._opened[entry.run])
         run = self._runs[entry.run]
         if entry.action == "open":
@@ -220,14 +220,14 @@ class Outbox:
             getattr(run, entry.action)(**entry.arguments, time=entry.time)
 
     def _own_file(self, name: str) -> Path:
-        """A file or folder below `files/`; raises EntryError for a name that leads elsewhere, and for links."""
+        """A file or folder below `files/`. Raises EntryError for a path outside it and for links."""
         parts = PurePosixPath(name).parts
         if len(parts) != 2 or {"..", "/"} & set(parts):
-            raise EntryError(f"{name!r} is no name of a kept file")
+            raise EntryError(f"{name!r} is not the name of a file in {self._files}")
         path = self._files.joinpath(*parts)
         for place in (self._files, path.parent, path, *(path.iterdir() if path.is_dir() else ())):
             if place.is_symlink():
-                raise EntryError(f"{place}: a link, which is not followed")
+                raise EntryError(f"{place}: this is a link, and links are not followed")
         return path
 
     def _pause(self, error: Exception, failures: int) -> None:
@@ -256,7 +256,7 @@ class Outbox:
 
 
 class OutboxRun(Run):
-    """A run whose entries go through an outbox."""
+    """A run that logs through an outbox."""
 
     key: str
 
@@ -264,7 +264,7 @@ class OutboxRun(Run):
         self.outbox, self.key = outbox, key
 
     def queue(self, action: str, **arguments: Any) -> None:
-        """Put an entry of this run into the outbox."""
+        """Add an entry of this run to the outbox."""
         self.outbox.append(self.key, action, arguments)
 
     def parameters(self, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What MLflow holds of chains, stages and comparisons, read back."""
+"""Reads the records of chains, stages and comparisons from MLflow."""
 
 import json
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 History = list[tuple[int, float]]
-"""Values of a metric by step of the stage."""
+"""(step of the stage, value) pairs of a metric."""
 
 
 @dataclass(frozen=True)
 class SegmentRecord:
-    """One segment of a stage's schedule and what became of it."""
+    """One segment of a stage's schedule and its results."""
 
     name: str
     objective: str
@@ -34,9 +34,9 @@ class SegmentRecord:
     rates: dict[str, str]
     """Learning rate by parameter group."""
     seconds: float | None
-    """Time its steps took, without interruptions; None where it has not begun."""
+    """Time of its steps, without interruptions; None if it has not begun."""
     loss: float | None
-    """R-D loss on the validation images at its end, estimated."""
+    """Estimated R-D loss on the validation images at its end."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class StageRecord:
     run_id: str
     state: str
     ended: int
-    """Milliseconds since 1970; 0 while it runs."""
+    """End time in ms since 1970; 0 while the run is active."""
     parameters: dict[str, str]
     metrics: dict[str, float]
-    """The last value of each."""
+    """The last value of each metric."""
     tags: StageTags
     segments: tuple[SegmentRecord, ...]
-    """Empty for a root that was taken from a file."""
+    """Empty for a root that was imported from a file."""
 
     @property
     def name(self) -> str:
@@ -61,23 +61,23 @@ class StageRecord:
 
     @property
     def parent(self) -> str | None:
-        """The stage it grew from."""
+        """Name of the parent stage; None for a root."""
         parent = self.parameters.get("parent")
         return None if parent == "None" else parent
 
     @property
     def codec(self) -> dict[str, str]:
-        """The codec's configuration, as MLflow's parameters hold it."""
+        """The codec's configuration: those of MLflow's parameters that begin with `codec.`."""
         return {key: value for key, value in self.parameters.items() if key.startswith("codec.")}
 
     @property
     def digest(self) -> str | None:
-        """Of the published weights; None where the stage has published none."""
+        """Digest of the published weights; None if none are published."""
         return self.tags.checkpoint_digest
 
     @property
     def quality(self) -> Quality | None:
-        """What it achieved in real bitstreams on whole validation images; None where it was not evaluated."""
+        """Quality on whole validation images, coded into real bitstreams; None if it was not evaluated."""
         final = {key.removeprefix("final/"): value for key, value in self.metrics.items() if key.startswith("final/")}
         if not {"bpp", "psnr_db", "rd_loss"} <= final.keys():
             return None
@@ -91,7 +91,7 @@ class StageRecord:
 
     @property
     def step0_loss(self) -> float | None:
-        """The same of the child before its first step."""
+        """Estimated R-D loss of the child before its first step."""
         return self.tags.step0_loss
 
     @property
@@ -101,19 +101,19 @@ class StageRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Time all training steps took, without interruptions."""
+        """Time of all training steps, without interruptions; None if none has begun."""
         known = [segment.seconds for segment in self.segments if segment.seconds is not None]
         return sum(known) if known else None
 
     @property
     def attempts(self) -> list[str]:
-        """How each attempt began and, where it was noted, what ended it; oldest first."""
+        """How each attempt began and, if known, what ended it; oldest first."""
         return [text for _, text in sorted(self.tags.attempts.items())]
 
 
 @dataclass(frozen=True)
 class ChainRecord:
-    """One chain, with every run of its stages, oldest first."""
+    """One chain with all runs of its stages, oldest first."""
 
     run_id: str
     state: str
@@ -124,12 +124,12 @@ class ChainRecord:
 
     @property
     def title(self) -> str:
-        """What tells it from other chains."""
+        """Recipe, λ and seed."""
         return f"{self.recipe}, λ = {shortest(self.lmbda)}, seed {self.seed}"
 
     @cached_property
     def published(self) -> dict[str, StageRecord]:
-        """The run of each stage that published last, by name, parents before children."""
+        """The latest published run of each stage, by name, parents before children."""
         latest: dict[str, StageRecord] = {}
         for stage in sorted(self.stages, key=lambda stage: stage.ended):
             if stage.digest is not None and stage.quality is not None:
@@ -146,16 +146,16 @@ class ChainRecord:
         return ordered
 
     def total_steps(self, name: str) -> int:
-        """Training steps of a published stage and of all it grew from."""
+        """Training steps of a published stage and all its ancestors."""
         stage = self.published[name]
         before = self.total_steps(stage.parent) if stage.parent in self.published else 0
         return before + stage.steps
 
     def reference(self, name: str) -> str | None:
-        """What a stage is judged against: the root's codec with as many steps of training in all.
+        """Name of the stage to compare a stage with: the root's codec, trained for the same total number of steps.
 
-        Such a stage is a control. Where the chain has none it is the root, which has had fewer steps; None for what
-        has the root's codec itself.
+        Such a stage is a control. Without a control it is the root, which has fewer steps. None for a stage that has
+        the root's codec itself.
         """
         stages = self.published
         codecs = [stage.codec for stage in stages.values() if stage.parent is None]
@@ -168,22 +168,24 @@ class ChainRecord:
 
 
 class RecordsError(UserError):
-    """A store that is not there or cannot be read."""
+    """The store does not exist or cannot be read."""
 
 
 class Records:
-    """The MLflow store of a folder of runs, for reading; raises RecordsError where there is none."""
+    """Reads the MLflow store of a folder of runs. Raises RecordsError if there is none."""
 
     def __init__(self, runs: Path):
         store = Store.default(runs)
         if store.database is not None and not store.database.is_file():
-            raise RecordsError(f"{store.database}: no such file: nothing was run in {runs} yet; --runs names another")
+            raise RecordsError(
+                f"{store.database}: no such file: nothing was run in {runs} yet; choose a folder with --runs"
+            )
         try:
             self._store, self._client = store, store.client()
             self._experiment = experiment_id(self._client)
         except StoreError as error:
             raise RecordsError(f"{store.shown}: {error}") from error
-        except Exception as error:  # MLflow's stores raise what their backends raise.
+        except Exception as error:  # MLflow passes on the errors of its backends.
             given = "" if store.database else " (MLFLOW_TRACKING_URI)"
             raise RecordsError(f"{store.shown}{given}: cannot be read as an MLflow store: {brief(error)}") from error
 
@@ -202,7 +204,7 @@ class Records:
                 return found
 
     def chains(self) -> list[ChainRecord]:
-        """Every chain that has begun a stage, newest first."""
+        """All chains with at least one stage that has begun, newest first."""
         stages: dict[str, list[Run]] = {}
         for run in self._runs:
             if tags.STAGE in run.data.tags:
@@ -211,7 +213,7 @@ class Records:
         return [self._chain(run, stages[run.info.run_id]) for run in reversed(chains)]
 
     def published_chains(self) -> list[ChainRecord]:
-        """Those that have published a stage; of several of one recipe, λ and seed, the newest."""
+        """Chains with a published stage. The newest of several with the same recipe, λ and seed is used."""
         newest: dict[tuple[str, float, int], ChainRecord] = {}
         for chain in self.chains():
             if chain.published:
@@ -219,12 +221,12 @@ class Records:
         return list(newest.values())
 
     def artifacts_of_kind(self, kind: str, path: str) -> list[Path]:
-        """This artifact of every run of a kind, such as `comparison`, oldest run first."""
+        """The artifact `path` of every run of a kind, such as `comparison`, oldest run first."""
         runs = [run for run in self._runs if run.data.tags.get(tags.KIND) == kind]
         return [self.artifact(run.info.run_id, path) for run in runs]
 
     def artifact(self, run_id: str, path: str) -> Path:
-        """A file or folder that a run kept, brought here if it lies elsewhere."""
+        """Local path of a run's artifact, downloaded if it is remote."""
         from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         repository = self._store.artifacts(self._client, run_id)
@@ -235,7 +237,7 @@ class Records:
         return Path(repository.download_artifacts(path, str(folder)))
 
     def artifact_names(self, run_id: str, folder: str | None = None) -> list[str]:
-        """Paths of what a run kept, in one folder."""
+        """Paths of a run's artifacts in one folder."""
         return [file.path for file in self._store.artifacts(self._client, run_id).list_artifacts(folder)]
 
     def validation_images(self, stage: StageRecord) -> list[str]:
@@ -244,7 +246,7 @@ class Records:
         return [image["source"] for image in evaluation["images"]]
 
     def history(self, run_id: str, key: str) -> History:
-        """All values of a metric."""
+        """All values of a metric, by step."""
         return sorted((metric.step, metric.value) for metric in self._client.get_metric_history(run_id, key))
 
     @cached_property
@@ -265,7 +267,7 @@ class Records:
         )  # fmt: skip
 
     def _segments(self, run: "Run") -> tuple[SegmentRecord, ...]:
-        """The schedule in its order, which the store does not keep: by when each segment logged its first step."""
+        """The segments in order of their first logged step: MLflow does not keep the order of the schedule."""
         parameters = run.data.params
         names = {key.split(".")[1] for key in parameters if key.startswith("schedule.")}
         times = {name: self._metric(run, f"train/{name}/step_seconds") for name in names}
@@ -294,12 +296,12 @@ class Records:
 
 
 def _rates(parameters: dict[str, str], prefix: str) -> dict[str, str]:
-    """Learning rates by group; of rates by name pattern, which have one parameter together, the text."""
+    """Learning rate by parameter group. Rates by name pattern share one MLflow parameter, kept under `by name`."""
     keys = [key for key in parameters if key == f"{prefix}lr" or key.startswith(f"{prefix}lr.")]
     return {key.removeprefix(prefix).removeprefix("lr").removeprefix(".") or "by name": parameters[key] for key in keys}
 
 
 def _seconds(start: int, means: History) -> float | None:
-    """Time of a segment that begins after step `start`, from the mean step times logged on the way."""
+    """Time of a segment that begins after step `start`, in seconds, from the logged mean step times."""
     steps = [start, *(step for step, _ in means)]
     return sum((b - a) * mean for (a, b), (_, mean) in zip(pairwise(steps), means, strict=True)) if means else None

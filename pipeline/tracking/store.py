@@ -1,8 +1,8 @@
 """MLflow's store: a database and a folder of artifacts in the folder of runs, or a server.
 
-Runs are found again by a tag, never by an id kept in a file: whatever was killed between creating a run and noting its
-id, the same chain and stage lead to the same run. Nor is an artifact of a folder of runs found by the address in its
-database, but by the run's id: the folder may have been moved or copied.
+Runs are found by a tag, not by an id in a file: after a kill at any moment, the same chain and stage find the same run.
+Artifacts in a folder of runs are found by the run's id, not by the address in the database: the folder may have been
+moved or copied.
 """
 
 import logging
@@ -33,65 +33,65 @@ EndState = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Run:
-    """A run that records nothing: what every process but the first one holds."""
+    """A run that logs nothing. All processes except the first use it."""
 
     key: str | None = None
-    """What the run is found by."""
+    """Value of the tag by which the run is found."""
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Log parameters, once; nested mappings become dotted names."""
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags, over what they were."""
+        """Set tags; existing values are replaced."""
 
     def dataset(self, photos: Photos, context: str) -> None:
-        """Log a set of images as an input, `context` being `training` or `validation`."""
+        """Log a set of images as an input. `context` is `training` or `validation`."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics at a step of the stage; those already logged there or later are left out."""
+        """Log metrics at a step of the stage. Metrics already logged at this or a later step are left out."""
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file, or a folder with what is in it, as it is now."""
+        """Log a file or a folder as it is now."""
 
     def end(self, state: EndState) -> None:
         """Close the run."""
 
 
 class StoreError(UserError):
-    """A store that does not answer as MLflow's do, or does not take entries; the message says what to do."""
+    """The store is not an MLflow store, or does not accept entries."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where runs are kept: in their folder, `runs`, or at the address that MLFLOW_TRACKING_URI names."""
+    """An MLflow store: in the folder `runs`, or at the address in MLFLOW_TRACKING_URI."""
 
     uri: str
     runs: Path | None = None
 
     @classmethod
     def default(cls, runs: Path) -> "Store":
-        """The store of a folder of runs."""
+        """The store at MLFLOW_TRACKING_URI if that is set, else in the folder of runs."""
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         runs = runs.absolute()
         return cls(uri) if uri else cls(_sqlite_address(runs / DATABASE), runs)
 
     @property
     def database(self) -> Path | None:
-        """The file of a folder's store."""
+        """The database file; None for a store at MLFLOW_TRACKING_URI."""
         return self.runs / DATABASE if self.runs else None
 
     @property
     def shown(self) -> str:
-        """The address as it may be printed."""
+        """The address without passwords."""
         return str(self.database) if self.database else without_password(self.uri)
 
     def client(self) -> "MlflowClient":
-        """A client; creates the store and the experiment where they are missing.
+        """A client. Creates the store and the experiment if they are missing.
 
-        Raises StoreError for an experiment in MLflow's trash, and for what is no MLflow server.
+        Raises StoreError if the experiment is in MLflow's trash or if the address is not an MLflow server's.
         """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # Whoever sends tries again by itself, and asks first what the store already has.
+        # The outbox does its own retries, after it has checked what the store already has.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         from mlflow import MlflowClient
@@ -102,7 +102,7 @@ class Store:
             client = MlflowClient(tracking_uri=self.uri)
             _create_experiment(client, None)
         else:
-            # Of two that begin in an empty folder, one makes the database and the other finds it.
+            # Two processes may start in an empty folder at the same time.
             with self._alone():
                 make_database(self.runs / DATABASE)
                 client = MlflowClient(tracking_uri=self.uri)
@@ -112,14 +112,14 @@ class Store:
         return client
 
     def artifacts(self, client: "MlflowClient", run_id: str) -> "ArtifactRepository":
-        """What holds a run's artifacts."""
+        """The repository of a run's artifacts."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         run = client.get_run(run_id)
         if self.runs is None or not _is_in_a_folder_of_runs(run.info.artifact_uri):
             return get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri)
         if not re.fullmatch("[0-9a-f]{32}", run_id):
-            raise StoreError(f"{self.shown}: {run_id!r} is no run's id")
+            raise StoreError(f"{self.shown}: {run_id!r} is not an id of an MLflow run")
         return get_artifact_repository((self._artifact_folder / run_id / "artifacts").as_uri())
 
     @contextmanager
@@ -131,7 +131,7 @@ class Store:
             except (FileError, OSError):
                 if not (self.runs / DATABASE).exists():
                     raise
-                # An archive that may only be read, say: there is nothing to be made.
+                # The folder may be read-only; its database exists.
             yield
 
     @property
@@ -140,15 +140,15 @@ class Store:
         return self.runs / "mlartifacts"
 
     def _point_artifacts_here(self, client: "MlflowClient") -> None:
-        """For MLflow's own pages: rewrite the addresses of artifacts after the folder of runs was moved or copied."""
+        """Update the addresses of artifacts in a moved or copied database, for MLflow's own web pages."""
         experiment = client.get_experiment_by_name(EXPERIMENT)
         here = self._artifact_folder.as_uri()
         if experiment is None or experiment.artifact_location == here:
             return
         if not _is_in_a_folder_of_runs(experiment.artifact_location):
-            return  # Somebody keeps them elsewhere.
+            return  # The user keeps artifacts elsewhere.
         there = experiment.artifact_location.rstrip("/")
-        # MLflow has no call for it. A folder that may not be written is read without.
+        # MLflow has no call for this. A read-only database stays as it is.
         with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.runs / DATABASE)) as connection:  # type: ignore[operator]
             connection.execute(
                 "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
@@ -163,19 +163,19 @@ class Store:
 
 
 def make_database(path: Path) -> None:
-    """Make an empty MLflow database where there is none; the caller sees to it that nobody else does."""
+    """Make an empty MLflow database if there is none. The caller must hold the lock."""
     if path.exists():
         return
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place: a database whose tables are half made, because a kill came between, is of no use again.
+    # Under another name first: a database that a kill left half made cannot be repaired.
     partial = path.with_name("mlflow.db.partial")
     partial.unlink(missing_ok=True)
     address = _sqlite_address(partial)
     MlflowClient(tracking_uri=address).search_experiments()
     partial.replace(path)
-    # MLflow takes the address for a path, and makes a folder of that name.
+    # MLflow also makes a folder named as the escaped address.
     mistaken = Path(address.removeprefix("sqlite:///")).parent
     if mistaken != path.parent:
         with suppress(OSError):
@@ -183,14 +183,14 @@ def make_database(path: Path) -> None:
 
 
 def _sqlite_address(path: Path) -> str:
-    """A database's address, `?`, `#` and `%` escaped; raises StoreError where SQLAlchemy does not read them back."""
+    """A database's address with `?`, `#` and `%` escaped. Raises StoreError if SQLAlchemy does not decode them."""
     if not set("?#%") & set(str(path)):
         return f"sqlite:///{path}"
     address = f"sqlite:///{quote(str(path), safe='/ +')}"
     from sqlalchemy.engine import make_url
 
     if make_url(address).database != str(path):
-        raise StoreError(f"{path.parent}: this version of SQLAlchemy opens no database in a folder with ?, # or %")
+        raise StoreError(f"{path.parent}: rename it: this version of SQLAlchemy cannot open paths with ?, # or %")
     return address
 
 
@@ -210,15 +210,15 @@ def _create_experiment(client: "MlflowClient", artifacts: str | None) -> None:
 
 
 def experiment_id(client: "MlflowClient") -> str:
-    """Id of the experiment; raises StoreError where it takes no entries."""
+    """Id of the experiment. Raises StoreError if it accepts no entries."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None and experiment.lifecycle_stage == "deleted":
         raise StoreError(
-            f"the experiment {EXPERIMENT} is in MLflow's trash: bring it back with "
+            f"the experiment {EXPERIMENT} is in MLflow's trash: restore it with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
     if experiment is None or not experiment.experiment_id:
-        raise StoreError("what answers at this address is no MLflow server")
+        raise StoreError("the server at this address is not an MLflow server")
     return str(experiment.experiment_id)
 
 
@@ -231,10 +231,10 @@ def find_run(client: "MlflowClient", key: str) -> str | None:
 
 
 def without_password(text: str) -> str:
-    """A text without the user names and passwords of the addresses in it, and without their options."""
+    """A text with user names, passwords and query strings removed from its addresses."""
     return re.sub(r"(\w+://)[^/@\s]*@", r"\1***@", re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text))
 
 
 def brief(error: Exception) -> str:
-    """What MLflow's libraries raised, on one line, without passwords."""
+    """An error of MLflow's libraries on one line, without passwords."""
     return shorten(without_password(f"{type(error).__name__}: {error}"), 160, placeholder=" …")

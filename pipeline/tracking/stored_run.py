@@ -1,4 +1,4 @@
-"""A run in an MLflow store: what it already holds is not logged again, and what was logged is looked for there."""
+"""A run in an MLflow store. It skips entries that the store already has, and checks that new ones arrived."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from pipeline.tracking.tags import KEY
 
 
 class EntryError(UserError):
-    """A log entry that no store can take, whatever its state."""
+    """A log entry that no store can accept."""
 
 
 class StoredRun:
@@ -33,12 +33,12 @@ class StoredRun:
         self._expected = _Expected()
 
     def start(self) -> None:
-        """Say that the run is at work (again)."""
+        """Set the run's status to RUNNING."""
         self.client.update_run(self.run_id, status="RUNNING")
         self._expected.status = "RUNNING"
 
     def parameters(self, values: Mapping[str, str], time: int) -> None:
-        """Log parameters that the run does not have."""
+        """Log the parameters that the run does not have yet."""
         from mlflow.entities import Param
 
         fresh = [Param(key, value) for key, value in values.items() if key not in self._parameters]
@@ -66,7 +66,7 @@ class StoredRun:
         self._expected.inputs.add(digest)
 
     def metrics(self, values: Mapping[str, float], step: int, time: int) -> None:
-        """Log the metrics whose history ends before `step`."""
+        """Log the metrics whose last step is before `step`."""
         from mlflow.entities import Metric
 
         fresh = [Metric(key, value, time, step) for key, value in values.items() if step > self._last_step.get(key, -1)]
@@ -76,7 +76,7 @@ class StoredRun:
         self._last_step |= {metric.key: step for metric in fresh}
 
     def artifact(self, path: Path, folder: str | None, time: int) -> None:
-        """Keep a file, or what is in a folder; one that is gone was kept before. Raises EntryError where it was not."""
+        """Log a file or the contents of a folder. Raises EntryError if neither disk nor store has it."""
         if path.is_dir():
             self._artifacts.log_artifacts(str(path), folder)
             self._expected.artifacts |= {PurePosixPath(folder or "", file.name) for file in path.iterdir()}
@@ -92,7 +92,7 @@ class StoredRun:
         self._expected.status = state
 
     def confirm(self) -> None:
-        """Look in the store for what was logged since the last time; raises StoreError where it is not there."""
+        """Check that the store shows all entries since the last call. Raises StoreError if it does not."""
         expected, self._expected = self._expected, _Expected()
         missing = expected.missing_in(self.client.get_run(self.run_id))
         for folder in {path.parent for path in expected.artifacts}:
@@ -102,11 +102,11 @@ class StoredRun:
                 f"artifact {path}" for path in expected.artifacts if path.parent == folder and path not in there
             ]
         if missing:
-            raise StoreError(f"MLflow took log entries and does not show them: {', '.join(missing[:3])}")
+            raise StoreError(f"MLflow accepted log entries but does not show them: {', '.join(missing[:3])}")
 
 
 class _Expected:
-    """What a store must show once the entries of a run have arrived."""
+    """What the store must show after the entries of a run have arrived."""
 
     def __init__(self) -> None:
         self.status: str | None = None
@@ -117,9 +117,9 @@ class _Expected:
         self.artifacts: set[PurePosixPath] = set()
 
     def missing_in(self, run: "Run") -> list[str]:
-        """What of it, but for artifacts, a run does not have."""
+        """What the run lacks, artifacts not included."""
         missing = [f"parameter {key}" for key in self.parameters - run.data.params.keys()]
-        # MLflow cuts long values off.
+        # MLflow truncates long values.
         missing += [
             f"tag {key}" for key, value in self.tags.items() if not value.startswith(run.data.tags.get(key, "?"))
         ]
@@ -131,7 +131,7 @@ class _Expected:
 
 
 def _shows(metrics: Mapping[str, float], key: str, value: float) -> bool:
-    """Whether a metric has its value; what is not finite, a store writes in its own way."""
+    """Whether a metric has this value. A non-finite value only has to exist: stores change it."""
     return key in metrics and (not math.isfinite(value) or metrics[key] == value)
 
 
@@ -142,7 +142,7 @@ def _digests(run: "Run") -> set[str]:
 def open_run(
     store: Store, client: "MlflowClient", key: str, name: str, parent: str | None, tags: Mapping[str, str], time: int
 ) -> StoredRun:
-    """The run with this key, under the run with the key `parent`; created if there is none."""
+    """The run with this key. If there is none, it is created under the run with the key `parent`."""
     run_id = find_run(client, key)
     if run_id is None:
         wanted = {**tags, KEY: key, "mlflow.runName": name}

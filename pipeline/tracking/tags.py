@@ -1,4 +1,4 @@
-"""The tags of MLflow's runs, `hpcm.*`: written, and read back, through these classes alone."""
+"""The `hpcm.*` tags of MLflow's runs. Only these classes write and read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,34 +7,34 @@ from typing import Any
 from pipeline.common.errors import UserError
 
 KEY = "hpcm.key"
-"""Tag by which a run is found again."""
+"""Tag by which a run is found."""
 KIND = "hpcm.kind"
-"""Tag of runs that are no chain's, such as `comparison`."""
+"""Tag of runs outside chains, such as `comparison`."""
 STAGE = "hpcm.stage"
-"""Tag that every run of a stage has, and no other run."""
+"""Tag that only runs of stages have."""
 
 _INPUT, _ATTEMPT = "hpcm.input.", "hpcm.attempt."
 
 
 class TagError(UserError):
-    """A run whose tags are not those that this program writes."""
+    """A run has tags that this program did not write."""
 
 
 @dataclass(frozen=True)
 class ChainTags:
-    """Which chain a run belongs to; a stage's run has these too."""
+    """The chain of a run. Runs of stages have these tags too."""
 
     recipe: str
     lmbda: float
     seed: int
 
     def to_tags(self) -> dict[str, str]:
-        """As MLflow keeps them."""
+        """The tags by name."""
         return {"hpcm.recipe": self.recipe, "hpcm.lmbda": repr(self.lmbda), "hpcm.seed": str(self.seed)}
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str], run: str) -> "ChainTags":
-        """From MLflow's; raises TagError, naming the run and the tag."""
+        """Read from MLflow's tags. Raises TagError, naming the run and the tag."""
         return cls(
             _needed(tags, "hpcm.recipe", str, run),
             _needed(tags, "hpcm.lmbda", float, run),
@@ -44,26 +44,26 @@ class ChainTags:
 
 @dataclass(frozen=True)
 class StageTags:
-    """What became of a stage; each field is written when it is known, and is None or empty before."""
+    """The results of a stage. A field that is not known yet is None or empty."""
 
     stage: str | None = None
     key: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
-    """Digests of what it is made from, by name."""
+    """Digests of its inputs, by name."""
     ledger: str | None = None
     """How many tensors were copied, renamed, …: `12 copied, 3 dropped`."""
     step0_loss: float | None = None
-    """R-D loss on the validation images before the first step, estimated."""
+    """Estimated R-D loss on the validation images before the first step."""
     acceptance: str | None = None
     checkpoint: str | None = None
     """The published file, relative to the folder of runs."""
     checkpoint_digest: str | None = None
-    """Of the published weights."""
+    """Digest of the published weights."""
     attempts: dict[int, str] = field(default_factory=dict)
-    """How each attempt began and what ended it, by the time when it began, in ms since 1970."""
+    """How each attempt began and what ended it, by start time in ms since 1970."""
 
     def to_tags(self) -> dict[str, str]:
-        """As MLflow keeps them: those that are known."""
+        """The known tags by name."""
         named: dict[str, Any] = {
             STAGE: self.stage, KEY: self.key, "hpcm.ledger": self.ledger, "hpcm.step0_loss": self.step0_loss,
             "hpcm.acceptance": self.acceptance, "hpcm.checkpoint": self.checkpoint,
@@ -75,7 +75,7 @@ class StageTags:
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str], run: str) -> "StageTags":
-        """From MLflow's; raises TagError, naming the run and the tag."""
+        """Read from MLflow's tags. Raises TagError, naming the run and the tag."""
         loss = _needed(tags, "hpcm.step0_loss", float, run) if "hpcm.step0_loss" in tags else None
         inputs = {tag.removeprefix(_INPUT).replace("_", " "): v for tag, v in tags.items() if tag.startswith(_INPUT)}
         attempts = {tag.removeprefix(_ATTEMPT): v for tag, v in sorted(tags.items()) if tag.startswith(_ATTEMPT)}
@@ -97,4 +97,4 @@ def _needed(tags: Mapping[str, str], tag: str, kind: type[Any], run: str) -> Any
         return kind(tags[tag])
     except (LookupError, ValueError) as error:
         found = repr(tags[tag]) if tag in tags else "missing"
-        raise TagError(f"MLflow's run {run}: its tag {tag} is {found}; this program did not write it") from error
+        raise TagError(f"MLflow's run {run}: the tag {tag} is {found}; this program did not write it") from error

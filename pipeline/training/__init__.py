@@ -1,1 +1,1 @@
-"""Transfer, parameter groups, objectives, the trainer."""
+"""Training a stage: initial weights, parameter groups, objectives and the trainer."""

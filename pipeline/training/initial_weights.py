@@ -1,4 +1,4 @@
-"""How a child starts from its parent: what is transferred, then what is solved on calibration crops."""
+"""The initial weights of a child: transferred from its parent, then partly solved on calibration crops."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,28 +13,28 @@ from pipeline.training.transfer import Class, Ledger, ledger_of, tensors_to_copy
 from pipeline.weights.checkpoints import codec_tensors
 
 BATCH = 8
-"""Crops that the codec sees at once."""
+"""Calibration crops per batch."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The ledger of a child, and what was narrowed and fitted."""
+    """The ledger of a child, and the modules that were narrowed and fitted."""
 
     ledger: Ledger
     narrowed: tuple[Site, ...] = ()
     fitted: tuple[Site, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able: the ledger, and the error of every site."""
+        """The ledger and the error of every site, JSON-able."""
         sites = {"narrowed": self.narrowed, "fitted": self.fitted}
         return {"ledger": self.ledger.to_json(), **{key: [asdict(s) for s in value] for key, value in sites.items()}}
 
 
 def start_child(parent: HPCM, child: HPCM, rules: Transfer, crops: TrainingCrops) -> Start:
-    """Fill `child` from `parent` in place; both on one device. Raises TransferError.
+    """Fill `child` from `parent` in place; both must be on one device. Raises TransferError.
 
-    Without `initialization: function-preserving` nothing is solved. The calibration crops are the first
-    `rules.calibration` of `crops`: a function of the seed and the data.
+    Layers are solved only with `initialization: function-preserving`. The calibration crops are the first
+    `rules.calibration` of `crops`, so they depend only on the seed and the data.
     """
     transferred = transfer_weights(parent, child, rules)
     to_narrow = narrowable_pairs(parent, child) if rules.narrow else {}

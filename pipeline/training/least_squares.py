@@ -1,6 +1,6 @@
-"""Linear layers solved in closed form: from the mean and covariance of their inputs, by ridge regression.
+"""Linear layers solved by ridge regression, in closed form, from the mean and covariance of their inputs.
 
-All sums are in float64, so that a result depends on the data and not on how they were divided into batches.
+All sums are in float64, so that the result does not depend on the batch size.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from modules.layers import LinearLayer
 
 RIDGE = 1e-6
-"""Added to the diagonal of a covariance, as a share of its mean: a channel that never varies gets no weight."""
+"""Added to the diagonal of a covariance, as a fraction of the mean diagonal. A constant channel gets no weight."""
 
 
 class Moments:
-    """Mean and covariance of row vectors, taken in batch by batch."""
+    """Mean and covariance of row vectors, added batch by batch."""
 
     def __init__(self, width: int):
         self.count = 0
@@ -23,7 +23,7 @@ class Moments:
         self.products = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Take in (n, width) vectors."""
+        """Add (n, width) vectors."""
         rows = rows.detach().to("cpu", torch.float64)
         self.count += len(rows)
         self.sum += rows.sum(0)
@@ -31,18 +31,18 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(width,)."""
+        """Mean vector, (width,)."""
         return self.sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """(width, width)."""
+        """Covariance matrix, (width, width)."""
         return self.products / self.count - torch.outer(self.mean, self.mean)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A linear layer y ≈ weight · x + bias, (out, in) and (out,), and the share of the target's variance it misses."""
+    """A linear layer y ≈ weight · x + bias, (out, in) and (out,). `error` is its unexplained share of variance."""
 
     weight: Tensor
     bias: Tensor
@@ -50,10 +50,10 @@ class Solution:
 
 
 def choose_channels(weight: Tensor, covariance: Tensor, count: int) -> Tensor:
-    """The `count` inputs from which weight · x, weight (out, in), is best predicted; in increasing order.
+    """Indices of the `count` inputs that best predict weight · x, in increasing order. `weight` is (out, in).
 
-    Greedy forward selection: each choice removes most of the output's variance that the inputs chosen before leave
-    unexplained. `covariance` (in, in) is that of the inputs.
+    Greedy forward selection: each step chooses the input that explains most of the remaining variance of the output.
+    `covariance` is the covariance of the inputs, (in, in).
     """
     weight, left = weight.double(), covariance.clone()
     floor = RIDGE * float(covariance.diagonal().mean()) + 1e-30
@@ -71,7 +71,7 @@ def choose_channels(weight: Tensor, covariance: Tensor, count: int) -> Tensor:
 
 
 def solve_part(weight: Tensor, bias: Tensor, moments: Moments, index: Tensor) -> Solution:
-    """The layer that reads only the inputs `index` (k,) and comes closest to weight · x + bias."""
+    """The layer that best approximates weight · x + bias from only the inputs `index` (k,)."""
     weight, bias = weight.double(), bias.double()
     covariance, mean = moments.covariance, moments.mean
     cross = weight @ covariance[:, index]
@@ -82,7 +82,7 @@ def solve_part(weight: Tensor, bias: Tensor, moments: Moments, index: Tensor) ->
 
 
 def solve_fit(moments: Moments, inputs: int) -> Solution:
-    """The layer from the first `inputs` entries of the vectors to the rest."""
+    """The layer that predicts the rest of the vectors from their first `inputs` entries."""
     covariance, mean = moments.covariance, moments.mean
     own, cross = covariance[:inputs, :inputs], covariance[inputs:, :inputs]
     weight = _ridge(own, cross)
@@ -98,13 +98,13 @@ def _ridge(covariance: Tensor, cross: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, layer: LinearLayer) -> Tensor:
-    """What a linear layer or 1×1 convolution reads or writes, (B, T, C) or (B, C, H, W), as rows (n, C)."""
+    """Input or output of a linear layer (B, T, C) or a 1×1 convolution (B, C, H, W), as rows (n, C)."""
     return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
 
 
 @torch.no_grad()
 def set_layer(layer: LinearLayer, solution: Solution) -> None:
-    """Give a linear layer or 1×1 convolution its solution; without a bias of its own, the bias is left out."""
+    """Copy a solution into a linear layer or 1×1 convolution. A layer without bias ignores the solution's bias."""
     layer.weight.copy_(solution.weight.view_as(layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(solution.bias)

@@ -1,8 +1,8 @@
-"""Narrower forms of the parent's modules, and last layers of new components, fitted on calibration crops.
+"""Narrowing of the parent's modules, and fitting of new components' last layers, on calibration crops.
 
-A module of the child that differs from the parent's in inner width alone keeps the parent's most useful inner
-channels, and the linear layer that reads them is solved anew for the wide module's output. This is done module after
-module in the order in which the codec computes them, each on what the narrowed ones before it give.
+A module of the child may differ from the parent's only by a smaller inner width. It then keeps the parent's most useful
+inner channels, and its last linear layer is solved again for the output of the wide module. Modules are narrowed in the
+order of computation. Each is solved on the outputs of the modules narrowed before it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ Crops = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """A module that was narrowed or fitted, and the share of its target's variance that the solution misses."""
+    """A module that was narrowed or fitted. `error` is the unexplained share of its target's variance."""
 
     name: str
     source: str
@@ -41,7 +41,7 @@ class Site:
 
 
 def narrowable_pairs(parent: HPCM, child: HPCM) -> dict[str, str]:
-    """The child's modules that differ from the parent's in a smaller inner width alone: child's name → parent's."""
+    """Child's name → parent's name of the modules that differ only by a smaller inner width in the child."""
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     pairs = {}
     for name, source in corresponding(parent, child).items():
@@ -57,9 +57,9 @@ def narrowable_pairs(parent: HPCM, child: HPCM) -> dict[str, str]:
 
 
 def narrow(parent: HPCM, child: HPCM, pairs: Mapping[str, str], crops: Crops) -> list[Site]:
-    """Give the child's narrow modules the best part of the parent's; `pairs` are those of `narrowable_pairs`.
+    """Fill the child's narrow modules from the parent's. `pairs` comes from `narrowable_pairs`.
 
-    Everything else must be transferred already.
+    All other tensors must be transferred already.
     """
     if not pairs:
         return []
@@ -91,9 +91,9 @@ def narrow(parent: HPCM, child: HPCM, pairs: Mapping[str, str], crops: Crops) ->
 def fit(parent: HPCM, child: HPCM, crops: Crops) -> list[Site]:
     """Solve the last linear layer of every new component for its predecessor's output on the predecessor's inputs.
 
-    A component without such a layer is left as it is. (On the `tiny` Baseline with narrow RWKV attention, step 0 was
-    0.0018 above the parent's loss so, 0.0043 with each component fitted on the inputs that it gets in the child, and
-    0.0088 without.)
+    A component without such a layer does not change. On the `tiny` Baseline with narrow RWKV attention, the loss at
+    step 0 was 0.0018 above the parent's. It was 0.0043 above when fitted on the component's inputs in the child, and
+    0.0088 above without fitting.
     """
     sites = []
     for name in new_components(parent, child):
@@ -124,14 +124,14 @@ def _fitted(parent: HPCM, name: str, component: nn.Module, layer: LinearLayer, c
 
 
 def _moments(model: HPCM, layer: LinearLayer, crops: Crops) -> Moments:
-    """Moments of what a layer reads, over all its calls."""
+    """Moments of a layer's inputs over all its calls."""
     moments = Moments(layer.weight.shape[1])
     _watch(model, layer, lambda module, given, output: moments.add(rows_of(given[0], layer)), crops)
     return moments
 
 
 def _order_of_calls(model: HPCM, paths: list[str], crops: Crops) -> list[str]:
-    """The modules in the order in which the codec first calls them."""
+    """The modules in order of their first call."""
     order: dict[str, None] = {}
     handles = [
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.setdefault(path)) for path in paths
@@ -159,7 +159,7 @@ def _run(model: HPCM, crops: Crops) -> None:
 
 
 def _narrowable_around(model: nn.Module, name: str) -> str | None:
-    """The path of the innermost narrowable module that a tensor belongs to."""
+    """Path of the innermost narrowable module that contains a tensor."""
     path = name.rpartition(".")[0]
     while path and not isinstance(model.get_submodule(path), Narrowable):
         path = path.rpartition(".")[0]

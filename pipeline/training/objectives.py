@@ -1,7 +1,7 @@
-"""What a segment minimizes, and how a new component takes over from its predecessor.
+"""The objectives of segments, and the handover from old to new components.
 
-Every objective is a mean over the samples of a batch, so that N processes with B/N samples each minimize what one
-process with B does; and a module, so that whatever wraps it (DDP, torch.compile) sees the whole step.
+An objective is a mean over the samples of a batch, so N processes with B/N samples each minimize the same value as one
+process with B samples. It is a module, so DDP and torch.compile can wrap the whole step.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
 
 
 def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Sequence[int]) -> Noise:
-    """The noise of these samples at image size (H, W): a function of (seed, sample) alone, on the CPU."""
+    """The noise of these samples at image size (H, W), on the CPU. It depends only on (seed, sample)."""
     y_shape, z_shape = model.latent_shapes(*size)
     drawn = []
     for sample in samples:
@@ -35,7 +35,7 @@ def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Seque
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What an objective is made from."""
+    """The inputs from which an objective is built."""
 
     child: HPCM
     parent: HPCM | None
@@ -46,15 +46,15 @@ class ObjectiveContext:
 
 
 class Objective(nn.Module):
-    """What a segment minimizes. Registered with `register_objective`."""
+    """A loss that a segment minimizes. Subclasses are registered with `register_objective`."""
 
     @classmethod
     def build(cls, context: ObjectiveContext) -> "Objective":
-        """The objective of a segment."""
+        """Build the objective of a segment."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """Code images (B, 3, H, W); returns the scalar `loss`, a mean over samples, and others to log beside it."""
+        """Code images (B, 3, H, W). Returns the scalar `loss`, a mean over samples, and other scalars to log."""
         raise NotImplementedError
 
 
@@ -63,11 +63,11 @@ ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
 
 
 def register_objective(name: str, traits: ObjectiveTraits) -> Callable[[ObjectiveClass], ObjectiveClass]:
-    """Register an objective under its name in recipes; raises ValueError for a name that another class has."""
+    """Register an objective under its name in recipes. Raises ValueError if another class has that name."""
 
     def add(objective: ObjectiveClass) -> ObjectiveClass:
         if name in _CLASSES and _CLASSES[name].__qualname__ != objective.__qualname__:
-            raise ValueError(f"the objective {name!r} is {_CLASSES[name].__qualname__} already")
+            raise ValueError(f"the objective {name!r} is already registered by {_CLASSES[name].__qualname__}")
         OBJECTIVES[name] = traits
         _CLASSES[name] = objective
         return objective
@@ -76,7 +76,7 @@ def register_objective(name: str, traits: ObjectiveTraits) -> Callable[[Objectiv
 
 
 def build_objective(name: str, context: ObjectiveContext) -> Objective:
-    """The objective of this name in recipes."""
+    """Build the objective with this name."""
     return _CLASSES[name].build(context)
 
 
@@ -84,7 +84,7 @@ def build_objective(name: str, context: ObjectiveContext) -> Objective:
 class RateDistortion(Objective):
     """λ · distortion + bits per pixel, such as λ·255²·MSE + bpp or λ·(1 − MS-SSIM) + bpp.
 
-    Where no transform is trainable the distortion cannot change: g_s is not run and the rate alone is minimized.
+    Without a trainable transform the distortion cannot change. Then g_s is not run, and only the rate is minimized.
     """
 
     def __init__(self, model: HPCM, lmbda: float, metric: str):
@@ -93,11 +93,11 @@ class RateDistortion(Objective):
 
     @classmethod
     def build(cls, context: ObjectiveContext) -> "RateDistortion":
-        """The loss of the child at the stage's λ."""
+        """Build the loss of the child at the stage's λ."""
         return cls(context.child, context.lmbda, context.metric)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """Code images (B, 3, H, W); returns the scalars `loss`, `bpp` and, where it can change, `distortion`."""
+        """Code images (B, 3, H, W). Returns the scalars `loss`, `bpp` and, if it can change, `distortion`."""
         transforms = (self.model.g_a, self.model.g_s)
         reconstruct = any(p.requires_grad for transform in transforms for p in transform.parameters())
         coded = self.model(images, training=True, noise=noise, reconstruct=reconstruct)
@@ -105,14 +105,14 @@ class RateDistortion(Objective):
         if not reconstruct:
             return {"loss": bpp, "bpp": bpp}
         metric = metric_named(self.metric)
-        assert metric.distortion is not None  # the recipe's schema sees to it
+        assert metric.distortion is not None  # checked by the recipe's schema
         distortion = metric.distortion(coded["x_hat"], images)
         return {"loss": self.lmbda * metric.weight * distortion + bpp, "bpp": bpp, "distortion": distortion}
 
 
 @register_objective("align", OBJECTIVES["align"])
 class Align(Objective):
-    """Trains new components alone: given the inputs of each call in the parent, they learn its output.
+    """Trains new components to give the outputs of the parent's components on the same inputs.
 
     The loss is the mean over calls of squared error / variance of the target, both per image.
     """
@@ -120,23 +120,23 @@ class Align(Objective):
     def __init__(self, model: HPCM, parent: HPCM, components: Sequence[str]):
         super().__init__()
         self.model, self.components = model, components
-        self._teacher = (parent,)  # In a tuple: not a submodule, so nobody wraps, trains or saves it.
+        self._teacher = (parent,)  # In a tuple, so that it is not a submodule: it is not wrapped, trained or saved.
 
     @classmethod
     def build(cls, context: ObjectiveContext) -> "Align":
-        """The alignment of the child's new components with the parent's."""
-        assert context.parent is not None  # the schema sees to it
+        """Build the alignment of the child's new components with the parent's."""
+        assert context.parent is not None  # checked by the recipe's schema
         return cls(context.child, context.parent, context.components)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """Compare on images (B, 3, H, W); returns the scalar `loss`. The noise is not used."""
+        """Compare on images (B, 3, H, W). Returns the scalar `loss`. The noise is not used."""
         with torch.no_grad(), recorded_calls(self._teacher[0], self.components) as sites:
             self._teacher[0](images, training=True, reconstruct=False)
         errors = []
         for name, calls in sites.items():
             component = self.model.get_submodule(name)
             for inputs, target in calls:
-                # Autocast leaves both in bfloat16, too coarse for their difference.
+                # Autocast leaves both in bfloat16, which is too coarse for their difference.
                 output, target = (x.to(images.dtype).flatten(1) for x in (component(*inputs), target))
                 error = (output - target).square().mean(1)
                 errors.append((error / target.var(1).clamp_min(1e-12)).mean())
@@ -145,7 +145,7 @@ class Align(Objective):
 
 @contextmanager
 def recorded_calls(model: HPCM, components: Sequence[str]) -> Iterator[dict[str, list[tuple[Any, Tensor]]]]:
-    """Record inputs and output of every call of these components while the context lasts."""
+    """Within the context, record inputs and output of every call of these components."""
     sites: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
 
     def watch(name: str) -> RemovableHandle:
@@ -163,15 +163,15 @@ def recorded_calls(model: HPCM, components: Sequence[str]) -> Iterator[dict[str,
 
 
 class Handover:
-    """While it lasts, a new component's output is (1 − a)·parent's + a·new: it starts where the parent ended.
+    """Blends the outputs of old and new components: (1 − a) · parent's + a · child's, until `end` is called.
 
-    The parent's components stay outside the child's state dict, frozen; gradients pass through them to their inputs.
+    The parent's components are frozen and not in the child's state dict. Gradients pass through them to their inputs.
     """
 
     def __init__(self, child: HPCM, parent: HPCM, components: Sequence[str]):
         device = child.means_hyper.device
         self.share = torch.zeros((), device=device)
-        """a, from 0 (parent alone) to 1 (child alone)."""
+        """a, from 0 (only the parent) to 1 (only the child)."""
         self._handles = [
             child.get_submodule(name).register_forward_hook(self._blend(parent.get_submodule(name)))
             for name in components
@@ -186,6 +186,6 @@ class Handover:
         return hook
 
     def end(self) -> None:
-        """Remove the parent's share."""
+        """Remove the parent's components from the outputs."""
         for handle in self._handles:
             handle.remove()

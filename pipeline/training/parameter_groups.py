@@ -1,4 +1,4 @@
-"""Which parameters a segment trains, and at which learning rate."""
+"""The trainable parameters of a segment and their learning rates."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,14 +12,14 @@ from pipeline.common.errors import UserError
 
 
 class SelectionError(UserError):
-    """A pattern that selects nothing, or a parameter that no pattern selects; the message names it."""
+    """A pattern selects nothing, or no pattern selects a parameter. The message names it."""
 
 
 def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]) -> frozenset[str]:
     """Names of the parameters that `train` selects: `all`, or one or several selectors.
 
-    A selector is `new` (the ledger's new tensors), the name of a kind of component, such as `rwkv` (parameters of all
-    components of that kind), or a glob over names. Raises SelectionError for one that selects nothing.
+    A selector is `new` (the ledger's new tensors), a kind of component such as `rwkv` (the parameters of all components
+    of that kind), or a glob over names. Raises SelectionError for a selector that selects nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     if train == "all":
@@ -34,23 +34,23 @@ def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]
 
 
 def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
-    """Set `requires_grad` of every parameter: true for `names`, false for all others."""
+    """Set `requires_grad` to true for `names` and to false for all other parameters."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
 
 
 def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str]) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters, each in exactly one: the first rate that selects it, in order.
+    """Optimizer groups of the trainable parameters. Each parameter gets the first rate whose key selects it.
 
-    A key is a selector as in `trainable_names`, or `default`, which takes what the others leave. Raises SelectionError
-    for a key that selects nothing and for a parameter that is left over.
+    A key is a selector as in `trainable_names`, or `default` for all remaining parameters. Raises SelectionError for a
+    key that selects nothing and for a parameter that no key selects.
     """
     rest = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = []
     for key in sorted(rates, key=lambda key: key == "default"):
         matched = set(rest) if key == "default" else _selected(key, list(rest), model, new)
         if not matched:
-            raise SelectionError(f"lr: {key!r} selects no trainable parameter (an earlier key may have taken them)")
+            raise SelectionError(f"lr: {key!r} selects no trainable parameter (an earlier key may already select them)")
         names = [name for name in rest if name in matched]
         groups.append({"params": [rest.pop(name) for name in names], "names": names, "lr": rates[key], "key": key})
     if rest:

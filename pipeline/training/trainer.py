@@ -1,4 +1,4 @@
-"""The schedule of a stage: segment after segment, step after step, under Accelerate."""
+"""Trains a stage through the segments of its schedule, with Accelerate."""
 
 import math
 import time
@@ -27,30 +27,30 @@ from pipeline.weights.checkpoints import codec_tensors, load_weights
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 LOSSES_KEPT = 32
-"""Losses of a segment that are kept for their median."""
+"""Number of recent losses in the running median."""
 EXPLODED = 10.0
-"""A loss of that many times the median gets a message."""
+"""A loss above this many times the median is reported as exploding."""
 
 
 class TrainingError(UserError):
-    """Training that cannot go on; the last good state is kept."""
+    """Training cannot continue. The last good state is kept."""
 
 
 @dataclass(frozen=True)
 class Migration:
-    """A child on its way from its parent (None for a root stage)."""
+    """A child and its parent (None for a root stage)."""
 
     child: HPCM
     parent: HPCM | None
     components: tuple[str, ...]
     """Components of the child that differ from the parent's."""
     new: frozenset[str]
-    """The tensors that a frozen segment trains."""
+    """Names of the tensors that a frozen segment trains."""
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """Who is told of the training: MLflow's run, a person, and whoever measures at the end of each segment."""
+    """Receivers of progress: an MLflow run, a watcher, and a function called at the end of each segment."""
 
     run: Run = field(default_factory=Run)
     watcher: Watcher = field(default_factory=Watcher)
@@ -58,7 +58,7 @@ class Reporting:
 
 
 class Trainer:
-    """Trains a stage's child through its schedule, from any state to the end."""
+    """Trains a stage's child from any training state to the end of its schedule."""
 
     def __init__(
         self,
@@ -74,9 +74,10 @@ class Trainer:
         migration.child.set_gradient_checkpointing(stage.gradient_checkpointing)
 
     def train(self, states: StateFolder, start: TrainingState) -> TrainingState:
-        """Train to the end of the schedule, saving into `states`; raises Interrupted after a save when asked to stop.
+        """Train to the end of the schedule and save states into `states`.
 
-        Raises TrainingError after more than `max_bad_steps` non-finite steps in a row.
+        After a signal it saves and raises Interrupted. After more than `max_bad_steps` non-finite steps in a row it
+        raises TrainingError.
         """
         state = start
         load_weights(self.migration.child, state.model, "training state")
@@ -132,7 +133,7 @@ class _SegmentRun:
         return build_objective(self.segment.objective, context)
 
     def train(self) -> Progress:
-        """Run the rest of the segment's steps."""
+        """Run the remaining steps of the segment."""
         self.trainer.reporting.watcher.segment(self.segment, self.progress.step)
         batches = StepBatches(
             self.progress.stage_step,
@@ -156,7 +157,7 @@ class _SegmentRun:
         return self.progress
 
     def _step(self, images: Tensor, samples: list[int]) -> dict[str, float] | None:
-        """One update; returns the objective's values, or None where a non-finite gradient made it skip."""
+        """One update. Returns the objective's values, or None if a non-finite loss or gradient skipped the update."""
         step = self.progress.step
         factor = _schedule_factor(self.segment, step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -174,7 +175,7 @@ class _SegmentRun:
             self.handover.end()
             self.handover = None
         means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
-        # Loss and gradient are means over all processes: what is finite for one is finite for all.
+        # Loss and gradient are means over all processes, so all processes decide alike.
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             return None
         self.optimizer.step()
@@ -209,24 +210,24 @@ class _SegmentRun:
             raise TrainingError(
                 f"{self.stage.name}/{self.segment.name}: {progress.consecutive_bad} steps in a row had a loss or "
                 f"gradient that is not finite, up to step {progress.step}. The last good state is kept in "
-                f"{self.states.folder}; look at the data, then run the same command; "
-                "or lower the learning rate, with which the stage begins again."
+                f"{self.states.folder}. Check the data and run the same command to continue, "
+                "or lower the learning rate, which starts the stage again."
             )
 
     def _watch_loss(self, loss: float) -> tuple[list[float], bool]:
-        """The segment's last losses with this one, and whether it is far above their median; a message says so."""
+        """The recent losses including this one, and whether it explodes. An exploding loss is reported."""
         before = self.progress.losses
         known = OBJECTIVES[self.segment.objective].steady and len(before) == LOSSES_KEPT
         exploded = known and loss > EXPLODED * median(before)
         if exploded:
             self.trainer.reporting.watcher.note(
-                f"{self.segment.name}, step {self.progress.step + 1}: the loss explodes: {loss:.4g}, where the median "
+                f"{self.segment.name}, step {self.progress.step + 1}: the loss explodes: {loss:.4g}; the median "
                 f"of the last {LOSSES_KEPT} steps is {median(before):.4g}"
             )
         return [*before, loss][-LOSSES_KEPT:], exploded
 
     def _report(self, window: dict[str, float]) -> dict[str, float]:
-        """Log the means since the last time, under names that say segment and unit."""
+        """Log the means since the last report, under names with segment and unit."""
         count = window.get("count", 0)
         values = {key: value / count for key, value in window.items() if key != "count"} if count else {}
         if "distortion" in values:
@@ -244,7 +245,7 @@ class _SegmentRun:
 
     def _save_if_due(self) -> None:
         signum = self.trainer.processes.agreed_signal()
-        # At the segment's end too: what follows there can take long.
+        # Also at the end of the segment: the validation that follows can take long.
         if signum or self.progress.step % self.stage.checkpoint_every == 0 or self.progress.step == self.segment.steps:
             self.trainer.processes.on_main_process(self._save)
         fault("step")
@@ -258,7 +259,7 @@ class _SegmentRun:
 
 
 def _schedule_factor(segment: Segment, step: int) -> float:
-    """What the learning rates are multiplied with at a step: linear warm-up, then constant or cosine decay."""
+    """Factor of the learning rates at a step: linear warm-up times constant or cosine decay."""
     rise = min(1.0, (step + 1) / segment.warmup) if segment.warmup else 1.0
     fall = 0.5 * (1 + math.cos(math.pi * step / segment.steps)) if segment.decay == "cosine" else 1.0
     return rise * fall

@@ -1,4 +1,4 @@
-"""Transfer: every tensor of parent and child ends in one class, written in a ledger."""
+"""Transfer of weights from parent to child, with a ledger that puts every tensor into one class."""
 
 import re
 from collections import Counter
@@ -19,14 +19,14 @@ Class = Literal["copied", "renamed", "narrowed", "fitted", "initialized", "dropp
 
 
 class TransferError(UserError):
-    """A tensor or a rename rule that fits nowhere; the message names it."""
+    """A tensor's shapes disagree, or a rename rule does not apply. The message names it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its name in the child (in the parent, if dropped), the name it came from, its digest afterwards.
+    """One tensor: its name in the child (in the parent, if dropped), its name in the parent, its digest after transfer.
 
-    `new` is what a frozen segment trains: what was not copied, and all of a component that the parent does not have.
+    `new` is true for tensors that a frozen segment trains: those not copied, and all tensors of new components.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All tensors of parent and child, each once."""
+    """All tensors of parent and child; each appears once."""
 
     entries: tuple[Entry, ...]
 
@@ -54,7 +54,7 @@ class Ledger:
 
     @classmethod
     def of_root(cls, model: HPCM) -> "Ledger":
-        """The ledger of a model that has no parent: everything is initialized."""
+        """The ledger of a model without parent: all tensors are initialized."""
         return cls(
             tuple(
                 Entry(name, None, tuple(tensor.shape), "initialized", True, tensor_digest(tensor))
@@ -68,17 +68,18 @@ class Ledger:
 
     @classmethod
     def from_json(cls, entries: list[dict[str, Any]]) -> "Ledger":
-        """The ledger that `to_json` wrote."""
+        """Read a ledger from the output of `to_json`."""
         return cls(tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries))
 
 
 def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     """Fill `child` from `parent` in place and return the ledger.
 
-    A tensor of the same name and shape is copied where parent and child share its component. A component that differs
-    takes over what its kind says (`Kind.takes_over`). `rules.rename` adds to that. The rest of the child keeps its own
-    initialization; components that differ start as the identity unless `rules.initialization` is `design`. With
-    `scratch` nothing is copied. Raises TransferError where a rule matches nothing or shapes disagree.
+    Tensors of the same name and shape are copied, except in new components, which differ from the parent's. A new
+    component takes over the tensors that its kind names (`Kind.takes_over`). `rules.rename` adds more. All other
+    tensors keep their initialization. New components start as the identity if `rules.initialization` is
+    `function-preserving`. With `scratch` nothing is copied. Raises TransferError if a rule matches nothing or shapes
+    disagree.
     """
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     sources = tensors_to_copy(parent, child, rules)
@@ -98,8 +99,8 @@ def ledger_of(
 ) -> Ledger:
     """The ledger of a filled child.
 
-    `sources` maps the child's names to the parent's of what was copied, `solved` to the class and the source of what
-    was narrowed or fitted.
+    `sources` maps the child's name to the parent's name for every copied tensor. `solved` maps the child's name to
+    (class, source) for every narrowed or fitted tensor.
     """
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     new = new_tensors(parent, child, sources)
@@ -118,7 +119,7 @@ def ledger_of(
 
 
 def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str]:
-    """Child's name → parent's name of every tensor that is transferred; raises what `transfer_weights` raises."""
+    """Child's name → parent's name of every transferred tensor. Raises TransferError as `transfer_weights` does."""
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     renamed = _renamed(rules.rename, theirs, ours)
     wanted = {**corresponding(parent, child), **renamed}
@@ -133,15 +134,15 @@ def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str
         elif name in renamed or not name.startswith((*different, *narrowable)):
             raise TransferError(
                 f"{name} has shape {list(ours[name].shape)} in the child but {list(theirs[source].shape)} "
-                f"as {source} in the parent: the stage's model settings must agree where it keeps a component"
+                f"as {source} in the parent: they must agree; change the stage's `model` or `transfer.rename`"
             )
     return sources
 
 
 def corresponding(parent: HPCM, child: HPCM) -> dict[str, str]:
-    """Child's name → parent's name of every tensor with the same meaning, whatever the shapes.
+    """Child's name → parent's name of corresponding tensors, whatever their shapes.
 
-    Outside components and in those that are alike, that is the same name; elsewhere what the child's kind takes over.
+    In new components, the child's kind says which tensors correspond. Elsewhere they have the same name.
     """
     ours, theirs = codec_tensors(child), codec_tensors(parent)
     different = new_components(parent, child)
@@ -158,7 +159,7 @@ def corresponding(parent: HPCM, child: HPCM) -> dict[str, str]:
 
 
 def new_tensors(parent: HPCM, child: HPCM, sources: Mapping[str, str]) -> frozenset[str]:
-    """The child's tensors that a frozen segment trains: not copied, or of a component unlike the parent's."""
+    """The child's tensors that a frozen segment trains: those not copied, and all tensors of new components."""
     components = tuple(f"{component}." for component in new_components(parent, child))
     return frozenset(name for name in codec_tensors(child) if sources.get(name) != name or name.startswith(components))
 
@@ -179,16 +180,16 @@ def _renamed(rules: Mapping[str, str], theirs: Mapping[str, Tensor], ours: Mappi
         for source, target in moves:
             if target not in ours:
                 raise TransferError(
-                    f"transfer.rename: {old!r} → {new!r} takes {source} to {target}, which the child does not have"
+                    f"transfer.rename: {old!r} → {new!r} renames {source} to {target}, which the child does not have"
                 )
             if target in sources:
-                raise TransferError(f"transfer.rename: {target} would be taken from {sources[target]} and {source}")
+                raise TransferError(f"transfer.rename: both {sources[target]} and {source} become {target}")
             sources[target] = source
     return sources
 
 
 def _moved(old: str, new: str, names: Iterable[str], rest: str) -> Iterable[tuple[str, str]]:
-    """Every name under the prefix `old`, and what it becomes under `new`; what follows the prefix matches `rest`."""
+    """(name, new name) of every name that begins with the pattern `old`; `rest` is a regex for the remainder."""
     pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^.]+)", re.escape(old)) + f"(?P<_rest>{rest})")
     for name in names:
         if match := pattern.fullmatch(name):

@@ -1,16 +1,16 @@
-"""What a person sees of the training."""
+"""The interface that shows training to a person."""
 
 from pipeline.recipes.schema import Segment
 
 
 class Watcher:
-    """Is told how the training goes; this one says nothing."""
+    """Receives the progress of training. This base class shows nothing."""
 
     def segment(self, segment: Segment, done: int) -> None:
-        """A segment begins, with `done` of its steps behind it."""
+        """A segment begins or resumes, after `done` steps."""
 
     def step(self, values: dict[str, float] | None) -> None:
-        """A step is over; `values` are the means since the last time there were any."""
+        """A step has ended. `values` are the means since the last report; None between reports."""
 
     def note(self, line: str) -> None:
-        """Something worth a line."""
+        """Show a line of text."""

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: less noisy than the last step's, at no cost in decoding."""
+"""An exponential moving average of the weights. It has less noise than the last step and costs nothing in decoding."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """The average of a segment's trainable parameters, by name; it starts as the parameters are.
+    """The average of a segment's trainable parameters, by name. It starts at their initial values.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the weights at the start of a short segment
-    do not outlast it.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the initial weights do not dominate a short
+    segment.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -21,7 +21,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the parameters after a step; `updates` counts those before."""
+        """Update after a step. `updates` is the number of earlier updates."""
         average = get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)))
         average(list(self.values.values()), [p.detach() for p in self.parameters.values()], updates)
 
@@ -33,6 +33,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Give the parameters their average."""
+        """Copy the average into the parameters."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.values[name])

@@ -124,9 +124,9 @@ def test_another_number_of_threads_is_told_when_a_stage_resumes(runs: Path) -> N
         run_chain(chain, same)
     finally:
         torch.set_num_threads(threads)
-    told = f"threads: {threads} until now, {threads + 1} from here; the result will be as good, and not bit for bit"
+    told = f"threads: {threads} before, {threads + 1} now; the result will be as good as that of an uninterrupted run"
     assert [line for line in changed.lines if line.startswith(told)]
-    assert not [line for line in same.lines if "until now" in line]
+    assert not [line for line in same.lines if "uninterrupted" in line]
 
 
 def test_what_is_done_is_left_alone(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
     assert [planned.status for planned in chain.plan()] == ["done"]
     with pytest.raises(
         StageError,
-        match=r"own.safetensors: does not match baseline .*'heads': 4.*expected .*'heads': 8",
+        match=r"own.safetensors: does not match the recipe's baseline.*'heads': 4.*expected .*'heads': 8",
     ):
         run_chain(
             mini_chain(tmp_path / "other", "baseline", ["model.overrides.attention.cross-attention.heads=8"], path)
@@ -189,7 +189,7 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
         mini_chain(runs, "baseline", baseline=tmp_path / "nowhere.safetensors").plan()
     with pytest.raises(ChainError, match="this is the chain's own baseline"):
         mini_chain(runs, "baseline", baseline=chain.tasks[0].checkpoint)
-    with pytest.raises(ChainError, match=r"lmbda-0.013/baseline: made from a file given as --baseline .* again"):
+    with pytest.raises(ChainError, match=r"lmbda-0.013/baseline: this stage was made from a file; .* --baseline"):
         mini_chain(runs, "phase1").plan()
     assert chain.tasks[0].checkpoint.is_file()
 

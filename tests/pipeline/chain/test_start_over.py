@@ -69,7 +69,7 @@ def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     other = mini_chain(runs, "baseline", ["optimizer.clip_norm=0.5"])
-    assert other.plan()[0].reason == "not built yet; an interrupted training is left alone: recipe changed"
+    assert other.plan()[0].reason == "not built yet; an interrupted training with other inputs is kept: recipe changed"
     with pytest.raises(Interrupted):
         run_chain(other, Stop("scratch", 2, signal.SIGTERM))
     assert other.plan()[0].reason == "cut off in scratch at step 2"
@@ -87,7 +87,7 @@ def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
 def test_force_builds_a_current_stage_again(built: Chain) -> None:
     before, asked = built.tasks[1].checkpoint.read_bytes(), []
     notes = rebuild(built, asked.extend, force=True)
-    assert asked == [f"phase1: what is published moves to {built.folder / 'superseded'}"]
+    assert asked == [f"phase1: the published stage moves to {built.folder / 'superseded'}"]
     assert notes.lines[:2] == ["baseline: done", "phase1: not built yet"]
     assert built.tasks[1].checkpoint.read_bytes() == before
     (aside,) = (built.folder / "superseded").iterdir()
@@ -108,7 +108,7 @@ def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
         rebuild(chain, refuse, fresh=True)
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
     notes = rebuild(chain, asked.extend, fresh=True)
-    assert asked == [f"baseline: the training that was cut off moves to {chain.folder / 'abandoned'}"]
+    assert asked == [f"baseline: the interrupted training moves to {chain.folder / 'abandoned'}"]
     assert notes.steps == 6
     assert list((chain.folder / "abandoned" / "baseline").glob("*/segment-*"))
     cut_off, whole = [run for run in runs_of(chain)[1] if "hpcm.stage" in run.data.tags]

@@ -85,7 +85,7 @@ def file_for_runs(tmp_path: Path) -> list[object]:
         (file_for_images, ["file.pth.tar: not a folder; give a folder of images"]),
         (file_for_runs, ["/file/mini/lmbda-0.013: Not a directory"]),
         (lambda _: ["import", FOLDER, "baseline.safetensors"], ["mini: a folder, not a file"]),
-        (lambda path: ["audit", "--runs", path / "nowhere"], ["nothing was run in", "--runs names another"]),
+        (lambda path: ["audit", "--runs", path / "nowhere"], ["nothing was run in", "choose a folder with --runs"]),
     ],
 )
 def test_bad_input_is_one_screen_that_says_what_to_do(

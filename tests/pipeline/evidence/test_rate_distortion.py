@@ -131,7 +131,7 @@ def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: py
 def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     file = finished[0].tasks[0].checkpoint
     wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
-    with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec is of one λ, and here are 2; .* --from"):
+    with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec has one λ, but the sweep has 2; .* --from"):
         wanted.table()
 
 
@@ -155,5 +155,5 @@ def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None
         (None, False),
     ]
     nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, StartingPoint(0.1))
-    with pytest.raises(ChainError, match="not among those of the sweep"):
+    with pytest.raises(ChainError, match="of --from is not in the sweep"):
         nowhere.table()

@@ -62,7 +62,7 @@ def test_links_in_the_place_of_an_outboxs_files_are_not_followed(name: str, runs
     folder.mkdir()
     (tmp_path / "victim").mkdir()
     (folder / name).symlink_to(tmp_path / "victim")
-    with pytest.raises(FileError, match=rf"{name}: a link, which is not followed"):
+    with pytest.raises(FileError, match=rf"{name}: this is a link, and links are not followed"):
         Outbox(folder, Store.default(runs))
 
 
@@ -91,7 +91,7 @@ def test_what_no_store_can_take_is_kept_aside_and_the_rest_is_sent(poison: objec
     folder = tmp_path / "outbox"
     metric = {"run": "k", "action": "metrics", "time": 3, "arguments": {"values": {"loss": 1.0}, "step": 2}}
     notes = sent(runs, folder, OPEN, poison, metric)
-    assert any("set-aside.jsonl, and the others go on" in note for note in notes)
+    assert any("set-aside.jsonl, and the other entries are sent" in note for note in notes)
     line = poison if isinstance(poison, bytes) else json.dumps(poison).encode()
     assert (folder / "set-aside.jsonl").read_bytes() == line + b"\n"
     assert len([note for note in notes if "set-aside.jsonl" in note]) == 1

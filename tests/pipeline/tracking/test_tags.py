@@ -22,8 +22,8 @@ def test_what_is_not_known_yet_is_not_written() -> None:
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({"hpcm.recipe": "mini", "hpcm.lmbda": "much"}, "run 12ab: its tag hpcm.lmbda is 'much'"),
-        ({"hpcm.lmbda": "0.1"}, "run 12ab: its tag hpcm.recipe is missing"),
+        ({"hpcm.recipe": "mini", "hpcm.lmbda": "much"}, "run 12ab: the tag hpcm.lmbda is 'much'"),
+        ({"hpcm.lmbda": "0.1"}, "run 12ab: the tag hpcm.recipe is missing"),
     ],
 )
 def test_tags_of_another_program_are_refused_by_name(tags: dict[str, str], message: str) -> None:

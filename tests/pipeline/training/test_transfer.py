@@ -99,7 +99,7 @@ def test_large_priors_hand_their_last_1x1_on() -> None:
         ({"attn_s3.conv_out": "h_s.branch.0"}, r"h_s.branch.0.\w+ has shape \[.*\] in the child but"),
         (
             {"attn_s3.conv_out": "attn_s3.output_proj", "attn_s1.conv_out": "attn_s3.output_proj"},
-            r"attn_s3.output_proj.\w+ would be taken from attn_s3.conv_out.\w+ and attn_s1.conv_out",
+            r"both attn_s3.conv_out.\w+ and attn_s1.conv_out.\w+ become attn_s3.output_proj",
         ),
     ],
 )
@@ -145,7 +145,7 @@ def test_any_rules_leave_every_tensor_in_one_class_or_are_named(rename: dict[str
 
 def test_other_sizes_are_named() -> None:
     parent, child = mini_codec(0), HPCM(preset_config("tiny", 1))
-    with pytest.raises(TransferError, match="settings must agree"):
+    with pytest.raises(TransferError, match="they must agree; change"):
         transfer_weights(parent, child, Transfer())
 
 
