@@ -377,7 +377,7 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
             try:
                 for message in work(item):
                     console.print(f"{path}: {message}", soft_wrap=True)
-            except Exception as error:  # A bad file makes libraries raise anything; the next file must follow.
+            except Exception as error:  # Libraries may raise anything for a bad file; the next is still done.
                 complete = False
                 reason = (str(error) or type(error).__name__).removeprefix(f"{path}: ").splitlines()[0]
                 print(f"error: {path}: {reason}", file=sys.stderr)

@@ -49,7 +49,7 @@ class Cost:
     seconds: float
     """Median over rounds."""
     ratio: float | None
-    """Time relative to the first codec: median of the rounds' ratios, so that a slow round changes nothing."""
+    """Time relative to the first codec: median of the rounds' ratios, in which load on a whole round cancels."""
     samples: tuple[float, ...]
     """Seconds, one value per round."""
 
