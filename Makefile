@@ -27,39 +27,39 @@ OLDEST := 3.11
 RECENT = -c 'import sys; sys.exit(sys.version_info < ($(subst .,$(COMMA) ,$(OLDEST))))'
 COMMA := ,
 
-# An environment that an older Python made, or that was left half made, is made anew.
+# An incomplete environment, or one with an older Python, is created again.
 $(READY): pyproject.toml
 	@$(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-		$(PYTHON) $(RECENT) 2>/dev/null || { echo "error: this needs Python $(OLDEST) or newer, and $(PYTHON) says:" \
-			"$$($(PYTHON) -V 2>&1). Give another, as in 'make install PYTHON=python$(OLDEST)'" >&2; exit 1; }; \
+		$(PYTHON) $(RECENT) 2>/dev/null || { echo "error: this needs Python $(OLDEST) or newer, and $(PYTHON) is" \
+			"$$($(PYTHON) -V 2>&1). Give another one, as in 'make install PYTHON=python$(OLDEST)'" >&2; exit 1; }; \
 		$(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-install: $(READY) ## create .venv with everything in it
+install: $(READY) ## create .venv with all dependencies
 
-build: $(READY) ## compile the Bi-WKV4 kernel ahead of its first use
+build: $(READY) ## compile the Bi-WKV4 kernel before its first use
 	$(BIN)/python -W ignore -m modules.biwkv4_build
 
-baseline: $(READY) ## train the Baseline, or take it from BASELINE=
+baseline: $(READY) ## train the Baseline, or use the one in BASELINE=
 	$(BIN)/hpcm run baseline $(CHAIN)
 
-stage1 stage2 stage3 stage4: $(READY) ## upgrade a checkpoint to Phase N (1 to 4), running what is missing before it
+stage1 stage2 stage3 stage4: $(READY) ## migrate a checkpoint to Phase N (1 to 4), through all stages before it
 	$(BIN)/hpcm run phase$(@:stage%=%) $(CHAIN)
 
-plan: $(READY) ## say what stage4 would run, and why
+plan: $(READY) ## show what stage4 would run, and why
 	$(BIN)/hpcm plan phase4 $(CHAIN)
 
-audit: $(READY) ## say what each stage changed, and verify the files
+audit: $(READY) ## show what each stage changed, and verify its files
 	$(BIN)/hpcm audit $(ARGS)
 
-report: $(READY) ## write runs/report/report.html from MLflow's store
+report: $(READY) ## write all results to runs/report/report.html
 	$(BIN)/hpcm report $(ARGS)
 
-ui: $(READY) ## serve MLflow's pages on a free port; prints the address of the runs
+ui: $(READY) ## serve MLflow's pages on a free port, and print their address
 	@$(BIN)/hpcm ui $(ARGS)
 
-test: $(READY) ## run the tests, but for the slow ones
+test: $(READY) ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nvcc"
 
 test-all: $(READY) ## run the slow tests too
@@ -70,23 +70,23 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
 
-soak: $(READY) ## kill and restart a small chain KILLS=100 times; compare with one never touched
+soak: $(READY) ## kill and resume a small chain KILLS=100 times; compare with an uninterrupted one
 	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)
 
-fuzz: $(READY) ## give the decoder 100 000 damaged files and streams, under a memory limit
+fuzz: $(READY) ## decode 100 000 damaged files and streams under a memory limit
 	$(BIN)/python tests/modules/fuzz_bitstream.py 100000
 
-conformance: $(READY) ## write the streams of `hpcm verify` anew, after the bundled weights have changed
+conformance: $(READY) ## write the streams of `hpcm verify` again, after the bundled weights changed
 	$(BIN)/python tests/pipeline/write_conformance.py
 
-arithmetics: $(READY) ## code a photograph under thirteen arithmetics, decode each under every other
+arithmetics: $(READY) ## encode a photograph under thirteen settings of arithmetic, decode each under all others
 	$(BIN)/python tests/modules/arithmetics.py runs/arithmetics
 
-check: $(READY) ## lint, format, types; where nvcc is, compile the CUDA source for three architectures
+check: $(READY) ## lint, check format and types; with nvcc, compile the CUDA source for three architectures
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m nvcc
 
-clean: ## remove .venv and caches; runs/ stays
+clean: ## remove .venv and caches, but not runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build

@@ -1,4 +1,4 @@
-"""What `hpcm info` says of a checkpoint, and the names by which a coded file's codec is known."""
+"""What `hpcm info` prints about a checkpoint, and the names of the codecs that made coded files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ FILE = "checkpoint.safetensors"
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The file that is meant by its own path or by that of a stage's folder."""
+    """The checkpoint file at a path, which may be the file itself or its stage's folder."""
     return path / FILE if (path / FILE).is_file() else path
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path names a checkpoint, or a stage's folder with one in it."""
+    """Whether a path is a checkpoint or a stage's folder that contains one."""
     return path.suffix == ".safetensors" or (path / FILE).is_file()
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint's metadata, in the order in which a person asks for them."""
+    """A checkpoint's metadata and lineage."""
 
     path: Path
     metadata: dict[str, Any]
     lineage: tuple[str, ...]
-    """The stage and those it grew from, root first, as far as their files lie beside it."""
+    """The stage and its ancestors, root first. It stops where an ancestor's folder is not beside the stage's."""
 
     @classmethod
     def read(cls, path: Path) -> "CheckpointInfo":
@@ -44,7 +44,7 @@ class CheckpointInfo:
         return cls(file, metadata, _lineage(file, metadata))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """All values, as `hpcm info --json` prints them."""
         stage = self._stage
         return {
             "file": str(self.path),
@@ -65,7 +65,7 @@ class CheckpointInfo:
         }
 
     def table(self) -> Table:
-        """What a person reads."""
+        """The values that are known, as `hpcm info` prints them."""
         values, quality = self.to_json(), self.metadata.get("quality")
         source = [
             f"imported from {values['imported_from']}" if values["imported_from"] else "",
@@ -121,10 +121,10 @@ def _published(paths: Iterator[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def known_models(runs: Path) -> dict[str, str]:
-    """Names of the checkpoints that coded files can be read with, by the model's identity (hexadecimal).
+    """Names of the checkpoints that decode coded files, by the model's identity (hexadecimal).
 
-    Looks at the bundled weights and at what was published in a folder of runs. Of the latter, checkpoints from before
-    the identity was recorded are not known.
+    Covers the bundled weights and the stages published in a folder of runs. Published checkpoints that do not record
+    their identity are left out.
     """
     found = {m["identity"]: str(path) for path, m in _published(runs.glob(f"*/*/*/{FILE}")) if "identity" in m}
     for path, metadata in _published(WEIGHTS.glob("*.safetensors")):

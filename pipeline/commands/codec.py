@@ -23,21 +23,24 @@ Checkpoint = Annotated[
     typer.Option(
         "--checkpoint",
         "-c",
-        help="The codec: a stage's checkpoint.safetensors, or its folder [default: a bundled one].",
+        help="The codec: a stage's checkpoint.safetensors or the stage's folder [default: a bundled codec].",
     ),
 ]
-Pictures = Annotated[list[Path], typer.Argument(help="Images, and folders of them; `-`: standard input.")]
-Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files, and folders of them; `-`: standard input.")]
+Pictures = Annotated[list[Path], typer.Argument(help="Images and folders of images; `-`: standard input.")]
+Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files and folders of them; `-`: standard input.")]
 Inspected = Annotated[
-    list[Path], typer.Argument(help="`.hpcm` files and folders of them, checkpoints, stages' folders.")
+    list[Path], typer.Argument(help="`.hpcm` files, folders of them, checkpoints, and stages' folders.")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="File or folder to write, `-`: standard output [default: beside].")
+    Path | None,
+    typer.Option("--output", "-o", help="File or folder to write; `-`: standard output [default: beside the input]."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 MaxPixels = Annotated[
     int | None,
-    typer.Option("--max-pixels", min=1, help="Largest image, padding included [default: what half the memory allows]."),
+    typer.Option(
+        "--max-pixels", min=1, help="Most pixels of an image, with padding [default: what half of the memory allows]."
+    ),
 ]
 Item = TypeVar("Item")
 
@@ -52,28 +55,30 @@ def compress(
     max_pixels: MaxPixels = None,
     quality: Annotated[
         int | None,
-        typer.Option(help="Bundled codec: from 1, the smallest files, up [default: the middle one].", min=1),
+        typer.Option(help="Bundled codec by quality; 1 gives the smallest files [default: the middle one].", min=1),
     ] = None,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Relative error of a decoder's scales that the file allows for; 0: none [default: 2e-5]."),
+        typer.Option(help="Relative error in a decoder's scales that the file tolerates; 0: none [default: 2e-5]."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Decode each file again before it is written.")
+        bool, typer.Option("--verify/--no-verify", help="Decode each file before writing it, to check it.")
     ] = True,
-    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave out what was coded before.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Skip images whose output file exists.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Code images as `.hpcm` files. Each is decoded again before it is written, which gives its PSNR.
+    """Compress images to `.hpcm` files. Each file is decoded before it is written, to check it and to measure PSNR.
 
-    Images are stored the right way up (EXIF) and with their ICC profile. Transparency is laid on white and 16 bits
-    a channel become 8, with a message.
+    The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
+    per channel are reduced to 8; a message says so.
     """
     from modules.guards import EPSILON, check_epsilon
     from pipeline.evaluation import codec_files
 
     if checkpoint and quality:
-        raise typer.BadParameter("--quality chooses a bundled codec; give it or --checkpoint, not both")
+        raise typer.BadParameter("--quality selects a bundled codec: give --quality or --checkpoint, not both")
     try:
         chosen = check_epsilon(EPSILON if epsilon is None else epsilon)
     except ValueError as error:
@@ -112,9 +117,9 @@ def decompress(
     runs: Runs = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Decode `.hpcm` files to PNG, or to the format of the name given with --output: all but JPEG keep every bit.
+    """Decode `.hpcm` files to PNG, or to the format of the --output file's suffix. All formats but JPEG are lossless.
 
-    Of the bundled codecs each file finds its own.
+    Without --checkpoint, each file is decoded by the bundled codec that made it.
     """
     from pipeline.evaluation import codec_files
 
@@ -132,9 +137,9 @@ def decompress(
 
 
 def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
-    """Check `.hpcm` files and checkpoints, and say what they hold.
+    """Check `.hpcm` files and checkpoints, and print what they contain.
 
-    The model of a coded file is named where it is a bundled one, or one of those in --runs.
+    The codec of an `.hpcm` file is named if it is bundled or in --runs.
     """
     from pipeline.commands.checkpoint_info import CheckpointInfo, is_checkpoint
     from pipeline.commands.display import show, show_json
@@ -159,7 +164,7 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 
 
 def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
-    """A table of coded files, whose values are added to `found`, and whether all could be read."""
+    """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
     from modules.bitstream import CodedImage
     from pipeline.commands.checkpoint_info import known_models
     from pipeline.evaluation.codec_files import SUFFIX, find
@@ -180,15 +185,15 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
         sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
         portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
         found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
-        return () if guards else ["version 1: decodes where it was written"]
+        return () if guards else ["format version 1: only the machine that wrote it is sure to decode it"]
 
     return table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)
 
 
 def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[[bytes], ImageCodec]:
-    """Gives the codec that a file names: the one of `checkpoint`, or the bundled one that made the file.
+    """Return a function from the identity in a coded file to its codec: `checkpoint`'s, or a bundled one.
 
-    Where it needs another whose place is known, what is returned raises DataError with its name.
+    The function raises BitstreamError if neither made the file, or DataError with a path if a codec in `runs` did.
     """
     from modules.rans import BitstreamError
     from pipeline.commands.checkpoint_info import known_models
@@ -204,20 +209,20 @@ def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[
         try:
             if given is None:
                 return shipped.of(identity)
-            raise BitstreamError(f"made by another model: {identity.hex()}, where -c is {given.identity.hex()}")
+            raise BitstreamError(f"made by another model: {identity.hex()}; the one of -c is {given.identity.hex()}")
         except BitstreamError as error:
             name = known_models(runs).get(identity.hex())
             if name is None:
                 raise
-            raise DataError(f"made by another model, which is known: {name}; give it with -c") from error
+            raise DataError(f"made by another model: {name}; give that one with -c") from error
 
     return find
 
 
 def verify(device: Device = "cpu") -> None:
-    """Check that this machine reads what others write: decode the streams of the conformance suite and compare.
+    """Check that this machine decodes files from other machines: decode the streams of the conformance suite.
 
-    Exits 1 where a stream's symbols are not those of its reference, which was computed in float64.
+    Exits 1 if a stream's symbols differ from its reference, which was computed in float64.
     """
     import torch
 
@@ -257,11 +262,11 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Encode and decode images for real: bits, PSNR, MS-SSIM and times, of each and on average.
+    """Encode images to bitstreams, decode them, and print bits, PSNR, MS-SSIM and times of each and on average.
 
-    The bits are those of the coded latents, without an `.hpcm` file's header and ICC profile.
+    The bits are those of the coded latents; the header and ICC profile of an `.hpcm` file are not counted.
 
-    The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` draws it.
+    The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` plots it.
     """
     from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.commands.display import show_json
@@ -278,8 +283,8 @@ def evaluate(
     found = find(pictures, SUFFIXES)
     if output:
         if output.is_dir():
-            raise typer.BadParameter(f"{output}: a folder; give the JSON file to write")
-        output.parent.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
+            raise typer.BadParameter(f"{output} is a folder; give the JSON file to write")
+        output.parent.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
     model = _codec(checkpoint, device).model
     results: list[ImageResult] = []
 
@@ -306,13 +311,13 @@ def evaluate(
 
 
 def bench_codec(
-    preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny; untrained.")] = "base",
-    phase: Annotated[int, typer.Option(help="0 (Baseline) to 4.")] = 0,
+    preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny, untrained.")] = "base",
+    phase: Annotated[int, typer.Option(help="Phase, from 0 (Baseline) to 4.")] = 0,
     size: Annotated[str, typer.Option(help="Image size, HEIGHTxWIDTH.")] = "512x768",
-    rounds: Annotated[int, typer.Option(min=0, help="Times to measure; 0 for memory alone.")] = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Number of measurements; 0: only memory.")] = 5,
     device: Device = "cpu",
 ) -> None:
-    """Measure encoding and decoding against the matrix products in them alone, and peak memory."""
+    """Measure peak memory and the times of encoding and decoding, compared with their matrix products alone."""
     import torch
 
     from modules import HPCM
@@ -332,14 +337,14 @@ def bench_codec(
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
-    """Add the commands to the command line, and the measurement to its own."""
+    """Add the commands to the command line, and `bench codec` to `bench`."""
     for command in (compress, decompress, info, verify, evaluate):
         app.command()(command)
     bench.command("codec")(bench_codec)
 
 
 def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> ImageCodec:
-    """The codec of a checkpoint, or of a quality of the bundled ones."""
+    """The codec of a checkpoint, or the bundled codec of a quality."""
     from modules.bitstream import ImageCodec
     from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.weights.checkpoints import load_codec
@@ -351,9 +356,10 @@ def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> 
 
 
 def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:
-    """Do `work` on every item and print the messages it returns, after the item's path.
+    """Call `work` on every item and print the messages that it returns.
 
-    A failure is printed, and the rest goes on; returns whether there was none.
+    Each item has a path, which starts its messages. An error is printed and the next item follows. Returns whether all
+    items succeeded.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -371,7 +377,7 @@ def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[st
             try:
                 for message in work(item):
                     console.print(f"{path}: {message}", soft_wrap=True)
-            except Exception as error:  # One bad file, whatever it makes the libraries raise, never stops the next.
+            except Exception as error:  # Libraries may raise anything for a bad file; the next is still done.
                 complete = False
                 reason = (str(error) or type(error).__name__).removeprefix(f"{path}: ").splitlines()[0]
                 print(f"error: {path}: {reason}", file=sys.stderr)

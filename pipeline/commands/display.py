@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: tables, the plan, the closing table."""
+"""What commands print: tables, the plan, the closing table."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pipeline.weights.published import PublicationRecord
 if TYPE_CHECKING:
     from pipeline.chain.chain import Chain, PlannedStage
 
-# Of the processes that `accelerate launch` starts, the first alone speaks.
+# Only the first of the processes that `accelerate launch` starts prints.
 _SILENT = os.environ.get("RANK", "0") != "0"
 console = Console(highlight=False, markup=False, quiet=_SILENT)
 """Results, on standard output."""
@@ -22,12 +22,12 @@ errors = Console(highlight=False, markup=False, quiet=_SILENT, stderr=True)
 
 
 def hush() -> None:
-    """Print no results and no progress from now on: `--quiet`."""
+    """Stop printing results and progress, for `--quiet`."""
     console.quiet = errors.quiet = True
 
 
 def show(*tables: Table) -> None:
-    """Print tables: framed and folded at a terminal, plain columns elsewhere."""
+    """Print tables: framed and wrapped at a terminal, as plain columns elsewhere."""
     for table in tables:
         if console.is_terminal:
             console.print(table.rich())
@@ -73,7 +73,7 @@ def plan_json(chain: "Chain", plan: Sequence["PlannedStage"]) -> dict[str, Any]:
 
 
 def closing_table(chain: "Chain") -> Table:
-    """One line per published stage: size, cost, quality, step-0 gap, minutes of training."""
+    """One row per published stage: size, cost, quality, step-0 gap and minutes of training."""
     columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
     table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
     for task in chain.tasks:

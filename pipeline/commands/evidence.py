@@ -1,4 +1,4 @@
-"""The commands that look at what was built: `hpcm audit`, `compare`, `rd-curve` and `report`."""
+"""The commands that audit and measure codecs: `hpcm audit`, `compare`, `rd-curve` and `report`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def audit(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what each stage changed, and check the published files against MLflow's record; exits 1 where one differs."""
+    """Show what each stage changed, and check its published files against MLflow's record; exits 1 if one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
 
@@ -52,19 +52,21 @@ def audit(
         for chain in chains:
             show(*audit_display.tables(chain))
         if not chains:
-            console.print(f"no chains yet in {runs}")
+            console.print(f"no chains yet in {runs}: `hpcm run` starts one")
     if not all(stage.sound for chain in chains for stage in chain.stages):
         raise typer.Exit(1)
 
 
 def compare(
     checkpoints: Annotated[
-        list[Path] | None, typer.Argument(help="Published codecs, the one to compare with first [default: --preset].")
+        list[Path] | None,
+        typer.Argument(help="Published codecs; the others are compared with the first [default: --preset]."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Every phase of this preset, untrained: tiny, base or large [default: tiny].")
+        str | None,
+        typer.Option(help="Compare all phases of this preset, untrained: tiny, base or large [default: tiny]."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Instead, every stage of this recipe, untrained.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Compare the stages of this recipe instead, untrained.")] = None,
     settings: Settings = None,
     device: Device = "cpu",
     size: Annotated[
@@ -72,18 +74,21 @@ def compare(
         typer.Option(help="Image size for coding, HEIGHTxWIDTH; repeatable [default: 256x256 512x768 1024x1536]."),
     ] = None,
     train_size: Annotated[
-        list[str] | None, typer.Option(help="The same for training steps of one image [default: 256x256 512x768].")
+        list[str] | None,
+        typer.Option(help="Image size for training steps of one image; repeatable [default: 256x256 512x768]."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, whose median counts.")] = 5,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a fresh process each.")] = True,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, in fresh processes.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG [default: in --runs].")
+    ] = None,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what every phase costs, taking turns in one run: parameters, MACs, times, peak memory.
+    """Compare what codecs cost: parameters, multiplications, times and peak memory.
 
-    Written to MLflow as well, where `hpcm report` finds it.
+    Codecs take turns, so that other load on the machine slows all of them. `hpcm report` shows the result.
     """
     from pipeline.commands.display import errors, hush, show, show_json
     from pipeline.common.figure_style import save
@@ -101,7 +106,7 @@ def compare(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     folder = output or comparison.default_folder(runs, title, device)
-    folder.mkdir(parents=True, exist_ok=True)  # Before the work: it may not be allowed.
+    folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
     found = comparison.compare(title, contenders, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
     if as_json:
@@ -117,12 +122,12 @@ def compare(
 def _contenders(
     checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str | None
 ) -> tuple[str, list[Contender]]:
-    """What to call the comparison, and whom to compare; raises ValueError for what cannot be meant together."""
+    """Title of the comparison, and the codecs to compare; raises ValueError for options that exclude each other."""
     from pipeline.evidence import comparison
     from pipeline.recipes.loading import load_recipe
 
     if sum(map(bool, (checkpoints, recipe, preset))) > 1:
-        raise ValueError("give one of checkpoints, --recipe and --preset")
+        raise ValueError("give one of checkpoints, --recipe and --preset, not several")
     if settings and not recipe:
         raise ValueError("--set changes a recipe: give --recipe as well")
     if checkpoints:
@@ -131,37 +136,41 @@ def _contenders(
         loaded = load_recipe(recipe, settings or ())
         return " ".join([loaded.name, *(settings or ())]), comparison.of_recipe(loaded)
     preset = preset or "tiny"
-    return f"preset {preset}", comparison.of_preset(preset)  # "tiny" alone is the recipe's comparison
+    return f"preset {preset}", comparison.of_preset(preset)  # The title "tiny" is the recipe's.
 
 
 def rd_curve(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Stages to reach at every λ [default: all that no other grows from].")
+        list[str] | None,
+        typer.Argument(help="Stages to build at every λ [default: all that are no other stage's parent]."),
     ] = None,
     recipe: RecipeName = "tiny",
     lmbda: Annotated[
-        list[float] | None, typer.Option(help="λ of a point; repeatable [default: the six of the published codecs].")
+        list[float] | None, typer.Option(help="λ of a point; repeatable [default: the six λ of the official codecs].")
     ] = None,
     data: DataFolder = None,
     val: ValFolder = None,
     baseline: Baseline = None,
     settings: Settings = None,
     start_from: Annotated[
-        float | None, typer.Option("--from", help="λ whose trained root the others' roots start from.")
+        float | None,
+        typer.Option("--from", help="Start the first stages of the other λ from the one trained at this λ."),
     ] = None,
     from_settings: Annotated[
         list[str] | None,
-        typer.Option("--from-set", help="Like --set, for those roots: `baseline.schedule.scratch.steps=500`."),
+        typer.Option(
+            "--from-set", help="Like --set, for stages that --from starts: `baseline.schedule.scratch.steps=500`."
+        ),
     ] = None,
     runs: Runs = Path("runs"),
-    plan: Annotated[bool, typer.Option("--plan", help="Say what is done and what is left, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what is done and what is left, and exit.")] = False,
     accept_anyway: AcceptAnyway = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a recipe at several λ and draw the rate–distortion curves, from real bitstreams.
+    """Run a recipe at several λ and plot rate–distortion curves from real bitstreams.
 
-    Each λ is a chain of its own. The same command, given again, continues where the last one stopped.
+    Each λ has its own chain. Repeat the command to continue an interrupted run.
     """
     from pipeline.chain import lambda_sweep as sweep
     from pipeline.commands.display import hush, show
@@ -169,7 +178,7 @@ def rd_curve(
     if quiet:
         hush()
     if from_settings and start_from is None:
-        raise typer.BadParameter("--from-set is for roots that start from another λ's: give --from as well")
+        raise typer.BadParameter("--from-set changes the stages that --from starts: give --from as well")
     starting_point = sweep.StartingPoint(start_from, tuple(from_settings or ())) if start_from is not None else None
     overrides = tuple(overrides_of(data, val, None, settings))
     lmbdas = tuple(lmbda or sweep.LMBDAS)
@@ -186,7 +195,7 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, verbose: bool) -> None:
     todo = list(sweep.chains())
     show(sweep.table())
 
-    # After the table is on the screen: they load PyTorch.
+    # These load PyTorch, so the table is shown first.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
     from pipeline.common.tables import shortest
@@ -217,19 +226,19 @@ def _draw_curves(sweep: Sweep) -> None:
     )
     path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
     save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
-    console.print(f"drawn in {path}", soft_wrap=True)
+    console.print(f"curves: {path}", soft_wrap=True)
 
 
 def report(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write [default: report in --runs].")
+        Path | None, typer.Option("--output", "-o", help="Folder to write [default: `report` in --runs].")
     ] = None,
     recipe: Annotated[
         list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in the store].")
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write one self-contained HTML page, and its figures as PNG, from MLflow's store alone."""
+    """Write all results in MLflow's store to one self-contained HTML page, and the figures as PNG."""
     from pipeline.commands.display import console
     from pipeline.evidence.report import write
 

@@ -29,7 +29,7 @@ from pipeline.commands.options import (
 )
 from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
 
-# A dependency of CompressAI's uses what PyTorch has deprecated; there is nothing here that a user could mend.
+# A dependency of CompressAI uses a deprecated function of PyTorch. Users cannot fix that.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
 
 if TYPE_CHECKING:
@@ -47,15 +47,15 @@ app.add_typer(bench, name="bench")
 
 Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
 Start = Annotated[
-    Path | None, typer.Option(help="Train the first stage from this codec's weights instead of random ones.")
+    Path | None, typer.Option(help="Train the first stage from this checkpoint's weights instead of random ones.")
 ]
 
 Scratch = Annotated[
-    bool, typer.Option("--scratch", help="Train the first stage, also where the recipe offers trained weights for it.")
+    bool, typer.Option("--scratch", help="Train the first stage, even if the recipe has trained weights for it.")
 ]
 
 SYNC_PATIENCE = 120.0
-"""Seconds that `hpcm sync` tries to reach MLflow and send a chain's entries."""
+"""Seconds for which `hpcm sync` tries to send a chain's entries to MLflow."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,7 +88,7 @@ def _chain(
     from pipeline.recipes.loading import load_recipe
 
     if sum(map(bool, (*files, scratch))) > 1:
-        raise typer.BadParameter("give one of --baseline, which is not trained, --start, which is, and --scratch")
+        raise typer.BadParameter("give only one of --baseline (not trained), --start (trained further) and --scratch")
 
     loaded = load_recipe(recipe, overrides)
     stages = loaded.chain(stage)
@@ -111,16 +111,18 @@ def run(
     settings: Settings = None,
     runs: Runs = Path("runs"),
     accept_anyway: AcceptAnyway = False,
-    force: Annotated[bool, typer.Option("--force", help="Build the stage again though it is current.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again what was cut off; do not resume it.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before anything is moved or deleted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build the stage again, even if it is current.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Restart interrupted training instead of resuming it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Move and delete files without asking.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build a stage and everything before it: run what is missing, resume what was cut off.
+    """Build a stage and its ancestors. Stages that are current are skipped; an interrupted stage is resumed.
 
-    The same command, given again, continues where the last one stopped. Ctrl-C and SIGTERM save first.
-    Several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
+    Ctrl-C and SIGTERM save and exit. Repeat the command to continue.
+    For several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
     """
     from pipeline.chain.stage_task import Rebuild
     from pipeline.commands.display import closing_table, hush, plan_table, show
@@ -130,7 +132,7 @@ def run(
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
     show(plan_table(chain, chain.plan()))
 
-    # After the plan is on the screen: they load PyTorch.
+    # These load PyTorch, so the plan is shown first.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
 
@@ -140,7 +142,7 @@ def run(
 
 
 def _confirm(yes: bool, consequences: list[str]) -> None:
-    """Say what will be moved and deleted, and ask; raises ChainError where nobody agrees."""
+    """Print what will be moved and deleted, and ask; raises ChainError unless the answer is yes."""
     from pipeline.chain.chain import ChainError
 
     for line in consequences:
@@ -148,14 +150,14 @@ def _confirm(yes: bool, consequences: list[str]) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise ChainError("nothing was changed: there is no terminal to ask at; give --yes if this is meant")
-    if not typer.confirm("Go on?"):
+        raise ChainError("nothing was changed: there is no terminal for the question; give --yes to agree")
+    if not typer.confirm("Continue?"):
         raise ChainError("nothing was changed")
 
 
 @app.command()
 def sync(runs: Runs = Path("runs")) -> None:
-    """Send the log entries that MLflow could not be reached for; exits 1 where some are left."""
+    """Send the log entries that MLflow has not received yet; exits 1 if some are left."""
     from pipeline.commands.display import console
     from pipeline.common.folder_lock import held
     from pipeline.tracking.outbox import Outbox
@@ -183,18 +185,18 @@ def sync(runs: Runs = Path("runs")) -> None:
 @app.command()
 def clean(
     runs: Runs = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; delete all that is listed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete all that are listed, without asking.")] = False,
 ) -> None:
-    """List the trainings that were interrupted and not finished, and delete those that you name.
+    """List the interrupted trainings, and ask for each whether to delete it.
 
-    They are kept until then: the recipe or the images that they belong to may come back.
+    Until then they are kept: they resume if their recipe and images are used again.
     """
     from pipeline.chain.leftovers import leftovers
     from pipeline.commands.display import console
 
     found = list(leftovers(runs))
     if not found:
-        console.print(f"nothing was interrupted in {runs}")
+        console.print(f"{runs}: no interrupted trainings")
     for leftover in found:
         console.print(leftover.title, soft_wrap=True)
         if yes or typer.confirm("Delete it?"):
@@ -215,7 +217,7 @@ def plan(
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Say what `run` would do, and why."""
+    """Show what `run` would do, and why."""
     from pipeline.commands.display import plan_json, plan_table, show, show_json
 
     chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
@@ -229,9 +231,11 @@ def plan(
 @app.command()
 def ui(
     runs: Runs = Path("runs"),
-    port: Annotated[int | None, typer.Option(help="Port to serve on [default: the first free one from 5000].")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the server [default: the first free one from 5000].")
+    ] = None,
 ) -> None:
-    """Serve MLflow's pages on these runs, and print the address of the one that lists them."""
+    """Serve MLflow's pages on these runs, and print the address of the list of runs."""
     from pipeline.commands.mlflow_pages import address, free_port, serve
     from pipeline.tracking.store import Store
 
@@ -251,14 +255,14 @@ def bench_biwkv4(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Measure the Bi-WKV4 operator against its reference, a dense form and a copy."""
+    """Compare the speed of the Bi-WKV4 operator with its reference, a dense form and a copy."""
     import torch
 
     from pipeline.evidence.bench_biwkv4 import bench_biwkv4 as measure
 
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
-        raise typer.BadParameter(f"{dtype!r}: there are {', '.join(dtypes)}")
+        raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(dtypes)}")
     measure(dtype=dtypes[dtype], device=str(device_of(device)))
 
 
@@ -268,7 +272,7 @@ def import_(
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     overwrite: codec.Overwrite = False,
 ) -> None:
-    """Bring an official `.pth.tar` into this pipeline; the preset is recognized by its tensors."""
+    """Convert an official `.pth.tar` checkpoint to safetensors. The preset is recognized from the tensors."""
     from modules.config import preset_of
     from pipeline.commands.display import console
     from pipeline.weights.checkpoints import check_target, import_official
@@ -288,7 +292,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     overwrite: codec.Overwrite = False,
 ) -> None:
-    """Write a checkpoint in half precision, to ship it: half the size, and loaded like any other."""
+    """Write a checkpoint in half precision, for distribution. It has half the size and loads like any other."""
     from pipeline.commands.display import console
     from pipeline.weights.checkpoints import check_target
     from pipeline.weights.export import export_half
@@ -303,9 +307,9 @@ evidence.register(app)
 
 
 def main() -> None:
-    """Run the command line; what a person can mend is one screen on stderr and exit code 1, a signal 128 + number."""
+    """Run the command line. It exits 1 after an error that a user can fix, and 128 + number after a signal."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # A name may hold what the terminal cannot show.
+        if isinstance(stream, io.TextIOWrapper):  # File names may contain characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -319,9 +323,9 @@ def main() -> None:
         sys.exit(1)
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # The processes' own farewell would wait for the one that is gone.
+        os._exit(1)  # A normal exit would wait for the lost process.
     except MainProcessStopped as stop:
         sys.exit(stop.exit_code)
     except Interrupted as stop:
-        print(f"{stop}; saved. The same command continues from there.", file=sys.stderr)
+        print(f"{stop}; saved. Repeat the command to continue.", file=sys.stderr)
         sys.exit(stop.exit_code)

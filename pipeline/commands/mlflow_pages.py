@@ -1,4 +1,4 @@
-"""MLflow's pages on a folder of runs."""
+"""Serving MLflow's pages on a folder of runs."""
 
 import os
 import socket
@@ -13,18 +13,18 @@ PORTS_TRIED = 100
 
 
 def address(store: Store, server: str) -> str:
-    """The page that lists the runs, on a server whose address is given."""
+    """Address of the page that lists the runs, on the server at `server`."""
     experiment = store.client().get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None  # The client has made it where it was missing.
-    # MLflow's first page is for language models: the type of workflow asks for the one that shows runs.
+    assert experiment is not None  # The client creates it if it is missing.
+    # MLflow opens its page for language models unless the workflow type selects the page of runs.
     return f"{server.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
 
 
 def free_port() -> int:
-    """The first port from 5000 on that nobody listens at, or else any that is free."""
+    """The first free port from 5000 to 5099, or else any free port."""
     for port in chain(range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), [0]):
         with socket.socket() as trial:
-            # As a server does: a port whose last connection was closed just now is free.
+            # Servers set this too. Without it, a port whose last connection closed just now looks taken.
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 trial.bind(("127.0.0.1", port))
@@ -35,6 +35,6 @@ def free_port() -> int:
 
 
 def serve(store: Store, port: int) -> NoReturn:
-    """Become MLflow's server."""
+    """Replace this process by MLflow's server."""
     where = ["--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *where])

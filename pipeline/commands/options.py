@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean."""
+"""Options that several commands share, and functions that parse them."""
 
 import json
 import re
@@ -23,37 +23,41 @@ def _complete_stage(context: typer.Context, incomplete: str) -> list[str]:
 
 
 RecipeName = Annotated[
-    str, typer.Option(help="Folder under stages/, or a path to one of your own.", autocompletion=_complete_recipe)
+    str, typer.Option(help="Name of a packaged recipe, or path to a recipe's folder.", autocompletion=_complete_recipe)
 ]
 StageName = Annotated[
     str,
-    typer.Argument(
-        help="The stage to reach, such as phase4; its ancestors are run as needed.", autocompletion=_complete_stage
-    ),
+    typer.Argument(help="The stage to build, such as phase4, after its ancestors.", autocompletion=_complete_stage),
 ]
 DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
 ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`; repeatable.")
+]
 Baseline = Annotated[
     Path | None,
-    typer.Option(help="Take the first stage from this file (.safetensors, official .pth.tar) instead of training it."),
+    typer.Option(
+        help="Use this checkpoint (.safetensors or official .pth.tar) as the first stage instead of training it."
+    ),
 ]
-Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and of the MLflow store.")]
-AcceptAnyway = Annotated[bool, typer.Option("--accept-anyway", help="Publish stages that miss their limits.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
+Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and MLflow's store.")]
+AcceptAnyway = Annotated[
+    bool, typer.Option("--accept-anyway", help="Publish stages even if they miss their quality limits.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line every `log_every` steps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or one of several GPUs, as in cuda:1.")]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, or cuda:N for one of several GPUs.")]
 
 
 def overrides_of(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:
-    """The options as overrides of a recipe, `--set` last."""
+    """The options as overrides of a recipe; those of `--set` come last and win."""
     given = {"data.train": data, "data.val": val, "lmbda": lmbda}
     return [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(settings or [])]
 
 
 def device_of(name: str) -> "torch.device":
-    """The device of this name; raises BadParameter where there is none."""
+    """The device of this name; raises BadParameter if it is unknown or missing."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise typer.BadParameter(f"--device {name}: give cpu, cuda or cuda:N")
 

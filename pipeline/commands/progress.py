@@ -1,4 +1,4 @@
-"""How far a run is, and how long the rest of it may take."""
+"""Progress of a run and its estimated time left."""
 
 import time
 from collections import deque
@@ -13,14 +13,14 @@ from pipeline.recipes.schema import Segment
 from pipeline.training.watcher import Watcher
 
 STEPS_TIMED = 50
-"""Latest steps whose mean time counts."""
+"""Number of latest steps over which the time of a step is averaged."""
 LINE_EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """Seconds that are left of a segment, its stage and the chain."""
+    """Seconds left in a segment, its stage and the chain."""
 
     segment: float
     stage: float
@@ -31,22 +31,22 @@ class TimeLeft:
 
 
 class Forecast:
-    """What is left, from the speed of the latest steps and the schedules of the stages that are to be trained.
+    """Estimates the time left from the speed of the latest steps and the schedules of the stages to train.
 
-    A segment yet to come is taken to be as fast as the last one that trained as much by the same objective, and as the
-    present one where there was none. Evaluations are not counted.
+    A later segment is assumed to be as fast as the last one with the same objective and trained parameters, or as the
+    present segment if there was none. Evaluations are not counted.
     """
 
     def __init__(self, todo: Iterable[tuple[str, Segment]]) -> None:
         self.todo = deque(todo)
-        """The segments from the present one on, each with its stage's name."""
+        """The present segment and those after it, each with its stage's name."""
         self._ends: deque[float] = deque(maxlen=STEPS_TIMED)
         self._done = 0
         self._known: dict[tuple[str, str], float] = {}
 
     def begin(self, segment: Segment, done: int) -> None:
-        """A segment begins, `done` of its steps behind it; what comes before it in the list needs no training."""
-        # Two stages may have equal segments: one that had steps is over.
+        """Begin a segment after `done` of its steps. Segments before it in the list are dropped."""
+        # Stages may have equal segments: if the present one had steps, a later one is meant.
         first = 1 if self._ends else 0
         found = [index for index, (_, planned) in enumerate(self.todo) if index >= first and planned == segment]
         for _ in range(found[0] if found else 0):
@@ -55,14 +55,14 @@ class Forecast:
         self._ends.clear()
 
     def step(self, now: float) -> None:
-        """A step ended at the time `now`, in seconds."""
+        """Record that a step ended at the time `now`, in seconds."""
         self._done += 1
         self._ends.append(now)
         if len(self._ends) > 1 and self.todo:
             self._known[_sort(self.todo[0][1])] = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
 
     def left(self) -> TimeLeft | None:
-        """What is left; None before two steps were timed."""
+        """The time left; None before two steps were timed."""
         if not self.todo or _sort(self.todo[0][1]) not in self._known:
             return None
         stage, present = self.todo[0]
@@ -78,7 +78,7 @@ def _sort(segment: Segment) -> tuple[str, str]:
 
 
 def to_train(plan: Sequence[PlannedStage], force: bool = False) -> list[tuple[str, Segment]]:
-    """The segments of the stages that are not done, with `force` of the last one too, each with its stage's name."""
+    """Segments of the stages to train, each with its stage's name. `force` adds the last one even if it is done."""
     return [
         (planned.name, segment)
         for planned in plan
@@ -88,7 +88,7 @@ def to_train(plan: Sequence[PlannedStage], force: bool = False) -> list[tuple[st
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units that it has: `40 s`, `12 min`, `3 h 5 min`, `2 d 4 h`."""
+    """A time in one or two units: `40 s`, `12 min`, `3 h 5 min`, `2 d 4 h`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -100,9 +100,9 @@ def duration(seconds: float) -> str:
 
 
 class ProgressWatcher(Watcher):
-    """A bar with loss, rate, PSNR and time left, on standard error; a line now and then where that is no terminal.
+    """Shows loss, rate, PSNR and time left on standard error: a bar at a terminal, a line every 30 s elsewhere.
 
-    `every_line` prints a line whenever there are new values.
+    With `every_line`, a line is also printed for all new values.
     """
 
     def __init__(self, todo: Iterable[tuple[str, Segment]] = (), every_line: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""One chain run from the command line: signals, progress for the first process, silence for the others."""
+"""Running a chain from the command line. Only the first process shows progress."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,4 +1,4 @@
-"""`-` for standard input and output."""
+"""Standard input and output as the file `-`."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ STREAM = Path("-")
 
 
 def with_standard_streams(sources: str, suffix: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command take `-` among its options `sources` and `output`; what it writes has the suffix.
+    """Let a command take `-` in its parameters `sources` and `output`; `suffix` is that of its output files.
 
-    The command itself works on files: what comes from standard input is kept in one, and what goes to standard output
-    is written to one first. Tables and messages then go to standard error.
+    The command works on temporary files, which hold standard input and the output before it is sent. If the output
+    goes to standard output, tables and messages go to standard error.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,9 +36,9 @@ def with_standard_streams(sources: str, suffix: str) -> Callable[[Callable[..., 
 def _through_files(command: Callable[..., None], options: dict[str, Any], sources: str, suffix: str) -> None:
     given, output = options[sources], options["output"]
     if len(given) > 1:
-        raise typer.BadParameter("- stands for one file: give no other beside it")
+        raise typer.BadParameter("`-` is one file: give no other files with it, and only one file for standard output")
     if given[0].is_dir():
-        raise typer.BadParameter(f"{given[0]}: a folder does not go to standard output")
+        raise typer.BadParameter(f"{given[0]} is a folder: only one file can go to standard output")
     with TemporaryDirectory(prefix="hpcm-") as folder:
         if given == [STREAM]:
             file = Path(folder) / "standard-input"

@@ -1,4 +1,4 @@
-"""Whether the files of every stage are what MLflow recorded."""
+"""Checks that the files of every stage are those that MLflow recorded."""
 
 import glob
 from contextlib import suppress
@@ -14,29 +14,29 @@ from pipeline.weights.published import Lineage, PublicationRecord
 
 @dataclass(frozen=True)
 class StageAudit:
-    """A stage's record and what the look at its files found."""
+    """A stage's record and the result of checking its files."""
 
     record: StageRecord
     files: str
-    """`verified`, `superseded` (the files moved aside, verified there), or `not published`."""
+    """`verified`, `superseded` (moved aside and verified there), `not as recorded` or `not published`."""
     problems: tuple[str, ...]
 
     @property
     def sound(self) -> bool:
-        """Whether files and record agree."""
+        """Whether the files agree with the record."""
         return not self.problems
 
 
 @dataclass(frozen=True)
 class ChainAudit:
-    """One chain, its stages in the order in which they were begun."""
+    """One chain, with its stages in the order in which they began."""
 
     record: ChainRecord
     stages: tuple[StageAudit, ...]
 
 
 def audit(runs: Path) -> list[ChainAudit]:
-    """Read every chain in the store of this folder of runs, newest first, and check its files."""
+    """Read all chains in the store of a folder of runs, newest first, and check their files."""
     records = Records(runs)
     return [
         ChainAudit(chain, tuple(_check(records, chain, stage, runs) for stage in chain.stages))
@@ -58,9 +58,9 @@ def _check(records: Records, chain: ChainRecord, stage: StageRecord, runs: Path)
 
 
 def _set_aside(published: Path, stage: StageRecord) -> Path | None:
-    """Where the chain moved the files when the stage was rebuilt; None where they are still in their place.
+    """Path to which the checkpoint was moved when the stage was rebuilt; None if it was not moved.
 
-    A rebuilt stage may have the same weights: its own record says which MLflow run a folder is of.
+    A rebuilt stage may have the same weights, so the record in each folder decides by its MLflow run.
     """
     assert stage.digest is not None
     pattern = f"{glob.escape(published.parent.name)}-{stage.digest[:12]}*"
@@ -80,17 +80,17 @@ def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:
         return [f"{path}: not the checkpoint that was recorded ({stage.digest[:12] if stage.digest else '–'}…)"]
     recorded = stage.tags.inputs
     problems = [
-        f"{path}: made from another {name} than recorded"
+        f"{path}: its {name} differs from the recorded one"
         for name, value in lineage.inputs.items()
         if recorded.get(name) != value
     ]
     if stage.quality is not None and lineage.quality != stage.quality:
-        problems.append(f"{path}: its quality is not the recorded one")
+        problems.append(f"{path}: its quality differs from the recorded one")
     return problems
 
 
 def _check_record(path: Path, stage: StageRecord) -> list[str]:
-    """The stage's own record beside its checkpoint, by which the chain knows what is done."""
+    """Check the record beside the checkpoint, from which the chain knows that the stage is done."""
     try:
         record = PublicationRecord.read(path)
     except FileError as error:
@@ -100,19 +100,19 @@ def _check_record(path: Path, stage: StageRecord) -> list[str]:
 
 
 def _check_kept_copy(records: Records, stage: StageRecord) -> list[str]:
-    """The copy that MLflow keeps as an artifact."""
+    """Check the copy that MLflow keeps as an artifact."""
     try:
         copy = records.artifact(stage.run_id, "checkpoint.safetensors")
         digest = checkpoints.read(copy).metadata["digest"]
     except (CheckpointError, OSError) as error:
         return [f"MLflow's copy: {error}"]
-    except Exception as error:  # MLflow's stores raise what their backends raise.
+    except Exception as error:  # MLflow passes on any exception of its backends.
         return [f"MLflow's copy cannot be fetched: {type(error).__name__}: {error}"]
     return [] if digest == stage.digest else ["MLflow's copy is not the checkpoint that was recorded"]
 
 
 def _check_parent(chain: ChainRecord, stage: StageRecord) -> list[str]:
-    """The digest of the parent must be one that the chain's record knows."""
+    """Check that the parent's digest is in the chain's record."""
     digest = stage.tags.inputs.get("parent")
     if digest is None or any(other.digest == digest for other in chain.stages if other.name == stage.parent):
         return []

@@ -1,4 +1,4 @@
-"""An audit for people (tables) and for programs (JSON)."""
+"""An audit as tables and as JSON."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -10,10 +10,10 @@ from pipeline.tracking.records import SegmentRecord
 
 
 def tables(chain: ChainAudit) -> Iterable[Table]:
-    """Two tables a chain: what came out of each stage, and what was done to it."""
+    """Two tables per chain: the result of each stage, and how it was built."""
     title = f"{chain.record.title}: {chain.record.state.lower()}"
     results = Table(title, ("stage", "parent", "loss in", "step 0", "out", "bpp", "PSNR dB", "files"), left=2)
-    story = Table("what was done", ("stage", "transferred", "trained", "and then"), left=4)
+    story = Table("how it was built", ("stage", "transferred", "trained", "outcome"), left=4)
     for stage in chain.stages:
         results.add(*_result_cells(stage))
         record = stage.record
@@ -50,14 +50,14 @@ def _history(stage: StageAudit) -> str:
     tags = stage.record.tags
     state = stage.record.state.lower() if stage.record.state != "FINISHED" else ""
     attempts = stage.record.attempts
-    # One attempt that went well is nothing to tell.
+    # A single successful attempt is not shown.
     told = attempts if state or len(attempts) > 1 else []
     verdict = tags.acceptance or ""
     return "\n".join(filter(None, (state, verdict, *told, *stage.problems))) or "–"
 
 
 def to_json(chains: Iterable[ChainAudit]) -> list[dict[str, Any]]:
-    """Everything that was read and found."""
+    """All records and results of the audit."""
     return [
         {
             **{key: getattr(chain.record, key) for key in ("recipe", "lmbda", "seed", "state", "run_id")},

@@ -1,4 +1,4 @@
-"""`hpcm bench biwkv4`: the op against its reference, a dense form and a plain copy."""
+"""`hpcm bench biwkv4`: speed of the operator against its reference, a dense form and a plain copy."""
 
 import ctypes
 import platform
@@ -17,12 +17,12 @@ from pipeline.common.timing import machine, timed
 SIZES = ((1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192))
 GPU_SIZES = ((8, 4096, 960),)
 BACKWARD_FLOOR = 5 / 3  # k, v and grad_y read, grad_k and grad_v written; the copy moves three tensors
-DENSE_LIMIT = 1e9  # weights B·T·T·C beyond which the dense form would take minutes
+DENSE_LIMIT = 1e9  # number of weights, B·T·T·C, above which the dense form would take minutes
 
 
 @dataclass(frozen=True)
 class Row:
-    """Median times of one size (B, T, C), in seconds; None where a contender cannot run or would take minutes."""
+    """Median times of one size (B, T, C), in seconds; None for a contender that cannot run or would take minutes."""
 
     size: tuple[int, int, int]
     dtype: str
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def per_element(self) -> float:
-        """Seconds an element of k, forward and backward: constant where time is linear in T."""
+        """Seconds per element of k, forward and backward. It is constant if time is linear in T."""
         batch, length, channels = self.size
         return self.both / (batch * length * channels)
 
@@ -46,7 +46,7 @@ def bench_biwkv4(
     seconds: float = 2.0,
     console: Console | None = None,
 ) -> list[Row]:
-    """Measure each size for about so many seconds a contender, interleaved, and print the medians' ratios."""
+    """Measure each size for about `seconds` per contender, interleaved, and print ratios of medians."""
     _keep_freed_memory()
     sizes = sizes or (SIZES if device == "cpu" else SIZES + GPU_SIZES)
     rows = [_measure(size, dtype, torch.device(device), seconds) for size in sizes]
@@ -55,7 +55,7 @@ def bench_biwkv4(
 
 
 def dense(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition as it stands, every weight computed. w, u (C,); k, v (B, T, C); returns (B, T, C)."""
+    """The operator by its definition, with all T·T weights. w, u (C,); k, v (B, T, C); returns (B, T, C)."""
     t = torch.arange(k.shape[1], device=k.device)
     gap = (t[:, None] - t).abs()[..., None]
     bias = torch.where(gap == 0, u, -(gap - 1) * w)
@@ -69,7 +69,7 @@ def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
     u = torch.randn(channels, device=device) / length
     k, v, grad_y = (torch.randn(size, device=device).to(dtype) for _ in range(3))
     leaves = [x.clone().requires_grad_() for x in (w, u, k, v)]
-    # The floor: k and v read, y written; a copy reads as much as it writes, so half of the three each.
+    # The forward pass reads k and v and writes y. A copy of 3/2 of a tensor moves as many bytes.
     source = torch.randn(3 * k.numel() // 2, device=device).to(dtype)
     target = torch.empty_like(source)
     contenders: dict[str, Callable[[], object]] = {
@@ -84,7 +84,7 @@ def _measure(size: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse freed memory, so that no contender waits for fresh pages; the copy takes none."""
+    """Make glibc reuse freed memory. Otherwise all contenders but the copy would wait for fresh pages."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -92,7 +92,7 @@ def _keep_freed_memory() -> None:
 
 
 def _interleave(contenders: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median time of each contender; they take turns: what else the machine does meets all of them."""
+    """Median time of each contender. They take turns, so that other load on the machine slows all of them."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
     for contender in contenders.values():  # builds, allocations, caches
@@ -126,6 +126,6 @@ def _print(rows: Sequence[Row], device: str, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "Forward, both (with backward): time over the copy's. Of copy's GB/s: both passes, each by the bytes "
-        "it must move. Last two: that contender's time over the op's, forward."
+        "Forward, both (forward and backward): time divided by the copy's. Of copy's GB/s: forward, backward, "
+        "each counted by the bytes that it must move. Reference, dense: forward time divided by the operator's."
     )

@@ -1,4 +1,4 @@
-"""`hpcm bench codec`: time and memory of coding a photograph, beside the matrix products in it alone."""
+"""`hpcm bench codec`: time and memory of coding a photograph, compared with its matrix products alone."""
 
 import resource
 import statistics
@@ -29,12 +29,12 @@ PRODUCTS = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention.default,
 }
-"""What counts as a matrix product: convolutions (depth-wise ones too), linear layers and attention."""
+"""Operations counted as matrix products: convolutions (also depth-wise), linear layers and attention."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the time of a matrix product depends on in a tensor."""
+    """The properties of a tensor that the time of a matrix product depends on."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -43,17 +43,17 @@ class Layout:
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """A tensor's layout; anything else as it is."""
+        """The layout of a tensor; any other value is returned unchanged."""
         return cls(value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
 
     def tensor(self) -> Tensor:
-        """Random values laid out so."""
+        """A tensor of random values with this layout."""
         reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return torch.rand(reach + 1, dtype=self.dtype, device=self.device).as_strided(self.shape, self.stride)
 
 
 class Products(TorchDispatchMode):
-    """Notes the matrix products that run inside it, to run them again with nothing between them."""
+    """Records the matrix products that run inside it, so that they can be run again alone."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def replay(self) -> None:
-        """Run them on tensors of the same layouts, one of each, under the settings that the codec has."""
+        """Run the products with the codec's settings, on tensors of the same layouts, one tensor per layout."""
         with torch.no_grad(), coding_arithmetic(self.device, torch.get_num_threads()):
             for func, args, kwargs in self.calls:
                 args, kwargs = tree_map(self._tensor, (args, kwargs))
@@ -83,7 +83,7 @@ class Products(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Coded:
-    """One direction: its median seconds and its products' (None: not timed), and the peak of memory in GB so far."""
+    """Encoding or decoding: median seconds, those of its products (None: not timed), and peak memory so far in GB."""
 
     direction: str
     memory: float
@@ -94,8 +94,9 @@ class Coded:
 def bench_codec(model: HPCM, size: tuple[int, int] = (512, 768), rounds: int = 5) -> list[Coded]:
     """Encode and decode a packaged photograph, scaled to `size` (height, width); measures times and memory.
 
-    In each round encoder, its products, decoder and its products take turns: what else the machine does meets all of
-    them. Memory is the whole process's before any products run alone, or what PyTorch took of a GPU's.
+    In each round the encoder, its products, the decoder and its products take turns, so that other load on the machine
+    slows all of them. Memory is the peak of the whole process, or what PyTorch reserved on a GPU. It is measured before
+    the products run alone.
     """
     device = model.means_hyper.device
     image = _photograph(*size).to(device)
@@ -133,7 +134,7 @@ def _peak_gb(device: torch.device) -> float:
 
 
 def _medians(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, after a round that is not counted."""
+    """Median seconds of each contender. The first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, contender in contenders.items():

@@ -1,4 +1,4 @@
-"""`hpcm compare`: the cost of several codecs from one interleaved run, kept in MLflow."""
+"""`hpcm compare`: the costs of several codecs, measured in turns and logged to MLflow."""
 
 import json
 import os
@@ -31,17 +31,17 @@ from pipeline.weights.published import Lineage
 KIND = "comparison"
 FILE = "comparison.json"
 COUNTED_AT = (512, 768)
-"""Size at which multiplications are counted."""
+"""Height and width at which multiplications are counted."""
 PHASES = ("baseline", "phase1", "phase2", "phase3", "phase4")
 
 
 class ComparisonError(UserError):
-    """Codecs that cannot be compared; the message says why, and what to give instead."""
+    """Codecs that cannot be compared. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one activity costs one codec at one size (`512×768`, height × width)."""
+    """Time of one activity of one codec at one size (`512×768`, height × width)."""
 
     codec: str
     size: str
@@ -49,14 +49,14 @@ class Cost:
     seconds: float
     """Median over rounds."""
     ratio: float | None
-    """To the first codec: the median of the rounds' ratios, so that what slows a whole round cancels."""
+    """Time relative to the first codec: median of the rounds' ratios, in which load on a whole round cancels."""
     samples: tuple[float, ...]
-    """Seconds, one a round."""
+    """Seconds, one value per round."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at the peak of an activity; None where it ran out of memory, or its process died."""
+    """Peak memory of an activity in bytes; None if it ran out of memory or its process died."""
 
     codec: str
     size: str
@@ -66,7 +66,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything one run of `hpcm compare` found; the first codec is what the others are compared with."""
+    """The results of one `hpcm compare`. The other codecs are compared with the first."""
 
     title: str
     device: str
@@ -86,32 +86,32 @@ class Comparison:
 
     @property
     def sizes(self) -> list[str]:
-        """Sizes in the order measured."""
+        """Sizes, in the order in which they were measured."""
         return list(dict.fromkeys(cost.size for cost in self.costs))
 
     def cost(self, codec: str, size: str, activity: str) -> Cost | None:
-        """One cost, or None where it was not measured."""
+        """One cost, or None if it was not measured."""
         return next((c for c in self.costs if (c.codec, c.size, c.activity) == (codec, size, activity)), None)
 
     def peak(self, codec: str, size: str, activity: str) -> int | None:
-        """One peak in bytes, or None where there is none."""
+        """One peak in bytes, or None if it was not measured."""
         found = (p.bytes for p in self.peaks if (p.codec, p.size, p.activity) == (codec, size, activity))
         return next(found, None)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping that `from_json` takes back."""
+        """A mapping for JSON that `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Comparison":
-        """What `to_json` gave."""
+        """The comparison from the output of `to_json`."""
         costs = tuple(Cost(**{**cost, "samples": tuple(cost["samples"])}) for cost in fields["costs"])
         peaks = tuple(Peak(**peak) for peak in fields["peaks"])
         return cls(**{**fields, "costs": costs, "peaks": peaks})
 
 
 def of_preset(preset: str) -> list[Contender]:
-    """All phases of a preset, untrained; raises ValueError for an unknown one."""
+    """All phases of a preset, untrained; raises ValueError for an unknown preset."""
     configs = [preset_config(preset, phase) for phase in range(len(PHASES))]
     parents = [None, *configs]
     return [
@@ -121,9 +121,9 @@ def of_preset(preset: str) -> list[Contender]:
 
 
 def of_recipe(recipe: Recipe) -> list[Contender]:
-    """The codecs of a recipe's stages, untrained, parents first; of equal ones, such as controls, the first.
+    """The codecs of a recipe's stages, untrained, parents first. Of equal codecs only the first is included.
 
-    Raises ValueError for model settings that no codec has.
+    A control, for example, equals the Baseline. Raises ValueError for invalid model settings.
     """
     found: dict[HPCMConfig, Contender] = {}
     configs = {
@@ -138,13 +138,13 @@ def of_recipe(recipe: Recipe) -> list[Contender]:
 
 
 def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
-    """Published codecs by the names of their stages, or by path where several have one name.
+    """Published codecs, named by their stages, or by their paths if several stages have the same name.
 
-    One finds its parent among them by the digest in its lineage, or else by name. Raises CheckpointError for a file
-    that `load_codec` refuses, ComparisonError for one given twice.
+    A codec's parent is looked up among them by the digest in its lineage, or else by name. Raises CheckpointError for a
+    file that `load_codec` refuses, ComparisonError for a file given twice.
     """
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ComparisonError("a checkpoint is given twice; give each once")
+        raise ComparisonError("a checkpoint is given twice; give each one once")
     configs = {path: checkpoints.load_codec(path).config for path in paths}
     lineages = {path: Lineage.read(path) for path in paths}
     names = {path: lineages[path].name or path.stem for path in paths}
@@ -164,14 +164,14 @@ def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
 
 
 def _short(path: Path, others: Sequence[Path]) -> str:
-    """A path from where all of them part, in characters that MLflow takes in a metric's name."""
+    """A path without the folders that all share, in characters that MLflow allows in a metric's name."""
     common = os.path.commonpath([other.resolve().parent for other in others])
     return re.sub(r"[^\w./ -]", "-", path.resolve().relative_to(common).as_posix())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: sizes for coding, sizes for training steps as well, rounds, and whether memory too."""
+    """What to measure: sizes for coding, sizes for training steps, number of rounds, and whether memory too."""
 
     sizes: tuple[Size, ...]
     train_sizes: tuple[Size, ...]
@@ -188,7 +188,7 @@ class Plan:
 
 
 def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str, note: Note) -> Comparison:
-    """Measure; `note` is told of every step. Raises ComparisonError where nothing fits into memory."""
+    """Measure all costs, and call `note` with each step. Raises ComparisonError if nothing fits into memory."""
     kmacs = {}
     for contender in contenders:
         kmacs[contender.name] = macs_per_pixel(contender.config, *COUNTED_AT) / 1000
@@ -230,18 +230,18 @@ def size_name(size: Size) -> str:
 
 
 def default_folder(runs: Path, title: str, device: str) -> Path:
-    """Where a comparison is kept unless another folder is asked for."""
+    """The folder to which a comparison is written by default."""
     return runs / "comparisons" / re.sub(r"[^\w.-]+", "-", f"{title}-{device}")
 
 
 def keep(comparison: Comparison, runs: Path, folder: Path, drawing: Path | None = None) -> bool:
-    """Write JSON into a folder; log it to MLflow in a run of its own kind, with figures as metrics and the drawing.
+    """Write a comparison as JSON into a folder, and log it, its metrics and the drawing to MLflow.
 
-    False where entries are still to be sent.
+    Returns False if log entries could not be sent yet.
     """
     files.write_json(folder / FILE, comparison.to_json())
     name = f"compare {comparison.title} on {comparison.device}"
-    # Whatever the folder: `hpcm sync` looks under the runs.
+    # Always in the folder of runs, where `hpcm sync` finds it.
     queue = default_folder(runs, comparison.title, comparison.device) / "outbox"
     outbox = Outbox(queue, Store.default(runs), print)
     run = outbox.run(uuid.uuid4().hex, name, tags={tags.KIND: KIND})

@@ -1,4 +1,4 @@
-"""A comparison as tables and as a drawing."""
+"""A comparison as tables and as a figure."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ from pipeline.evidence.measurement import CODING, MEMORY, TRAINING
 
 
 def tables(comparison: Comparison) -> Iterable[Table]:
-    """A table of sizes and multiplications, then one of times and one of memory for every image size."""
+    """A table of parameters and multiplications, then a table of times and one of memory per image size."""
     first = comparison.codecs[0]
     size = Table(
         f"{comparison.title} on {comparison.device} ({comparison.machine}), {comparison.rounds} rounds",
@@ -60,7 +60,7 @@ def _times_first(ratio: float | None) -> str:
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Bars of everything relative to the first codec, a panel for each image size."""
+    """Bars of all costs relative to the first codec, with one panel per image size."""
     sizes = comparison.sizes
     figure, axes = new_figure(len(sizes), height=2.6)
     colors = codec_colors(comparison.codecs)
@@ -81,7 +81,7 @@ def draw(comparison: Comparison) -> Figure:
 
 
 def _ratios(comparison: Comparison, size: str) -> tuple[list[str], list[dict[str, float]]]:
-    """Labels of the groups of bars, and each codec's ratio in each."""
+    """Labels of the groups of bars, and the ratio of each codec in each group."""
     first = comparison.codecs[0]
     labels, groups = [], []
     if size == size_name(COUNTED_AT):

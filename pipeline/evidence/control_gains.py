@@ -1,4 +1,4 @@
-"""What each phase gained or lost against its reference, over seeds, beside what its designers expected."""
+"""Gain or loss of each phase against its reference, over seeds, and what its designers expected."""
 
 import math
 import statistics
@@ -18,15 +18,15 @@ EXPECTED: Mapping[str, tuple[tuple[float, float], ...]] = {
     "rate": ((-3, -2), (-5, -3), (-6, -4), (-8, -5)),
     "psnr": ((0.1, 0.2), (0.2, 0.4), (0.25, 0.45), (0.3, 0.55)),
 }
-"""What the design expects of Phases 1 to 4 against the Baseline, in per cent and dB; its authors never measured it."""
+"""Changes against the Baseline, in per cent and dB, that the design expects of Phases 1 to 4 but did not measure."""
 COMPARED_AT = "512×768"
 TANGENT_REACH = 1.0
-"""dB of PSNR up to which a tangent says what the curve does."""
+"""Largest PSNR difference in dB for which a tangent approximates the curve."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A value over seeds: mean, standard deviation (None for one) and how many."""
+    """A value over seeds: mean, standard deviation (None for one seed) and number of seeds."""
 
     mean: float
     deviation: float | None
@@ -34,7 +34,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """Of at least one value; None of none."""
+        """The spread of the values; None if there are none."""
         if not values:
             return None
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
@@ -47,31 +47,31 @@ class Spread:
 
 @dataclass(frozen=True)
 class Gain:
-    """A stage against its reference in the same chains, one value a seed.
+    """A stage against its reference in the same chains, with one value per seed.
 
-    Rate at equal PSNR, and PSNR at equal rate, are to first order: along a tangent of the reference's curve. Where one
-    λ alone was trained it has the slope that a codec at the optimum of its loss would have, known for MSE.
+    Rate at equal PSNR and PSNR at equal rate are first-order estimates along the tangent of the reference's curve. If
+    only one λ was trained, the slope is that of a codec at the optimum of its loss, which is known only for MSE.
     """
 
     stage: str
     reference: str
     fair: bool
-    """Whether the reference has had as many steps of training."""
+    """Whether the reference was trained for as many steps."""
     lmbda: float
     bpp: Spread
     psnr_db: Spread
     loss: Spread
     rate_percent: Spread | None
-    """Of the reference's rate, at equal PSNR; None where the slope is not known, or PSNR too far off."""
+    """Per cent of the reference's rate, at equal PSNR; None if the slope is unknown or the PSNRs are too far apart."""
     psnr_at_equal_rate: Spread | None
-    """dB."""
+    """dB; None in the same cases."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One expectation beside what was measured; `measured` is None where nothing was.
+    """One expectation and its measurement; `measured` is None if there is none.
 
-    It is not `fair` where the reference has had fewer steps of training.
+    A claim is not `fair` if the reference was trained for another number of steps.
     """
 
     quantity: str
@@ -82,7 +82,7 @@ class Claim:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the mean reaches the nearer end of what was expected; None where that cannot be said."""
+        """Whether the mean reaches the end of the expected range nearer to 0; None if not measured or not fair."""
         if self.measured is None or not self.fair:
             return None
         low, high = self.expected
@@ -90,7 +90,7 @@ class Claim:
 
 
 def gains(chains: Sequence[ChainRecord]) -> list[Gain]:
-    """Every stage that has a reference, λ by λ."""
+    """The gains of all stages that have a reference, by λ."""
     references, curves = rate_distortion.references(chains), rate_distortion.curves(chains)
     found = []
     for lmbda in sorted({chain.lmbda for chain in chains}):
@@ -102,7 +102,7 @@ def gains(chains: Sequence[ChainRecord]) -> list[Gain]:
 
 
 def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float | None) -> Gain:
-    """`slope` is that of the reference's curve in dB per bit a pixel."""
+    """The gain of one stage at one λ. `slope`: of the reference's curve, in dB per (bit per pixel)."""
     pairs = [(chain.published[name].quality, chain.published[reference].quality) for chain in chains]
     metric = chains[0].published[name].parameters.get("metric")
 
@@ -128,15 +128,15 @@ def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float
 
 
 def _slope_at_optimum(quality: Quality, lmbda: float) -> float:
-    """dB per bit a pixel along which λ·255²·MSE + bits per pixel does not change."""
+    """The slope along which λ·255²·MSE + bits per pixel is constant, in dB per (bit per pixel)."""
     return 10 / math.log(10) / (lmbda * 255**2 * 10 ** (-quality.psnr_db / 10))
 
 
 def claims(phase_gains: Sequence[Gain], deltas: Mapping[str, Delta], comparison: Comparison | None) -> list[Claim]:
-    """Every expectation with the best there is beside it.
+    """Every expectation with the best available measurement.
 
-    Rate and PSNR are Bjøntegaard's where several λ were trained, which has no error bar, and those at the λ that has
-    most seeds; time and memory are those of a comparison at 512×768, or at its largest size.
+    Rate and PSNR are shown at the λ with most seeds. If several λ were trained, Bjøntegaard deltas are shown too,
+    without deviation. Time and memory are those of a comparison at 512×768, or else at its largest size.
     """
     best = _most_seeds(phase_gains)
     size = f" at {_size(comparison)}" if comparison else ""
@@ -167,7 +167,7 @@ def claims(phase_gains: Sequence[Gain], deltas: Mapping[str, Delta], comparison:
 
 
 def _most_seeds(found: Iterable[Gain]) -> dict[int, Gain]:
-    """The gains of Phases 1 to 4 at the λ whose figures rest on most seeds; of several, the middle one."""
+    """The gains of Phases 1 to 4 at the λ with most seeds; the middle λ if several have as many."""
     by_lmbda: dict[float, dict[int, Gain]] = {}
     for gain in found:
         if gain.stage in {f"phase{n}" for n in range(1, 5)}:
@@ -189,7 +189,7 @@ def _size(comparison: Comparison) -> str:
 
 
 def _time(comparison: Comparison | None, phase: int, activities: Sequence[str]) -> Spread | None:
-    """Per cent against the first codec: the median of the rounds' ratios, and their standard deviation."""
+    """Change of time in per cent against the first codec: median and standard deviation of the rounds' ratios."""
     if comparison is None:
         return None
     sums = []

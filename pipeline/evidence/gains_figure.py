@@ -1,4 +1,4 @@
-"""What every stage gained or lost against its control, in one look."""
+"""A figure of each stage's gain or loss against its control."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from pipeline.common.tables import shortest
 from pipeline.evidence.control_gains import EXPECTED, Gain
 
 MODERATE = 50.0
-"""Per cent; where a gain or loss is beyond, the axis is logarithmic outside the middle."""
+"""Per cent. If a gain or loss is larger, the axis is logarithmic beyond ±10 %."""
 
 
 def draw(found: Sequence[Gain]) -> Figure:
-    """Rate at equal PSNR by stage and λ, with the deviation over seeds; a band is what the design expected."""
+    """Rate at equal PSNR by stage and λ, with the deviation over seeds. Bands show what the design expected."""
     rates = {(gain.stage, gain.lmbda): gain.rate_percent for gain in found if gain.rate_percent is not None}
-    # The phases first, then what else there is.
+    # Phases first, then all other stages.
     stages = sorted(dict.fromkeys(stage for stage, _ in rates), key=lambda stage: not stage.startswith("phase"))
     lmbdas = sorted({lmbda for _, lmbda in rates})
     figure, (axis,) = new_figure(1, height=0.5 + 0.3 * len(stages))

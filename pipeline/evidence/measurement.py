@@ -1,7 +1,7 @@
-"""What codecs cost beside each other: times that take turns, and peak memory in a process of its own each.
+"""Costs of several codecs: times, measured in turns, and peak memory, each in a fresh process.
 
-Activities: `forward` (an evaluation without a bitstream), `encode` and `decode` (real bitstreams), and a training step
-of one image, `frozen` (what a codec has new against its parent) and `unfrozen`.
+Activities: `forward` (an evaluation without a bitstream), `encode` and `decode` (real bitstreams), and training steps
+on one image, `frozen` (trains what is new against the codec's parent) and `unfrozen` (trains everything).
 """
 
 import re
@@ -32,11 +32,11 @@ from pipeline.weights.checkpoints import codec_tensors, load_codec
 CODING = ("forward", "encode", "decode")
 TRAINING = ("frozen", "unfrozen")
 MEMORY = ("decode", *TRAINING)
-"""Activities whose memory is measured; a decoder's process has encoded first."""
+"""Activities whose memory is measured. The process that decodes encodes first."""
 SHORTEST = 0.2
-"""Seconds for which a measurement repeats what it measures."""
+"""Seconds for which a measurement repeats an activity."""
 LMBDA = 0.013
-"""Of the loss of the training steps; their time does not depend on it."""
+"""λ of the loss in training steps. Their time does not depend on it."""
 
 Size = tuple[int, int]
 Note = Callable[[str], None]
@@ -45,16 +45,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Contender:
-    """A codec to be measured: of a published checkpoint, or untrained."""
+    """A codec to measure: a published checkpoint, or untrained."""
 
     name: str
     config: HPCMConfig
     checkpoint: Path | None
     parent: HPCMConfig | None
-    """The codec that it grows from, against which a frozen segment finds what is new."""
+    """The parent's configuration. A frozen segment trains what is new against it."""
 
     def build(self, device: str) -> HPCM:
-        """The codec, ready to code."""
+        """Build the codec, ready for coding."""
         if self.checkpoint is not None:
             return load_codec(self.checkpoint).to(device)
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ class Contender:
 
     @cached_property
     def activities(self) -> tuple[str, ...]:
-        """What can be measured of it: where nothing is new there is no frozen segment."""
+        """The activities that can be measured: `frozen` only if something is new against the parent."""
         return (*CODING, *(TRAINING if self.new_names() else TRAINING[1:]))
 
     def parameters(self) -> int:
@@ -72,7 +72,7 @@ class Contender:
         return sum(parameter.numel() for parameter in HPCM.on_meta(self.config).parameters())
 
     def new_names(self) -> frozenset[str]:
-        """What a frozen segment trains: parameters that the parent has not, and all of components that it has not."""
+        """Parameters that a frozen segment trains: those that the parent lacks, and all of components that it lacks."""
         if self.parent is None:
             return frozenset()
         child, parent = HPCM.on_meta(self.config), HPCM.on_meta(self.parent)
@@ -93,7 +93,7 @@ class Subject:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def activity(self, name: str) -> Callable[[], object]:
-        """The activity as a call."""
+        """The function that performs an activity."""
         activities: dict[str, Callable[[], object]] = {
             "forward": self._forward,
             "encode": self._encode,
@@ -104,7 +104,7 @@ class Subject:
         return activities[name]
 
     def look_at(self, image: Tensor) -> None:
-        """Go on with another image; what was kept for the last one is let go."""
+        """Switch to another image; drops the bitstream and optimizers kept for the last one."""
         self.image, self._coded, self._optimizers = image.to(self.image.device), {}, {}
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class Subject:
 
 
 def photograph(size: Size) -> Tensor:
-    """A packaged photograph, cut or continued by its mirror images to (1, 3, H, W)."""
+    """A packaged photograph, cropped or extended by reflection to (1, 3, H, W)."""
     pixels = read_image(find_images(None, "val", 1).paths[0])[: size[0], : size[1]]
     missing = [(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
     pixels = np.pad(pixels, [*missing, (0, 0)], mode="symmetric")
@@ -154,18 +154,18 @@ def photograph(size: Size) -> Tensor:
 def measure_times(
     contenders: Sequence[Contender], sizes: Mapping[Size, Sequence[str]], rounds: int, device: str, note: Note
 ) -> dict[tuple[Size, str, str], list[float]]:
-    """Seconds by (size, activity, contender), one value a round.
+    """Seconds by (size, activity, contender), one value per round.
 
-    `sizes` says which activities to measure where. Within a round the contenders follow each other in every activity,
-    so that what else the machine does meets all of them; every other round goes backwards. What does not fit into
-    memory is noted and left out.
+    `sizes` gives the activities to measure at each size. In each round and activity the contenders take turns, so that
+    other load on the machine slows all of them; every second round reverses their order. What does not fit into memory
+    is reported to `note` and left out.
     """
     image = photograph(next(iter(sizes)))
     subjects = []
     for contender in contenders:
         subject = within_memory(partial(Subject, contender, image, device))
         if subject is None:
-            note(f"{contender.name}: out of memory beside the others; its times are left out")
+            note(f"{contender.name}: does not fit into memory with the others; its times are left out")
         else:
             subjects.append(subject)
     samples: dict[tuple[Size, str, str], list[float]] = {}
@@ -187,7 +187,7 @@ def _rounds(
         for subject in subjects
         if activity in subject.contender.activities
     }
-    for number in range(-1, rounds):  # the first is not counted: builds, allocations, caches
+    for number in range(-1, rounds):  # The first round warms up and is not counted.
         shortest = SHORTEST if number >= 0 else 0
         for activity in activities:
             for subject in subjects[:: -1 if number % 2 else 1]:
@@ -205,11 +205,11 @@ def _rounds(
 
 
 def within_memory(call: Callable[[], Result]) -> Result | None:
-    """What a call returns; None where it ran out of memory, the machine's or a GPU's."""
+    """The result of a call; None if it ran out of the memory of the machine or a GPU."""
     try:
         return call()
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, PyTorch raises a plain RuntimeError; so do cuBLAS and cuDNN.
+        # PyTorch raises a plain RuntimeError on a CPU; so do cuBLAS and cuDNN.
         told = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
         if not (told or isinstance(error, MemoryError)):
             raise
@@ -218,7 +218,7 @@ def within_memory(call: Callable[[], Result]) -> Result | None:
 
 
 def _repeated(call: Callable[[], object], device: torch.device, shortest: float) -> float:
-    """Median time of a call, repeated until `shortest` seconds are over."""
+    """Median time of a call, repeated until the times sum to `shortest` seconds."""
     times = [timed(call, device)]
     while sum(times) < shortest:
         times.append(timed(call, device))
@@ -226,15 +226,15 @@ def _repeated(call: Callable[[], object], device: torch.device, shortest: float)
 
 
 def measure_memory(contender: Contender, size: Size, activity: str, device: str) -> int | None:
-    """Bytes at the peak of an activity, measured in a fresh process; None where it ran out of memory or died.
+    """Peak memory of an activity in bytes, measured in a fresh process; None if it ran out of memory or died.
 
-    On a GPU, what PyTorch had allocated there at most. On a CPU, the process's largest resident size less what it was
-    before the codec was built, so that Python and PyTorch themselves do not count.
+    On a GPU this is the most that PyTorch allocated. On a CPU it is the growth of the process's peak resident size
+    after the codec began to be built, so that Python and PyTorch themselves are not counted.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         try:
             return within_memory(processes.submit(_peak, contender, size, activity, device).result)
-        except BrokenProcessPool:  # killed by the kernel for its memory, or crashed: nothing tells which
+        except BrokenProcessPool:  # The kernel killed it for its memory, or it crashed; the two look the same.
             return None
 
 
@@ -249,7 +249,7 @@ def _peak(contender: Contender, size: Size, activity: str, device: str) -> int:
 
 
 def _largest_resident_size() -> int:
-    """Bytes. Linux reports two such figures; this one does not include the parent process's peak."""
+    """Peak resident size in bytes. On Linux, ru_maxrss would include the peak of the parent process; VmHWM does not."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())

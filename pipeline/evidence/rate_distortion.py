@@ -1,4 +1,4 @@
-"""Rate–distortion curves from MLflow's records, and what a curve gains on another (Bjøntegaard)."""
+"""Rate–distortion curves from MLflow's records, and the Bjøntegaard deltas between them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from pipeline.tracking.records import ChainRecord, Records
 from pipeline.weights.published import Quality
 
 METHOD = "pchip"
-"""Of interpolation: monotone between the points, and a straight line through two. Cubic fits need four."""
+"""Interpolation: monotone between the points, and a line through two points. Cubic fits need four."""
 KODAK_NAMES = frozenset(f"kodim{n:02d}" for n in range(1, 25))
 PUBLISHED = (
     (0.1211, 29.4022), (0.1757, 30.7547), (0.2729, 32.4012), (0.4125, 34.2063), (0.5898, 36.0145), (0.8209, 37.7525),
 )  # fmt: skip
-"""HPCM-Base on Kodak, as its authors published it: bits per pixel, PSNR in dB."""
+"""Bits per pixel and PSNR in dB of HPCM-Base on Kodak, published by its authors."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One λ of a curve, the mean over as many seeds as there are."""
+    """One λ of a curve: mean quality over `seeds` seeds."""
 
     lmbda: float
     quality: Quality
@@ -38,12 +38,12 @@ Curve = list[Point]
 
 @dataclass(frozen=True)
 class Delta:
-    """What a curve gains on its reference, over so many λ that both have; None where the curves do not overlap."""
+    """A curve against its reference over the `points` λ that both have. Deltas are None without an overlap."""
 
     reference: str
     points: int
     bd_rate: float | None
-    """Per cent of rate at equal PSNR; negative is less."""
+    """Per cent of rate at equal PSNR; negative means a lower rate."""
     bd_psnr: float | None
     """dB at equal rate."""
     bd_rate_ms_ssim: float | None
@@ -51,9 +51,10 @@ class Delta:
 
 
 def curves(chains: Iterable[ChainRecord]) -> dict[str, Curve]:
-    """The curve of every stage name that these chains published, lowest λ first; parents before children.
+    """The curve of every stage that these chains published, lowest λ first; parents before children.
 
-    Of seeds that only some of the λ have, none counts: their luck would be a kink.
+    Only seeds that all λ have are averaged, because others would put kinks into the curve. If no seed is shared, all
+    are averaged.
     """
     found: dict[str, dict[float, dict[int, Quality]]] = {}
     for chain in chains:
@@ -64,7 +65,7 @@ def curves(chains: Iterable[ChainRecord]) -> dict[str, Curve]:
 
 
 def _curve(points: Mapping[float, Mapping[int, Quality]]) -> Curve:
-    """One curve from qualities by λ and seed."""
+    """A curve from qualities by λ and seed."""
     shared = set.intersection(*(set(seeds) for seeds in points.values()))
     chosen = {
         lmbda: [quality for seed, quality in seeds.items() if seed in shared or not shared]
@@ -74,7 +75,7 @@ def _curve(points: Mapping[float, Mapping[int, Quality]]) -> Curve:
 
 
 def references(chains: Iterable[ChainRecord]) -> dict[str, str]:
-    """What every stage that has a reference is judged against: a control where any chain has one."""
+    """The reference of every stage that has one: a control if any chain has one."""
     found: dict[str, str] = {}
     for chain in chains:
         for name in chain.published:
@@ -85,7 +86,7 @@ def references(chains: Iterable[ChainRecord]) -> dict[str, str]:
 
 
 def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
-    """Compare two curves at the λ that both have; raises ValueError below two."""
+    """Compare two curves at the λ that both have; raises ValueError for fewer than two λ."""
     shared = {point.lmbda for point in curve} & {point.lmbda for point in reference}
     if len(shared) < 2:
         raise ValueError(f"{len(shared)} λ in common with {reference_name}; a curve needs two or more")
@@ -103,7 +104,7 @@ def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
 
 
 def _bjontegaard(measure: Any, rates: Sequence[Sequence[float]], distortions: Sequence[Sequence[Any]]) -> float | None:
-    """The measure of (reference, other), or None for curves that are not monotone or do not overlap."""
+    """The measure of (reference, other); None if the curves are not monotone or do not overlap."""
     if any(value is None for values in distortions for value in values):
         return None
     along = distortions if measure is bjontegaard.bd_rate else rates
@@ -116,7 +117,7 @@ def _bjontegaard(measure: Any, rates: Sequence[Sequence[float]], distortions: Se
 
 
 def slope(curve: Curve, lmbda: float) -> float | None:
-    """dB of PSNR per bit a pixel at one of the curve's λ; None for a curve of one point and one that folds back."""
+    """Slope at one of the curve's λ in dB per (bit per pixel); None for one point or a curve that is not monotone."""
     rates = [point.quality.bpp for point in curve]
     psnr = [point.quality.psnr_db for point in curve]
     if len(curve) < 2 or np.any(np.diff(rates) <= 0) or np.any(np.diff(psnr) <= 0):
@@ -126,12 +127,12 @@ def slope(curve: Curve, lmbda: float) -> float | None:
 
 
 def _ms_ssim_db(quality: Quality) -> float | None:
-    """MS-SSIM on a scale where equal steps look alike: −10·log₁₀(1 − MS-SSIM), in dB."""
+    """MS-SSIM in dB: −10·log₁₀(1 − MS-SSIM)."""
     return None if quality.ms_ssim is None else -10 * float(np.log10(max(1 - quality.ms_ssim, 1e-10)))
 
 
 def deltas(found: Mapping[str, Curve], references: Mapping[str, str]) -> dict[str, Delta]:
-    """Every stage against its reference, where two λ or more allow it."""
+    """Deltas of every stage against its reference, if both have two λ or more in common."""
     result = {}
     for name, reference in references.items():
         try:
@@ -142,7 +143,7 @@ def deltas(found: Mapping[str, Curve], references: Mapping[str, str]) -> dict[st
 
 
 def points_table(title: str, found: Mapping[str, Curve]) -> Table:
-    """Every point of every curve."""
+    """A table of all points of all curves."""
     table = Table(title, ("stage", "λ", "seeds", "bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
     for name, curve in found.items():
         for point in curve:
@@ -155,9 +156,9 @@ def points_table(title: str, found: Mapping[str, Curve]) -> Table:
 
 
 def deltas_table(found: Mapping[str, Curve], references: Mapping[str, str]) -> Table:
-    """BD-rate and BD-PSNR of every stage, or why there is none."""
+    """A table of BD-rate and BD-PSNR of every stage, or why there are none."""
     table = Table(
-        "Bjøntegaard against the reference, by pchip; – where curves fold back or do not overlap",
+        "Bjøntegaard deltas against the reference, by pchip (–: curves are not monotone or do not overlap)",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )
@@ -173,19 +174,19 @@ def deltas_table(found: Mapping[str, Curve], references: Mapping[str, str]) -> T
 
 
 def all_on_kodak(records: Records, chains: Iterable[ChainRecord]) -> bool:
-    """Whether every published stage was evaluated on the 24 Kodak images, and there is one."""
+    """Whether there are published stages and all were evaluated on the 24 Kodak images."""
     stages = [stage for chain in chains for stage in chain.published.values()]
     return bool(stages) and all(is_kodak(records.validation_images(stage)) for stage in stages)
 
 
 def is_kodak(names: Iterable[str]) -> bool:
-    """Whether these are the names of the 24 Kodak images, whatever folder and suffix."""
+    """Whether these are the names of the 24 Kodak images, in any folder and with any suffix."""
     stems = [name.rsplit("/", 1)[-1].split(".")[0] for name in names]
     return len(stems) == len(KODAK_NAMES) and set(stems) == KODAK_NAMES
 
 
 def draw(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
-    """bpp against PSNR and, where known, MS-SSIM; the published curve with them where the images are Kodak's."""
+    """PSNR and, if known, MS-SSIM over rate. With `kodak`, the published curve is added."""
     similar = all(point.quality.ms_ssim is not None for curve in found.values() for point in curve)
     figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
     colors = codec_colors(list(found))

@@ -1,4 +1,4 @@
-"""Reconstructions side by side, with where they are wrong: the piece of each image that the codecs code worst."""
+"""Reconstructions side by side with error maps: the crop of each image with the largest errors."""
 
 import json
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from pipeline.evaluation.coding import comparison_name
 from pipeline.tracking.records import ChainRecord, Records, StageRecord
 
 SIDE = 256
-"""Pixels of the piece shown, one to one."""
+"""Side of the crop in pixels."""
 DARKEST = 32
-"""Error, of 255, at which the error map's color ends."""
+"""Error (of 255) at which the error map reaches its brightest color."""
 
 
 @dataclass(frozen=True)
 class Rendition:
-    """One codec's version of the piece, (H, W, 3) in 8 bits, its error map, and the whole image's figures."""
+    """One codec's reconstruction of the crop, (H, W, 3) in 8 bits, its error map, and the whole image's figures."""
 
     stage: str
     pixels: np.ndarray
@@ -31,7 +31,7 @@ class Rendition:
 
 @dataclass(frozen=True)
 class ComparedCrop:
-    """One image: a piece of the original and its renditions."""
+    """A crop of one image: the original and its renditions."""
 
     name: str
     original: np.ndarray
@@ -39,7 +39,7 @@ class ComparedCrop:
 
 
 def compared_crops(records: Records, chain: ChainRecord, most: int = 3) -> list[ComparedCrop]:
-    """The first images that every stage worth seeing kept, `most` at most."""
+    """The first `most` images whose reconstructions all shown stages kept."""
     stages = stages_to_show(chain)
     kept = [_kept(records, stage) for stage in stages]
     names = [name for name in kept[0] if all(name in other for other in kept)] if kept else []
@@ -47,7 +47,7 @@ def compared_crops(records: Records, chain: ChainRecord, most: int = 3) -> list[
 
 
 def stages_to_show(chain: ChainRecord) -> list[StageRecord]:
-    """The Baseline and everything that nothing grew from: the last phase, the last control, a lean one."""
+    """The Baseline and all stages that are no other stage's parent, such as the last phase and the last control."""
     parents = {stage.parent for stage in chain.published.values()}
     return [stage for name, stage in chain.published.items() if stage.parent is None or name not in parents]
 
@@ -69,7 +69,7 @@ def _compared_crop(records: Records, name: str, stages: Sequence[StageRecord]) -
 
 
 def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Original and reconstruction from the picture in which they lie side by side."""
+    """Original and reconstruction from the image that holds both side by side."""
     with Image.open(path) as picture:
         both = np.asarray(picture.convert("RGB"))
     middle = both.shape[1] // 2
@@ -77,7 +77,7 @@ def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:
-    """Where a square of SIDE pixels holds most error, on a table of half its side; smaller images whole."""
+    """The square of SIDE pixels with most error, on a grid of SIDE / 2 pixels. A smaller image is taken whole."""
     height, width = errors.shape
     tops, lefts = (range(0, max(side - SIDE, 0) + 1, SIDE // 2) for side in (height, width))
     places = [(slice(top, top + SIDE), slice(left, left + SIDE)) for top in tops for left in lefts]
@@ -85,7 +85,7 @@ def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:
 
 
 def error_map(errors: np.ndarray) -> np.ndarray:
-    """Mean absolute error of a pixel (H, W), of 255, as colors from black to yellow (H, W, 3)."""
+    """Colors (H, W, 3), from black to yellow, for the mean absolute error of each pixel (H, W), of 255."""
     return (colormaps["inferno"](np.clip(errors / DARKEST, 0, 1))[..., :3] * 255).astype(np.uint8)
 
 

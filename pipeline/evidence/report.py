@@ -1,4 +1,4 @@
-"""`hpcm report`: one page, made from MLflow's store alone, that a colleague can be sent."""
+"""`hpcm report`: one self-contained page, made only from MLflow's store."""
 
 import base64
 import io
@@ -34,12 +34,12 @@ PAGE = "report.html"
 
 
 class ReportError(UserError):
-    """Nothing to report on; the message says what to run first."""
+    """There is nothing to report on."""
 
 
 @dataclass(frozen=True)
 class LineageNode:
-    """A stage in the lineage and those that grew from it."""
+    """A stage in the lineage and its children."""
 
     stage: StageRecord
     children: tuple["LineageNode", ...]
@@ -47,7 +47,7 @@ class LineageNode:
 
 @dataclass(frozen=True)
 class RecipeReport:
-    """What one recipe's chains say."""
+    """The results of one recipe's chains."""
 
     recipe: str
     facts: tuple[tuple[str, str], ...]
@@ -56,9 +56,9 @@ class RecipeReport:
     several_lmbdas: bool
     deltas: Table
     claims: dict[str, list[Claim]]
-    """By quantity, Phases 1 to 4; empty where the recipe has none of them."""
+    """By quantity, for Phases 1 to 4; empty if the recipe has none of them."""
     gains: str
-    """The figure of what was gained on controls, as a data URI; empty where the recipe has none."""
+    """The figure of gains against controls, as a data URI; empty if the recipe has no controls."""
     quality: Table
     migration: Table
     training: tuple[tuple[str, str], ...]
@@ -70,7 +70,7 @@ class RecipeReport:
 
 @dataclass(frozen=True)
 class CostReport:
-    """One comparison of costs, its tables, and its figure as a data URI."""
+    """One comparison of costs, with its tables and its figure as a data URI."""
 
     comparison: Comparison
     tables: tuple[Table, ...]
@@ -79,20 +79,21 @@ class CostReport:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page shows."""
+    """The content of the page."""
 
     sections: tuple[RecipeReport, ...]
     costs: tuple[CostReport, ...]
     date: str
     """When the last stage ended."""
     side: int = SIDE
-    """Pixels of the pieces of reconstructions."""
+    """Side of the shown crops in pixels."""
 
 
 def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
-    """Write page and figures into a folder; returns the page's path. Raises ReportError where no stage is published.
+    """Write the page and its figures into a folder; returns the page's path.
 
-    `recipes` names those to report on, in their order; none for all in the store.
+    `recipes` names the recipes to report on, in this order; without any, all in the store. Raises ReportError if one of
+    them has no published stage.
     """
     records = Records(runs)
     chains = records.published_chains()
@@ -161,7 +162,7 @@ def _recipe_report(
 
 
 def _fullest(chains: Sequence[ChainRecord]) -> ChainRecord:
-    """The chain with most stages; of several, the one at the middle λ, and there the first seed."""
+    """The chain with most stages. If several have as many: the middle λ, then the first seed."""
     most = max(len(chain.published) for chain in chains)
     full = [chain for chain in chains if len(chain.published) == most]
     lmbdas = sorted({chain.lmbda for chain in full})
@@ -169,7 +170,7 @@ def _fullest(chains: Sequence[ChainRecord]) -> ChainRecord:
 
 
 def _facts(records: Records, chains: Sequence[ChainRecord]) -> Iterator[tuple[str, str]]:
-    """What was trained, on what, judged by what."""
+    """Codec, λ, seeds, validation, training and time."""
     stages = [stage for chain in chains for stage in chain.published.values()]
     first = stages[0]
     size = f"{first.metrics['model/parameters'] / 1e6:.1f} M parameters"
@@ -199,20 +200,20 @@ def _claims(
 
 
 def _lineage(chain: ChainRecord, parent: str | None) -> list[LineageNode]:
-    """The trees of published stages that grew from `parent`."""
+    """The trees of published stages whose parent is `parent`."""
     found = [stage for stage in chain.published.values() if stage.parent == parent]
     return [LineageNode(stage, tuple(_lineage(chain, stage.name))) for stage in found]
 
 
 class _Drawn:
-    """Figures of the page: each is embedded, and kept as a PNG beside it."""
+    """Figures of the page. Each is embedded, and saved as a PNG beside the page."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, figure: Figure) -> str:
-        """Keep a figure; returns it as a data URI."""
+        """Save a figure; returns it as a data URI."""
         save(figure, self._folder / (re.sub(r"[^\w.-]+", "-", name) + ".png"))
         file = io.BytesIO()
         save(figure, file, "svg")
@@ -224,7 +225,7 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 
 def _picture(pixels: np.ndarray) -> str:
-    """Pixels (H, W, 3) in 8 bits, without loss, as a data URI."""
+    """Pixels (H, W, 3) in 8 bits as the data URI of a PNG."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
     return _data_uri(file.getvalue(), "png")
@@ -253,7 +254,7 @@ def _claim_text(claim: Claim) -> str:
 
 
 def _expected_text(claim: Claim) -> str:
-    """`−30 … −45 %`: the nearer end first."""
+    """`−30 … −45 %`, the end nearer to 0 first."""
     unit, _ = _unit(claim)
     near, far = sorted(claim.expected, key=abs)
     return f"{near:+g} … {far:+g} {unit}".replace("-", "−")

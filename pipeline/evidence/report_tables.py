@@ -1,4 +1,4 @@
-"""The report's tables: stages against their references, and what a migration costs on its way."""
+"""The report's tables: stages against their references, and losses during a migration."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from pipeline.tracking.records import ChainRecord, StageRecord
 
 
 def quality_table(chains: Sequence[ChainRecord]) -> Table:
-    """Every stage at every λ, mean ± standard deviation over seeds, and its gain on its reference."""
+    """Every stage at every λ: mean ± standard deviation over seeds, and the gain against its reference."""
     table = Table(
         "Real bitstreams of whole validation images",
         ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "bpp", "PSNR dB", "MS-SSIM"),
@@ -25,12 +25,12 @@ def quality_table(chains: Sequence[ChainRecord]) -> Table:
 
 
 def migration_table(chains: Sequence[ChainRecord]) -> Table:
-    """Loss against the parent's, estimated on the validation images: before the first step and after each segment."""
+    """Loss minus the parent's, estimated on the validation images: before the first step and after each segment."""
     groups = [group for group in _groups(chains) if group[2][0].parent_loss is not None]
     longest_first = sorted((stage.segments for _, _, stages in groups for stage in stages), key=len, reverse=True)
     segments = list(dict.fromkeys(segment.name for schedule in longest_first for segment in schedule))
     table = Table(
-        "Loss against the parent's",
+        "Loss minus the parent's",
         ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in segments), "step, frozen : unfrozen"),
         left=3,
     )
@@ -43,7 +43,7 @@ def migration_table(chains: Sequence[ChainRecord]) -> Table:
 
 
 def _groups(chains: Sequence[ChainRecord]) -> list[tuple[float, str, list[StageRecord]]]:
-    """Published stages of one λ and name, one a seed."""
+    """Published stages grouped by λ and name, one per seed."""
     names = list(dict.fromkeys(name for chain in chains for name in chain.published))
     found = []
     for lmbda in sorted({chain.lmbda for chain in chains}):
@@ -83,7 +83,7 @@ def _loss_after(name: str) -> Callable[[StageRecord], float | None]:
 
 
 def _frozen_share(stage: StageRecord) -> float | None:
-    """Time of a frozen step over that of an unfrozen one."""
+    """Time of a frozen step divided by that of an unfrozen step."""
     times = {
         segment.name: segment.seconds / segment.steps for segment in stage.segments if segment.seconds and segment.steps
     }

@@ -1,4 +1,4 @@
-"""How rate and PSNR moved through all stages of a chain."""
+"""Rate and PSNR during training, through all stages of a chain."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ MEASURES = (("bpp", "rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
 
 
 def draw(records: Records, chain: ChainRecord) -> Figure:
-    """Rate and PSNR of the training crops by step, every stage beginning where its parent ended."""
+    """Rate and PSNR of the training crops by step. Each stage starts at its parent's last step."""
     figure, axes = new_figure(len(MEASURES), height=2.3)
     colors = codec_colors(list(chain.published))
     for axis, (key, label) in zip(axes, MEASURES, strict=True):
@@ -23,7 +23,7 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
                 steps, values = [start + step for step, _ in curve], [value for _, value in curve]
                 style = "--" if name.startswith("control") else "-"
                 axis.plot(steps, values, style, color=colors[name], linewidth=1, label=None if number else name)
-                # A Baseline begins so far away that nothing else would be seen.
+                # A Baseline starts so far off that it would hide all other curves.
                 shown += values if stage.parent else values[len(values) // 3 :]
             axis.axvline(start, color="0.85", linewidth=0.8, zorder=0)
         if shown:
@@ -38,6 +38,6 @@ def draw(records: Records, chain: ChainRecord) -> Figure:
 
 
 def _pieces(records: Records, stage: StageRecord, key: str) -> Sequence[History]:
-    """The measure segment by segment; a segment that does not have it leaves a gap."""
+    """The measure of each segment that has it. Other segments leave a gap."""
     keys = [f"train/{segment.name}/{key}" for segment in stage.segments]
     return [records.history(stage.run_id, key) for key in keys if key in stage.metrics]

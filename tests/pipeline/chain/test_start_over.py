@@ -147,7 +147,7 @@ def test_clean_lists_what_was_interrupted_and_asks(runs: Path) -> None:
     done = CliRunner().invoke(app, ["clean", "--runs", str(runs), "--yes"])
     assert done.exit_code == 0, done.output
     assert chain.plan()[0].reason == "not built yet"
-    assert "nothing was interrupted" in CliRunner().invoke(app, ["clean", "--runs", str(runs)]).output
+    assert "no interrupted trainings" in CliRunner().invoke(app, ["clean", "--runs", str(runs)]).output
 
 
 def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
@@ -155,7 +155,7 @@ def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
     command = ["run", "phase1", "--recipe", str(FOLDER), "--runs", str(built.runs), "--force"]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, ChainError)
-    assert "no terminal to ask at; give --yes" in str(result.exception)
+    assert "no terminal for the question; give --yes" in str(result.exception)
     assert [path for path in sorted(built.folder.rglob("*")) if path.name != "lock"] == [
         path for path in before if path.name != "lock"
     ]

@@ -411,7 +411,7 @@ def test_the_codec_of_a_file_is_named_where_it_is_known(
     assert found["checkpoint"] == str(stage / "checkpoint.safetensors")
     assert found["bytes"] == image.stat().st_size
     assert hpcm(monkeypatch, "decompress", image, "-o", photos / "two.png", "-c", checkpoint, *runs) == 1
-    assert f"made by another model, which is known: {found['checkpoint']}" in capsys.readouterr().err
+    assert f"made by another model: {found['checkpoint']}" in capsys.readouterr().err
 
 
 def test_checkpoints_are_described(

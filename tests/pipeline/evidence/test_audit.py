@@ -118,8 +118,8 @@ def test_an_altered_record_is_noticed(baseline: Chain) -> None:
         store.execute("UPDATE latest_metrics SET value = value + 1 WHERE key = 'final/psnr_db'")
         store.execute("UPDATE tags SET value = 'other' WHERE key = 'hpcm.input.recipe'")
     found = problems(baseline.runs)
-    assert "its quality is not the recorded one" in found
-    assert "made from another recipe than recorded" in found
+    assert "its quality differs from the recorded one" in found
+    assert "its recipe differs from the recorded one" in found
 
 
 def test_what_was_superseded_is_verified_where_it_lies(baseline: Chain) -> None:

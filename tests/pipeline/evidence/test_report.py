@@ -253,7 +253,7 @@ def test_the_page_holds_everything_and_needs_nothing(finished: tuple[Chain, Note
     page = Page(text)
     assert page.open == []
     assert page.headings == [
-        "Recipe mini", "Expected and measured", "Rate and distortion", "Stages", "What a migration costs on its way",
+        "Recipe mini", "Expected and measured", "Rate and distortion", "Stages", "Loss during a migration",
         "Training", "Reconstructions", "Lineage", "Cost", "mini on a machine",
     ]  # fmt: skip
     assert len(page.sources) == 3 + 1 + 2 * 2
