@@ -89,7 +89,7 @@ def estimate(model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: st
 def evaluate(
     model: HPCM, images: Iterable[NamedImage], lmbda: float, metric: str, keep: int = 0
 ) -> tuple[Evaluation, list[Tensor]]:
-    """Encode and decode all images with real bitstreams; returns results and `keep` reconstructions (1, 3, H, W)."""
+    """Code all images with real bitstreams; returns results and the first `keep` reconstructions (1, 3, H, W)."""
     model.update(force=True)
     results: list[ImageResult] = []
     kept: list[Tensor] = []
@@ -117,7 +117,7 @@ def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tu
 
 
 def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:
-    """Multiply-accumulates per pixel of one forward pass, counted by PyTorch.
+    """Multiply-accumulates per pixel of encoding and decoding one image, counted by PyTorch.
 
     The count includes convolutions, matrix products and attention, but no elementwise operations.
     """

@@ -45,7 +45,7 @@ class Outcome:
     scale_error: float | None
     """Largest relative error of a scale compared with a float64 pass on this machine."""
     pixels: int | None
-    """Number of values (3 per pixel) that differ from the picture decoded in float64; a difference of 1 is allowed."""
+    """Number of values (3 per pixel) that differ from the picture decoded in float64; 1 of 255 is allowed."""
     fault: str
 
 

@@ -99,7 +99,7 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read every stage of a recipe, which is given by its name under `stages/` or by its folder's path.
 
     `common.yaml` gives the defaults. A stage's own file overrides them key by key, and lists as a whole. `overrides`
-    (see Override) override both. Raises RecipeError that lists every problem, one per line.
+    (see Override) override both. Raises RecipeError listing the problems, one per line.
     """
     path = _find_folder(folder)
     defaults = read_file(path / DEFAULTS, label(path / DEFAULTS))

@@ -230,7 +230,7 @@ def test_one_bad_file_does_not_stop_the_others(
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     coded, decoded = photos.parent / "coded", photos.parent / "decoded"
     assert hpcm(monkeypatch, "compress", photos, "-o", coded, "-c", checkpoint) == 1
-    assert "broken.png: broken" in capsys.readouterr().err
+    assert "broken.png: damaged" in capsys.readouterr().err
     assert sorted(path.name for path in coded.rglob("*.hpcm")) == ["one.hpcm", "turned.hpcm"]
 
     data = (coded / "one.hpcm").read_bytes()
