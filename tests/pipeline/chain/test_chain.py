@@ -247,7 +247,7 @@ def test_images_are_looked_for_once_in_a_chain(finished: tuple[Chain, Notes], mo
 def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> None:
     limits = ["phase1.accept.bpp_change=-0.9"]
     chain = mini_chain(runs, "phase1", limits)
-    with pytest.raises(StageError, match=r"phase1: not accepted .* bpp_change is .*, allowed -0.9000") as caught:
+    with pytest.raises(StageError, match=r"phase1: not accepted, .* bpp_change is .*, allowed -0.9000") as caught:
         run_chain(chain, accept_anyway=False)
     assert "--accept-anyway" in str(caught.value)
     assert runs_of(chain)[1][-1].info.status == "FAILED"
