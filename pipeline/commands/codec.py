@@ -1,14 +1,16 @@
-"""The commands that use a codec: `hpcm compress`, `decompress`, `info`, `verify`, `evaluate` and `bench codec`."""
+"""The commands that use a codec: `hpcm compress`, `decompress`, `verify`, `evaluate` and `bench codec`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.commands.each_file import each_file
+from pipeline.commands.info import info
 from pipeline.commands.options import AsJson, Device, Quiet, Runs, device_of, size_of
 from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
@@ -28,9 +30,6 @@ Checkpoint = Annotated[
 ]
 Pictures = Annotated[list[Path], typer.Argument(help="Images and folders of images; `-`: standard input.")]
 Coded = Annotated[list[Path], typer.Argument(help="`.hpcm` files and folders of them; `-`: standard input.")]
-Inspected = Annotated[
-    list[Path], typer.Argument(help="`.hpcm` files, folders of them, checkpoints, and stages' folders.")
-]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="File or folder to write; `-`: standard output [default: beside the input]."),
@@ -42,7 +41,6 @@ MaxPixels = Annotated[
         "--max-pixels", min=1, help="Most pixels of an image, with padding [default: what half of the memory allows]."
     ),
 ]
-Item = TypeVar("Item")
 
 
 @with_standard_streams("pictures", ".hpcm")
@@ -103,7 +101,7 @@ def compress(
         )
         return done.changes
 
-    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
+    _end(table, each_file([(conversion.source, conversion) for conversion in conversions], convert))
 
 
 @with_standard_streams("files", ".png")
@@ -133,61 +131,7 @@ def decompress(
         table.add(conversion.name, f"{done.width}×{done.height}")
         return [done.recovery] if done.recovery else []
 
-    _end(table, _each([(conversion.source, conversion) for conversion in conversions], convert))
-
-
-def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
-    """Check `.hpcm` files and checkpoints, and print what they contain.
-
-    The codec of an `.hpcm` file is named if it is bundled or in --runs.
-    """
-    from pipeline.commands.checkpoint_info import CheckpointInfo, is_checkpoint
-    from pipeline.commands.display import show, show_json
-
-    found: list[dict[str, Any]] = []
-    checkpoints = [path for path in files if is_checkpoint(path)]
-    coded = [path for path in files if path not in checkpoints]
-    complete = True
-    if coded:
-        table, complete = _coded_info(coded, runs, found)
-        if not as_json:
-            show(*[table] if table.rows else [])
-    for path in checkpoints:
-        checkpoint = CheckpointInfo.read(path)
-        found.append(checkpoint.to_json())
-        if not as_json:
-            show(checkpoint.table())
-    if as_json:
-        show_json(found)
-    if not complete:
-        raise typer.Exit(1)
-
-
-def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
-    """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
-    from modules.bitstream import CodedImage
-    from pipeline.commands.checkpoint_info import known_models
-    from pipeline.evaluation.codec_files import SUFFIX, find
-
-    columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
-    table = Table("", columns)
-    names = known_models(runs)
-
-    def describe(item: tuple[str, Path]) -> Iterable[str]:
-        name, path = item
-        coded = CodedImage.read(path)
-        size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
-        bpp = 8 * size / (coded.width * coded.height)
-        lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
-        guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
-        model = f"{identity} ({names[identity]})" if identity in names else identity
-        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded, model)
-        sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
-        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
-        found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
-        return () if guards else ["format version 1: only the machine that wrote it is sure to decode it"]
-
-    return table, _each([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)
+    _end(table, each_file([(conversion.source, conversion) for conversion in conversions], convert))
 
 
 def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[[bytes], ImageCodec]:
@@ -296,7 +240,7 @@ def evaluate(
         results.append(code(model, name, to_tensor(picture), lmbda=0.0, metric="mse")[0])
         return picture.changes
 
-    complete = _each([(path, (name, path)) for name, path in found], measure)
+    complete = each_file([(path, (name, path)) for name, path in found], measure)
     table = Table("", ("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
     if results:
         evaluation = Evaluation(tuple(results))
@@ -353,36 +297,6 @@ def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> 
     return ImageCodec(
         load_codec(checkpoint_file(checkpoint) if checkpoint else of_quality(quality)).to(device_of(device))
     )
-
-
-def _each(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:
-    """Call `work` on every item and print the messages that it returns.
-
-    Each item has a path, which starts its messages. An error is printed and the next item follows. Returns whether all
-    items succeeded.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from pipeline.commands.display import console, errors
-
-    complete = True
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    shown = errors.is_terminal and not errors.quiet
-    with Progress(
-        *columns, console=errors, transient=True, disable=not shown, redirect_stdout=console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=len(items))
-        for path, item in items:
-            bar.update(task, description=path.name)
-            try:
-                for message in work(item):
-                    console.print(f"{path}: {message}", soft_wrap=True)
-            except Exception as error:  # Libraries may raise anything for a bad file; the next is still done.
-                complete = False
-                reason = (str(error) or type(error).__name__).removeprefix(f"{path}: ").splitlines()[0]
-                print(f"error: {path}: {reason}", file=sys.stderr)
-            bar.advance(task)
-    return complete
 
 
 def _speak(wanted: bool) -> None:

@@ -1,0 +1,69 @@
+"""`hpcm info`: what coded files and checkpoints contain."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.commands.each_file import each_file
+from pipeline.commands.options import AsJson, Runs
+from pipeline.common.tables import Table
+
+Inspected = Annotated[
+    list[Path], typer.Argument(help="`.hpcm` files and folders of them, checkpoints, folders of stages.")
+]
+
+
+def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Check `.hpcm` files and checkpoints, and print what they contain.
+
+    The codec of an `.hpcm` file is named if it is bundled or in --runs.
+    """
+    from pipeline.commands.checkpoint_info import CheckpointInfo, is_checkpoint
+    from pipeline.commands.display import show, show_json
+
+    found: list[dict[str, Any]] = []
+    checkpoints = [path for path in files if is_checkpoint(path)]
+    coded = [path for path in files if path not in checkpoints]
+    complete = True
+    if coded:
+        table, complete = _coded_info(coded, runs, found)
+        if not as_json:
+            show(*[table] if table.rows else [])
+    for path in checkpoints:
+        checkpoint = CheckpointInfo.read(path)
+        found.append(checkpoint.to_json())
+        if not as_json:
+            show(checkpoint.table())
+    if as_json:
+        show_json(found)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
+    """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
+    from modules.bitstream import CodedImage
+    from pipeline.commands.checkpoint_info import known_models
+    from pipeline.evaluation.codec_files import SUFFIX, find
+
+    columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
+    table = Table("", columns)
+    names = known_models(runs)
+
+    def describe(item: tuple[str, Path]) -> Iterable[str]:
+        name, path = item
+        coded = CodedImage.read(path)
+        size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
+        bpp = 8 * size / (coded.width * coded.height)
+        lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
+        guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
+        model = f"{identity} ({names[identity]})" if identity in names else identity
+        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded, model)
+        sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
+        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
+        found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
+        return () if guards else ["format version 1: only the machine that wrote it is sure to decode it"]
+
+    return table, each_file([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)
