@@ -196,7 +196,7 @@ def clean(
 
     found = list(leftovers(runs))
     if not found:
-        console.print(f"{runs}: no interrupted trainings")
+        console.print(f"no interrupted trainings in {runs}")
     for leftover in found:
         console.print(leftover.title, soft_wrap=True)
         if yes or typer.confirm("Delete it?"):
