@@ -1,14 +1,14 @@
 """A chain of stages. Like make, it skips finished stages, resumes interrupted ones and rebuilds stale ones."""
 
+from __future__ import annotations
+
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.chain.passed_checks import check_unless_passed
 from pipeline.chain.stage_task import RunContext, StageTask
@@ -26,6 +26,9 @@ from pipeline.tracking.store import EndState, Run, Store
 from pipeline.tracking.tags import ChainTags, StageTags
 from pipeline.weights.metadata import CheckpointError, read_digest
 from pipeline.weights.published import PublicationRecord
+
+if TYPE_CHECKING:
+    import torch
 
 Status = Literal["done", "cut off", "stale", "missing"]
 PATIENCE_INTERRUPTED = 10.0

@@ -231,5 +231,5 @@ def test_a_damaged_identity_is_an_error(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     chain.folder.mkdir(parents=True)
     (chain.folder / "chain.json").write_text(json.dumps(["?"]))
-    with pytest.raises(ChainError, match=r"chain.json: damaged: .*(?s:.*)Delete it"):
+    with pytest.raises(ChainError, match=r"chain.json: damaged: .*(?s:.*)Delete the file"):
         run_chain(chain)

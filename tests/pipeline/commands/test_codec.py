@@ -236,7 +236,7 @@ def test_one_bad_file_does_not_stop_the_others(
     data = (coded / "one.hpcm").read_bytes()
     (coded / "cut.hpcm").write_bytes(data[:-5])
     (coded / "newer.hpcm").write_bytes(data[:4] + b"\x07" + data[5:])
-    (coded / "other.hpcm").write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y").pack())
+    (coded / "other.hpcm").write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y", version=1).pack())
     assert hpcm(monkeypatch, "decompress", coded, "-o", decoded, "-c", checkpoint) == 1
     told = capsys.readouterr().err
     assert f"cut.hpcm: truncated: {len(data) - 5} of {len(data)} bytes" in told
@@ -309,7 +309,7 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
 def test_names_that_are_not_utf8_are_printed_anywhere(encoding: str, tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"b\xff.hpcm")).write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y").pack())
+    (tmp_path / os.fsdecode(b"b\xff.hpcm")).write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y", version=1).pack())
     (tmp_path / os.fsdecode(b"c\xff.hpcm")).touch()
     environment = {**mini.ENVIRONMENT, "PYTHONIOENCODING": encoding}
     done = subprocess.run(mini.hpcm("info", tmp_path), env=environment, capture_output=True, timeout=240)
@@ -345,7 +345,7 @@ def test_an_unknown_picture_format_is_refused(
 ) -> None:
     assert hpcm(monkeypatch, "compress", photos / "one.png", "-c", checkpoint) == 0
     assert hpcm(monkeypatch, "decompress", photos / "one.hpcm", "-o", photos / "one.pdf", "-c", checkpoint) == 1
-    assert "pictures are written as .png" in capsys.readouterr().err
+    assert "unknown format; give a name that ends in one of .png" in capsys.readouterr().err
 
 
 def test_evaluation_is_what_compressai_plots(
@@ -402,7 +402,7 @@ def test_the_codec_of_a_file_is_named_where_it_is_known(
     photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = photos.parent / "runs" / "mini" / "lmbda-0.013" / "baseline"
-    publish(stage / "checkpoint.safetensors", mini_codec(0), {"name": "baseline"})
+    publish(stage / "checkpoint.safetensors", mini_codec(0), Lineage(name="baseline"))
     image, runs = photos / "one.hpcm", ("--runs", photos.parent / "runs")
     assert hpcm(monkeypatch, "compress", photos / "one.png", "-c", stage) == 0
     capsys.readouterr()

@@ -139,7 +139,7 @@ def test_the_shell_completes_recipes_and_stages() -> None:
         return set(done.output.split())
 
     assert completed("hpcm plan --recipe ") == set(recipe_names())
-    assert completed("hpcm run --recipe evidence le") == {"lean"}
+    assert completed("hpcm run --recipe evidence le") == {"lean", "lean-conv"}
     assert completed("hpcm run phase") == {"phase1", "phase2", "phase3", "phase4"}
 
 
