@@ -18,7 +18,6 @@ from pipeline.common.fault_injection import fault
 from pipeline.common.files import FileError, free_name, write_json
 from pipeline.common.folder_lock import held
 from pipeline.common.tables import shortest
-from pipeline.data.crops import noticing_lost_workers
 from pipeline.data.images import find_images
 from pipeline.recipes.schema import Stage
 from pipeline.tracking.outbox import PATIENCE, Outbox
@@ -108,6 +107,8 @@ class Chain:
 
         The stage's last saved state is kept. Raises FolderInUse if another process runs a chain in the same folder.
         """
+        from pipeline.data.crops import noticing_lost_workers  # imports PyTorch, which a plan does not need
+
         with context.processes.noticing_lost_processes(), noticing_lost_workers(), ExitStack() as exits:
             context.on_main_process(lambda: self._enter(context, exits))
             try:
