@@ -82,7 +82,7 @@ def test_damaged_official_files(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         torch.save({"state_dict": tensors}, buffer, _use_new_zipfile_serialization=zipped)
         contents.append(buffer.getvalue())
-    for draw in cases(2000):
+    for draw in cases(1000):
         path.write_bytes(damaged(draw.choice(contents), draw))
         assert outcome(lambda: import_official(path), CheckpointError) == "refused"  # At best it lacks tensors.
 
@@ -202,7 +202,7 @@ def test_damaged_recipes(tmp_path: Path) -> None:
     contents = {name: (FOLDER / f"{name}.yaml").read_text() for name in ("common", "baseline", "phase1")}
     for name, content in contents.items():
         (tmp_path / f"{name}.yaml").write_text(content)
-    for draw in cases(1500):
+    for draw in cases(800):
         name = draw.choice(list(contents))
         lines = contents[name].splitlines()
         for _ in range(draw.choice([1, 1, 3])):
