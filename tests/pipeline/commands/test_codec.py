@@ -345,7 +345,7 @@ def test_an_unknown_picture_format_is_refused(
 ) -> None:
     assert hpcm(monkeypatch, "compress", photos / "one.png", "-c", checkpoint) == 0
     assert hpcm(monkeypatch, "decompress", photos / "one.hpcm", "-o", photos / "one.pdf", "-c", checkpoint) == 1
-    assert "pictures are written as .png" in capsys.readouterr().err
+    assert "unknown format; give a name that ends in one of .png" in capsys.readouterr().err
 
 
 def test_evaluation_is_what_compressai_plots(
