@@ -83,7 +83,7 @@ def hidden_rate(cell: RWKVContextCell) -> float:
     return key.out_features / key.in_features
 
 
-@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize("size", [256, pytest.param(512, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_forward_of_phase4(size: int) -> None:
     model = HPCM.from_preset("base", 4).eval()

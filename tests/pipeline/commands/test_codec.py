@@ -307,7 +307,7 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(
         assert picture.size == (60, 40)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+@pytest.mark.parametrize("encoding", ["utf-8:strict", pytest.param("ascii:strict", marks=pytest.mark.slow)])
 def test_names_that_are_not_utf8_are_printed_anywhere(encoding: str, tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"b\xff.hpcm")).write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y", version=1).pack())
     (tmp_path / os.fsdecode(b"c\xff.hpcm")).touch()

@@ -155,7 +155,10 @@ def test_the_plan_as_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "signum", "code"),
-    [("frozen", signal.SIGTERM, 143), ("unfrozen", signal.SIGKILL, -9)],
+    [
+        ("frozen", signal.SIGTERM, 143),
+        pytest.param("unfrozen", signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int, code: int, runs: Path) -> None:
     settings = [f"phase1.schedule.{phase}.steps=30"]
