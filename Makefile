@@ -59,8 +59,11 @@ report: $(READY) ## write all results to runs/report/report.html
 ui: $(READY) ## serve MLflow's pages on a free port, and print their address
 	@$(BIN)/hpcm ui $(ARGS)
 
+# One process of tests per core, up to 8: each takes up to 3 GB. More threads would only wait for each other.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
 test: $(READY) ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu and not nvcc"
+	$(PARALLEL) -m "not slow and not gpu and not nvcc"
 
 test-all: $(READY) ## run the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"

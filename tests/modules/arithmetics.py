@@ -65,6 +65,7 @@ ARITHMETICS = {
     "channels first": Arithmetic(prepare=channels_first),
     "no kernel": Arithmetic(prepare=without_kernel),
     "float64": Arithmetic(prepare=lambda model: model.double()),
+    **({"CUDA": Arithmetic(prepare=lambda model: model.cuda())} if torch.cuda.is_available() else {}),
 }
 """AVX2 for ATen and SSE4.1 for oneDNN are other code paths; what a machine lacks, it takes as the best it has."""
 
@@ -111,7 +112,7 @@ def encode_all(folder: Path, name: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for codec_name, codec in _codecs(folder, ARITHMETICS[name]):
         for path in sorted((folder / "images").glob("*.pt")):
-            image = torch.load(path, weights_only=True).to(codec.model.means_hyper.dtype)
+            image = torch.load(path, weights_only=True).to(codec.model.means_hyper)
             (target / f"{codec_name}@{path.stem}.hpcm").write_bytes(codec.encode(image).pack())
 
 
@@ -146,10 +147,10 @@ def _decode(codec: ImageCodec, path: Path, reference: Path, exact: bool) -> dict
     coding.Decoder = Kept  # type: ignore[misc]
     try:
         decoded = codec.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
-        pixels, (recovery,) = (decoded["x_hat"] * 255).round().byte(), decoded["recovery"]
+        pixels, (recovery,) = (decoded["x_hat"].cpu() * 255).round().byte(), decoded["recovery"]
         if recovery:
             return {"recovery": recovery, "symbols": "recovered"}
-        scales, symbols = torch.cat(Kept.last.scales), torch.cat(Kept.last.symbols)
+        scales, symbols = torch.cat(Kept.last.scales).cpu(), torch.cat(Kept.last.symbols).cpu()
     except BitstreamError as error:
         return {"refused": str(error)}
     if exact:
@@ -184,7 +185,8 @@ def run_all(folder: Path, names: Sequence[str]) -> None:
 
 def start(folder: Path, name: str, *parts: str) -> subprocess.Popen[bytes]:
     """Run parts of the matrix in a process with this arithmetic."""
-    environment = {**os.environ, **ARITHMETICS[name].environment, "PYTHONPATH": str(Path(__file__).parents[2])}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    environment = {**os.environ, **ARITHMETICS[name].environment, "PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", __file__, str(folder), "--process", name, *parts], env=environment
     )

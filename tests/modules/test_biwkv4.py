@@ -53,7 +53,7 @@ def draw(shape=(2, 37, 19), dtype=torch.float32, seed=0, decay=4.0, boost=0.5) -
 def relative(a: Tensor, e: Tensor) -> float:
     """Largest difference, relative to the largest expected magnitude."""
     assert a.isfinite().all()
-    return ((a.double() - e).abs().max() / e.abs().max().clamp(min=1e-300)).item()
+    return ((a.double() - e).abs().max() / e.double().abs().max().clamp(min=1e-300)).item()
 
 
 def assert_close(results: list[Tensor], truth: list[Tensor], bound: float) -> None:
