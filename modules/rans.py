@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from compressai.ans import RansDecoder, RansEncoder
 from torch import Tensor
+
+from modules.compressai_parts import RansDecoder, RansEncoder
 
 LIMIT = 2**24
 """Symbols are below this magnitude, so float32 represents them exactly."""
