@@ -16,7 +16,7 @@ from modules.compressai_parts import CompressionModel, quantize_ste, register_mo
 from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
-from modules.guards import EPSILON, check_epsilon
+from modules.file_format import EPSILON, check_epsilon
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialization import center_scales, has_values, initialize_convolutions, spread_latent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
