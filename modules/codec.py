@@ -7,20 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from compressai.models import CompressionModel
-from compressai.ops import quantize_ste
-from compressai.registry import register_model
 from torch import Tensor, nn
 
 from modules import coding
 from modules.coders import Estimator
 from modules.components import Checkpointed, Kind
+from modules.compressai_parts import CompressionModel, quantize_ste, register_model
 from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
-from modules.guards import EPSILON, check_epsilon
+from modules.file_format import EPSILON, check_epsilon
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
-from modules.initialization import center_scales, initialize_convolutions, spread_latent
+from modules.initialization import center_scales, has_values, initialize_convolutions, spread_latent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -104,7 +102,8 @@ class HPCM(CompressionModel):
             kind.build(M) for kind in (config.attn_s1, config.attn_s2, config.attn_s3)
         )
         self.context_net = nn.ModuleList(config.context_net.build(M) for _ in range(2))
-        self._initialize()
+        if has_values(self.means_hyper):
+            self._initialize()
         self.to(memory_format=torch.channels_last)
 
     @classmethod

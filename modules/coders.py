@@ -1,9 +1,9 @@
 """The three ways to code one step of the hierarchy: estimate its likelihoods, encode it, decode it."""
 
 import torch
-from compressai.ops import quantize_ste
 from torch import Tensor
 
+from modules.compressai_parts import quantize_ste
 from modules.guards import STEPS, Guards, Offsets, choose_offsets, moved, shortened, table_index
 from modules.hierarchy import Step
 from modules.rans import BitstreamError, SymbolReader, SymbolWriter

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import torch
-from compressai.entropy_models.entropy_models import pmf_to_quantized_cdf
-from compressai.ops import LowerBound
 from torch import Tensor, nn
+
+from modules.compressai_parts import LowerBound, pmf_to_quantized_cdf
 
 SCALE_BOUND = 0.12
 LIKELIHOOD_BOUND = 1e-9

@@ -9,7 +9,6 @@ A list of the symbols near a boundary, and the side each is on, would need three
 among hundreds of symbols takes more bits than the smallest free offset of a run with a few of them near a boundary.
 """
 
-import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,13 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.rans import BitstreamError
-
-EPSILON = 2e-5
-"""What encoder and decoder may each be off the exact scales by, relative, unless the encoder is told otherwise."""
-
-LEAST_EPSILON, MOST_EPSILON = 1e-6, 5e-3
-"""Below, float32's own rounding of a boundary would count; above, offsets would leave a quarter of a table."""
+from modules.file_format import GUARDS_HEAD, BitstreamError, Summary
 
 STEPS = 11
 
@@ -33,8 +26,6 @@ _SPACING = 5
 
 _ROUNDING = 3e-7
 """What a moved boundary itself may be off by in float32, relative."""
-
-_HEAD = struct.Struct(f"<BfI{STEPS - 1}HI")
 
 
 class Offsets(NamedTuple):
@@ -67,7 +58,7 @@ class Guards:
         packed = b"".join(offsets.pack() for offsets in self.offsets)
         if packed == bytes([_UNMOVED]) * STEPS:
             packed = b""
-        return _HEAD.pack(0, self.epsilon, len(packed), *self.checks) + packed
+        return GUARDS_HEAD.pack(0, self.epsilon, len(packed), *self.checks) + packed
 
     @classmethod
     def parse(cls, string: bytes, symbols: int) -> tuple["Guards", bytes]:
@@ -76,8 +67,8 @@ class Guards:
         Raises BitstreamError, before anything is allocated, where the list of offsets is not one of that latent.
         """
         summary = Summary.of(string)
-        _, _, length, *checks = _HEAD.unpack_from(string)
-        packed = string[_HEAD.size : _HEAD.size + length]
+        _, _, length, *checks = GUARDS_HEAD.unpack_from(string)
+        packed = string[GUARDS_HEAD.size : GUARDS_HEAD.size + length]
         offsets: list[Offsets] = []
         at = 0
         for size in step_sizes(symbols) if length else ():
@@ -91,7 +82,7 @@ class Guards:
         if at != length:
             raise BitstreamError("damaged: bytes follow the table offsets")
         guards = cls(summary.epsilon, tuple(offsets) or (UNMOVED,) * STEPS, tuple(checks))
-        return guards, string[_HEAD.size + length :]
+        return guards, string[GUARDS_HEAD.size + length :]
 
     def matches(self, step: int, check: int) -> bool:
         """Whether the CRC-32 after this step is the encoder's."""
@@ -100,41 +91,6 @@ class Guards:
     def index(self, step: int, scales: Tensor, table: Tensor) -> Tensor:
         """Each scale's table."""
         return table_index(moved(scales, self.offsets[step], self.epsilon), table)
-
-
-class Summary(NamedTuple):
-    """What a coded latent says of its guards, readable without the model."""
-
-    epsilon: float
-    guard_bytes: int
-
-    @classmethod
-    def of(cls, string: bytes) -> "Summary":
-        """Read it; raises BitstreamError for bytes that cannot be a coded latent."""
-        if len(string) < _HEAD.size or string[0] != 0:
-            raise BitstreamError(f"damaged: the coded latent has {len(string)} bytes and no head of {_HEAD.size}")
-        _, epsilon, length, *_ = _HEAD.unpack_from(string)
-        if not is_epsilon(epsilon):
-            raise BitstreamError(f"damaged: ε = {epsilon}, {_ALLOWED}")
-        if _HEAD.size + length > len(string):
-            raise BitstreamError(f"damaged: {length} bytes of table offsets in {len(string)} bytes")
-        return cls(epsilon, length)
-
-
-_ALLOWED = f"where it is 0 or {LEAST_EPSILON:g} to {MOST_EPSILON:g}"
-
-
-def is_epsilon(epsilon: float) -> bool:
-    """Whether a file can have this ε: 0 guards nothing."""
-    # Rounded as the file rounds it, to float32.
-    return epsilon == 0 or 0.999 * LEAST_EPSILON <= epsilon <= 1.001 * MOST_EPSILON
-
-
-def check_epsilon(epsilon: float) -> float:
-    """ε as the file will hold it, in float32; raises ValueError for one that it cannot hold."""
-    if not is_epsilon(epsilon):
-        raise ValueError(f"ε = {epsilon}, {_ALLOWED}")
-    return float(np.float32(epsilon))
 
 
 def step_sizes(symbols: int) -> tuple[int, ...]:

@@ -4,13 +4,18 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modules.layers import InnerChannels
 
 _DAMPED_RESIDUAL = 0.25
 _DAMPED_HEAD = 0.3
 _LATENT_GAIN = 4.0
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values. On the meta device it has none, and arithmetic makes PyTorch import its compiler."""
+    return not tensor.is_meta
 
 
 @torch.no_grad()

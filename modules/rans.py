@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from compressai.ans import RansDecoder, RansEncoder
 from torch import Tensor
+
+from modules.compressai_parts import RansDecoder, RansEncoder
+from modules.file_format import BitstreamError
 
 LIMIT = 2**24
 """Symbols are below this magnitude, so float32 represents them exactly."""
@@ -26,10 +28,6 @@ _MISMATCH = (
     "the symbols do not match their check value: the stream is damaged, was written with other "
     "weights, or comes from a machine that rounds differently (another processor, device or version of PyTorch)"
 )
-
-
-class BitstreamError(ValueError):
-    """The bytes are not an image of this codec, or the codec cannot code the image. The message says which."""
 
 
 @dataclass(frozen=True)

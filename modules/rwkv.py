@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modules.biwkv4 import biwkv4
 from modules.components import Checkpointed
+from modules.initialization import has_values
 from modules.layers import LinearLayer, Narrowable, depthwise, inner_width, pointwise_pair
 
 _TOKENS_AT_ONCE = 4096
@@ -70,7 +71,9 @@ class OmniShift(nn.Module):
         self.conv1x1 = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
         self.conv3x3 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.conv5x5 = nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False)
-        self.alpha = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0]) + 0.1 * torch.randn(4))
+        self.alpha = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        if has_values(self.alpha):
+            self.alpha.data += 0.1 * torch.randn(4)
 
     def kernel(self) -> Tensor:
         """The equivalent depth-wise kernel, (C, 1, 5, 5)."""
@@ -95,7 +98,9 @@ class SpatialMix(Narrowable):
         self.receptance = TokenLinear(channels, width)
         self.output = TokenLinear(width, channels)
         # The channels' ranges run from the whole image down to about a sixteenth of it.
-        self.decay = nn.Parameter(16 * torch.linspace(0, 1, width) ** 2)
+        self.decay = nn.Parameter(torch.empty(width))
+        if has_values(self.decay):
+            self.decay.data = 16 * torch.linspace(0, 1, width) ** 2
         self.boost = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What `hpcm info` prints about a checkpoint, and the names of the codecs that made coded files."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,8 @@ from pipeline.common.tables import Table
 from pipeline.weights.metadata import CheckpointError, read_metadata
 
 FILE = "checkpoint.safetensors"
+IDENTITIES = WEIGHTS / "identities.json"
+"""The identity of each bundled codec, by the digest of its weights; `make conformance` writes it."""
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -128,13 +131,23 @@ def known_models(runs: Path) -> dict[str, str]:
     """
     found = {m["identity"]: str(path) for path, m in _published(runs.glob(f"*/*/*/{FILE}")) if "identity" in m}
     for path, metadata in _published(WEIGHTS.glob("*.safetensors")):
-        found[metadata.get("identity") or _computed_identity(path)] = f"bundled {path.name}"
+        found[metadata.get("identity") or bundled_identity(path, metadata["digest"])] = f"bundled {path.name}"
     return found
 
 
+def bundled_identity(path: Path, digest: str) -> str:
+    """The identity (hexadecimal) of a bundled codec whose metadata does not record it, from a file beside the weights.
+
+    Computing it needs PyTorch, and is done only for weights that are not in that file.
+    """
+    listed: dict[str, str] = json.loads(IDENTITIES.read_text()) if IDENTITIES.is_file() else {}
+    return listed.get(digest) or computed_identity(path)
+
+
 @cache
-def _computed_identity(path: Path) -> str:
-    from modules.bitstream import model_identity
+def computed_identity(path: Path) -> str:
+    """The identity (hexadecimal) of a checkpoint's codec, from its weights."""
+    from modules.identity import model_identity
     from pipeline.weights.checkpoints import load_codec
 
     return model_identity(load_codec(path)).hex()

@@ -17,8 +17,8 @@ from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
     from modules.bitstream import ImageCodec
-    from pipeline.evaluation.codec_files import Conversion
     from pipeline.evaluation.coding import ImageResult
+    from pipeline.evaluation.conversions import Conversion
 
 Checkpoint = Annotated[
     Path | None,
@@ -72,8 +72,8 @@ def compress(
     The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
     per channel are reduced to 8; a message says so.
     """
-    from modules.guards import EPSILON, check_epsilon
-    from pipeline.evaluation import codec_files
+    from modules.file_format import EPSILON, check_epsilon
+    from pipeline.evaluation.conversions import COMPRESSION, plan
 
     if checkpoint and quality:
         raise typer.BadParameter("--quality selects a bundled codec: give --quality or --checkpoint, not both")
@@ -82,14 +82,18 @@ def compress(
     except ValueError as error:
         raise typer.BadParameter(f"--epsilon: {error}") from error
     _speak(not quiet)
-    conversions = codec_files.plan(pictures, output, codec_files.COMPRESSION, overwrite or skip_existing)
+    conversions = plan(pictures, output, COMPRESSION, overwrite or skip_existing)
     if skip_existing:
         conversions = [conversion for conversion in conversions if not conversion.target.exists()]
+
+    # PyTorch takes seconds to import, and mistakes are found before.
+    from pipeline.evaluation.codec_files import compress_file
+
     codec = _codec(checkpoint, device, quality)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
-        done = codec_files.compress_file(codec, conversion, chosen, verify, max_pixels)
+        done = compress_file(codec, conversion, chosen, verify, max_pixels)
         table.add(
             conversion.name,
             f"{done.width}×{done.height}",
@@ -119,15 +123,18 @@ def decompress(
 
     Without --checkpoint, each file is decoded by the bundled codec that made it.
     """
-    from pipeline.evaluation import codec_files
+    from pipeline.evaluation.conversions import DECOMPRESSION, plan
 
     _speak(not quiet)
-    conversions = codec_files.plan(files, output, codec_files.DECOMPRESSION, overwrite)
+    conversions = plan(files, output, DECOMPRESSION, overwrite)
+
+    from pipeline.evaluation.codec_files import decompress_file
+
     codec_of = _codec_finder(checkpoint, device, runs)
     table = Table("", ("file", "W×H"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
-        done = codec_files.decompress_file(codec_of, conversion, max_pixels)
+        done = decompress_file(codec_of, conversion, max_pixels)
         table.add(conversion.name, f"{done.width}×{done.height}")
         return [done.recovery] if done.recovery else []
 
@@ -216,8 +223,9 @@ def evaluate(
     from pipeline.commands.display import show_json
     from pipeline.common.files import write_json
     from pipeline.data.images import SUFFIXES, read_picture
-    from pipeline.evaluation.codec_files import find, to_tensor
+    from pipeline.evaluation.codec_files import to_tensor
     from pipeline.evaluation.coding import Evaluation, code
+    from pipeline.evaluation.conversions import find
     from pipeline.evaluation.limits import check_size
     from pipeline.weights.published import Lineage
     from pipeline.weights.shipped import of_quality

@@ -44,9 +44,9 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 
 def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
     """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
-    from modules.bitstream import CodedImage
+    from modules.file_format import CodedImage
     from pipeline.commands.checkpoint_info import known_models
-    from pipeline.evaluation.codec_files import SUFFIX, find
+    from pipeline.evaluation.conversions import SUFFIX, find
 
     columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
     table = Table("", columns)

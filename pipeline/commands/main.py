@@ -157,7 +157,7 @@ def _confirm(yes: bool, consequences: list[str]) -> None:
 
 @app.command()
 def sync(runs: Runs = Path("runs")) -> None:
-    """Send the log entries that MLflow has not received yet; exits 1 if some are left."""
+    """Send the log entries that MLflow has not received yet; exits 1 if some are left or set aside."""
     from pipeline.commands.display import console
     from pipeline.common.folder_lock import held
     from pipeline.tracking.outbox import Outbox
@@ -172,7 +172,7 @@ def sync(runs: Runs = Path("runs")) -> None:
             with held(folder.parent):
                 outbox = Outbox(folder, Store.default(runs), console.print)
                 console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
-                sent.append(outbox.close(SYNC_PATIENCE))
+                sent.append(outbox.close(SYNC_PATIENCE) and not outbox.entries_set_aside)
         except UserError as error:
             console.print(str(error), soft_wrap=True)
             sent.append(False)

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.common.files import FileError
 from pipeline.common.folder_lock import alone_at
@@ -31,8 +30,7 @@ TABLE = (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """A file's size in bytes, and the times when its content and status changed, in ns since 1970."""
 
     size: int
@@ -45,8 +43,7 @@ class FileStamp:
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-@dataclass(frozen=True)
-class ImageFacts:
+class ImageFacts(NamedTuple):
     """An image's width and height in pixels, and the SHA-256 (hexadecimal) of its file."""
 
     width: int
@@ -69,17 +66,20 @@ class ImageIndex:
                     exits.enter_context(alone_at(self.path.with_suffix(".lock")))
             yield
 
-    def known(self) -> dict[str, tuple[FileStamp, ImageFacts]]:
-        """All entries, by the file's name relative to the folder."""
+    def known(self) -> dict[str, tuple[Any, ...]]:
+        """All entries, by the file's name relative to the folder; `remembered` reads one.
+
+        They are rows of the database: of a million images, making objects of all would take seconds.
+        """
         query = "SELECT name, size, modified, changed, width, height, digest FROM images WHERE folder = ?"
         rows = self._in_database(lambda database: database.execute(query, (self._folder,)).fetchall())
-        return {os.fsdecode(row[0]): (FileStamp(*row[1:4]), ImageFacts(*row[4:])) for row in rows}
+        return {os.fsdecode(row[0]): row for row in rows}
 
     def remember(self, found: Iterable[tuple[str, FileStamp, ImageFacts]]) -> None:
         """Store entries, except those of files that changed just now."""
         settled = time.time_ns() - SETTLED
         rows = [
-            (self._folder, os.fsencode(name), *vars(stamp).values(), *vars(facts).values())
+            (self._folder, os.fsencode(name), *stamp, *facts)
             for name, stamp, facts in found
             if max(stamp.modified, stamp.changed) < settled
         ]
@@ -101,6 +101,17 @@ class ImageIndex:
             except sqlite3.DatabaseError:  # Damaged, or not a database.
                 self.path.unlink()
         return []
+
+
+def remembered(entry: tuple[Any, ...] | None, path: str) -> ImageFacts | None:
+    """The facts in an entry of the index, or None if there is none or the file changed."""
+    if entry is None:
+        return None
+    try:
+        status = os.stat(path)  # noqa: PTH116 – a Path takes longer than the call
+    except OSError:
+        return None
+    return ImageFacts._make(entry[4:]) if FileStamp.of(status) == entry[1:4] else None
 
 
 def digests(paths: Sequence[Path], sizes: Sequence[int]) -> Iterator[str | OSError]:

@@ -1,9 +1,8 @@
 """Converts image files to `.hpcm` files and back."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,27 +11,22 @@ from PIL import Image
 from torch import Tensor
 
 from modules.bitstream import CodedImage, ImageCodec
-from modules.guards import EPSILON
+from modules.file_format import EPSILON
 from pipeline.common.files import replacing
-from pipeline.data.images import SUFFIXES, DataError, Picture, files_below, read_picture
+from pipeline.data.images import SUFFIXES, DataError, Picture, read_picture
+from pipeline.evaluation.conversions import Conversion
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.metrics import psnr_db
 
-SUFFIX = ".hpcm"
-COMPRESSION = (SUFFIXES, SUFFIX)
-DECOMPRESSION = ((SUFFIX,), ".png")
-"""Suffixes to read, and the suffix to write."""
-SAVING: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
-"""Pillow options for lossless or near-lossless pictures; its defaults favor small files."""
+SAVING: dict[str, dict[str, Any]] = {
+    "PNG": {"compress_level": 4},
+    "WEBP": {"lossless": True},
+    "JPEG": {"quality": 95, "subsampling": 0},
+}
+"""Pillow options for lossless or near-lossless pictures; its defaults favor small files.
 
-
-@dataclass(frozen=True)
-class Conversion:
-    """A file to read and a file to write; `name` is the path of the target relative to the output folder."""
-
-    source: Path
-    target: Path
-    name: str
+On six decoded photographs, level 4 of PNG took 40 % of the time of the default, 6, for files 1.8 % larger.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,64 +48,6 @@ class Compressed:
     def bpp(self) -> float:
         """Bits per pixel of the whole file."""
         return 8 * self.file_bytes / (self.width * self.height)
-
-
-def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """The given files, and the files with these suffixes in and below the given folders, with relative names.
-
-    Raises DataError for a source that does not exist and for a folder without such files.
-    """
-    found = []
-    for source in sources:
-        if source.is_dir():
-            below = sorted(files_below(source, suffixes))
-            if not below:
-                raise DataError(f"{source}: no {' '.join(suffixes)} here or below")
-            found += below
-        elif source.is_file():
-            found.append((source.name, source))
-        else:
-            what = "not a regular file" if source.exists() else "no such file or folder"
-            raise DataError(f"{source}: {what}")
-    return found
-
-
-def plan(
-    sources: Sequence[Path], output: Path | None, suffixes: tuple[tuple[str, ...], str], overwrite: bool
-) -> list[Conversion]:
-    """Plan the files to write: beside each source, in the folder `output` (created if missing), or the file `output`.
-
-    `suffixes` is `COMPRESSION` or `DECOMPRESSION`. `output` is a file if there is one source file and `output` has a
-    suffix. Raises DataError for an invalid `output`, if two conversions have the same target, and, unless
-    `overwrite`, if a target exists.
-    """
-    read, written = suffixes
-    found = find(sources, read)
-    if output and output.suffix and not output.is_dir() and len(sources) == 1 and not sources[0].is_dir():
-        if written == SUFFIX != output.suffix.lower():
-            raise DataError(
-                f"{output}: a coded image needs the suffix {SUFFIX}; to write into such a folder, create it first"
-            )
-        conversions = [Conversion(found[0][1], output, output.name)]
-    elif output and output.suffix.lower() == written and not output.is_dir():
-        raise DataError(f"{output}: this names one file, but there are {len(found)} to write; give a folder")
-    else:
-        conversions = [_beside(path, Path(name).with_suffix(written), output) for name, path in found]
-    writers: dict[Path, Path] = {}
-    for conversion in conversions:
-        target = conversion.target
-        if target in writers:
-            raise DataError(f"{target}: both {writers[target]} and {conversion.source} would be written there")
-        if target.exists() and not overwrite:
-            raise DataError(f"{target}: exists; --overwrite replaces it")
-        writers[target] = conversion.source
-    for folder in {target.parent for target in writers}:
-        folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it is not allowed.
-    return conversions
-
-
-def _beside(source: Path, name: Path, folder: Path | None) -> Conversion:
-    return Conversion(source, folder / name if folder else source.with_name(name.name), name.as_posix())
 
 
 def compress_file(

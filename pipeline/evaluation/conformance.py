@@ -12,11 +12,13 @@ from torch import Tensor
 from modules import HPCM
 from modules.bitstream import BitstreamError, CodedImage, ImageCodec
 from modules.coding import trace
-from modules.guards import Summary, scale_error
+from modules.file_format import Summary
+from modules.guards import scale_error
 from modules.recovery import in_float64
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
-from pipeline.evaluation.codec_files import SUFFIX, to_8_bits
+from pipeline.evaluation.codec_files import to_8_bits
+from pipeline.evaluation.conversions import SUFFIX
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.shipped import WEIGHTS
 

@@ -82,6 +82,11 @@ class Outbox:
         """Number of entries that are not sent yet."""
         return self.path.read_bytes()[self._sent :].count(b"\n") if self.path.exists() else 0
 
+    @property
+    def entries_set_aside(self) -> int:
+        """Number of entries that could not be sent since this outbox was made, and are kept in `set_aside`."""
+        return len(self._aside)
+
     def append(self, run: str, action: str, arguments: dict[str, Any]) -> None:
         """Write an entry to the journal. Raises FileError if that fails, such as on a full disk."""
         values = {"run": run, "action": action, "time": int(time.time() * 1000), "arguments": arguments}

@@ -18,7 +18,8 @@ import torch
 
 from modules import HPCM, coding, preset_config, recovery
 from modules.bitstream import BitstreamError, CodedImage, ImageCodec
-from modules.guards import Guards, Summary, step_sizes
+from modules.file_format import Summary
+from modules.guards import Guards, step_sizes
 from modules.rans import CodingTables, SymbolReader
 
 HEADROOM = 2**30

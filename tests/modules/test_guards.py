@@ -7,17 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules import guards
 from modules.entropy import TAIL_MASS, GeneralizedGaussian, _standard_cdf, scale_table
+from modules.file_format import EPSILON, LEAST_EPSILON, MOST_EPSILON, Summary, check_epsilon
 from modules.guards import (
-    EPSILON,
-    LEAST_EPSILON,
-    MOST_EPSILON,
     STEPS,
     UNMOVED,
     Guards,
     Offsets,
-    Summary,
     choose_offsets,
     moved,
     nearest_boundary,
@@ -127,7 +123,7 @@ def test_a_list_for_another_size_is_refused() -> None:
 @pytest.mark.parametrize("epsilon", [-1e-5, 1e-7, 0.1, float("nan")])
 def test_an_epsilon_out_of_range_is_refused(epsilon: float) -> None:
     with pytest.raises(ValueError, match=r"where it is 0 or 1e-06 to 0\.005"):
-        guards.check_epsilon(epsilon)
+        check_epsilon(epsilon)
 
 
 def test_no_coding_table_of_y_hangs_on_the_last_bits_of_a_machines_functions() -> None:

@@ -1,11 +1,14 @@
-"""Writes the streams of `hpcm verify` anew, with every bundled model: `make conformance`, where weights change."""
+"""Writes the streams of `hpcm verify` and the bundled codecs' identities: `make conformance`, when weights change."""
 
 import torch
 from skimage.data import chelsea, coffee
 from torch import Tensor
 
-from modules.guards import EPSILON
+from modules.file_format import EPSILON
+from pipeline.commands.checkpoint_info import IDENTITIES, computed_identity
+from pipeline.common.files import write_json
 from pipeline.evaluation.conformance import STREAMS, write_suite
+from pipeline.weights.metadata import read_digest
 from pipeline.weights.shipped import WEIGHTS
 
 
@@ -23,7 +26,9 @@ def images() -> dict[str, tuple[Tensor, float]]:
 
 def main() -> None:
     """Write them and say how many bytes they take."""
-    write_suite(images(), sorted(WEIGHTS.glob("*.safetensors")))
+    models = sorted(WEIGHTS.glob("*.safetensors"))
+    write_json(IDENTITIES, {read_digest(model): computed_identity(model) for model in models})
+    write_suite(images(), models)
     print(f"{STREAMS}: {sum(path.stat().st_size for path in STREAMS.iterdir())} bytes")
 
 

@@ -116,6 +116,8 @@ def test_bad_input_is_one_screen_that_says_what_to_do(
         (["plan", "phase4", "--recipe", FOLDER], "waits for phase3"),
         (["plan", "phase4", "--set", "data.crops=5"], "did you mean 'crop'"),
         (["info", WEIGHTS / "lean.safetensors"], "Phase 4"),
+        (["info", WEIGHTS / "conformance" / "lean-odd.hpcm"], "181×197"),
+        (["compress", "nothing.png"], "nothing.png: no such file"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else " ".join(map(str, value[:1])),
 )

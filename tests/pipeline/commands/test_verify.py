@@ -12,14 +12,17 @@ from mini import mini_codec
 
 from modules.bitstream import CodedImage, ImageCodec
 from modules.coding import Tables, trace
-from modules.guards import EPSILON, table_index
+from modules.file_format import EPSILON
+from modules.guards import table_index
 from pipeline.commands import codec
 from pipeline.commands import main as cli
+from pipeline.commands.checkpoint_info import IDENTITIES, computed_identity
 from pipeline.common.errors import UserError
 from pipeline.evaluation import conformance
 from pipeline.evaluation.conformance import REFERENCE, STREAMS, Outcome, Reference
 from pipeline.weights import shipped
 from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage, publish
 
 CASES = {"guards", "noise", "odd", "pixel"}
@@ -30,6 +33,12 @@ def test_the_suite_holds_every_bundled_model_and_is_small() -> None:
     expected = {f"{path.stem}-{case}.hpcm" for path in shipped.WEIGHTS.glob("*.safetensors") for case in CASES}
     assert set(references) == expected, "make conformance writes the streams anew"
     assert sum(path.stat().st_size for path in STREAMS.iterdir()) < 100_000
+
+
+def test_the_identity_of_every_bundled_model_is_listed() -> None:
+    listed = json.loads(IDENTITIES.read_text())
+    computed = {read_digest(path): computed_identity(path) for path in shipped.WEIGHTS.glob("*.safetensors")}
+    assert listed == computed, "make conformance writes the identities anew"
 
 
 @pytest.fixture

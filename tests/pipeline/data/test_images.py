@@ -39,7 +39,7 @@ def test_packaged_photographs_need_no_folder_and_no_network() -> None:
     assert (len(train.paths), len(val.paths)) == (6, 2)
     assert not set(train.names) & set(val.names)
     assert train.skipped == val.skipped == ()
-    for path in train.paths + val.paths:
+    for path in (*train.paths, *val.paths):
         image = read_image(path)
         assert image.std(axis=2).mean() > 1, "a gray picture"
 
@@ -51,6 +51,7 @@ def test_a_folder_is_searched_to_its_depth_in_the_order_of_names(tmp_path: Path)
     photos = find_images(tmp_path, "train", 32)
     assert photos.names == ("a/b/c.webp", "a/z.JPG", "b.png", "c.bmp", "d.tif", "e.tiff", "f.ppm", "g.jpeg")
     assert [path.relative_to(tmp_path).as_posix() for path in photos.paths] == list(photos.names)
+    assert list(photos.paths[1:]) == list(photos.paths)[1:]
     assert photos.pixels == 8 * 40 * 48
     assert photos.skipped == ()
     assert (photos.name, photos.source) == (tmp_path.name, str(tmp_path))

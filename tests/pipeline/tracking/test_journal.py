@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.commands import main as cli
 from pipeline.common.files import FileError
 from pipeline.tracking import outbox as outbox_module
 from pipeline.tracking.outbox import Outbox
@@ -185,3 +187,13 @@ def test_what_the_store_does_not_show_is_sent_again(
     assert len(lost) == 1
     client = Store.default(runs).client()
     assert client.get_run(find_run(client, "k")).data.metrics["loss"] == 1.0
+
+
+def test_sync_exits_1_if_it_set_an_entry_aside(runs: Path) -> None:
+    folder = runs / "mini" / "lmbda-0.013" / "outbox"
+    folder.mkdir(parents=True)
+    for entries, exit_code in (([OPEN, artifact("4/gone")], 1), ([OPEN], 0)):
+        (folder / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        done = CliRunner().invoke(cli.app, ["sync", "--runs", str(runs)])
+        assert done.exit_code == exit_code, done.output
+        assert not (folder / "journal.jsonl").exists()
