@@ -10,7 +10,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.packaged import WEIGHTS
 from pipeline.weights.checkpoints import load_codec, read_metadata
 
-STAGE = "lean"
+STAGE = "control"
 """The stage whose weights `hpcm compress` uses; each λ is a quality."""
 
 

@@ -69,7 +69,7 @@ def test_this_machine_reads_the_streams_and_says_where_symbols_differ(suite: Pat
 
 def test_the_noisy_stream_has_residuals_beyond_its_tables() -> None:
     model = load_codec(shipped.of_quality(None))
-    coded = CodedImage.read(STREAMS / "lean-noise.hpcm")
+    coded = CodedImage.read(STREAMS / "control-0.0067-noise.hpcm")
     walk = trace(model, coded.y, coded.z, (coded.height, coded.width))
     reach = Tables.of(model).y.reach[table_index(walk.scales, model.scale_table)]
     assert (walk.symbols.abs() > reach).any()
@@ -114,7 +114,7 @@ def test_the_symbols_are_compared_beside_the_tables(suite: Path) -> None:
 @pytest.fixture
 def rates(tmp_path: Path) -> Path:
     """A folder of weights at three rates, and a codec of another kind."""
-    for number, (name, lmbda) in enumerate([("lean", 0.05), ("lean", 0.002), ("other", 0.01), ("lean", 0.013)]):
+    for number, (name, lmbda) in enumerate([("control", 0.05), ("control", 0.002), ("other", 0.01), ("control", 0.013)]):
         torch.manual_seed(number)
         publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), Lineage(name=name, stage=f"lmbda: {lmbda}"))
     return tmp_path
@@ -122,15 +122,15 @@ def rates(tmp_path: Path) -> Path:
 
 def test_qualities_are_the_rates_in_order_and_the_middle_one_the_default(rates: Path) -> None:
     assert [lmbda for lmbda, _ in shipped.qualities(rates)] == [0.002, 0.013, 0.05]
-    assert shipped.of_quality(1, rates).name == "lean-0.002.safetensors"
-    assert shipped.of_quality(None, rates).name == "lean-0.013.safetensors"
+    assert shipped.of_quality(1, rates).name == "control-0.002.safetensors"
+    assert shipped.of_quality(None, rates).name == "control-0.013.safetensors"
     with pytest.raises(UserError, match=r"--quality 4: there are 1 \(λ = 0\.002\), 2 \(λ = 0\.013\), 3"):
         shipped.of_quality(4, rates)
 
 
 def test_a_file_finds_the_bundled_codec_that_made_it(rates: Path) -> None:
     codecs = shipped.ShippedCodecs(folder=rates)
-    for name in ("other-0.01", "lean-0.05"):
+    for name in ("other-0.01", "control-0.05"):
         codec = ImageCodec(load_codec(rates / f"{name}.safetensors"))
         assert codecs.of(codec.identity).identity == codec.identity
     with pytest.raises(ValueError, match="none of the bundled ones; give its checkpoint with -c"):
