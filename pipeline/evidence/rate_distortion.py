@@ -1,6 +1,6 @@
 """Rate–distortion curves from MLflow's records, and the Bjøntegaard deltas between them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,17 @@ def references(chains: Iterable[ChainRecord]) -> dict[str, str]:
     return found
 
 
+def uncontrolled(chains: Sequence[ChainRecord]) -> set[str]:
+    """Stages whose reference was trained for another number of steps. More training alone lowers the loss, so a
+    difference from such a reference is no gain of the stage."""
+    return {
+        name
+        for name, reference in references(chains).items()
+        for chain in chains
+        if {name, reference} <= chain.published.keys() and chain.total_steps(name) != chain.total_steps(reference)
+    }
+
+
 def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
     """Compare two curves at the λ that both have; raises ValueError for fewer than two λ."""
     shared = {point.lmbda for point in curve} & {point.lmbda for point in reference}
@@ -144,7 +155,7 @@ def deltas(found: Mapping[str, Curve], references: Mapping[str, str]) -> dict[st
 
 def points_table(title: str, found: Mapping[str, Curve]) -> Table:
     """A table of all points of all curves."""
-    table = Table(title, ("stage", "λ", "seeds", "bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
+    table = Table(title, ("stage", "λ", "seeds", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
     for name, curve in found.items():
         for point in curve:
             quality = point.quality
@@ -155,14 +166,19 @@ def points_table(title: str, found: Mapping[str, Curve]) -> Table:
     return table
 
 
-def deltas_table(found: Mapping[str, Curve], references: Mapping[str, str]) -> Table:
-    """A table of BD-rate and BD-PSNR of every stage, or why there are none."""
+def deltas_table(
+    found: Mapping[str, Curve], references: Mapping[str, str], uncontrolled: Collection[str] = ()
+) -> Table:
+    """BD-rate and BD-PSNR of every stage, or why there are none. `uncontrolled` are stages without a control."""
     table = Table(
         "Bjøntegaard deltas against the reference, by pchip (–: curves are not monotone or do not overlap)",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )
     for name, reference in references.items():
+        if name in uncontrolled:
+            table.add(name, f"no control: {reference} was trained for another number of steps", "–", "–", "–", "–")
+            continue
         try:
             d = delta(found[name], found[reference], reference)
         except ValueError as error:
@@ -201,7 +217,7 @@ def draw(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
     if kodak:
         axes[0].plot(*zip(*PUBLISHED, strict=True), ":", color="0.5", marker="x", label="HPCM-Base, published")
     for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
-        axis.set(xlabel="rate in bits per pixel", ylabel=label)
+        axis.set(xlabel="coded rate in bits per pixel", ylabel=label)
         axis.grid(alpha=0.3)
         axis.margins(0.08)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -12,10 +12,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
+    Tag,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -34,7 +36,7 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
 # The paths of the images do not matter; their contents do, and Photos.digest in pipeline/data/images.py covers those.
 # The other fields affect logging, evaluation and speed, not the trained weights.
 WITHOUT_INFLUENCE: dict[str, Any] = {
-    "data": {"train", "val", "workers"},
+    "data": {"train", "val", "workers", "accumulate"},
     "log_every": True,
     "checkpoint_every": True,
     "gradient_checkpointing": True,
@@ -72,14 +74,19 @@ class Data(Settings):
     """Side of the square training crops, in pixels."""
     batch_size: PositiveInt
     """Crops per step, over all processes."""
+    accumulate: PositiveInt = 1
+    """Micro-batches per step: each process computes its crops in this many parts, one after another, to save memory.
+    The step is that of the whole batch, up to rounding."""
     workers: Count = 0
     """Data workers per training process; with 0, the training process reads the images itself."""
 
 
 class Optimizer(Settings):
-    """Settings of Adam and limits on its steps."""
+    """Settings of AdamW and limits on its steps."""
 
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of convolution kernels and matrices. Biases and other vectors do not decay."""
     clip_norm: PositiveFloat = 1.0
     """Largest norm of the gradient over all trainable parameters."""
     max_bad_steps: PositiveInt = 10
@@ -152,6 +159,25 @@ def _registered(name: str, known: Mapping[str, object], what: str) -> str:
     raise ValueError(f"no {what} {shown(name)}{hint}")
 
 
+class StepDecay(Settings):
+    """Drops of the learning rates at given steps of a segment."""
+
+    at: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Steps of the segment, in ascending order."""
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    """The rates are multiplied by this at each of the steps."""
+
+
+def _decay_form(value: object) -> str:
+    return "<mapping>" if isinstance(value, dict | StepDecay) else "<word>"
+
+
+Decay = Annotated[
+    Annotated[Literal["constant", "cosine"], Tag("<word>")] | Annotated[StepDecay, Tag("<mapping>")],
+    Discriminator(_decay_form),
+]
+
+
 class Segment(Settings):
     """One part of a stage's schedule, with its own trainable parameters, objective and new optimizer."""
 
@@ -166,8 +192,8 @@ class Segment(Settings):
     """Steps over which a new component gradually replaces the parent's; at most `steps`."""
     lr: dict[str, PositiveFloat] = Field(min_length=1)
     """Learning rate by parameter group or name pattern."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """`cosine`: the learning rate falls to zero at the last step."""
+    decay: Decay = "constant"
+    """`cosine`: the learning rate falls to zero at the last step. `{at: [500, 800], factor: 0.1}`: it drops twice."""
     warmup: Count = 0
     """Steps over which the learning rate rises linearly to its value."""
 
@@ -207,6 +233,12 @@ class Stage(Settings):
     """Steps between log lines."""
     checkpoint_every: PositiveInt = 500
     """Steps between saved training states."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations within a segment, whose results are logged as `val/…`. null: only at its end. While a
+    new component takes over gradually (`handover`) there are none."""
+    keep: Literal["last", "best"] = "last"
+    """The weights with which a segment ends: those of its `last` step, or those of the validation with the lowest loss
+    (`best`), the end of the segment included."""
     evaluation: EvaluationSettings = EvaluationSettings()
     transfer: Transfer = Transfer()
     weights: str | None = None
@@ -218,6 +250,11 @@ class Stage(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
         problems = _schedule_problems(self)
+        if self.data.batch_size % self.data.accumulate:
+            uneven = f"a batch of {self.data.batch_size} cannot be computed in {self.data.accumulate} equal parts"
+            problems.append((("data", "accumulate"), uneven))
+        if self.keep == "best" and self.validate_every is None:
+            problems.append((("keep",), "'best' is chosen among validations; set validate_every"))
         if self.data.crop < METRICS[self.metric]:
             least = f"'metric: {self.metric}' needs at least {METRICS[self.metric]} pixels a side, such as 256"
             problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
@@ -229,13 +266,25 @@ class Stage(Settings):
             raise PydanticCustomError("misfit", "the fields of the stage do not agree", {"problems": problems})
         return self
 
-    def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the fields that influence the trained weights.
+    def influences(self) -> dict[str, Any]:
+        """The fields that influence the trained weights.
 
-        It omits the intervals of logging and saving, evaluation, acceptance, gradient checkpointing, the path in
-        `weights`, data workers and the paths of the images. The images have a digest of their own.
+        They omit the intervals of logging and saving, evaluation, acceptance, gradient checkpointing, micro-batches,
+        the path in `weights`, data workers and the paths of the images. The images have a digest of their own. Fields
+        that earlier versions did not have are omitted at their defaults, so that stages built before stay current.
         """
         fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
+        if self.keep == "last":
+            del fields["keep"], fields["validate_every"]
+        else:
+            fields["validated"] = self.evaluation.images
+        if not self.optimizer.weight_decay:
+            del fields["optimizer"]["weight_decay"]
+        return fields
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the fields that influence the trained weights."""
+        fields = self.influences()
         for segment in fields["schedule"]:
             segment["lr"] = list(segment["lr"].items())  # The first entry that matches wins.
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -257,6 +306,8 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
         for key, length in (("handover", segment.handover), ("warmup", segment.warmup)):
             if length > segment.steps:
                 problems.append(((*at, key), f"{length} steps are more than the segment's {segment.steps}"))
+        if isinstance(segment.decay, StepDecay):
+            problems += [((*at, *where), problem) for where, problem in _decay_problems(segment.decay, segment.steps)]
         traits = OBJECTIVES[segment.objective]
         if segment.handover and (stage.parent is None or not traits.handover):
             problems.append(((*at, "handover"), "needs a parent and an objective that runs the whole codec"))
@@ -265,3 +316,11 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
         if traits.new_alone and segment.train != "new":
             problems.append(((*at, "objective"), f"'{segment.objective}' needs 'train: new'"))
     return problems
+
+
+def _decay_problems(decay: StepDecay, steps: int) -> list[Problem]:
+    if list(decay.at) != sorted(set(decay.at)):
+        return [(("decay", "at"), f"the steps {shown(decay.at)} are not in ascending order")]
+    if decay.at[-1] >= steps:
+        return [(("decay", "at"), f"step {decay.at[-1]} is not before the end of the segment's {steps} steps")]
+    return []
