@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.chain.acceptance import refusal_reasons
 from pipeline.chain.changes import recipe_changes
+from pipeline.chain.consequences import consequences
 from pipeline.chain.passed_checks import check_unless_passed
 from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.contracts import read_contract
@@ -200,19 +201,16 @@ class Chain:
             raise ChainError(f"{error}.\n  Delete the file; MLflow then gets new runs for this chain.") from error
 
     def _start_over(self, context: RunContext) -> None:
-        """Ask before finished stages are rebuilt, and move away results and states for `--force` and `--fresh`."""
+        """Ask before a run without what its recipe needs and before finished stages are rebuilt.
+
+        Then move away results and states for `--force` and `--fresh`.
+        """
         wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
         begun = [task for task in self.tasks if wish.fresh and task.is_begun]
-        superseded, abandoned = self.folder / "superseded", self.folder / "abandoned"
-        stale = [planned for planned in self.plan() if planned.status == "stale" and planned.task not in published]
-        consequences = [
-            *(_rebuilt(planned, superseded) for planned in stale),
-            *(f"{task.stage.name}: the published stage moves to {superseded}" for task in published),
-            *(f"{task.stage.name}: the interrupted training moves to {abandoned}" for task in begun),
-        ]
-        if consequences:
-            wish.confirm(consequences)
+        found = consequences(self, published, begun, context.processes.accelerator.device)
+        if found:
+            wish.confirm(found)
         for task in begun:
             task.abandon_states()
             fault("abandon")
@@ -227,14 +225,6 @@ class Chain:
         digest = record.digest if record else "damaged"
         free_name(self.folder / "superseded" / f"{task.stage.name}-{digest[:12]}", task.folder.rename)
         fault("set-aside")
-
-
-def _rebuilt(planned: PlannedStage, superseded: Path) -> str:
-    """What becomes of a stage that is published but stale."""
-    if planned.reason.startswith("waits for"):
-        parent = planned.task.stage.parent
-        return f"{planned.name}: if {parent} changes, it is rebuilt, and the published stage moves to {superseded}"
-    return f"{planned.name}: {planned.reason}; it is rebuilt, and the published stage moves to {superseded}"
 
 
 def _end_state(error: BaseException) -> EndState:

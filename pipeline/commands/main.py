@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands import codec, evidence
+from pipeline.commands import codec, evaluate, evidence
 from pipeline.commands.options import (
     AcceptAnyway,
     AsJson,
@@ -291,6 +291,7 @@ def export(
 
 
 codec.register(app, bench)
+evaluate.register(app)
 evidence.register(app)
 
 

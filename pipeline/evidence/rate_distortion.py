@@ -102,7 +102,7 @@ def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
     if len(shared) < 2:
         raise ValueError(f"{len(shared)} λ in common with {reference_name}; a curve needs two or more")
     ours, theirs = ([point.quality for point in points if point.lmbda in shared] for points in (curve, reference))
-    similarity = [[_ms_ssim_db(quality) for quality in qualities] for qualities in (theirs, ours)]
+    similarity = [[ms_ssim_db(quality) for quality in qualities] for qualities in (theirs, ours)]
     rates = [[quality.bpp for quality in qualities] for qualities in (theirs, ours)]
     psnr = [[quality.psnr_db for quality in qualities] for qualities in (theirs, ours)]
     return Delta(
@@ -137,7 +137,7 @@ def slope(curve: Curve, lmbda: float) -> float | None:
     return float(PchipInterpolator(rates, psnr).derivative()(at)) or None
 
 
-def _ms_ssim_db(quality: Quality) -> float | None:
+def ms_ssim_db(quality: Quality) -> float | None:
     """MS-SSIM in dB: −10·log₁₀(1 − MS-SSIM)."""
     return None if quality.ms_ssim is None else -10 * float(np.log10(max(1 - quality.ms_ssim, 1e-10)))
 
@@ -213,7 +213,7 @@ def draw(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
         rates = [point.quality.bpp for point in curve]
         axes[0].plot(rates, [point.quality.psnr_db for point in curve], **style)
         if similar:
-            axes[1].plot(rates, np.array([_ms_ssim_db(point.quality) for point in curve], float), **style)
+            axes[1].plot(rates, np.array([ms_ssim_db(point.quality) for point in curve], float), **style)
     if kodak:
         axes[0].plot(*zip(*PUBLISHED, strict=True), ":", color="0.5", marker="x", label="HPCM-Base, published")
     for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):

@@ -3,32 +3,24 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
-    StringConstraints,
-    Tag,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from pipeline.recipes.registered import METRICS, OBJECTIVES
-from pipeline.recipes.yaml_source import nearest, shown
+from pipeline.recipes.segment import Count, Problem, Segment, Settings, StepDecay, Word, decay_problems, registered
 
-Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Count = Annotated[int, Field(ge=0)]
+__all__ = ["Segment", "Stage", "StepDecay"]
+
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Problem = tuple[tuple[str | int, ...], str]
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
 """A placeholder in a rename rule; it matches one part of a dotted name."""
@@ -43,13 +35,8 @@ WITHOUT_INFLUENCE: dict[str, Any] = {
     "evaluation": True,
     "accept": True,
     "weights": True,
+    "needs": True,
 }
-
-
-class Settings(BaseModel):
-    """Base class: frozen, without unknown keys or type conversions (`true` and `"3"` are not numbers)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelChoice(Settings):
@@ -57,7 +44,7 @@ class ModelChoice(Settings):
 
     preset: str
     phase: int = Field(ge=0, le=4)
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     """Differences from the preset at that phase; the codec checks them when it is built. A key is a size such as `M`,
     a slot with its kind and settings (`attn_s3: {kind: rwkv, hidden_rate: 1}`), or settings of a kind in every slot
     that uses it (`prior: {rwkv: {mix_rate: 0.25}}`)."""
@@ -123,7 +110,7 @@ class Transfer(Settings):
     initialization: Literal["function-preserving", "design", "scratch"] = "function-preserving"
     """`function-preserving`: new components start as near to the parent's output as their form allows. `design`: new
     components start random. `scratch`: nothing is copied, which compares a migration with training from scratch."""
-    rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
+    rename: Annotated[dict[str, str], AfterValidator(_renaming)] = Field(default_factory=dict)
     """Module prefix in the parent → prefix in the child, in addition to what the child's components copy by themselves.
     `{i}` matches one part of a dotted name."""
     narrow: bool = True
@@ -136,66 +123,8 @@ class Transfer(Settings):
     """Number of training crops that `narrow` and `fit` use."""
 
 
-def _trainable(value: object) -> object:
-    patterns = isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)
-    if patterns or value in ("all", "new"):
-        return value
-    hint = nearest(value, ["all", "new"])
-    raise ValueError(f"should be 'all', 'new' or a list of name patterns, not {shown(value)}{hint}")
-
-
-def _objective(name: str) -> str:
-    return _registered(name, OBJECTIVES, "objective")
-
-
 def _metric(name: str) -> str:
-    return _registered(name, METRICS, "metric")
-
-
-def _registered(name: str, known: Mapping[str, object], what: str) -> str:
-    if name in known:
-        return name
-    hint = nearest(name, list(known)) or f"; expected one of {', '.join(known)}"
-    raise ValueError(f"no {what} {shown(name)}{hint}")
-
-
-class StepDecay(Settings):
-    """Drops of the learning rates at given steps of a segment."""
-
-    at: tuple[PositiveInt, ...] = Field(min_length=1)
-    """Steps of the segment, in ascending order."""
-    factor: Annotated[float, Field(gt=0, lt=1)]
-    """The rates are multiplied by this at each of the steps."""
-
-
-def _decay_form(value: object) -> str:
-    return "<mapping>" if isinstance(value, dict | StepDecay) else "<word>"
-
-
-Decay = Annotated[
-    Annotated[Literal["constant", "cosine"], Tag("<word>")] | Annotated[StepDecay, Tag("<mapping>")],
-    Discriminator(_decay_form),
-]
-
-
-class Segment(Settings):
-    """One part of a stage's schedule, with its own trainable parameters, objective and new optimizer."""
-
-    name: Word
-    train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
-    """`new`: parameters that were not copied from the parent, and all parameters of components that it lacks."""
-    objective: Annotated[str, AfterValidator(_objective)]
-    """`rate-distortion`, `align` (trains only the new components, on the inputs and outputs of the components they
-    replace), or a registered objective of your own."""
-    steps: Count
-    handover: Count = 0
-    """Steps over which a new component gradually replaces the parent's; at most `steps`."""
-    lr: dict[str, PositiveFloat] = Field(min_length=1)
-    """Learning rate by parameter group or name pattern."""
-    decay: Decay = "constant"
-    """`cosine`: the learning rate falls to zero at the last step. `{at: [500, 800], factor: 0.1}`: it drops twice."""
-    warmup: Count = 0
-    """Steps over which the learning rate rises linearly to its value."""
+    return registered(name, METRICS, "metric")
 
 
 class Accept(Settings):
@@ -244,6 +173,9 @@ class Stage(Settings):
     weights: str | None = None
     """Checkpoint to use instead of training a root stage, relative to the recipe's folder. It is used only if it was
     trained for the same λ and metric. null: the schedule trains the stage."""
+    needs: tuple[Literal["gpu", "images"], ...] = ()
+    """What the stage is meant for: a `gpu`, and training `images` of your own. `hpcm run` asks before it trains without
+    them."""
     schedule: tuple[Segment, ...]
     accept: Accept = Accept()
 
@@ -307,7 +239,7 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
             if length > segment.steps:
                 problems.append(((*at, key), f"{length} steps are more than the segment's {segment.steps}"))
         if isinstance(segment.decay, StepDecay):
-            problems += [((*at, *where), problem) for where, problem in _decay_problems(segment.decay, segment.steps)]
+            problems += [((*at, *where), problem) for where, problem in decay_problems(segment.decay, segment.steps)]
         traits = OBJECTIVES[segment.objective]
         if segment.handover and (stage.parent is None or not traits.handover):
             problems.append(((*at, "handover"), "needs a parent and an objective that runs the whole codec"))
@@ -316,11 +248,3 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
         if traits.new_alone and segment.train != "new":
             problems.append(((*at, "objective"), f"'{segment.objective}' needs 'train: new'"))
     return problems
-
-
-def _decay_problems(decay: StepDecay, steps: int) -> list[Problem]:
-    if list(decay.at) != sorted(set(decay.at)):
-        return [(("decay", "at"), f"the steps {shown(decay.at)} are not in ascending order")]
-    if decay.at[-1] >= steps:
-        return [(("decay", "at"), f"step {decay.at[-1]} is not before the end of the segment's {steps} steps")]
-    return []

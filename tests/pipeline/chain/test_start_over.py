@@ -120,6 +120,23 @@ def test_rebuilding_stale_stages_is_asked_first(built: Chain) -> None:
     assert built.tasks[1].checkpoint.read_bytes() == before
 
 
+def test_a_run_without_what_the_recipe_is_meant_for_is_asked_first(runs: Path) -> None:
+    chain, asked = mini_chain(runs, "baseline", ["needs=[gpu, images]"]), []
+
+    def ask(consequences: list[str]) -> None:
+        asked.extend(consequences)
+        refuse(consequences)
+
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(chain, ask)
+    assert asked == [
+        "mini is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long",
+        "mini is meant for a data set, and none is given (--data; with make: DATA=): it would train on the 6 packaged "
+        "photographs",
+    ]
+    assert chain.plan()[0].status == "missing"
+
+
 def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
     chain, asked = mini_chain(runs, "baseline"), []
     with pytest.raises(Interrupted):

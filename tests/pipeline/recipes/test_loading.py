@@ -60,6 +60,7 @@ def refusal(folder: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
 def test_shipped_recipes_go_from_baseline_to_phase_4(name: str) -> None:
     chain = load_recipe(name).chain("phase4")
+    assert all(bool(stage.needs) == (name in ("base", "large")) for stage in chain)
     assert [stage.name for stage in chain] == ["baseline", "phase1", "phase2", "phase3", "phase4"]
     assert [stage.model.phase for stage in chain] == [0, 1, 2, 3, 4]
     for stage in chain[1:]:

@@ -69,7 +69,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
 
 SETTINGS = [
     "keep=best", "validate_every=1", "ema=0.9", "optimizer.weight_decay=0.1", "data.accumulate=2",
-    "data.batch_size=2", "schedule.scratch.decay={at: [2, 4], factor: 0.5}", "schedule.scratch.lr={default: 3.0e-2}",
+    "data.batch_size=2", "schedule.scratch.decay={at: [2, 4], factor: 0.5}", "schedule.scratch.lr={default: 1.0e-2}",
 ]  # fmt: skip
 
 
