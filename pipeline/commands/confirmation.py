@@ -18,6 +18,8 @@ def confirm(yes: bool, consequences: list[str]) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise NotConfirmed("nothing was changed: there is no terminal for the question; give --yes to agree")
+        raise NotConfirmed(
+            "nothing was changed: there is no terminal for the question; give --yes to agree (with make: ARGS=--yes)"
+        )
     if not typer.confirm("Continue?"):
         raise NotConfirmed("nothing was changed")
