@@ -35,10 +35,11 @@ def _by_name(stage: Stage) -> dict[str, Any]:
 
 
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict) and not path.endswith(".lr"):  # The order of rates matters.
+    mappings = isinstance(before, dict) and isinstance(now, dict)
+    if mappings and not path.endswith(".lr"):  # The order of rates matters.
         for key in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(key, _ABSENT), now.get(key, _ABSENT), f"{path}.{key}".lstrip("."))
-    elif shown(before) != shown(now):
+    elif before != now or (mappings and list(before) != list(now)):
         yield f"{path}: {_text(before)} → {_text(now)}"
 
 

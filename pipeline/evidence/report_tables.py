@@ -11,20 +11,10 @@ def quality_table(chains: Sequence[ChainRecord]) -> Table:
     """Every stage at every λ: mean ± standard deviation over seeds, and the gain against its reference."""
     table = Table(
         "Real bitstreams of whole validation images",
-        (
-            "λ",
-            "stage",
-            "against",
-            "seeds",
-            "Δ loss",
-            "rate at equal PSNR %",
-            "R-D loss",
-            "coded bpp",
-            "PSNR dB",
-            "MS-SSIM",
-        ),
+        ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "coded bpp", "PSNR dB",
+         "MS-SSIM"),
         left=3,
-    )
+    )  # fmt: skip
     found = {(gain.lmbda, gain.stage): gain for gain in gains(chains)}
     for lmbda, name, stages in _groups(chains):
         gain = found.get((lmbda, name))
@@ -43,7 +33,7 @@ def migration_table(chains: Sequence[ChainRecord]) -> Table:
     longest_first = sorted((stage.segments for _, _, stages in groups for stage in stages), key=len, reverse=True)
     segments = list(dict.fromkeys(segment.name for schedule in longest_first for segment in schedule))
     table = Table(
-        "Loss minus the parent's",
+        "Estimated loss minus the parent's",
         ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in segments), "step, frozen : unfrozen"),
         left=3,
     )

@@ -209,7 +209,7 @@ class Stage(Settings):
         if self.keep == "last":
             del fields["keep"], fields["validate_every"]
         else:
-            fields["validated"] = self.evaluation.images
+            fields["evaluation"] = {"images": self.evaluation.images}
         if not self.optimizer.weight_decay:
             del fields["optimizer"]["weight_decay"]
         return fields
