@@ -23,6 +23,9 @@ class ImageCodec:
 
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
         """Code one image (1, 3, H, W) in [0, 1], for decoders within ε; raises BitstreamError where it is too large."""
+        self.model.check_images(image)
+        if len(image) > 1:
+            raise ValueError(f"a file holds one image, not {len(image)}: encode them one by one")
         height, width = image.shape[2:]
         check_dimensions(height, width)
         (y,), (z,) = self.model.compress(image, epsilon)["strings"]

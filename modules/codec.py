@@ -18,6 +18,7 @@ from modules.entropy import GeneralizedGaussian
 from modules.entropy import scale_table as default_scale_table
 from modules.file_format import EPSILON, check_epsilon
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
+from modules.image_checks import check_form, check_range
 from modules.initialization import center_scales, has_values, initialize_convolutions, spread_latent
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
@@ -168,6 +169,15 @@ class HPCM(CompressionModel):
         h, w = (-(-size // factor) * factor // 16 for size in (height, width))
         return (self.config.M, h, w), (self.config.N, h // 4, w // 4)
 
+    def check_images(self, images: Tensor, wait: bool = False) -> None:
+        """Raise TypeError or ValueError unless images are (B, 3, H, W) in [0, 1], in the type of the weights.
+
+        The values of images on a GPU are checked only with `wait`: a training step must not wait for them.
+        """
+        check_form(images, self.means_hyper.dtype)
+        if wait or (images.device.type == "cpu" and not torch.compiler.is_compiling()):
+            check_range(images)
+
     def forward(
         self,
         images: Tensor,
@@ -180,8 +190,9 @@ class HPCM(CompressionModel):
         `training` (default: the module's mode) selects straight-through rounding for the latents and additive noise
         for the likelihoods. `noise` fixes that noise. Returns `x_hat` (B, 3, H, W), unclipped (None unless
         `reconstruct`), `y_hat` and `scales` (B, M, h, w), and `likelihoods` with `y` (B, M, h, w) and
-        `z` (B, N, h/4, w/4).
+        `z` (B, N, h/4, w/4). Raises what `check_images` raises.
         """
+        self.check_images(images)
         training = self.training if training is None else training
         padded = self._pad(images)
         y = self.g_a(padded).to(images.dtype)
@@ -274,8 +285,9 @@ class HPCM(CompressionModel):
 
         A decoder reads the same symbols if its scales and the encoder's are both within a relative error of ε of the
         exact scales. ε = 0 gives the shortest strings. Raises BitstreamError if the latent holds NaN or values too
-        large to code, and ValueError if ε is out of range.
+        large to code, ValueError if ε is out of range, and what `check_images` raises.
         """
+        self.check_images(x, wait=True)
         tables, epsilon = coding.Tables.of(self), check_epsilon(epsilon)
         # One image at a time: rounding may depend on the batch, which a decoder does not know.
         coded = [coding.encode(self, self._pad(image), tables, epsilon) for image in x.split(1)]

@@ -10,6 +10,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.chain.acceptance import refusal_reasons
+from pipeline.chain.changes import recipe_changes
+from pipeline.chain.consequences import consequences
 from pipeline.chain.passed_checks import check_unless_passed
 from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.contracts import read_contract
@@ -29,7 +32,7 @@ from pipeline.weights.published import PublicationRecord
 if TYPE_CHECKING:
     import torch
 
-Status = Literal["done", "cut off", "stale", "missing"]
+Status = Literal["done", "cut off", "refused", "stale", "missing"]
 PATIENCE_INTERRUPTED = 10.0
 """Seconds to send the remaining log entries to MLflow after a signal to stop."""
 
@@ -75,8 +78,6 @@ class Chain:
         baseline: Path | None = None,
         start: Path | None = None,
     ):
-        if len({stage.precision for stage in stages}) > 1:
-            raise ChainError("all stages of a chain must have the same `precision`: they run in the same processes")
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
         self.seed = stages[0].seed
@@ -200,17 +201,16 @@ class Chain:
             raise ChainError(f"{error}.\n  Delete the file; MLflow then gets new runs for this chain.") from error
 
     def _start_over(self, context: RunContext) -> None:
-        """Move away results and states for `--force` and `--fresh`, after a confirmation."""
+        """Ask before a run without what its recipe needs and before finished stages are rebuilt.
+
+        Then move away results and states for `--force` and `--fresh`.
+        """
         wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
         begun = [task for task in self.tasks if wish.fresh and task.is_begun]
-        superseded, abandoned = self.folder / "superseded", self.folder / "abandoned"
-        consequences = [
-            *(f"{task.stage.name}: the published stage moves to {superseded}" for task in published),
-            *(f"{task.stage.name}: the interrupted training moves to {abandoned}" for task in begun),
-        ]
-        if consequences:
-            wish.confirm(consequences)
+        found = consequences(self, published, begun, context.processes.accelerator.device)
+        if found:
+            wish.confirm(found)
         for task in begun:
             task.abandon_states()
             fault("abandon")
@@ -251,6 +251,9 @@ def _status_of(task: StageTask, before: PlannedStage | None) -> PlannedStage:
     progress = task.states.progress()
     if progress is not None:
         names = [*(segment.name for segment in task.stage.schedule), "evaluation"]
+        trained = progress.segment == len(task.stage.schedule)
+        if trained and (reasons := refusal_reasons(task.states.folder, task.stage.accept)):
+            return PlannedStage(task, "refused", f"refused: {'; '.join(reasons)}; --accept-anyway publishes it")
         at = f"{names[progress.segment]} at step {progress.step}"
         return PlannedStage(task, "cut off", f"cut off in {at}")
     other = task.states.other_form()
@@ -288,7 +291,10 @@ def _changes(task: StageTask, inputs: dict[str, str]) -> str:
         return str(error)
     if digest != record.digest:
         return "the checkpoint differs from the recorded one"
-    return _differences(record.inputs, inputs)
+    changed = _differences(record.inputs, inputs)
+    if "recipe changed" in changed and (by_key := recipe_changes(task.checkpoint, task.stage)):
+        changed = changed.replace("recipe changed", f"recipe changed ({by_key})")
+    return changed
 
 
 def _differences(known: dict[str, str], inputs: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from modules import HPCM
-from pipeline.chain.acceptance import judge
+from pipeline.chain.acceptance import Refusal, judge
 from pipeline.chain.precheck import StageError
 from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
 from pipeline.common import files
@@ -139,7 +139,10 @@ class StageRun:
         components = tuple(new_components(self.parent, child)) if self.parent else ()
         migration = Migration(child, self.parent, components, ledger.new)
         reporting = Reporting(
-            self.run, self.context.watcher, lambda segment, progress: self._validate(child, segment, progress)
+            self.run,
+            self.context.watcher,
+            lambda segment, progress: self._validate(child, segment, progress),
+            lambda: self._estimate(child),
         )
         trainer = Trainer(self.stage, migration, crops, self.context.processes, reporting)
         return child, trainer.train(self.states, state)
@@ -180,7 +183,7 @@ class StageRun:
         if "step0_gap" in state.facts:
             self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
-                f"step 0: validation loss {state.facts['step0']['rd_loss']:.4f}, "
+                f"step 0: estimated validation loss {state.facts['step0']['rd_loss']:.4f}, "
                 f"{state.facts['step0_gap']:+.4f} relative to the parent"
             )
         progress = state.progress
@@ -193,6 +196,7 @@ class StageRun:
     def _note_environment(self, state: TrainingState) -> None:
         """Record the environment, and report changes since the last state that can change the trained bytes."""
         now = {**environment_of(self.context.processes.accelerator), "Bi-WKV4": self.task.kernel(self.device)}
+        now["micro-batches"] = str(self.stage.data.accumulate)
         for name, before in state.facts.get("environment", now).items():
             if now.get(name) != before:
                 self.context.watcher.note(
@@ -218,7 +222,7 @@ class StageRun:
             self.run.metrics(quality.metrics("val"), progress.stage_step)
             similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
             self.context.watcher.note(
-                f"after {segment.name}: validation loss {quality.rd_loss:.4f}, {quality.bpp:.4f} bpp, "
+                f"after {segment.name}: validation loss {quality.rd_loss:.4f}, estimated {quality.bpp:.4f} bpp, "
                 f"{quality.psnr_db:.2f} dB{similarity}"
             )
 
@@ -235,6 +239,8 @@ class StageRun:
         verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
         self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
         if verdict == "refused":
+            assert parent_quality is not None  # without a parent nothing is refused
+            Refusal(quality, parent_quality).write(self.states.folder)
             raise StageError(
                 f"{self.stage.name}: not accepted, compared with its parent: {'; '.join(refusal)}.\n"
                 "  The trained state is kept. Relax `accept` in the recipe (or with --set "

@@ -148,6 +148,8 @@ class StageTask:
             found["start"] = self._file_digest
         if self.parent is not None:
             found["parent"] = read_digest(self.parent)
+        if self.stage.keep == "best":  # The validation loss selects the weights.
+            found["validation images"] = self.val_photos.digest
         return found
 
     def kernel(self, device: torch.device) -> str:

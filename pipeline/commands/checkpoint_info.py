@@ -103,7 +103,7 @@ def _codec(model: dict[str, Any]) -> str:
 
 def _quality(quality: dict[str, Any]) -> str:
     similarity = f", MS-SSIM {quality['ms_ssim']:.4f}" if quality["ms_ssim"] is not None else ""
-    return f"{quality['bpp']:.4f} bpp, {quality['psnr_db']:.2f} dB{similarity}, loss {quality['rd_loss']:.4f}"
+    return f"{quality['bpp']:.4f} coded bpp, {quality['psnr_db']:.2f} dB{similarity}, loss {quality['rd_loss']:.4f}"
 
 
 def _lineage(file: Path, metadata: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The commands that use a codec: `hpcm compress`, `decompress`, `verify`, `evaluate` and `bench codec`."""
+"""The commands that use a codec: `hpcm compress`, `decompress`, `verify` and `bench codec`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import typer
 
 from pipeline.commands.each_file import each_file
 from pipeline.commands.info import info
-from pipeline.commands.options import AsJson, Device, Quiet, Runs, device_of, size_of
+from pipeline.commands.options import Device, Quiet, Runs, device_of, size_of
 from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
     from modules.bitstream import ImageCodec
-    from pipeline.evaluation.coding import ImageResult
     from pipeline.evaluation.conversions import Conversion
 
 Checkpoint = Annotated[
@@ -204,64 +203,6 @@ def verify(device: Device = "cpu") -> None:
         raise typer.Exit(1)
 
 
-def evaluate(
-    pictures: Pictures,
-    checkpoint: Checkpoint = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
-    device: Device = "cpu",
-    max_pixels: MaxPixels = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Encode images to bitstreams, decode them, and print bits, PSNR, MS-SSIM and times of each and on average.
-
-    The bits are those of the coded latents; the header and ICC profile of an `.hpcm` file are not counted.
-
-    The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` plots it.
-    """
-    from pipeline.commands.checkpoint_info import checkpoint_file
-    from pipeline.commands.display import show_json
-    from pipeline.common.files import write_json
-    from pipeline.data.images import SUFFIXES, read_picture
-    from pipeline.evaluation.codec_files import to_tensor
-    from pipeline.evaluation.coding import Evaluation, code
-    from pipeline.evaluation.conversions import find
-    from pipeline.evaluation.limits import check_size
-    from pipeline.weights.published import Lineage
-    from pipeline.weights.shipped import of_quality
-
-    _speak(not quiet)
-    checkpoint = checkpoint_file(checkpoint) if checkpoint else of_quality(None)
-    found = find(pictures, SUFFIXES)
-    if output:
-        if output.is_dir():
-            raise typer.BadParameter(f"{output} is a folder; give the JSON file to write")
-        output.parent.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
-    model = _codec(checkpoint, device).model
-    results: list[ImageResult] = []
-
-    def measure(item: tuple[str, Path]) -> Iterable[str]:
-        name, path = item
-        picture = read_picture(path, max_pixels)
-        height, width, _ = picture.pixels.shape
-        check_size(model, height, width, max_pixels)
-        results.append(code(model, name, to_tensor(picture), lmbda=0.0, metric="mse")[0])
-        return picture.changes
-
-    complete = each_file([(path, (name, path)) for name, path in found], measure)
-    table = Table("", ("image", "bits/pixel", "estimated", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
-    if results:
-        evaluation = Evaluation(tuple(results))
-        for result in (*results, evaluation.mean):
-            table.add(*_cells(result))
-        values = evaluation.to_json(Lineage.read(checkpoint).name or checkpoint.stem)
-        if output:
-            write_json(output, values)
-        if as_json:
-            show_json(values)
-    _end(Table("", ()) if as_json else table, complete)
-
-
 def bench_codec(
     preset: Annotated[str, typer.Option(help="base, large, phi-context or tiny, untrained.")] = "base",
     phase: Annotated[int, typer.Option(help="Phase, from 0 (Baseline) to 4.")] = 0,
@@ -290,7 +231,7 @@ def bench_codec(
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to the command line, and `bench codec` to `bench`."""
-    for command in (compress, decompress, info, verify, evaluate):
+    for command in (compress, decompress, info, verify):
         app.command()(command)
     bench.command("codec")(bench_codec)
 
@@ -312,19 +253,6 @@ def _speak(wanted: bool) -> None:
         from pipeline.commands.display import hush
 
         hush()
-
-
-def _cells(result: ImageResult) -> list[str]:
-    quality = result.quality
-    return [
-        result.name,
-        f"{quality.bpp:.4f}",
-        f"{result.estimated_bpp:.4f}",
-        f"{quality.psnr_db:.2f}",
-        number(quality.ms_ssim),
-        f"{result.encode_seconds:.2f}",
-        f"{result.decode_seconds:.2f}",
-    ]
 
 
 def _end(table: Table, complete: bool) -> None:

@@ -48,7 +48,7 @@ def plan_table(chain: "Chain", plan: Sequence["PlannedStage"]) -> Table:
         segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
         if planned.task.imported is not None:
             segments = f"taken from {planned.task.imported}"
-        table.add(planned.name, planned.status, planned.reason.removeprefix("stale: "), segments)
+        table.add(planned.name, planned.status, planned.reason.removeprefix(f"{planned.status}: "), segments)
     return table
 
 
@@ -74,7 +74,7 @@ def plan_json(chain: "Chain", plan: Sequence["PlannedStage"]) -> dict[str, Any]:
 
 def closing_table(chain: "Chain") -> Table:
     """One row per published stage: size, cost, quality, step-0 gap and minutes of training."""
-    columns = ("stage", "params", "kMAC/px", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
+    columns = ("stage", "params", "kMAC/px", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
     table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
     for task in chain.tasks:
         if task.record.is_file():

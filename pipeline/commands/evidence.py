@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from pipeline.commands.options import (
     Settings,
     ValFolder,
     Verbose,
+    Yes,
     device_of,
     overrides_of,
     size_of,
@@ -165,6 +167,7 @@ def rd_curve(
     runs: Runs = Path("runs"),
     plan: Annotated[bool, typer.Option("--plan", help="Show what is done and what is left, and exit.")] = False,
     accept_anyway: AcceptAnyway = False,
+    yes: Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -186,10 +189,12 @@ def rd_curve(
     if plan:
         show(wanted.table())
     else:
-        _run_sweep(wanted, accept_anyway, verbose)
+        _run_sweep(wanted, accept_anyway, yes, verbose)
 
 
-def _run_sweep(sweep: Sweep, accept_anyway: bool, verbose: bool) -> None:
+def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> None:
+    from pipeline.chain.stage_task import Rebuild
+    from pipeline.commands.confirmation import confirm
     from pipeline.commands.display import console, show
 
     todo = list(sweep.chains())
@@ -204,7 +209,7 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, verbose: bool) -> None:
     for lmbda, chains in todo:
         for chain in chains:
             console.print(f"λ = {shortest(lmbda)}, to {chain.tasks[-1].stage.name}")
-            run_chain(chain, accelerator, accept_anyway, verbose=verbose)
+            run_chain(chain, accelerator, accept_anyway, Rebuild(confirm=partial(confirm, yes)), verbose)
         show(sweep.table())
     if accelerator.is_main_process:
         _draw_curves(sweep)
@@ -222,7 +227,7 @@ def _draw_curves(sweep: Sweep) -> None:
     curves = rate_distortion.curves(found)
     show(
         rate_distortion.points_table("Real bitstreams of whole validation images", curves),
-        rate_distortion.deltas_table(curves, rate_distortion.references(found)),
+        rate_distortion.deltas_table(curves, rate_distortion.references(found), rate_distortion.uncontrolled(found)),
     )
     path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
     save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands import codec, evidence
+from pipeline.commands import codec, evaluate, evidence
 from pipeline.commands.options import (
     AcceptAnyway,
     AsJson,
@@ -24,6 +24,7 @@ from pipeline.commands.options import (
     StageName,
     ValFolder,
     Verbose,
+    Yes,
     device_of,
     overrides_of,
 )
@@ -115,7 +116,7 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Restart interrupted training instead of resuming it.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Move and delete files without asking.")] = False,
+    yes: Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -125,6 +126,7 @@ def run(
     For several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
     """
     from pipeline.chain.stage_task import Rebuild
+    from pipeline.commands.confirmation import confirm
     from pipeline.commands.display import closing_table, hush, plan_table, show
 
     if quiet:
@@ -137,22 +139,8 @@ def run(
     from pipeline.common.processes import start_accelerator
 
     accelerator = start_accelerator(chain.precision)
-    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(_confirm, yes)), verbose)
+    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(confirm, yes)), verbose)
     show(closing_table(chain))
-
-
-def _confirm(yes: bool, consequences: list[str]) -> None:
-    """Print what will be moved and deleted, and ask; raises ChainError unless the answer is yes."""
-    from pipeline.chain.chain import ChainError
-
-    for line in consequences:
-        typer.echo(line)
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ChainError("nothing was changed: there is no terminal for the question; give --yes to agree")
-    if not typer.confirm("Continue?"):
-        raise ChainError("nothing was changed")
 
 
 @app.command()
@@ -303,6 +291,7 @@ def export(
 
 
 codec.register(app, bench)
+evaluate.register(app)
 evidence.register(app)
 
 

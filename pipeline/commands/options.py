@@ -44,6 +44,7 @@ Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and MLflow's sto
 AcceptAnyway = Annotated[
     bool, typer.Option("--accept-anyway", help="Publish stages even if they miss their quality limits.")
 ]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Rebuild finished stages, move files and go on without asking.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line every `log_every` steps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]

@@ -155,7 +155,7 @@ class ProgressWatcher(Watcher):
 def _values(values: dict[str, float]) -> str:
     shown = [
         ("loss", "loss {:.4f}"),
-        ("bpp", "{:.4f} bpp"),
+        ("bpp", "estimated {:.4f} bpp"),
         ("psnr_db", "{:.2f} dB"),
         ("step_seconds", "{:.2f} s/step"),
     ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ class ProcessesDiffer(UserError):
     """The processes of a run have different files or software; the message lists the differences."""
 
 
+Result = TypeVar("Result")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -74,6 +75,19 @@ class ProcessGroup:
                 raise MainProcessStopped(told[0])
         if error is not None:
             raise error
+
+    def of_main_process(self, work: Callable[[], Result]) -> Result:
+        """The result of `work` in the first process, in all processes. If it raises, all processes stop."""
+        results: list[Any] = [None]
+
+        def keep() -> None:
+            results[0] = work()
+
+        self.on_main_process(keep)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(results)
+        result: Result = results[0]
+        return result
 
     def agree_on(self, facts: Callable[[], Mapping[str, str]]) -> None:
         """Raise ProcessesDiffer in all processes unless `facts` returns the same in each."""

@@ -93,7 +93,8 @@ class StepBatches:
     """The sample numbers of one process for each of `steps` steps, beginning at `start_step`.
 
     Over all processes, step s has the samples s·batch_size … (s + 1)·batch_size − 1. Process `rank` takes the
-    rank-th part of them. Raises DataError if `world_size` does not divide `batch_size`.
+    rank-th part of them, and computes it in `accumulate` equal micro-batches. Raises DataError if the batch cannot be
+    divided evenly.
     """
 
     start_step: int
@@ -101,12 +102,15 @@ class StepBatches:
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
+        parts = self.world_size * self.accumulate
+        if self.batch_size % parts:
+            each = f" with {self.accumulate} micro-batches each" if self.accumulate > 1 else ""
             raise DataError(
-                f"a batch of {self.batch_size} cannot be shared evenly by {self.world_size} processes; "
-                f"make data.batch_size a multiple of {self.world_size}"
+                f"a batch of {self.batch_size} cannot be shared evenly by {self.world_size} processes{each}; "
+                f"make data.batch_size a multiple of {parts}"
             )
 
     def __len__(self) -> int:

@@ -144,7 +144,7 @@ def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
     figure, (axes,) = new_figure(1)
     for name, quality in points.items():
         axes.plot(quality.bpp, quality.psnr_db, "o", label=name)
-    axes.set(xlabel="rate in bits per pixel", ylabel="PSNR in dB")
+    axes.set(xlabel="coded rate in bits per pixel", ylabel="PSNR in dB")
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, path)

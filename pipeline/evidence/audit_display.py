@@ -12,7 +12,7 @@ from pipeline.tracking.records import SegmentRecord
 def tables(chain: ChainAudit) -> Iterable[Table]:
     """Two tables per chain: the result of each stage, and how it was built."""
     title = f"{chain.record.title}: {chain.record.state.lower()}"
-    results = Table(title, ("stage", "parent", "loss in", "step 0", "out", "bpp", "PSNR dB", "files"), left=2)
+    results = Table(title, ("stage", "parent", "loss in", "step 0", "out", "coded bpp", "PSNR dB", "files"), left=2)
     story = Table("how it was built", ("stage", "transferred", "trained", "outcome"), left=4)
     for stage in chain.stages:
         results.add(*_result_cells(stage))

@@ -56,13 +56,14 @@ class Gain:
     stage: str
     reference: str
     fair: bool
-    """Whether the reference was trained for as many steps."""
+    """Whether the reference was trained for as many steps. If not, the differences are not gains of the stage."""
     lmbda: float
     bpp: Spread
     psnr_db: Spread
     loss: Spread
     rate_percent: Spread | None
-    """Per cent of the reference's rate, at equal PSNR; None if the slope is unknown or the PSNRs are too far apart."""
+    """Per cent of the reference's rate, at equal PSNR; None if the slope is unknown, the PSNRs are too far
+    apart, or the reference is not fair."""
     psnr_at_equal_rate: Spread | None
     """dB; None in the same cases."""
 
@@ -71,7 +72,7 @@ class Gain:
 class Claim:
     """One expectation and its measurement; `measured` is None if there is none.
 
-    A claim is not `fair` if the reference was trained for another number of steps.
+    A claim is not `fair`, and has no measurement, if the reference was trained for another number of steps.
     """
 
     quantity: str
@@ -82,8 +83,8 @@ class Claim:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the mean reaches the end of the expected range nearer to 0; None if not measured or not fair."""
-        if self.measured is None or not self.fair:
+        """Whether the mean reaches the end of the expected range nearer to 0; None if not measured."""
+        if self.measured is None:
             return None
         low, high = self.expected
         return self.measured.mean >= low if low > 0 else self.measured.mean <= high
@@ -92,17 +93,23 @@ class Claim:
 def gains(chains: Sequence[ChainRecord]) -> list[Gain]:
     """The gains of all stages that have a reference, by λ."""
     references, curves = rate_distortion.references(chains), rate_distortion.curves(chains)
+    uncontrolled = rate_distortion.uncontrolled(chains)
     found = []
     for lmbda in sorted({chain.lmbda for chain in chains}):
         for name, reference in references.items():
             both = [c for c in chains if c.lmbda == lmbda and {name, reference} <= c.published.keys()]
             if both:
-                found.append(_gain(name, reference, both, rate_distortion.slope(curves[reference], lmbda)))
+                slope = rate_distortion.slope(curves[reference], lmbda)
+                found.append(_gain((name, reference, name not in uncontrolled), both, slope))
     return found
 
 
-def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float | None) -> Gain:
-    """The gain of one stage at one λ. `slope`: of the reference's curve, in dB per (bit per pixel)."""
+def _gain(compared: tuple[str, str, bool], chains: Sequence[ChainRecord], slope: float | None) -> Gain:
+    """The gain at one λ of a stage against a reference, which may be fair.
+
+    `slope` is that of the reference's curve, in dB per (bit per pixel).
+    """
+    name, reference, fair = compared
     pairs = [(chain.published[name].quality, chain.published[reference].quality) for chain in chains]
     metric = chains[0].published[name].parameters.get("metric")
 
@@ -111,14 +118,12 @@ def _gain(name: str, reference: str, chains: Sequence[ChainRecord], slope: float
         assert spread is not None  # there is a pair
         return spread
 
-    if over_seeds(lambda a, b: abs(a.psnr_db - b.psnr_db)).mean > TANGENT_REACH:
+    if not fair or over_seeds(lambda a, b: abs(a.psnr_db - b.psnr_db)).mean > TANGENT_REACH:
         slope = None
     elif slope is None and metric == "mse":
         slope = over_seeds(lambda a, b: _slope_at_optimum(b, chains[0].lmbda)).mean
     return Gain(
-        name, reference,
-        all(chain.total_steps(name) == chain.total_steps(reference) for chain in chains),
-        chains[0].lmbda,
+        name, reference, fair, chains[0].lmbda,
         over_seeds(lambda a, b: a.bpp - b.bpp),
         over_seeds(lambda a, b: a.psnr_db - b.psnr_db),
         over_seeds(lambda a, b: a.rd_loss - b.rd_loss),

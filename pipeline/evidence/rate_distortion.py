@@ -1,6 +1,6 @@
 """Rate–distortion curves from MLflow's records, and the Bjøntegaard deltas between them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +85,24 @@ def references(chains: Iterable[ChainRecord]) -> dict[str, str]:
     return found
 
 
+def uncontrolled(chains: Sequence[ChainRecord]) -> set[str]:
+    """Stages whose reference was trained for another number of steps. More training alone lowers the loss, so a
+    difference from such a reference is no gain of the stage."""
+    return {
+        name
+        for name, reference in references(chains).items()
+        for chain in chains
+        if {name, reference} <= chain.published.keys() and chain.total_steps(name) != chain.total_steps(reference)
+    }
+
+
 def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
     """Compare two curves at the λ that both have; raises ValueError for fewer than two λ."""
     shared = {point.lmbda for point in curve} & {point.lmbda for point in reference}
     if len(shared) < 2:
         raise ValueError(f"{len(shared)} λ in common with {reference_name}; a curve needs two or more")
     ours, theirs = ([point.quality for point in points if point.lmbda in shared] for points in (curve, reference))
-    similarity = [[_ms_ssim_db(quality) for quality in qualities] for qualities in (theirs, ours)]
+    similarity = [[ms_ssim_db(quality) for quality in qualities] for qualities in (theirs, ours)]
     rates = [[quality.bpp for quality in qualities] for qualities in (theirs, ours)]
     psnr = [[quality.psnr_db for quality in qualities] for qualities in (theirs, ours)]
     return Delta(
@@ -126,7 +137,7 @@ def slope(curve: Curve, lmbda: float) -> float | None:
     return float(PchipInterpolator(rates, psnr).derivative()(at)) or None
 
 
-def _ms_ssim_db(quality: Quality) -> float | None:
+def ms_ssim_db(quality: Quality) -> float | None:
     """MS-SSIM in dB: −10·log₁₀(1 − MS-SSIM)."""
     return None if quality.ms_ssim is None else -10 * float(np.log10(max(1 - quality.ms_ssim, 1e-10)))
 
@@ -144,7 +155,7 @@ def deltas(found: Mapping[str, Curve], references: Mapping[str, str]) -> dict[st
 
 def points_table(title: str, found: Mapping[str, Curve]) -> Table:
     """A table of all points of all curves."""
-    table = Table(title, ("stage", "λ", "seeds", "bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
+    table = Table(title, ("stage", "λ", "seeds", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
     for name, curve in found.items():
         for point in curve:
             quality = point.quality
@@ -155,14 +166,19 @@ def points_table(title: str, found: Mapping[str, Curve]) -> Table:
     return table
 
 
-def deltas_table(found: Mapping[str, Curve], references: Mapping[str, str]) -> Table:
-    """A table of BD-rate and BD-PSNR of every stage, or why there are none."""
+def deltas_table(
+    found: Mapping[str, Curve], references: Mapping[str, str], uncontrolled: Collection[str] = ()
+) -> Table:
+    """BD-rate and BD-PSNR of every stage, or why there are none. `uncontrolled` are stages without a control."""
     table = Table(
         "Bjøntegaard deltas against the reference, by pchip (–: curves are not monotone or do not overlap)",
         ("stage", "reference", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )
     for name, reference in references.items():
+        if name in uncontrolled:
+            table.add(name, f"no control: {reference} was trained for another number of steps", "–", "–", "–", "–")
+            continue
         try:
             d = delta(found[name], found[reference], reference)
         except ValueError as error:
@@ -197,11 +213,11 @@ def draw(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
         rates = [point.quality.bpp for point in curve]
         axes[0].plot(rates, [point.quality.psnr_db for point in curve], **style)
         if similar:
-            axes[1].plot(rates, np.array([_ms_ssim_db(point.quality) for point in curve], float), **style)
+            axes[1].plot(rates, np.array([ms_ssim_db(point.quality) for point in curve], float), **style)
     if kodak:
         axes[0].plot(*zip(*PUBLISHED, strict=True), ":", color="0.5", marker="x", label="HPCM-Base, published")
     for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
-        axis.set(xlabel="rate in bits per pixel", ylabel=label)
+        axis.set(xlabel="coded rate in bits per pixel", ylabel=label)
         axis.grid(alpha=0.3)
         axis.margins(0.08)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -60,6 +60,8 @@ class RecipeReport:
     gains: str
     """The figure of gains against controls, as a data URI; empty if the recipe has no controls."""
     quality: Table
+    uncontrolled: tuple[str, ...]
+    """Stages without a control, and so without a gain."""
     migration: Table
     training: tuple[tuple[str, str], ...]
     """Title and figure of each chain."""
@@ -140,10 +142,13 @@ def _recipe_report(
         facts=tuple(_facts(records, chains)),
         curves=drawn.add(f"{recipe}-rate-distortion", figure),
         several_lmbdas=len({chain.lmbda for chain in chains}) > 1,
-        deltas=rate_distortion.deltas_table(curves, rate_distortion.references(chains)),
+        deltas=rate_distortion.deltas_table(
+            curves, rate_distortion.references(chains), rate_distortion.uncontrolled(chains)
+        ),
         claims=_claims(chains, curves, costs),
         gains=drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
         quality=report_tables.quality_table(chains),
+        uncontrolled=tuple(sorted(rate_distortion.uncontrolled(chains))),
         migration=report_tables.migration_table(chains),
         training=tuple(
             (
@@ -192,11 +197,13 @@ def _claims(
         return {}
     titles = (chains[0].recipe, "checkpoints")
     fitting = [cost for (title, _), cost in costs.items() if title in titles and "phase4" in cost.codecs]
-    deltas = rate_distortion.deltas(curves, rate_distortion.references(chains))
+    uncontrolled = rate_distortion.uncontrolled(chains)
+    controls = {name: of for name, of in rate_distortion.references(chains).items() if name not in uncontrolled}
+    deltas = rate_distortion.deltas(curves, controls)
     found: dict[str, list[Claim]] = {}
     for claim in claims(gains(chains), deltas, fitting[-1] if fitting else None):
         found.setdefault(claim.quantity, []).append(claim)
-    return {quantity: row for quantity, row in found.items() if any(claim.measured for claim in row)}
+    return {q: row for q, row in found.items() if any(claim.measured or not claim.fair for claim in row)}
 
 
 def _lineage(chain: ChainRecord, parent: str | None) -> list[LineageNode]:
@@ -248,7 +255,7 @@ def _template() -> jinja2.Template:
 def _claim_text(claim: Claim) -> str:
     """`−2.3 ± 0.4 %`."""
     if claim.measured is None:
-        return "–"
+        return "–" if claim.fair else "no control"
     unit, form = _unit(claim)
     return f"{claim.measured.text(form)} {unit}".replace("-", "−")
 

@@ -11,16 +11,19 @@ def quality_table(chains: Sequence[ChainRecord]) -> Table:
     """Every stage at every λ: mean ± standard deviation over seeds, and the gain against its reference."""
     table = Table(
         "Real bitstreams of whole validation images",
-        ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "bpp", "PSNR dB", "MS-SSIM"),
+        ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "coded bpp", "PSNR dB",
+         "MS-SSIM"),
         left=3,
-    )
+    )  # fmt: skip
     found = {(gain.lmbda, gain.stage): gain for gain in gains(chains)}
     for lmbda, name, stages in _groups(chains):
         gain = found.get((lmbda, name))
         cells = [_over(stages, _quality(key), form) for key, form in
                  (("rd_loss", ".4f"), ("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"))]  # fmt: skip
-        change = (_text(gain.loss, "+.4f"), _text(gain.rate_percent, "+.2f")) if gain else ("–", "–")
-        table.add(shortest(lmbda), name, gain.reference if gain else "–", str(len(stages)), *change, *cells)
+        fair = gain is not None and gain.fair
+        change = (_text(gain.loss, "+.4f"), _text(gain.rate_percent, "+.2f")) if gain and fair else ("–", "–")
+        reference = "–" if gain is None else gain.reference if fair else "no control"
+        table.add(shortest(lmbda), name, reference, str(len(stages)), *change, *cells)
     return table
 
 
@@ -30,7 +33,7 @@ def migration_table(chains: Sequence[ChainRecord]) -> Table:
     longest_first = sorted((stage.segments for _, _, stages in groups for stage in stages), key=len, reverse=True)
     segments = list(dict.fromkeys(segment.name for schedule in longest_first for segment in schedule))
     table = Table(
-        "Loss minus the parent's",
+        "Estimated loss minus the parent's",
         ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in segments), "step, frozen : unfrozen"),
         left=3,
     )

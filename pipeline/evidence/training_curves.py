@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pipeline.common.figure_style import codec_colors, new_figure
 from pipeline.tracking.records import ChainRecord, History, Records, StageRecord
 
-MEASURES = (("bpp", "rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
+MEASURES = (("bpp", "estimated rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
 
 
 def draw(records: Records, chain: ChainRecord) -> Figure:

@@ -27,6 +27,8 @@ CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock")
 """Names in a chain's folder that are not stages."""
 RUNS_NAMES = ("mlartifacts", "comparisons", "report")
 """Names in a folder of runs that are not recipes."""
+ONE_PER_CHAIN = ("lmbda", "precision")
+"""Settings that all stages of a chain share: its folder has one λ, and its processes have one precision."""
 WORDINGS = {
     "missing": f"missing; expected here or in {DEFAULTS}",
     "too_short": "should have at least {min_length} entries, not {actual_length}",
@@ -121,7 +123,9 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             problems += _explain(failure, tree)
         problems += _misplaced(name, trees)
     _report(problems)
-    return Recipe(path.name, stages, path)
+    recipe = Recipe(path.name, stages, path)
+    _report(_torn_chains(recipe, trees))
+    return recipe
 
 
 def _find_folder(folder: str | Path) -> Path:
@@ -162,13 +166,31 @@ def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
     return []
 
 
+def _torn_chains(recipe: Recipe, trees: Mapping[str, YamlNode]) -> list[str]:
+    """Settings of a stage that differ from those of its chain's first stage, although a chain has one."""
+    lines = []
+    for name, stage in recipe.stages.items():
+        root = recipe.chain(name)[0]
+        for key in ONE_PER_CHAIN:
+            own, expected = shown(getattr(stage, key)), shown(getattr(root, key))
+            if own != expected:
+                where = f"{root.name}, {trees[root.name].origin_of([key])}"
+                lines.append(
+                    f"{trees[name].origin_of([key])}: {key}: should be {expected}, as in the chain's first stage "
+                    f"({where}), not {own}; set one {key} for all stages, in {DEFAULTS} or with --set {key}=…"
+                )
+    return lines
+
+
 def _explain(failure: ValidationError, tree: YamlNode) -> list[str]:
     lines = []
     for error in failure.errors(include_url=False):
         if error["type"] == "misfit":
             lines += [_line(tree, path, problem) for path, problem in error["ctx"]["problems"]]
         else:
-            lines.append(_line(tree, error["loc"], _wording(error)))
+            # A field with two forms, such as `decay`, adds the form to the path.
+            path = tuple(key for key in error["loc"] if not str(key).startswith("<"))
+            lines.append(_line(tree, path, _wording(error, path)))
     return lines
 
 
@@ -177,11 +199,11 @@ def _line(tree: YamlNode, path: tuple[str | int, ...], problem: str) -> str:
     return f"{tree.origin_of(path)}: {dotted}: {problem}"
 
 
-def _wording(error: ErrorDetails) -> str:
+def _wording(error: ErrorDetails, path: tuple[str | int, ...]) -> str:
     """A readable validation error: what was expected, what was found, and the nearest valid value."""
-    key, context = str(error["loc"][-1]), error.get("ctx", {})
+    key, context = str(path[-1]), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
-        valid = _fields(error["loc"][:-1])
+        valid = _fields(path[:-1])
         return "unknown key" + (nearest(key, valid) or f"; expected one of {', '.join(valid)}")
     if error["type"] in WORDINGS:
         return WORDINGS[error["type"]].format(found=shown(error["input"]), **context)
@@ -200,7 +222,9 @@ def _fields(path: tuple[str | int, ...]) -> list[str]:
 
 
 def _section(annotation: Any) -> type[BaseModel]:
-    return next((item for item in get_args(annotation) if item is not Ellipsis), annotation)
+    """The class of the mappings that a field holds, alone, in a list or as one of its forms."""
+    nested = (_section(item) for item in get_args(annotation) if item is not Ellipsis)
+    return next((found for found in nested if isinstance(found, type) and issubclass(found, BaseModel)), annotation)
 
 
 def _report(problems: Iterable[str]) -> None:

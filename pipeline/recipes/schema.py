@@ -3,30 +3,24 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
-    StringConstraints,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from pipeline.recipes.registered import METRICS, OBJECTIVES
-from pipeline.recipes.yaml_source import nearest, shown
+from pipeline.recipes.segment import Count, Problem, Segment, Settings, StepDecay, Word, decay_problems, registered
 
-Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Count = Annotated[int, Field(ge=0)]
+__all__ = ["Segment", "Stage", "StepDecay"]
+
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Problem = tuple[tuple[str | int, ...], str]
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
 """A placeholder in a rename rule; it matches one part of a dotted name."""
@@ -34,20 +28,15 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
 # The paths of the images do not matter; their contents do, and Photos.digest in pipeline/data/images.py covers those.
 # The other fields affect logging, evaluation and speed, not the trained weights.
 WITHOUT_INFLUENCE: dict[str, Any] = {
-    "data": {"train", "val", "workers"},
+    "data": {"train", "val", "workers", "accumulate"},
     "log_every": True,
     "checkpoint_every": True,
     "gradient_checkpointing": True,
     "evaluation": True,
     "accept": True,
     "weights": True,
+    "needs": True,
 }
-
-
-class Settings(BaseModel):
-    """Base class: frozen, without unknown keys or type conversions (`true` and `"3"` are not numbers)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelChoice(Settings):
@@ -55,7 +44,7 @@ class ModelChoice(Settings):
 
     preset: str
     phase: int = Field(ge=0, le=4)
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     """Differences from the preset at that phase; the codec checks them when it is built. A key is a size such as `M`,
     a slot with its kind and settings (`attn_s3: {kind: rwkv, hidden_rate: 1}`), or settings of a kind in every slot
     that uses it (`prior: {rwkv: {mix_rate: 0.25}}`)."""
@@ -72,14 +61,19 @@ class Data(Settings):
     """Side of the square training crops, in pixels."""
     batch_size: PositiveInt
     """Crops per step, over all processes."""
+    accumulate: PositiveInt = 1
+    """Micro-batches per step: each process computes its crops in this many parts, one after another, to save memory.
+    The step is that of the whole batch, up to rounding."""
     workers: Count = 0
     """Data workers per training process; with 0, the training process reads the images itself."""
 
 
 class Optimizer(Settings):
-    """Settings of Adam and limits on its steps."""
+    """Settings of AdamW and limits on its steps."""
 
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of convolution kernels and matrices. Biases and other vectors do not decay."""
     clip_norm: PositiveFloat = 1.0
     """Largest norm of the gradient over all trainable parameters."""
     max_bad_steps: PositiveInt = 10
@@ -116,7 +110,7 @@ class Transfer(Settings):
     initialization: Literal["function-preserving", "design", "scratch"] = "function-preserving"
     """`function-preserving`: new components start as near to the parent's output as their form allows. `design`: new
     components start random. `scratch`: nothing is copied, which compares a migration with training from scratch."""
-    rename: Annotated[dict[str, str], AfterValidator(_renaming)] = {}
+    rename: Annotated[dict[str, str], AfterValidator(_renaming)] = Field(default_factory=dict)
     """Module prefix in the parent → prefix in the child, in addition to what the child's components copy by themselves.
     `{i}` matches one part of a dotted name."""
     narrow: bool = True
@@ -129,47 +123,8 @@ class Transfer(Settings):
     """Number of training crops that `narrow` and `fit` use."""
 
 
-def _trainable(value: object) -> object:
-    patterns = isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)
-    if patterns or value in ("all", "new"):
-        return value
-    hint = nearest(value, ["all", "new"])
-    raise ValueError(f"should be 'all', 'new' or a list of name patterns, not {shown(value)}{hint}")
-
-
-def _objective(name: str) -> str:
-    return _registered(name, OBJECTIVES, "objective")
-
-
 def _metric(name: str) -> str:
-    return _registered(name, METRICS, "metric")
-
-
-def _registered(name: str, known: Mapping[str, object], what: str) -> str:
-    if name in known:
-        return name
-    hint = nearest(name, list(known)) or f"; expected one of {', '.join(known)}"
-    raise ValueError(f"no {what} {shown(name)}{hint}")
-
-
-class Segment(Settings):
-    """One part of a stage's schedule, with its own trainable parameters, objective and new optimizer."""
-
-    name: Word
-    train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
-    """`new`: parameters that were not copied from the parent, and all parameters of components that it lacks."""
-    objective: Annotated[str, AfterValidator(_objective)]
-    """`rate-distortion`, `align` (trains only the new components, on the inputs and outputs of the components they
-    replace), or a registered objective of your own."""
-    steps: Count
-    handover: Count = 0
-    """Steps over which a new component gradually replaces the parent's; at most `steps`."""
-    lr: dict[str, PositiveFloat] = Field(min_length=1)
-    """Learning rate by parameter group or name pattern."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """`cosine`: the learning rate falls to zero at the last step."""
-    warmup: Count = 0
-    """Steps over which the learning rate rises linearly to its value."""
+    return registered(name, METRICS, "metric")
 
 
 class Accept(Settings):
@@ -207,17 +162,31 @@ class Stage(Settings):
     """Steps between log lines."""
     checkpoint_every: PositiveInt = 500
     """Steps between saved training states."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations within a segment, whose results are logged as `val/…`. null: only at its end. While a
+    new component takes over gradually (`handover`) there are none."""
+    keep: Literal["last", "best"] = "last"
+    """The weights with which a segment ends: those of its `last` step, or those of the validation with the lowest loss
+    (`best`), the end of the segment included."""
     evaluation: EvaluationSettings = EvaluationSettings()
     transfer: Transfer = Transfer()
     weights: str | None = None
     """Checkpoint to use instead of training a root stage, relative to the recipe's folder. It is used only if it was
     trained for the same λ and metric. null: the schedule trains the stage."""
+    needs: tuple[Literal["gpu", "images"], ...] = ()
+    """What the stage is meant for: a `gpu`, and training `images` of your own. `hpcm run` asks before it trains without
+    them."""
     schedule: tuple[Segment, ...]
     accept: Accept = Accept()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
         problems = _schedule_problems(self)
+        if self.data.batch_size % self.data.accumulate:
+            uneven = f"a batch of {self.data.batch_size} cannot be computed in {self.data.accumulate} equal parts"
+            problems.append((("data", "accumulate"), uneven))
+        if self.keep == "best" and self.validate_every is None:
+            problems.append((("keep",), "'best' is chosen among validations; set validate_every"))
         if self.data.crop < METRICS[self.metric]:
             least = f"'metric: {self.metric}' needs at least {METRICS[self.metric]} pixels a side, such as 256"
             problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
@@ -229,13 +198,25 @@ class Stage(Settings):
             raise PydanticCustomError("misfit", "the fields of the stage do not agree", {"problems": problems})
         return self
 
-    def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the fields that influence the trained weights.
+    def influences(self) -> dict[str, Any]:
+        """The fields that influence the trained weights.
 
-        It omits the intervals of logging and saving, evaluation, acceptance, gradient checkpointing, the path in
-        `weights`, data workers and the paths of the images. The images have a digest of their own.
+        They omit the intervals of logging and saving, evaluation, acceptance, gradient checkpointing, micro-batches,
+        the path in `weights`, data workers and the paths of the images. The images have a digest of their own. Fields
+        that earlier versions did not have are omitted at their defaults, so that stages built before stay current.
         """
         fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
+        if self.keep == "last":
+            del fields["keep"], fields["validate_every"]
+        else:
+            fields["evaluation"] = {"images": self.evaluation.images}
+        if not self.optimizer.weight_decay:
+            del fields["optimizer"]["weight_decay"]
+        return fields
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the fields that influence the trained weights."""
+        fields = self.influences()
         for segment in fields["schedule"]:
             segment["lr"] = list(segment["lr"].items())  # The first entry that matches wins.
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -257,6 +238,8 @@ def _schedule_problems(stage: Stage) -> list[Problem]:
         for key, length in (("handover", segment.handover), ("warmup", segment.warmup)):
             if length > segment.steps:
                 problems.append(((*at, key), f"{length} steps are more than the segment's {segment.steps}"))
+        if isinstance(segment.decay, StepDecay):
+            problems += [((*at, *where), problem) for where, problem in decay_problems(segment.decay, segment.steps)]
         traits = OBJECTIVES[segment.objective]
         if segment.handover and (stage.parent is None or not traits.handover):
             problems.append(((*at, "handover"), "needs a parent and an objective that runs the whole codec"))

@@ -1,4 +1,4 @@
-"""The trainable parameters of a segment and their learning rates."""
+"""The trainable parameters of a segment, their learning rates and their weight decay."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -56,6 +56,23 @@ def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str
     if rest:
         raise SelectionError(f"lr: no rate for {next(iter(rest))} and {len(rest) - 1} more; add a `default`")
     return groups
+
+
+def with_weight_decay(groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """Divide optimizer groups into weights of layers, which decay, and all other parameters, which do not."""
+    divided = []
+    for group in groups:
+        for decays in (True, False):
+            chosen = [
+                (name, parameter)
+                for name, parameter in zip(group["names"], group["params"], strict=True)
+                if (name.endswith("weight") and parameter.dim() > 1) == decays
+            ]
+            if chosen:
+                names, parameters = zip(*chosen, strict=True)
+                rate = decay if decays else 0.0
+                divided.append({**group, "params": [*parameters], "names": [*names], "weight_decay": rate})
+    return divided
 
 
 def _selected(selector: str, names: list[str], model: HPCM, new: frozenset[str]) -> set[str]:

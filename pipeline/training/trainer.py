@@ -1,8 +1,8 @@
 """Trains a stage through the segments of its schedule, with Accelerate."""
 
-import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -19,11 +19,14 @@ from pipeline.evaluation.metrics import metric_named
 from pipeline.recipes.registered import OBJECTIVES
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
+from pipeline.training.learning_rate import schedule_factor
 from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
-from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
+from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names, with_weight_decay
+from pipeline.training.segment_validation import SegmentValidation
 from pipeline.training.watcher import Watcher
 from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.checkpoints import codec_tensors, load_weights
+from pipeline.weights.published import Quality
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 LOSSES_KEPT = 32
@@ -50,11 +53,14 @@ class Migration:
 
 @dataclass(frozen=True)
 class Reporting:
-    """Receivers of progress: an MLflow run, a watcher, and a function called at the end of each segment."""
+    """Receivers of progress: an MLflow run, a watcher, and functions that validate the child."""
 
     run: Run = field(default_factory=Run)
     watcher: Watcher = field(default_factory=Watcher)
     on_segment_end: Callable[[Segment, Progress], None] = lambda segment, progress: None
+    """Validates the child at the end of each segment."""
+    validate: Callable[[], Quality] | None = None
+    """Measures the child on the validation images, for `validate_every`; called in the first process alone."""
 
 
 class Trainer:
@@ -91,6 +97,7 @@ class Trainer:
                 model=codec_tensors(self.migration.child),
                 optimizer={},
                 average={},
+                best={},
             )
             self.processes.on_main_process(partial(states.save, state))
             fault("segment")
@@ -108,13 +115,18 @@ class _SegmentRun:
         self.child = migration.child.train().to(self.accelerator.device)
         set_trainable(self.child, trainable_names(self.child, segment.train, migration.new))
         groups = parameter_groups(self.child, segment.lr, migration.new)
-        self.optimizer = torch.optim.Adam(groups, betas=self.stage.optimizer.betas, fused=True)
+        settings = self.stage.optimizer
+        if settings.weight_decay:
+            groups = with_weight_decay(groups, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=0, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if state.optimizer:
             restore_optimizer(self.optimizer, state.optimizer)
         self.average = WeightAverage(self.child, self.stage.ema) if self.stage.ema else None
         if self.average is not None and state.average:
             self.average.restore(state.average)
+        self.validation = SegmentValidation(self.child, self.stage, segment, trainer.processes, trainer.reporting)
+        self.validation.restore(state.best)
         if migration.parent is not None:
             migration.parent.requires_grad_(False).to(self.accelerator.device)
         self.handover = None
@@ -141,40 +153,43 @@ class _SegmentRun:
             self.stage.data.batch_size,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            self.stage.data.accumulate,
         )
         try:
+            if self._validation_is_due():  # A state is saved before the validation at its step.
+                self.progress = self.validation.validate(self.progress, self.average)
             for batch in training_loader(self.trainer.crops, batches, self.stage.data.workers):
                 started = time.perf_counter()
                 outcome = self._step(batch["image"], batch["sample"].tolist())
                 self._count(outcome, time.perf_counter() - started)
                 self._save_if_due()
+                if self._validation_is_due():
+                    self.progress = self.validation.validate(self.progress, self.average)
         finally:
             if self.handover is not None:
                 self.handover.end()
             self.accelerator.free_memory()
         if self.average is not None:
             self.average.apply()
+        self.validation.end(self.progress)
         return self.progress
 
     def _step(self, images: Tensor, samples: list[int]) -> dict[str, float] | None:
         """One update. Returns the objective's values, or None if a non-finite loss or gradient skipped the update."""
         step = self.progress.step
-        factor = _schedule_factor(self.segment, step)
+        factor = schedule_factor(self.segment, step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         if self.handover is not None:
             self.handover.share.fill_(step / self.segment.handover)
-        device = self.accelerator.device
-        noise = training_noise(self.child, (images.shape[2], images.shape[3]), self.trainer.crops.seed, samples)
-        values = self.objective(images.to(device), type(noise)(*(part.to(device) for part in noise)))
         self.optimizer.zero_grad()
-        self.accelerator.backward(values["loss"])
+        values = self._gradients(images, samples)
         trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = self.accelerator.clip_grad_norm_(trainable, self.stage.optimizer.clip_norm)
         if self.handover is not None and step + 1 == self.segment.handover:
             self.handover.end()
             self.handover = None
-        means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
+        means = self.accelerator.reduce(torch.stack([*values.values()]), "mean")
         # Loss and gradient are means over all processes, so all processes decide alike.
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             return None
@@ -182,6 +197,24 @@ class _SegmentRun:
         if self.average is not None:
             self.average.update(step)
         return {**dict(zip(values, means.tolist(), strict=True)), "grad_norm": float(norm)}
+
+    def _gradients(self, images: Tensor, samples: list[int]) -> dict[str, Tensor]:
+        """Compute the gradients of the mean over all micro-batches. Returns the means of the objective's values."""
+        device, parts = self.accelerator.device, self.stage.data.accumulate
+        size = len(samples) // parts
+        means: dict[str, Tensor] = {}
+        for part in range(parts):
+            chosen = slice(part * size, (part + 1) * size)
+            crops = images[chosen]
+            noise = training_noise(self.child, (*crops.shape[2:],), self.trainer.crops.seed, samples[chosen])
+            # The processes exchange gradients once per step.
+            alone = self.accelerator.no_sync(self.objective) if part < parts - 1 else nullcontext()
+            with alone:
+                values = self.objective(crops.to(device), type(noise)(*(tensor.to(device) for tensor in noise)))
+                self.accelerator.backward(values["loss"] / parts)
+            for name, value in values.items():
+                means[name] = means.get(name, 0) + value.detach() / parts
+        return means
 
     def _count(self, outcome: dict[str, float] | None, seconds: float) -> None:
         bad = outcome is None
@@ -245,8 +278,9 @@ class _SegmentRun:
 
     def _save_if_due(self) -> None:
         signum = self.trainer.processes.agreed_signal()
-        # Also at the end of the segment: the validation that follows can take long.
-        if signum or self.progress.step % self.stage.checkpoint_every == 0 or self.progress.step == self.segment.steps:
+        # Also before a validation, which can take long, and before the one at the end of the segment.
+        due = self.progress.step % self.stage.checkpoint_every == 0 or self._validation_is_due()
+        if signum or due or self.progress.step == self.segment.steps:
             self.trainer.processes.on_main_process(self._save)
         fault("step")
         if signum:
@@ -254,12 +288,9 @@ class _SegmentRun:
 
     def _save(self) -> None:
         average = self.average.values if self.average is not None else {}
-        tensors = optimizer_tensors(self.optimizer)
-        self.states.save(TrainingState(self.progress, codec_tensors(self.child), tensors, self.facts, average))
+        tensors = codec_tensors(self.child), optimizer_tensors(self.optimizer)
+        self.states.save(TrainingState(self.progress, *tensors, self.facts, average, self.validation.best))
 
-
-def _schedule_factor(segment: Segment, step: int) -> float:
-    """Factor of the learning rates at a step: linear warm-up times constant or cosine decay."""
-    rise = min(1.0, (step + 1) / segment.warmup) if segment.warmup else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * step / segment.steps)) if segment.decay == "cosine" else 1.0
-    return rise * fall
+    def _validation_is_due(self) -> bool:
+        # While the parent's components contribute, the child's weights alone are not the codec.
+        return self.handover is None and self.validation.is_due(self.progress.step)

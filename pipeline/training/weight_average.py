@@ -1,6 +1,7 @@
 """An exponential moving average of the weights. It has less noise than the last step and costs nothing in decoding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,18 @@ class WeightAverage:
         """Continue from a saved average."""
         for name, value in self.values.items():
             value.copy_(values[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context, the parameters have the average's values."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(trained[name])
 
     @torch.no_grad()
     def apply(self) -> None:

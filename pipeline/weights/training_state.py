@@ -41,10 +41,14 @@ class Progress:
     """Steps of the stage with an exploded loss."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, and their `count`, so that a resumed run logs the same values."""
+    best_loss: float | None = None
+    """The segment's lowest validation loss, if it keeps the best weights; None before its first validation."""
+    best_step: int = 0
+    """Step of the segment at which it was measured."""
 
     def next_segment(self) -> Progress:
         """The start of the next segment."""
-        return replace(self, segment=self.segment + 1, step=0, window={}, losses=[])
+        return replace(self, segment=self.segment + 1, step=0, window={}, losses=[], best_loss=None, best_step=0)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class TrainingState:
     """Measured before the first step: ledger and step-0 comparison."""
     average: dict[str, Tensor] = field(default_factory=dict)
     """The moving average of the segment's trainable parameters, by name; empty without `ema`."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The segment's trainable parameters at the lowest validation loss, by name; empty without `keep: best`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class StateFolder:
         tensors = {f"model/{name}": tensor for name, tensor in state.model.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
         tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
         metadata = {"progress": vars(state.progress), "facts": state.facts, "inputs": self.inputs}
         name = f"segment-{state.progress.segment:02d}-step-{state.progress.stage_step:08d}.safetensors"
         checkpoints.write(self.folder / name, tensors, metadata)
@@ -100,7 +107,7 @@ class StateFolder:
                 passed_over.append(str(error))
                 continue
             progress = Progress(**checkpoint.metadata["progress"])
-            parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer", "average")}
+            parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer", "average", "best")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
 

@@ -41,7 +41,7 @@ def attempt(
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     context.set_forkserver_preload(["kills"])
-    command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", *options]
+    command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", "--yes", *options]
     command += [part for setting in settings for part in ("--set", setting)]
     process = context.Process(target=_run, args=(command, dict(environment or {})))
     process.start()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -13,10 +14,17 @@ from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
 from pipeline.chain.stage_task import RunContext
 from pipeline.common.processes import ProcessGroup
+from pipeline.data.crops import TrainingCrops
+from pipeline.data.images import find_images
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Segment, Stage
+from pipeline.tracking import store
 from pipeline.tracking.store import EXPERIMENT, Store
+from pipeline.training.trainer import Migration, Reporting, Trainer
+from pipeline.training.transfer import Ledger
 from pipeline.training.watcher import Watcher
+from pipeline.weights.checkpoints import codec_tensors
+from pipeline.weights.training_state import Progress, TrainingState
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"
 STAGES = ["baseline", "phase1", "phase2", "phase3", "phase4"]
@@ -74,6 +82,27 @@ def steps_of(client: MlflowClient, run: Run) -> dict[str, list[int]]:
         ]
         for key in run.data.metrics
     }
+
+
+class Metrics(store.Run):
+    """Keeps what would be logged."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int, dict[str, float]] = {}
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self.logged[step] = dict(values)
+
+
+def trainer_of(stage: Stage, precision: str = "no", watcher: Watcher | None = None) -> tuple[Trainer, TrainingState]:
+    """A trainer of an untrained mini Baseline, and the state from which it starts."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = mini_codec(0)
+    crops = TrainingCrops(find_images(None, "train", 128), 128, seed=0)
+    processes = ProcessGroup(Accelerator(cpu=True, mixed_precision=precision))
+    migration = Migration(model, None, (), Ledger.of_root(model).new)
+    trainer = Trainer(stage, migration, crops, processes, Reporting(Metrics(), watcher or Watcher()))
+    return trainer, TrainingState(Progress(), codec_tensors(model), {}, {"ledger": []})
 
 
 class Stop(Notes):

@@ -103,9 +103,9 @@ class Soak:
     def _attempted(self, event: str) -> tuple[str, Sequence[str], Sequence[str]]:
         """The stage to run to, changed settings and options of an attempt."""
         if event == "force":
-            return self.draw.choice(self.stages), (), ("--force", "--yes")
+            return self.draw.choice(self.stages), (), ("--force",)
         if event == "fresh":
-            return self.stage, (), ("--fresh", "--yes")
+            return self.stage, (), ("--fresh",)
         if event == "recipe":
             return self.draw.choice(self.stages), (f"{self.draw.choice(self.stages)}.{OTHER_RECIPE}",), ()
         return self.stage, (), ()

@@ -1,13 +1,16 @@
 """A whole chain: what it leaves behind, how it resumes, why it reruns."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mini import STAGES, Notes, Stop, mini_chain, run_chain, runs_of, steps_of
+from PIL import Image
 
 from pipeline.chain import chain as chain_module
 from pipeline.chain.chain import Chain, ChainError
@@ -16,7 +19,7 @@ from pipeline.common.errors import Interrupted
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, read, read_metadata
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.published import Lineage, PublicationRecord, publish
 
 
 def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:
@@ -143,7 +146,7 @@ def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[C
     chain = mini_chain(tmp_path / "runs", "phase2", ["phase1.seed=7"])
     plan = chain.plan()
     assert [(planned.status, planned.reason) for planned in plan] == [
-        ("done", "current"), ("stale", "stale: recipe changed"), ("stale", "waits for phase1"),
+        ("done", "current"), ("stale", "stale: recipe changed (seed: 0 → 7)"), ("stale", "waits for phase1"),
     ]  # fmt: skip
     run_chain(chain)
     superseded = sorted((chain.folder / "superseded").iterdir())
@@ -194,13 +197,17 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
     assert chain.tasks[0].checkpoint.is_file()
 
 
-def test_a_parent_of_another_lambda_is_judged_by_the_childs(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+def test_a_parent_of_other_images_is_judged_by_the_childs(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    shutil.copytree(finished[0].folder, runs / "mini" / "lmbda-0.05")
-    change = ["phase1.lmbda=0.05", "phase1.schedule=[]", "phase1.accept.rd_loss_change=0.5"]
+    shutil.copytree(finished[0].runs, runs)
+    (tmp_path / "noise").mkdir()
+    pixels = 255 * np.random.default_rng(0).integers(2, size=(128, 128, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise" / "noise.png")
+    change = [f"phase1.data.val={tmp_path / 'noise'}", "phase1.schedule=[]", "phase1.accept.rd_loss_change=0.5"]
     chain = mini_chain(runs, "phase1", change)
-    run_chain(chain, accept_anyway=False)  # By the parent's own loss it is far worse.
-    assert chain.tasks[1].checkpoint.is_file()
+    run_chain(chain, accept_anyway=False)  # On the parent's own images the loss is far lower.
+    parent, child = (PublicationRecord.read(task.record).quality for task in chain.tasks)
+    assert child.rd_loss > 1.6 * parent.rd_loss
 
 
 @pytest.mark.parametrize(
@@ -252,8 +259,13 @@ def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> N
     assert "--accept-anyway" in str(caught.value)
     assert runs_of(chain)[1][-1].info.status == "FAILED"
     assert not chain.tasks[1].checkpoint.exists()
+    planned = chain.plan()[1]
+    assert planned.status == "refused"
+    assert re.fullmatch(r"refused: bpp_change is \S+, allowed -0.9000; --accept-anyway publishes it", planned.reason)
+    relaxed = mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"])
+    assert relaxed.plan()[1].reason == "cut off in evaluation at step 0"
     notes = Notes()
-    run_chain(mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"]), notes)
+    run_chain(relaxed, notes)
     assert notes.steps == 0
     assert "resumed in evaluation at step 0" in notes.lines
     assert chain.tasks[1].checkpoint.exists()

@@ -60,14 +60,15 @@ def assert_as_one(runs: Path, reference: Path, stage: str) -> None:
         torch.testing.assert_close(weights(runs, stage)[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
-def test_two_processes_resumed_by_one_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_in_micro_batches_resumed_by_one_train_as_one(tmp_path: Path) -> None:
     one, both = tmp_path / "one", tmp_path / "both"
     assert train(one, "phase1", EVERY_STEP, [DOUBLE]) == [0]
     signalled = {**DOUBLE, "HPCM_FAULT": "step:12", "HPCM_FAULT_SIGNAL": "15"}
-    processes = attempts(both, "phase1", EVERY_STEP, [DOUBLE, signalled])
+    in_parts = [*EVERY_STEP, "data.accumulate=3"]
+    processes = attempts(both, "phase1", in_parts, [DOUBLE, signalled])
     assert [exit_code(process) for process in processes] == [143, 143]
     assert "cut off in frozen at step" in mini_chain(both, "phase1", EVERY_STEP).plan()[-1].reason
-    assert train(both, "phase1", EVERY_STEP, [DOUBLE]) == [0]
+    assert train(both, "phase1", in_parts, [DOUBLE]) == [0]
     assert_as_one(both, one, "phase1")
 
 

@@ -19,6 +19,7 @@ from pipeline.chain import chain as chain_module
 from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain, ChainError
 from pipeline.chain.stage_task import Rebuild, RunContext
+from pipeline.commands.confirmation import NotConfirmed
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
@@ -76,7 +77,7 @@ def test_a_training_in_another_form_is_passed_over_and_kept(runs: Path) -> None:
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
     run_chain(other)
     # What the one form published is no reason to delete what the other one won.
-    assert chain.plan()[0].reason == "stale: recipe changed"
+    assert chain.plan()[0].reason == "stale: recipe changed (optimizer.clip_norm: 0.5 → 1.0)"
     notes = Notes()
     run_chain(chain, notes)
     assert "resumed in scratch at step 5" in notes.lines
@@ -98,6 +99,42 @@ def test_force_builds_a_current_stage_again(built: Chain) -> None:
     assert [(stage.files, stage.problems) for stage in found] == [("superseded", ()), ("verified", ())]
     shutil.rmtree(aside)
     assert audit(built.runs)[0].stages[1].problems != ()
+
+
+def test_rebuilding_stale_stages_is_asked_first(built: Chain) -> None:
+    before, asked = built.tasks[1].checkpoint.read_bytes(), []
+    change = ["phase1.data.batch_size=1", "phase1.schedule.frozen.lr={new: 2.0e-3}", "phase1.schedule.align.steps=0"]
+
+    def ask(consequences: list[str]) -> None:
+        asked.extend(consequences)
+        refuse(consequences)
+
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(mini_chain(built.runs, "phase2", change), ask)
+    moves = f"the published stage moves to {built.folder / 'superseded'}"
+    assert asked == [
+        "phase1: stale: recipe changed (data.batch_size: 2 → 1, schedule.align.steps: 2 → 0, "
+        f'schedule.frozen.lr: {{"new": 0.001}} → {{"new": 0.002}}); it is rebuilt, and {moves}',
+        f"phase2: if phase1 changes, it is rebuilt, and {moves}",
+    ]
+    assert built.tasks[1].checkpoint.read_bytes() == before
+
+
+def test_a_run_without_what_the_recipe_is_meant_for_is_asked_first(runs: Path) -> None:
+    chain, asked = mini_chain(runs, "baseline", ["needs=[gpu, images]"]), []
+
+    def ask(consequences: list[str]) -> None:
+        asked.extend(consequences)
+        refuse(consequences)
+
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(chain, ask)
+    assert asked == [
+        "mini is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long",
+        "mini is meant for a data set, and none is given (--data; with make: DATA=): it would train on the 6 packaged "
+        "photographs",
+    ]
+    assert chain.plan()[0].status == "missing"
 
 
 def test_fresh_begins_again_what_was_cut_off(runs: Path) -> None:
@@ -154,7 +191,7 @@ def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
     before = sorted(built.folder.rglob("*"))
     command = ["run", "phase1", "--recipe", str(FOLDER), "--runs", str(built.runs), "--force"]
     result = CliRunner().invoke(app, command)
-    assert isinstance(result.exception, ChainError)
+    assert isinstance(result.exception, NotConfirmed)
     assert "no terminal for the question; give --yes" in str(result.exception)
     assert [path for path in sorted(built.folder.rglob("*")) if path.name != "lock"] == [
         path for path in before if path.name != "lock"

@@ -1,11 +1,16 @@
 """How long a run may still take, and what is printed of it where there is no terminal."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from mini import mini_chain
 
 from pipeline.commands import progress
-from pipeline.commands.progress import Forecast, ProgressWatcher, duration, to_train
+from pipeline.commands.display import closing_table
+from pipeline.commands.progress import Forecast, ProgressWatcher, _values, duration, to_train
+from pipeline.evidence.rate_distortion import points_table
+from pipeline.evidence.report_tables import quality_table
 from pipeline.recipes.schema import Segment
 
 
@@ -83,3 +88,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     lines = [line.split() for line in printed.err.splitlines()]
     assert [line[1] for line in lines] == [f"{step}/100" for step in steps]
     assert "left: segment 0 s, stage 0 s, chain 1 min" in printed.err.splitlines()[-1]
+
+
+def test_estimated_and_coded_rates_carry_their_names() -> None:
+    assert _values({"loss": 1.5, "bpp": 0.25}) == "loss 1.5000  estimated 0.2500 bpp"
+    tables = closing_table(mini_chain(Path("nowhere"), "baseline")), quality_table([]), points_table("", {})
+    assert all("coded bpp" in table.columns and "bpp" not in table.columns for table in tables)

@@ -114,7 +114,9 @@ def test_the_symbols_are_compared_beside_the_tables(suite: Path) -> None:
 @pytest.fixture
 def rates(tmp_path: Path) -> Path:
     """A folder of weights at three rates, and a codec of another kind."""
-    for number, (name, lmbda) in enumerate([("control", 0.05), ("control", 0.002), ("other", 0.01), ("control", 0.013)]):
+    for number, (name, lmbda) in enumerate(
+        [("control", 0.05), ("control", 0.002), ("other", 0.01), ("control", 0.013)]
+    ):
         torch.manual_seed(number)
         publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), Lineage(name=name, stage=f"lmbda: {lmbda}"))
     return tmp_path

@@ -18,8 +18,8 @@ from pipeline.commands.main import app
 from pipeline.evaluation.coding import comparison_name
 from pipeline.evidence import comparison, gains_figure, report
 from pipeline.evidence.comparison import Comparison, Cost, Peak
-from pipeline.evidence.control_gains import Claim, Spread, claims, gains
-from pipeline.evidence.rate_distortion import curves, deltas, references
+from pipeline.evidence.control_gains import Spread, claims, gains
+from pipeline.evidence.rate_distortion import curves, deltas, deltas_table, references, uncontrolled
 from pipeline.evidence.reconstructions import DARKEST, compared_crops, error_map
 from pipeline.evidence.report import ReportError, write
 from pipeline.evidence.report_tables import quality_table
@@ -168,10 +168,14 @@ def test_costs_are_those_of_the_recipes_own_codecs(made: list[ChainRecord], titl
 
 def test_what_had_fewer_steps_is_no_fair_reference() -> None:
     alone = [chain(0.013, 0, stage("baseline", 0.013, 0.5, 32, None), stage("phase1", 0.013, 0.4, 32))]
-    found = {(c.quantity, c.phase): c for c in claims(gains(alone), {}, None)}
-    rate: Claim = found["rate, at λ = 0.013", 1]
-    assert rate.measured.mean == pytest.approx(-20)
-    assert rate.holds is None
+    (gain,) = gains(alone)
+    assert (gain.fair, gain.rate_percent, gain.psnr_at_equal_rate) == (False, None, None)
+    rate = {(c.quantity, c.phase): c for c in claims([gain], {}, None)}["rate, at λ = 0.013", 1]
+    assert (rate.measured, rate.holds) == (None, None)
+    assert report._claim_text(rate) == "no control"
+    assert quality_table(alone).rows[1][2:6] == ("no control", "1", "–", "–")
+    (row,) = deltas_table(curves(alone), references(alone), uncontrolled(alone)).rows
+    assert row == ("phase1", "no control: baseline was trained for another number of steps", *["–"] * 4)
 
 
 def test_the_stage_table_has_error_bars(made: list[ChainRecord]) -> None:

@@ -60,6 +60,7 @@ def refusal(folder: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
 def test_shipped_recipes_go_from_baseline_to_phase_4(name: str) -> None:
     chain = load_recipe(name).chain("phase4")
+    assert all(bool(stage.needs) == (name in ("base", "large")) for stage in chain)
     assert [stage.name for stage in chain] == ["baseline", "phase1", "phase2", "phase3", "phase4"]
     assert [stage.model.phase for stage in chain] == [0, 1, 2, 3, 4]
     for stage in chain[1:]:
@@ -85,6 +86,17 @@ def test_overrides_reach_lists_by_number_and_name_and_one_stage_by_its_name(fold
     assert (recipe.stages["baseline"].seed, recipe.stages["phase1"].seed) == (3, 8)
 
 
+def test_a_chain_has_one_lambda(folder: Path) -> None:
+    message = (
+        f"{folder}/phase1.yaml:{len(PHASE1.splitlines()) + 1}: lmbda: should be 0.013, as in the chain's first stage "
+        f"(baseline, {folder}/common.yaml:2), not 0.05; set one lmbda for all stages, in common.yaml or with "
+        "--set lmbda=…"
+    )
+    (folder / "phase1.yaml").write_text(PHASE1 + "lmbda: 0.05\n")
+    assert refusal(folder) == message
+    assert load_recipe(folder, ["lmbda=0.05"]).stages["baseline"].lmbda == 0.05
+
+
 def test_an_override_replaces_a_mapping_as_a_whole(folder: Path) -> None:
     assert load_recipe(folder, ["transfer.rename={}"]).stages["phase1"].transfer.rename == {}
 
@@ -104,7 +116,8 @@ def test_words_that_yaml_1_1_takes_for_other_things_stay_words() -> None:
 UNKNOWN_KEYS = {
     "schedule.1.hand_over=3": "schedule[1].hand_over: unknown key; did you mean 'handover'?",
     "sedd=3": "sedd: unknown key; did you mean 'seed'?",
-    "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, workers",
+    "schedule.0.decay={att: [2], factor: 0.5}": "schedule[0].decay.att: unknown key; did you mean 'at'?",
+    "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, accumulate, workers",
 }
 WRONG_VALUES = {
     "data.crop=true": "data.crop: should be a valid integer, not true",
@@ -132,11 +145,18 @@ WRONG_VALUES = {
     "phase1.transfer.rename={'a.{0}': b}": "a placeholder is a word in braces",
     "phase1.transfer.rename={'a.{_leaf}': b}": "a placeholder is a word in braces",
     "phase1.transfer.rename={'a.{i': b}": "a placeholder is a word in braces",
+    "schedule.0.decay={at: [1], factor: 2}": "schedule[0].decay.factor: should be less than 1, not 2",
+    "schedule.0.decay=cosin": "decay: should be 'constant' or 'cosine', not \"cosin\"; did you mean 'cosine'?",
+    "keep=bets": "keep: should be 'last' or 'best', not \"bets\"; did you mean 'best'?",
     "model={}": "model.preset: missing; expected here or in common.yaml",
 }
 MISFITS = {
     "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the segment's 1",
     "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the segment's 4",
+    "phase1.schedule.1.decay={at: [3, 2], factor: 0.5}": "schedule[1].decay.at: the steps [3, 2] are not in ascending",
+    "phase1.schedule.1.decay={at: [4], factor: 0.5}": "decay.at: step 4 is not before the end of the segment's 4 steps",
+    "data.accumulate=3": "data.accumulate: a batch of 4 cannot be computed in 3 equal parts",
+    "keep=best": "keep: 'best' is chosen among validations; set validate_every",
     "phase1.schedule.1.name=align": "schedule[1].name: another segment is named 'align'",
     "phase1.schedule.0.handover=1": "schedule[0].handover: needs a parent and an objective that runs the whole codec",
     "baseline.schedule.0.handover=1": "schedule[0].handover: needs a parent",

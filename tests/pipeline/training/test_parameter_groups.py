@@ -6,7 +6,13 @@ import pytest
 from mini import mini_codec, mini_stage
 
 from modules import HPCM
-from pipeline.training.parameter_groups import SelectionError, parameter_groups, set_trainable, trainable_names
+from pipeline.training.parameter_groups import (
+    SelectionError,
+    parameter_groups,
+    set_trainable,
+    trainable_names,
+    with_weight_decay,
+)
 from pipeline.training.transfer import transfer_weights
 
 
@@ -45,6 +51,20 @@ def test_every_trainable_parameter_is_in_exactly_one_group(child: tuple[HPCM, fr
     assert rates["h_s.branch.0.weight"] == 1e-4
     parameters = dict(model.named_parameters())
     assert all(parameters[n] is p for group in groups for n, p in zip(group["names"], group["params"], strict=True))
+
+
+def test_weights_of_layers_decay_and_other_parameters_do_not(child: tuple[HPCM, frozenset[str]]) -> None:
+    model, new = child
+    set_trainable(model, trainable_names(model, "all", new))
+    groups = parameter_groups(model, {"default": 1e-4, "rwkv": 4e-4}, new)
+    divided = with_weight_decay(groups, 0.01)
+    decay = {name: group["weight_decay"] for group in divided for name in group["names"]}
+    assert decay.keys() == {name for name, _ in model.named_parameters()}
+    for name in ("g_a.branch.0.weight", "attn_s1.block.spatial_mix.key.weight"):
+        assert decay[name] == 0.01
+    for name in ("g_a.branch.0.bias", "attn_s1.block.ln1.weight", "attn_s1.block.gamma1", "scales_hyper"):
+        assert decay[name] == 0
+    assert {group["lr"] for group in divided if "attn_s1.block.gamma1" in group["names"]} == {4e-4}
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from mini import Notes, mini_codec, mini_stage
+from mini import Notes, mini_stage, trainer_of
 
-from pipeline.common.processes import ProcessGroup
-from pipeline.data.crops import TrainingCrops
-from pipeline.data.images import find_images
-from pipeline.recipes.schema import Segment, Stage
-from pipeline.tracking.store import Run
+from pipeline.recipes.schema import Segment, StepDecay
 from pipeline.training import trainer as trainer_module
-from pipeline.training.trainer import Migration, Reporting, Trainer, TrainingError, _schedule_factor
-from pipeline.training.transfer import Ledger
-from pipeline.training.watcher import Watcher
-from pipeline.weights.checkpoints import codec_tensors
+from pipeline.training.learning_rate import schedule_factor
+from pipeline.training.trainer import Trainer, TrainingError
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 
@@ -27,26 +20,6 @@ def _forget_precision() -> Iterator[None]:
     """Leave no trace of a precision: Accelerate keeps it for the whole process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Metrics(Run):
-    """Keeps what would be logged."""
-
-    def __init__(self) -> None:
-        self.logged: dict[int, dict[str, float]] = {}
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        self.logged[step] = dict(values)
-
-
-def trainer_of(stage: Stage, precision: str = "no", watcher: Watcher | None = None) -> tuple[Trainer, TrainingState]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    model = mini_codec(0)
-    crops = TrainingCrops(find_images(None, "train", 128), 128, seed=0)
-    processes = ProcessGroup(Accelerator(cpu=True, mixed_precision=precision))
-    migration = Migration(model, None, (), Ledger.of_root(model).new)
-    trainer = Trainer(stage, migration, crops, processes, Reporting(Metrics(), watcher or Watcher()))
-    return trainer, TrainingState(Progress(), codec_tensors(model), {}, {"ledger": []})
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:
@@ -162,12 +135,14 @@ def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
 
 def test_schedule_rises_then_falls() -> None:
     segment = Segment(name="p", train="all", objective="rate-distortion", steps=100, lr={"default": 1.0}, warmup=10)
-    factors = [_schedule_factor(segment, step) for step in range(100)]
+    factors = [schedule_factor(segment, step) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:] == [1.0] * 91
     cosine = segment.model_copy(update={"decay": "cosine", "warmup": 0})
-    factors = [_schedule_factor(cosine, step) for step in range(100)]
+    factors = [schedule_factor(cosine, step) for step in range(100)]
     assert factors[0] == 1.0
     assert factors == sorted(factors, reverse=True)
     assert factors[50] == pytest.approx(0.5)
     assert factors[-1] < 0.001
+    drops = segment.model_copy(update={"decay": StepDecay(at=(30, 60), factor=0.1)})
+    assert [schedule_factor(drops, step) for step in (29, 30, 59, 60, 99)] == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])

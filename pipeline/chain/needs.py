@@ -1,0 +1,27 @@
+"""What a recipe is meant for, and what this run lacks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.chain.stage_task import StageTask
+
+
+def unmet_needs(recipe: str, tasks: Sequence[StageTask], device: torch.device) -> list[str]:
+    """One sentence for each need of the stages to train that this run does not meet."""
+    trained = [task for task in tasks if task.imported is None]
+    lacking = []
+    if device.type == "cpu" and any("gpu" in task.stage.needs for task in trained):
+        lacking.append(f"{recipe} is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long")
+    bare = [task for task in trained if "images" in task.stage.needs and task.stage.data.train is None]
+    if bare:
+        count = len(bare[0].train_photos.paths)
+        lacking.append(
+            f"{recipe} is meant for a data set, and none is given (--data; with make: DATA=): "
+            f"it would train on the {count} packaged photographs"
+        )
+    return lacking

@@ -1,0 +1,209 @@
+"""`hpcm evaluate`: the rate and quality of codecs on images, alone or against JPEG, WebP and AVIF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.commands.codec import MaxPixels, Pictures
+from pipeline.commands.each_file import each_file
+from pipeline.commands.options import AsJson, Device, Quiet, device_of
+from pipeline.common.tables import Table, number, shortest
+
+if TYPE_CHECKING:
+    from modules.bitstream import ImageCodec
+    from pipeline.evaluation.coding import ImageResult
+    from pipeline.evaluation.quality import NamedImage
+
+Checkpoints = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="The codec: a stage's checkpoint.safetensors or the stage's folder; with --against, repeatable [default: "
+        "the bundled codec of middle quality; with --against, those of all qualities].",
+    ),
+]
+
+
+def evaluate(
+    pictures: Pictures,
+    checkpoint: Checkpoints = None,
+    against: Annotated[
+        str | None, typer.Option(help="Compare with these codecs at equal file sizes: `jpeg,webp,avif`.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --against: draw rate–distortion curves to this PNG.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+    device: Device = "cpu",
+    max_pixels: MaxPixels = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Encode images to bitstreams, decode them, and print bits, PSNR, MS-SSIM and times of each and on average.
+
+    The bits are those of the coded latents; the header and ICC profile of an `.hpcm` file are not counted.
+
+    The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` plots it.
+
+    With --against, the bits are those of whole files. Pillow encodes each image at the quality whose file is nearest in
+    bytes to that of our codec.
+    """
+    if quiet:
+        from pipeline.commands.display import hush
+
+        hush()
+    if plot and not against:
+        raise typer.BadParameter("--plot draws curves of several codecs: give --against as well")
+    if not against and len(checkpoint or ()) > 1:
+        raise typer.BadParameter("several checkpoints are compared only with --against")
+    for path in filter(None, (output, plot)):
+        if path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder; give the file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
+    if against:
+        values, shown, complete = _against(pictures, checkpoint or (), against, plot, (device, max_pixels))
+    else:
+        values, shown, complete = _alone(pictures, checkpoint[0] if checkpoint else None, device, max_pixels)
+    if output and values:
+        from pipeline.common.files import write_json
+
+        write_json(output, values)
+    if as_json and values:
+        from pipeline.commands.display import show_json
+
+        show_json(values)
+    elif shown.rows:
+        from pipeline.commands.display import show
+
+        show(shown)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _alone(
+    pictures: list[Path], checkpoint: Path | None, device: str, max_pixels: int | None
+) -> tuple[dict[str, object], Table, bool]:
+    """Evaluate one codec. Returns the values for JSON, the table, and whether all images succeeded."""
+    from pipeline.commands.checkpoint_info import checkpoint_file
+    from pipeline.data.images import SUFFIXES, read_picture
+    from pipeline.evaluation.codec_files import to_tensor
+    from pipeline.evaluation.coding import Evaluation, code
+    from pipeline.evaluation.conversions import find
+    from pipeline.evaluation.limits import check_size
+    from pipeline.weights.checkpoints import load_codec
+    from pipeline.weights.published import Lineage
+    from pipeline.weights.shipped import of_quality
+
+    file = checkpoint_file(checkpoint) if checkpoint else of_quality(None)
+    found = find(pictures, SUFFIXES)
+    model = load_codec(file).to(device_of(device)).eval()
+    model.update()
+    results: list[ImageResult] = []
+
+    def measure(item: tuple[str, Path]) -> Iterable[str]:
+        name, path = item
+        picture = read_picture(path, max_pixels)
+        height, width, _ = picture.pixels.shape
+        check_size(model, height, width, max_pixels)
+        results.append(code(model, name, to_tensor(picture), lmbda=0.0, metric="mse")[0])
+        return picture.changes
+
+    complete = each_file([(path, (name, path)) for name, path in found], measure)
+    table = Table("", ("image", "coded bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
+    if not results:
+        return {}, table, complete
+    evaluation = Evaluation(tuple(results))
+    for result in (*results, evaluation.mean):
+        table.add(*_cells(result))
+    return evaluation.to_json(Lineage.read(file).name or file.stem), table, complete
+
+
+def _cells(result: ImageResult) -> list[str]:
+    quality = result.quality
+    return [
+        result.name,
+        f"{quality.bpp:.4f}",
+        f"{result.estimated_bpp:.4f}",
+        f"{quality.psnr_db:.2f}",
+        number(quality.ms_ssim),
+        f"{result.encode_seconds:.2f}",
+        f"{result.decode_seconds:.2f}",
+    ]
+
+
+def _against(
+    pictures: list[Path], checkpoints: Sequence[Path], names: str, plot: Path | None, limits: tuple[str, int | None]
+) -> tuple[dict[str, object], Table, bool]:
+    """Compare codecs with Pillow's. `limits`: device, and largest number of pixels. Returns as `_alone` does."""
+    from modules.bitstream import ImageCodec
+    from pipeline.commands.display import errors
+    from pipeline.common.figure_style import save
+    from pipeline.evaluation.pillow_codecs import codecs_named
+    from pipeline.evidence import codec_comparison
+    from pipeline.weights.checkpoints import load_codec
+
+    device, max_pixels = limits
+    against, named = codecs_named(names), _named_codecs(checkpoints)
+    ours = [(name, ImageCodec(load_codec(file).to(device_of(device)))) for name, file in named]
+    images, complete = _images(pictures, [codec for _, codec in ours], max_pixels)
+    if not images:
+        return {}, Table("", ()), False
+    comparer = codec_comparison.CodecComparer(images, against, lambda line: errors.print(f"  {line}", soft_wrap=True))
+    found = comparer.compare([comparer.point(*codec) for codec in ours], curves=plot is not None)
+    if plot is not None:
+        save(codec_comparison.draw(found), plot)
+        errors.print(f"curves: {plot}", soft_wrap=True)
+    return found.to_json(), codec_comparison.table(found), complete
+
+
+def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The given checkpoints, or the bundled ones of all qualities, each with the name that tables show."""
+    from pipeline.commands.checkpoint_info import checkpoint_file
+    from pipeline.weights.published import Lineage
+    from pipeline.weights.shipped import qualities
+
+    if not checkpoints:
+        return [
+            (f"hpcm quality {place}, λ = {shortest(lmbda)}", path)
+            for place, (lmbda, path) in enumerate(qualities(), start=1)
+        ]
+    files = [checkpoint_file(path) for path in checkpoints]
+    lineages = [Lineage.read(file) for file in files]
+    found = []
+    for file, lineage in zip(files, lineages, strict=True):
+        trained = f", λ = {shortest(lineage.validation.lmbda)}" if lineage.validation else ""
+        found.append((f"{lineage.name or file.stem}{trained}", file))
+    several = len({name for name, _ in found}) < len(found)
+    return [(f"{name} ({file})" if several else name, file) for name, file in found]
+
+
+def _images(
+    pictures: list[Path], codecs: Sequence[ImageCodec], max_pixels: int | None
+) -> tuple[list[NamedImage], bool]:
+    """The images in memory, and whether all could be read and are small enough for the codecs."""
+    from pipeline.data.images import SUFFIXES, read_picture
+    from pipeline.evaluation.codec_files import to_tensor
+    from pipeline.evaluation.conversions import find
+    from pipeline.evaluation.limits import check_size
+
+    images: list[NamedImage] = []
+
+    def read(item: tuple[str, Path]) -> Iterable[str]:
+        name, path = item
+        picture = read_picture(path, max_pixels)
+        height, width, _ = picture.pixels.shape
+        for codec in codecs:
+            check_size(codec.model, height, width, max_pixels)
+        images.append((name, to_tensor(picture)))
+        return picture.changes
+
+    complete = each_file([(path, (name, path)) for name, path in find(pictures, SUFFIXES)], read)
+    return images, complete
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(evaluate)

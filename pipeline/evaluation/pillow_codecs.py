@@ -1,0 +1,105 @@
+"""Pillow's codecs, to compare with: JPEG, WebP and AVIF at the size of a coded image."""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, features
+
+from pipeline.common.errors import UserError
+from pipeline.evaluation.quality import NamedImage, quality_of
+from pipeline.weights.published import Quality
+
+QUALITIES = range(101)
+
+
+@dataclass(frozen=True)
+class PillowCodec:
+    """A codec of Pillow with the options that are the same at every quality."""
+
+    title: str
+    format: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    feature: str | None = None
+    """The part of Pillow that may be missing."""
+
+    def encode(self, image: Image.Image, quality: int) -> bytes:
+        """The bytes of a file at a quality from 0 to 100."""
+        file = io.BytesIO()
+        image.save(file, self.format, quality=quality, **self.options)
+        return file.getvalue()
+
+
+CODECS = {
+    "jpeg": PillowCodec("JPEG", "JPEG", {"optimize": True, "progressive": True}),
+    "webp": PillowCodec("WebP", "WEBP", {"method": 6}, "webp"),
+    "avif": PillowCodec("AVIF", "AVIF", {"speed": 6}, "avif"),
+}
+"""By name. The options give small files; the chroma subsampling is each codec's default."""
+
+
+def codecs_named(names: str) -> list[PillowCodec]:
+    """The codecs in a list such as `jpeg,webp,avif`. Raises UserError for an unknown one and one that Pillow lacks."""
+    chosen = []
+    for name in dict.fromkeys(filter(None, (part.strip().lower() for part in names.split(",")))):
+        if name not in CODECS:
+            raise UserError(f"--against {names}: there is no codec '{name}'; expected some of {','.join(CODECS)}")
+        codec = CODECS[name]
+        if codec.feature and not features.check(codec.feature):
+            raise UserError(
+                f"--against {names}: Pillow {PIL.__version__} is without {codec.title}. Upgrade it "
+                f"(pip install --upgrade pillow), or leave {name} out of --against"
+            )
+        chosen.append(codec)
+    if not chosen:
+        raise UserError(f"--against {names!r}: expected some of {','.join(CODECS)}")
+    return chosen
+
+
+class PillowFiles:
+    """The files of one image, (1, 3, H, W) in [0, 1], by one codec. Each quality is encoded once."""
+
+    def __init__(self, codec: PillowCodec, named: NamedImage):
+        self.codec, self.named = codec, named
+        self._files: dict[int, bytes] = {}
+
+    @cached_property
+    def _image(self) -> Image.Image:
+        pixels = self.named[1][0].permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+    def file(self, quality: int) -> bytes:
+        """The bytes at a quality from 0 to 100."""
+        if quality not in self._files:
+            self._files[quality] = self.codec.encode(self._image, quality)
+        return self._files[quality]
+
+    def measure(self, quality: int) -> Quality:
+        """Bits per pixel of the whole file, PSNR and MS-SSIM at a quality."""
+        data = self.file(quality)
+        height, width = self.named[1].shape[2:]
+        with Image.open(io.BytesIO(data)) as opened:
+            pixels = np.array(opened.convert("RGB"))
+        x_hat = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(torch.float32) / 255
+        return quality_of((self.named[0], self.named[1].cpu()), x_hat, 8 * len(data) / (height * width), 0.0, "mse")
+
+    def nearest(self, size: int) -> int:
+        """The quality whose file has the number of bytes nearest to `size`."""
+        return nearest_quality(lambda quality: len(self.file(quality)), size)
+
+
+def nearest_quality(size_of: Callable[[int], int], size: int) -> int:
+    """The quality whose size is nearest to `size`, found by bisection: sizes grow with the quality."""
+    low, high = QUALITIES[0], QUALITIES[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if size_of(middle) < size:
+            low = middle + 1
+        else:
+            high = middle
+    return min((quality for quality in (low - 1, low) if quality in QUALITIES), key=lambda q: abs(size_of(q) - size))

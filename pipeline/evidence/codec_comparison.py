@@ -1,0 +1,125 @@
+"""Our codecs and Pillow's at the same sizes and over their qualities, and the figure of both."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from modules.bitstream import CodedImage, ImageCodec
+from pipeline.common.figure_style import new_figure
+from pipeline.common.tables import Table, number
+from pipeline.evaluation.codec_files import to_8_bits
+from pipeline.evaluation.pillow_codecs import PillowCodec, PillowFiles
+from pipeline.evaluation.quality import NamedImage, mean_quality, quality_of
+from pipeline.evidence.rate_distortion import ms_ssim_db
+from pipeline.weights.published import Quality
+
+SWEPT = (1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95)
+"""Qualities of a codec's curve."""
+ROOM = 1.5
+"""Curves end at this many times the largest rate of our codecs."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A codec's mean quality over the images; `bpp` counts whole files."""
+
+    codec: str
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One of our codecs, and the others at its size of each image."""
+
+    name: str
+    ours: Quality
+    others: tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class CodecComparison:
+    """Operating points in the order of their rates, and each other codec's curve over its qualities."""
+
+    images: int
+    points: tuple[OperatingPoint, ...]
+    curves: dict[str, tuple[Quality, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All values."""
+        return asdict(self)
+
+
+class CodecComparer:
+    """Codes the same images with our codecs and with Pillow's. Images stay in memory, as do Pillow's files."""
+
+    def __init__(self, images: Sequence[NamedImage], against: Sequence[PillowCodec], told: Callable[[str], None]):
+        self.images, self.told = images, told
+        self.files = {codec.title: [PillowFiles(codec, named) for named in images] for codec in against}
+
+    def point(self, name: str, codec: ImageCodec) -> OperatingPoint:
+        """Code all images with one of our codecs, then with the others at the sizes of its files."""
+        self.told(f"{name}: {len(self.images)} images")
+        ours, sizes = zip(*(_coded(codec, named) for named in self.images), strict=True)
+        others = [
+            Measured(title, mean_quality([f.measure(f.nearest(size)) for f, size in zip(files, sizes, strict=True)]))
+            for title, files in self.files.items()
+        ]
+        return OperatingPoint(name, mean_quality(ours), tuple(others))
+
+    def compare(self, points: Sequence[OperatingPoint], curves: bool) -> CodecComparison:
+        """Put points in order. With `curves`, also measure the others over their qualities."""
+        ordered = sorted(points, key=lambda point: point.ours.bpp)
+        swept = {title: self._curve(title, files) for title, files in self.files.items()} if curves else {}
+        limit = ROOM * ordered[-1].ours.bpp
+        kept = {title: tuple(q for q in curve if q.bpp <= limit) for title, curve in swept.items()}
+        return CodecComparison(len(self.images), tuple(ordered), kept)
+
+    def _curve(self, title: str, files: Sequence[PillowFiles]) -> list[Quality]:
+        self.told(f"{title}: {len(SWEPT)} qualities")
+        return [mean_quality([file.measure(quality) for file in files]) for quality in SWEPT]
+
+
+def _coded(codec: ImageCodec, named: NamedImage) -> tuple[Quality, int]:
+    """Quality of one image by one of our codecs, and the bytes of its file."""
+    device = codec.model.means_hyper.device
+    data = codec.encode(named[1].to(device)).pack()
+    x_hat = to_8_bits(codec.decode(CodedImage.parse(data)).x_hat.cpu()) / 255
+    height, width = named[1].shape[2:]
+    return quality_of(named, x_hat, 8 * len(data) / (height * width), 0.0, "mse"), len(data)
+
+
+def table(comparison: CodecComparison) -> Table:
+    """Each operating point, ours first, with the others at its size."""
+    title = f"Whole files, mean of {comparison.images} images; other codecs at the quality nearest in bytes"
+    found = Table(title, ("codec", "file bpp", "PSNR dB", "MS-SSIM"))
+    for place, point in enumerate(comparison.points):
+        if place:
+            found.add("", "", "", "")
+        for name, quality in ((point.name, point.ours), *((other.codec, other.quality) for other in point.others)):
+            found.add(name, number(quality.bpp), number(quality.psnr_db, ".2f"), number(quality.ms_ssim))
+    return found
+
+
+def draw(comparison: CodecComparison) -> Figure:
+    """PSNR and, if known, MS-SSIM over rate: curves of the others, and our points."""
+    ours = [point.ours for point in comparison.points]
+    similar = all(quality.ms_ssim is not None for quality in ours)
+    figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
+    shown: list[tuple[str, Sequence[Quality], dict[str, Any]]] = [
+        (title, curve, {"linewidth": 1.3}) for title, curve in comparison.curves.items()
+    ]
+    shown.append(("HPCM, this project", ours, {"color": "#111111", "marker": "o", "markersize": 5}))
+    for name, curve, style in shown:
+        rates = [quality.bpp for quality in curve]
+        axes[0].plot(rates, [quality.psnr_db for quality in curve], label=name, **style)
+        if similar:
+            axes[1].plot(rates, np.array([ms_ssim_db(quality) for quality in curve], float), **style)
+    for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
+        axis.set(xlabel="rate of whole files in bits per pixel", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.margins(0.05)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure

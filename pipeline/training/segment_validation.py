@@ -1,0 +1,76 @@
+"""Validation within a segment, and the choice of the weights with which it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.common.processes import ProcessGroup
+from pipeline.recipes.schema import Segment, Stage
+from pipeline.training.weight_average import WeightAverage
+from pipeline.weights.published import Quality
+from pipeline.weights.training_state import Progress
+
+if TYPE_CHECKING:
+    from pipeline.training.trainer import Reporting
+
+
+class SegmentValidation:
+    """Validates a model every `validate_every` steps of a segment, and with `keep: best` keeps its best weights."""
+
+    def __init__(self, model: nn.Module, stage: Stage, segment: Segment, processes: ProcessGroup, reporting: Reporting):
+        self.stage, self.segment, self.processes, self.reporting = stage, segment, processes, reporting
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.best: dict[str, Tensor] = {}
+        """The trainable parameters at the segment's lowest validation loss, by name; empty without `keep: best`."""
+
+    def restore(self, best: Mapping[str, Tensor]) -> None:
+        """Continue with the best weights of a saved state."""
+        self.best = {name: value.to(self.parameters[name].device, copy=True) for name, value in best.items()}
+
+    def is_due(self, step: int) -> bool:
+        """Whether to validate after this step. The end of the segment has a validation of its own."""
+        every = self.stage.validate_every
+        return bool(every and 0 < step < self.segment.steps and step % every == 0)
+
+    def validate(self, progress: Progress, average: WeightAverage | None) -> Progress:
+        """Validate the weights with which the segment would end now. Returns the progress with the best loss so far."""
+        with average.applied() if average is not None else nullcontext():
+            quality = self._measure()
+            if self.stage.keep == "best" and _is_better(quality, progress):
+                progress = replace(progress, best_loss=quality.rd_loss, best_step=progress.step)
+                self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.reporting.run.metrics(quality.metrics("val"), progress.stage_step)
+        self.reporting.watcher.note(
+            f"{self.segment.name}, step {progress.step}: validation loss {quality.rd_loss:.4f}, "
+            f"estimated {quality.bpp:.4f} bpp, {quality.psnr_db:.2f} dB"
+        )
+        return progress
+
+    @torch.no_grad()
+    def end(self, progress: Progress) -> None:
+        """End the segment with its best weights if they are better than the present ones."""
+        if not self.best or _is_better(self._measure(), progress):
+            return
+        for name, value in self.best.items():
+            self.parameters[name].copy_(value)
+        self.reporting.watcher.note(
+            f"{self.segment.name} ends with the weights of step {progress.best_step}: their validation loss, "
+            f"{progress.best_loss:.4f}, is the lowest"
+        )
+
+    def _measure(self) -> Quality:
+        assert self.reporting.validate is not None  # a stage has validation images
+        return self.processes.of_main_process(self.reporting.validate)
+
+
+def _is_better(quality: Quality, progress: Progress) -> bool:
+    if not math.isfinite(quality.rd_loss):
+        return False
+    return progress.best_loss is None or quality.rd_loss < progress.best_loss

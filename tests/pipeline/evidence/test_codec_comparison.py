@@ -1,0 +1,84 @@
+"""Our codecs against Pillow's: at the same sizes, and as curves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mini import mini_codec
+from PIL import Image, features
+from typer.testing import CliRunner
+
+from pipeline.commands.main import app
+from pipeline.common.errors import UserError
+from pipeline.evaluation.pillow_codecs import CODECS, PillowFiles, codecs_named, nearest_quality
+from pipeline.evidence.codec_comparison import CodecComparison, OperatingPoint, draw
+from pipeline.weights.published import Lineage, Quality, publish
+
+THERE = {name: codec for name, codec in CODECS.items() if not codec.feature or features.check(codec.feature)}
+
+
+@pytest.mark.parametrize(("size", "quality"), [(0, 0), (1037, 3), (1041, 4), (1500, 50), (9999, 100)])
+def test_the_quality_with_the_nearest_size_is_found(size: int, quality: int) -> None:
+    asked: list[int] = []
+
+    def size_of(quality: int) -> int:
+        asked.append(quality)
+        return 1000 + 10 * quality + (5 if quality == 4 else 0)
+
+    assert nearest_quality(size_of, size) == quality
+    assert len(set(asked)) <= 9
+
+
+def test_codecs_are_named_and_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [codec.title for codec in codecs_named("jpeg")] == ["JPEG"]
+    with pytest.raises(UserError, match="there is no codec 'jpg'; expected some of jpeg,webp,avif"):
+        codecs_named("jpg,webp")
+    monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
+    with pytest.raises(UserError, match=r"is without AVIF\. Upgrade it .*, or leave avif out of --against"):
+        codecs_named("webp,avif")
+
+
+def test_a_file_has_the_quality_that_pillow_gives_it() -> None:
+    gray = torch.full((1, 3, 16, 24), 128 / 255)
+    for codec in THERE.values():
+        files = PillowFiles(codec, ("gray", gray))
+        quality = files.measure(90)
+        assert quality.bpp == 8 * len(files.file(90)) / (16 * 24)
+        assert quality.psnr_db > 40
+
+
+def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path) -> None:
+    publish(tmp_path / "checkpoint.safetensors", mini_codec(0), Lineage(name="mini"))
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    plot, output = tmp_path / "curves.png", tmp_path / "values.json"
+    command = ["evaluate", str(tmp_path / "noise.png"), "-c", str(tmp_path), "--against", ",".join(THERE)]
+    done = CliRunner().invoke(app, [*command, "--plot", str(plot), "-o", str(output)])
+    assert done.exit_code == 0, done.output
+    values = json.loads(output.read_text())
+    (point,) = values["points"]
+    assert [point["name"], *(other["codec"] for other in point["others"])] == [
+        "mini", *(codec.title for codec in THERE.values()),
+    ]  # fmt: skip
+    size = round(point["ours"]["bpp"] * 48 * 64 / 8)
+    named = "noise.png", torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    for codec, other in zip(THERE.values(), point["others"], strict=True):
+        sizes = [len(codec.encode(Image.fromarray(pixels), quality)) for quality in (0, 100)]
+        chosen = PillowFiles(codec, named).nearest(size)
+        assert other["quality"]["bpp"] == PillowFiles(codec, named).measure(chosen).bpp
+        assert chosen == 0 or sizes[0] < size
+        assert f"{other['quality']['psnr_db']:.2f}" in done.output
+    assert Image.open(plot).format == "PNG"
+    assert {title for title, curve in values["curves"].items() if curve} <= {codec.title for codec in THERE.values()}
+    assert CliRunner().invoke(app, ["evaluate", str(tmp_path), "--plot", str(plot)]).exit_code == 2
+
+
+def test_curves_and_points_are_drawn_for_both_metrics() -> None:
+    low, high = Quality(0.2, 30.0, 0.9, 0.2), Quality(0.4, 33.0, 0.99, 0.4)
+    points = tuple(OperatingPoint(str(n), quality, ()) for n, quality in enumerate((low, high)))
+    psnr, similarity = draw(CodecComparison(2, points, {"JPEG": (low,)})).axes
+    assert [line.get_label() for line in psnr.lines] == ["JPEG", "HPCM, this project"]
+    assert list(psnr.lines[1].get_ydata()) == [30, 33]
+    assert list(similarity.lines[1].get_ydata()) == pytest.approx([10, 20])

@@ -1,0 +1,59 @@
+"""A batch that is computed in parts trains like the whole batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mini import mini_stage, trainer_of
+
+from pipeline.data.crops import StepBatches, TrainingCrops
+from pipeline.data.images import DataError
+from pipeline.recipes.schema import Stage
+from pipeline.weights.training_state import StateFolder
+
+
+class DoubleCrops(TrainingCrops):
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        crop = super().__getitem__(n)
+        return {**crop, "image": crop["image"].double()}
+
+
+def baseline(accumulate: int) -> Stage:
+    stage = mini_stage("baseline")
+    data = stage.data.model_copy(update={"batch_size": 3, "accumulate": accumulate})
+    schedule = (stage.schedule[0].model_copy(update={"steps": 3}),)
+    return stage.model_copy(update={"data": data, "schedule": schedule, "log_every": 1})
+
+
+def trained(accumulate: int, states: Path) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, float]]]:
+    """Weights and logged values of three steps in float64."""
+    torch.manual_seed(0)
+    trainer, start = trainer_of(baseline(accumulate))
+    crops = trainer.crops
+    trainer.crops = DoubleCrops(crops.photos, crops.crop, crops.seed)
+    trainer.migration.child.double()
+    end = trainer.train(StateFolder(states, {}), start)
+    return end.model, trainer.reporting.run.logged  # type: ignore[attr-defined]
+
+
+def test_training_in_parts_is_training_with_the_whole_batch(tmp_path: Path) -> None:
+    (whole, expected), (parts, logged) = (trained(n, tmp_path / str(n)) for n in (1, 3))
+    assert next(iter(whole.values())).dtype == torch.float64
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-9, msg=name)
+    for step, values in expected.items():
+        values.pop("train/scratch/step_seconds")
+        assert {key: logged[step][key] for key in values} == pytest.approx(values, rel=1e-9)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    message = (
+        "8 cannot be shared evenly by 2 processes with 8 micro-batches each; make data.batch_size a multiple of 16"
+    )
+    with pytest.raises(DataError, match=message):
+        StepBatches(0, 1, 8, rank=0, world_size=2, accumulate=8)
+
+
+def test_how_a_batch_is_computed_does_not_make_a_stage_stale() -> None:
+    assert baseline(3).digest() == baseline(1).digest()

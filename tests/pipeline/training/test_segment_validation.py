@@ -1,0 +1,92 @@
+"""Validation within a segment, and the weights that it keeps."""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from mini import Metrics, Notes, Stop, mini_chain, mini_stage, run_chain, runs_of, steps_of, trainer_of
+
+from pipeline.common.errors import Interrupted
+from pipeline.recipes.schema import Stage
+from pipeline.training.trainer import Reporting
+from pipeline.weights.published import Quality
+from pipeline.weights.training_state import StateFolder, TrainingState
+
+
+def baseline(**fields: object) -> Stage:
+    stage = mini_stage("baseline")
+    data = stage.data.model_copy(update={"batch_size": 1})
+    return stage.model_copy(update={"data": data, "validate_every": 2, "checkpoint_every": 1, **fields})
+
+
+def train(stage: Stage, losses: Sequence[float], states: Path) -> tuple[TrainingState, list[torch.Tensor], Notes]:
+    """Train with these validation losses. Returns the end, one weight at each validation, and the notes."""
+    torch.manual_seed(0)
+    notes, seen = Notes(), []
+    trainer, start = trainer_of(stage)
+    weight = trainer.migration.child.g_a.branch[0].weight
+
+    def validate() -> Quality:
+        seen.append(weight.detach().clone())
+        return Quality(0.5, 30.0, None, losses[len(seen) - 1])
+
+    trainer.reporting = Reporting(Metrics(), notes, validate=validate)
+    return trainer.train(StateFolder(states, {}), start), seen, notes
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_segment_ends_with_its_best_weights(ema: float | None, tmp_path: Path) -> None:
+    end, (second, fourth, last), notes = train(baseline(keep="best", ema=ema), [3.0, 1.0, 2.0], tmp_path)
+    assert torch.equal(end.model["g_a.branch.0.weight"], fourth)
+    assert not torch.equal(fourth, second)
+    assert not torch.equal(fourth, last)
+    assert notes.lines[-1].startswith("scratch ends with the weights of step 4: their validation loss, 1.0000")
+    last_state, (_, _, last_again), _ = train(baseline(keep="best", ema=ema), [3.0, 1.0, 0.5], tmp_path / "other")
+    assert torch.equal(last_state.model["g_a.branch.0.weight"], last_again)
+    assert torch.equal(last_again, last)
+
+
+def test_validation_changes_nothing_unless_the_best_weights_are_kept(tmp_path: Path) -> None:
+    nan = float("nan")
+    plain = {"validate_every": None}
+    cases = [(plain, []), ({}, [1.0, 2.0]), ({"keep": "best"}, [1.0, 2.0, 3.0]), ({"keep": "best"}, [nan, nan])]
+    ends = [
+        train(baseline(**fields), losses, tmp_path / str(n))[0].model["g_a.branch.0.weight"]
+        for n, (fields, losses) in enumerate(cases)
+    ]
+    assert [torch.equal(ends[0], end) for end in ends] == [True, True, False, True]
+    assert baseline().digest() == baseline(**plain).digest()
+    assert baseline(keep="best").digest() != baseline(**plain).digest()
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    nan = float("nan")
+    end, (second, _, _), _ = train(baseline(keep="best"), [2.0, nan, nan], tmp_path)
+    assert torch.equal(end.model["g_a.branch.0.weight"], second)
+
+
+SETTINGS = [
+    "keep=best", "validate_every=1", "ema=0.9", "optimizer.weight_decay=0.1", "data.accumulate=2",
+    "data.batch_size=2", "schedule.scratch.decay={at: [2, 4], factor: 0.5}", "schedule.scratch.lr={default: 1.0e-2}",
+]  # fmt: skip
+
+
+def test_a_run_with_all_options_resumes_bit_for_bit(runs: Path, tmp_path: Path) -> None:
+    reference, chain = (mini_chain(folder, "baseline", SETTINGS) for folder in (tmp_path / "reference", runs))
+    run_chain(reference)
+    for step in (2, 5):  # Between the states that `checkpoint_every` asks for.
+        with pytest.raises(Interrupted):
+            run_chain(chain, Stop("scratch", step, signal.SIGTERM))
+    run_chain(chain)
+    assert chain.tasks[0].checkpoint.read_bytes() == reference.tasks[0].checkpoint.read_bytes()
+    client, (*_, run) = runs_of(chain)
+    assert steps_of(client, run)["val/rd_loss"] == [1, 2, 3, 4, 5, 6]
+    _, (*_, expected) = runs_of(reference)
+    assert {key: value for key, value in run.data.metrics.items() if not key.endswith("seconds")} == {
+        key: value for key, value in expected.data.metrics.items() if not key.endswith("seconds")
+    }
+    # The validation images select the weights, so they are an input of the stage.
+    assert "validation images" in chain.tasks[0].inputs()
+    assert "validation images" not in mini_chain(runs, "baseline").tasks[0].inputs()
