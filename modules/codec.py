@@ -21,6 +21,7 @@ from modules.entropy import scale_table as default_scale_table
 from modules.guards import EPSILON, check_epsilon
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.initialization import center_scales, initialize_convolutions, spread_latent
+from modules.pretrained import Pretrained
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -61,7 +62,7 @@ def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
 
 
 @register_model("hpcm")
-class HPCM(CompressionModel):
+class HPCM(Pretrained, CompressionModel):
     """A learned image codec whose latent is coded at three scales in eleven steps.
 
     A phase is a choice of components in `config`. Parameters and buffers have the names of the published checkpoints.
@@ -296,13 +297,17 @@ class HPCM(CompressionModel):
         return {"x_hat": torch.cat(x_hat), "recovery": list(recovery)}
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "HPCM":
-        """Build the codec of these weights. Names and shapes of the tensors give its preset and phase.
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "HPCM":
+        """Build the codec of these weights. An entry `config` holds `HPCMConfig.to_dict`.
 
-        Call `update` before coding. Raises RuntimeError, which names the tensors, if no preset and phase fit.
+        Without it, names and shapes of the tensors give the preset and phase. Call `update` before coding. Raises
+        RuntimeError, which names the tensors, if no preset and phase fit.
         """
-        model = cls(cls.nearest_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()}))
-        model.load_state_dict(state_dict)
+        tensors = {name: value for name, value in state_dict.items() if name != "config"}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        known = state_dict.get("config")
+        model = cls(HPCMConfig.from_dict(known) if known else cls.nearest_config(shapes))
+        model.load_state_dict(tensors)
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
