@@ -230,7 +230,7 @@ class HPCM(Pretrained, CompressionModel):
         last = scales[-1].steps[-1]  # No later step needs the context after this one.
         for number, scale in enumerate(scales):
             size = scale.height, scale.width
-            adaptors, prior, attention = self._components(number)
+            adaptors, prior, attention = self.scale_components(number)
             context = from_rows(torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size)
             if number > 0:
                 context = self.context_net[number - 1](context).to(hyper.dtype)
@@ -248,7 +248,8 @@ class HPCM(Pretrained, CompressionModel):
             context_rows = to_rows(context, eighth)
         return from_rows(y_rows, *size)
 
-    def _components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
+    def scale_components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
+        """The adaptors, the prior and the attention cell of a scale, 0 (coarsest) to 2."""
         return (
             (self.y_spatial_prior_adaptor_list_s1, self.y_spatial_prior_s1_s2, self.attn_s1),
             (self.y_spatial_prior_adaptor_list_s2, self.y_spatial_prior_s1_s2, self.attn_s2),

@@ -69,10 +69,10 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raise CheckpointError if `target` is not .safetensors, is `source`, or exists and `overwrite` is false."""
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: give a name that ends in .safetensors")
+def check_target(source: Path, target: Path, overwrite: bool, ending: str = ".safetensors") -> None:
+    """Raise CheckpointError if `target` has another ending, is `source`, or exists and `overwrite` is false."""
+    if not target.name.endswith(ending):
+        raise CheckpointError(f"{target}: give a name that ends in {ending}")
     if target.exists():
         if source.exists() and target.samefile(source):
             raise CheckpointError(f"{target}: is also the source file; give another name")
