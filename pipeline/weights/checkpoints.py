@@ -97,10 +97,14 @@ def read(path: Path) -> Checkpoint:
 def load_codec(path: Path | str) -> HPCM:
     """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
-    Raises CheckpointError, naming the tensors, if they do not fit the configuration.
+    `path` may be an address in MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises
+    CheckpointError, naming the tensors, if they do not fit the configuration.
     """
     from modules import HPCM
+    from pipeline.weights.mlflow_model import SCHEME, load_from_mlflow
 
+    if str(path).startswith(SCHEME):
+        return load_from_mlflow(str(path))
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")

@@ -100,6 +100,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_onnx_computes_the_same(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = small_codec()
