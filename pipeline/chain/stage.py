@@ -307,19 +307,7 @@ class StageRun:
             self.run.artifact(folder / "reconstructions", "reconstructions")
         achieved = results(evaluation.quality, parent_quality, parameters, macs / 1000, progress.stage_step)
         self.run.tags({NOTE: f"{self._description()}\n\n{achieved}"})
-        published = PublishedStage(
-            name=self.stage.name,
-            folder=folder,
-            preset=self.stage.model.preset,
-            chain=ChainTags(folder.parents[1].name, self.stage.lmbda, self.stage.seed),
-            digest=digest,
-            inputs=self.inputs,
-            evaluation=evaluation,
-            validation=self._validation(),
-            data_name=self.val_photos.name,
-            step=progress.stage_step,
-        )
-        log_published(self.run, published)
+        log_published(self.run, self._published(evaluation, digest, progress.stage_step))
         self.run.end("FINISHED")
         record = PublicationRecord(
             digest=digest,
@@ -337,3 +325,17 @@ class StageRun:
         record.write(task.record)
         fault("publish.record")
         self.states.forget()
+
+    def _published(self, evaluation: Evaluation, digest: str, step: int) -> PublishedStage:
+        return PublishedStage(
+            name=self.stage.name,
+            folder=self.task.folder,
+            preset=self.stage.model.preset,
+            chain=ChainTags(self.task.folder.parents[1].name, self.stage.lmbda, self.stage.seed),
+            digest=digest,
+            inputs=self.inputs,
+            evaluation=evaluation,
+            validation=self._validation(),
+            data_name=self.val_photos.name,
+            step=step,
+        )
