@@ -20,6 +20,7 @@ from modules.file_format import EPSILON, check_epsilon
 from modules.hierarchy import Step, from_rows, hierarchy, to_rows
 from modules.image_checks import check_form, check_range
 from modules.initialization import center_scales, has_values, initialize_convolutions, spread_latent
+from modules.pretrained import Pretrained
 from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
@@ -60,7 +61,7 @@ def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
 
 
 @register_model("hpcm")
-class HPCM(CompressionModel):
+class HPCM(Pretrained, CompressionModel):
     """A learned image codec whose latent is coded at three scales in eleven steps.
 
     A phase is a choice of components in `config`. Parameters and buffers have the names of the published checkpoints.
@@ -239,7 +240,7 @@ class HPCM(CompressionModel):
         last = scales[-1].steps[-1]  # No later step needs the context after this one.
         for number, scale in enumerate(scales):
             size = scale.height, scale.width
-            adaptors, prior, attention = self._components(number)
+            adaptors, prior, attention = self.scale_components(number)
             context = from_rows(torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size)
             if number > 0:
                 context = self.context_net[number - 1](context).to(hyper.dtype)
@@ -257,7 +258,8 @@ class HPCM(CompressionModel):
             context_rows = to_rows(context, eighth)
         return from_rows(y_rows, *size)
 
-    def _components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
+    def scale_components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
+        """The adaptors, the prior and the attention cell of a scale, 0 (coarsest) to 2."""
         return (
             (self.y_spatial_prior_adaptor_list_s1, self.y_spatial_prior_s1_s2, self.attn_s1),
             (self.y_spatial_prior_adaptor_list_s2, self.y_spatial_prior_s1_s2, self.attn_s2),
@@ -307,13 +309,17 @@ class HPCM(CompressionModel):
         return {"x_hat": torch.cat(x_hat), "recovery": list(recovery)}
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "HPCM":
-        """Build the codec of these weights. Names and shapes of the tensors give its preset and phase.
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "HPCM":
+        """Build the codec of these weights. An entry `config` holds `HPCMConfig.to_dict`.
 
-        Call `update` before coding. Raises RuntimeError, which names the tensors, if no preset and phase fit.
+        Without it, names and shapes of the tensors give the preset and phase. Call `update` before coding. Raises
+        RuntimeError, which names the tensors, if no preset and phase fit.
         """
-        model = cls(cls.nearest_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()}))
-        model.load_state_dict(state_dict)
+        tensors = {name: value for name, value in state_dict.items() if name != "config"}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        known = state_dict.get("config")
+        model = cls(HPCMConfig.from_dict(known) if known else cls.nearest_config(shapes))
+        model.load_state_dict(tensors)
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -34,7 +34,7 @@ def _image(tokens: Tensor, like: Tensor) -> Tensor:
 
 def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
     """Apply `mix`, which treats each position separately, to tokens (B, T, C), some positions at a time."""
-    if tokens[0].shape[1] <= _TOKENS_AT_ONCE:
+    if torch.compiler.is_exporting() or tokens[0].shape[1] <= _TOKENS_AT_ONCE:  # An export is for every length.
         return mix(*tokens)
     parts = zip(*(x.split(_TOKENS_AT_ONCE, dim=1) for x in tokens), strict=True)
     return torch.cat([mix(*part) for part in parts], dim=1)
@@ -52,7 +52,9 @@ class TokenLinear(nn.Linear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, width)."""
-        if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or tokens.numel() < _CONVOLVED_FROM:
+        if torch.compiler.is_exporting() or tokens.device.type != "cpu" or tokens.dtype != torch.float32:
+            return super().forward(tokens)
+        if tokens.numel() < _CONVOLVED_FROM:
             return super().forward(tokens)
         image = tokens.transpose(1, 2).unsqueeze(2)
         return F.conv2d(image, self.weight[:, :, None, None]).squeeze(2).transpose(1, 2)

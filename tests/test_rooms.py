@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {"torch", "compressai", "einops", "numpy"}
-"""Packages that `modules/` may use."""
+OUTSIDE = {"torch", "compressai", "einops", "numpy", "safetensors", "huggingface_hub"}
+"""Packages that `modules/` may use. The last two save and load codecs (`modules/pretrained.py`)."""
 
 BELOW = {
     "common": "",

@@ -131,11 +131,14 @@ class Chain:
 
     def _run_stages(self, context: RunContext) -> None:
         from pipeline.chain.precheck import check_stages
+        from pipeline.tracking.provenance import source_tags
+        from pipeline.tracking.published_stage import log_chain
 
         check_stages(self.tasks)
         plan = self.plan()
         context.wait_for_everyone()
         chain_run = self._chain_run()
+        chain_run.tags(source_tags(context.processes.accelerator.device))
         try:
             for number, planned in enumerate(plan):
                 if signum := context.processes.agreed_signal():
@@ -145,6 +148,7 @@ class Chain:
                 context.processes.agree_on(partial(_facts_of, now, context.processes.accelerator.device))
                 context.wait_for_everyone()
                 self._run_stage(now, context, chain_run)
+                log_chain(chain_run, self._tags, self._records())
         except BaseException as error:
             with suppress(FileError):
                 chain_run.end(_end_state(error))
@@ -160,12 +164,14 @@ class Chain:
         if planned.status == "stale":
             context.on_main_process(lambda: self._set_aside(planned.task))
         from pipeline.chain.stage import StageRun
+        from pipeline.tracking.system_metrics import sampling
 
         fault("stage")
         run = self._stage_run(planned, chain_run)
         stage_run = StageRun(planned.task, context, run)
         try:
-            stage_run.execute()
+            with sampling(run):
+                stage_run.execute()
         except BaseException as error:
             with suppress(FileError):
                 stage_run.note_end(error)
@@ -186,6 +192,11 @@ class Chain:
         key = f"{chain_run.key}/{planned.name}/{planned.task.states.run_key()}"
         tags = {**self._tags.to_tags(), **StageTags(stage=planned.name).to_tags()}
         return self.outbox.run(key, f"{self.recipe} {planned.name}", chain_run, tags)
+
+    def _records(self) -> dict[str, PublicationRecord]:
+        """The records of the published stages, by name."""
+        found = {task.stage.name: _record(task) for task in self.tasks}
+        return {name: record for name, record in found.items() if record is not None}
 
     @property
     def _tags(self) -> ChainTags:

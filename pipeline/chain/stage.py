@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modules import HPCM
+from modules import HPCM, HPCMConfig
 from pipeline.chain.acceptance import Refusal, judge
 from pipeline.chain.precheck import StageError
 from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
@@ -31,14 +31,17 @@ from pipeline.evaluation.coding import (
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
+from pipeline.tracking.descriptions import NOTE, changes, results
+from pipeline.tracking.provenance import source_tags
+from pipeline.tracking.published_stage import PublishedStage, log_published
 from pipeline.tracking.store import Run
-from pipeline.tracking.tags import StageTags
+from pipeline.tracking.tags import ChainTags, StageTags
 from pipeline.training.initial_weights import Start, start_child
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
-from pipeline.weights.metadata import read_digest
+from pipeline.weights.metadata import read_digest, read_metadata
 from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
 from pipeline.weights.training_state import Progress, TrainingState
 
@@ -101,6 +104,7 @@ class StageRun:
         self.run.tags(tags.to_tags())
 
     def _describe(self) -> None:
+        self.run.tags({**source_tags(self.device), NOTE: self._description()})
         self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.task.config.to_dict()})
         self.run.dataset(self.train_photos, "training")
         self.run.dataset(self.val_photos, "validation")
@@ -108,6 +112,13 @@ class StageRun:
         for photos in (self.train_photos, self.val_photos):
             for path, reason in photos.skipped:
                 self.context.watcher.note(f"skipped {path}: {reason}")
+
+    def _description(self) -> str:
+        """What the stage changes, for the page of its run."""
+        before = read_metadata(self.task.parent)["config"] if self.task.parent else None
+        changed = changes(HPCMConfig.from_dict(before).to_dict() if before else None, self.task.config.to_dict())
+        begin = f" It begins from `{self.stage.parent}`." if self.stage.parent else ""
+        return f"Stage `{self.stage.name}` at λ = {self.stage.lmbda:g}.{begin} {changed}"
 
     def _import(self, path: Path) -> HPCM:
         model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
@@ -251,7 +262,7 @@ class StageRun:
             save_comparison(self.task.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
         points = {"parent": parent_quality} if parent_quality else {}
         plot_rate_distortion(self.task.folder / "rate-distortion.png", {**points, self.stage.name: quality})
-        self._publish(child, state, evaluation)
+        self._publish(child, state, evaluation, parent_quality)
 
     def _parent_quality(self) -> Quality | None:
         if self.parent is None or self.task.parent is None:
@@ -266,7 +277,9 @@ class StageRun:
         images = tuple(name for name, _ in self.images)
         return Validation(self.val_photos.digest, images, self.stage.lmbda, self.stage.metric)
 
-    def _publish(self, child: HPCM, state: TrainingState, evaluation: Evaluation) -> None:
+    def _publish(
+        self, child: HPCM, state: TrainingState, evaluation: Evaluation, parent_quality: Quality | None
+    ) -> None:
         task, folder, progress, facts = self.task, self.task.folder, state.progress, state.facts
         parameters = sum(parameter.numel() for parameter in child.parameters())
         macs = macs_per_pixel(task.config)
@@ -298,6 +311,9 @@ class StageRun:
             self.run.artifact(folder / name)
         if (folder / "reconstructions").is_dir():
             self.run.artifact(folder / "reconstructions", "reconstructions")
+        achieved = results(evaluation.quality, parent_quality, parameters, macs / 1000, progress.stage_step)
+        self.run.tags({NOTE: f"{self._description()}\n\n{achieved}"})
+        log_published(self.run, self._published(evaluation, digest, progress.stage_step))
         self.run.end("FINISHED")
         record = PublicationRecord(
             digest=digest,
@@ -315,3 +331,17 @@ class StageRun:
         record.write(task.record)
         fault("publish.record")
         self.states.forget()
+
+    def _published(self, evaluation: Evaluation, digest: str, step: int) -> PublishedStage:
+        return PublishedStage(
+            name=self.stage.name,
+            folder=self.task.folder,
+            preset=self.stage.model.preset,
+            chain=ChainTags(self.task.folder.parents[1].name, self.stage.lmbda, self.stage.seed),
+            digest=digest,
+            inputs=self.inputs,
+            evaluation=evaluation,
+            validation=self._validation(),
+            data_name=self.val_photos.name,
+            step=step,
+        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands import codec, evaluate, evidence
+from pipeline.commands import codec, evaluate, evidence, export
 from pipeline.commands.options import (
     AcceptAnyway,
     AsJson,
@@ -274,25 +274,10 @@ def import_(
     console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
 
 
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(help="A stage's checkpoint.safetensors.")],
-    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
-    overwrite: codec.Overwrite = False,
-) -> None:
-    """Write a checkpoint in half precision, for distribution. It has half the size and loads like any other."""
-    from pipeline.commands.display import console
-    from pipeline.weights.checkpoints import check_target
-    from pipeline.weights.export import export_half
-
-    check_target(source, target, overwrite)
-    export_half(source, target)
-    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
-
-
 codec.register(app, bench)
 evaluate.register(app)
 evidence.register(app)
+export.register(app)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.common.packaged import DEFAULTS, STAGES, label, recipe_names
 from pipeline.recipes.schema import Stage
+from pipeline.recipes.segment import FORMS
 from pipeline.recipes.yaml_source import (
     NoSuchPlace,
     RecipeError,
@@ -188,8 +189,7 @@ def _explain(failure: ValidationError, tree: YamlNode) -> list[str]:
         if error["type"] == "misfit":
             lines += [_line(tree, path, problem) for path, problem in error["ctx"]["problems"]]
         else:
-            # A field with two forms, such as `decay`, adds the form to the path.
-            path = tuple(key for key in error["loc"] if not str(key).startswith("<"))
+            path = tuple(key for key in error["loc"] if key not in FORMS)
             lines.append(_line(tree, path, _wording(error, path)))
     return lines
 
@@ -201,7 +201,7 @@ def _line(tree: YamlNode, path: tuple[str | int, ...], problem: str) -> str:
 
 def _wording(error: ErrorDetails, path: tuple[str | int, ...]) -> str:
     """A readable validation error: what was expected, what was found, and the nearest valid value."""
-    key, context = str(path[-1]), error.get("ctx", {})
+    key, context = str(error["loc"][-1]), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         valid = _fields(path[:-1])
         return "unknown key" + (nearest(key, valid) or f"; expected one of {', '.join(valid)}")

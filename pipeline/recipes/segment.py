@@ -59,12 +59,16 @@ class StepDecay(Settings):
     """The rates are multiplied by this at each of the steps."""
 
 
+FORMS = MAPPING, WORD = "<mapping>", "<word>"
+"""The forms of a field with two. Pydantic adds them to the path of the field in its errors."""
+
+
 def _decay_form(value: object) -> str:
-    return "<mapping>" if isinstance(value, dict | StepDecay) else "<word>"
+    return MAPPING if isinstance(value, dict | StepDecay) else WORD
 
 
 Decay = Annotated[
-    Annotated[Literal["constant", "cosine"], Tag("<word>")] | Annotated[StepDecay, Tag("<mapping>")],
+    Annotated[Literal["constant", "cosine"], Tag(WORD)] | Annotated[StepDecay, Tag(MAPPING)],
     Discriminator(_decay_form),
 ]
 

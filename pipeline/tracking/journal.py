@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pipeline.common.contracts import contract_of, parse_contract
 from pipeline.common.files import FileError, check_regular, open_own
+from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.store import EndState
 
 
@@ -47,6 +48,40 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Arguments of an entry that logs metrics at their next steps. With `repeated`, equal values are logged too."""
+
+    values: dict[str, float]
+    repeated: bool
+
+
+@dataclass(frozen=True)
+class Image:
+    """Arguments of an entry that logs a picture: the file's name below `files/`, and where MLflow shows it."""
+
+    name: str
+    key: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arguments of an entry that logs a table as the artifact `path`."""
+
+    path: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Arguments of an entry that registers a model: its folder's name below `files/`, and what is known of it."""
+
+    name: str
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
 class Artifact:
     """Arguments of an entry that logs an artifact: the file's name below `files/`, and its artifact folder."""
 
@@ -63,8 +98,10 @@ class End:
 
 ACTIONS: dict[str, type[Any]] = {
     "open": Open, "parameters": Values, "tags": Values, "dataset": Dataset, "metrics": Metrics,
-    "artifact": Artifact, "end": End,
+    "samples": Samples, "artifact": Artifact, "image": Image, "table": Table, "model": Model, "end": End,
 }  # fmt: skip
+WITH_FILES = ("artifact", "image", "model")
+"""Actions whose `name` is a file or folder below `files/`, which is deleted once the entry is sent."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +109,9 @@ class Entry:
     """One log entry: an action on a run. `time` is when it was logged, in ms since 1970."""
 
     run: str
-    action: Literal["open", "parameters", "tags", "dataset", "metrics", "artifact", "end"]
+    action: Literal[
+        "open", "parameters", "tags", "dataset", "metrics", "samples", "artifact", "image", "table", "model", "end"
+    ]
     time: int
     arguments: dict[str, Any]
 

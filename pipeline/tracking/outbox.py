@@ -8,7 +8,6 @@ beside the journal. The outbox reads and deletes files only there, whatever the 
 
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.common.errors import UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import FileError, readable
-from pipeline.data.images import Photos
 from pipeline.tracking import journal
-from pipeline.tracking.journal import Entry, Line
-from pipeline.tracking.store import EndState, Run, Store, brief
+from pipeline.tracking.journal import WITH_FILES, Entry, Line
+from pipeline.tracking.outbox_run import OutboxRun
+from pipeline.tracking.store import Run, Store, brief
 from pipeline.tracking.stored_run import EntryError, StoredRun, open_run
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ LONGEST_PAUSE = 30.0
 """Longest pause in seconds between attempts to reach a store that does not answer."""
 BATCH = 64
 """Number of entries sent between two checks that the store shows them."""
-
-_NAME = re.compile(r"[\w.: /-]+")
 
 
 class Outbox:
@@ -111,13 +108,20 @@ class Outbox:
         Returns the name below `files/`.
         """
         kept = PurePosixPath(str(time.time_ns()), readable(path.name))
-        for file in path.iterdir() if path.is_dir() else [path]:
-            name = self._files / kept / readable(file.name) if path.is_dir() else self._files / kept
+        for file in _files_in(path) if path.is_dir() else [path]:
+            name = self._files / kept / readable(str(file.relative_to(path))) if path.is_dir() else self._files / kept
             name.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(file, name, follow_symlinks=False)
             except OSError:
                 shutil.copy2(file, name)
+        return str(kept)
+
+    def keep_made(self, name: str, make: Callable[[Path], None]) -> str:
+        """Let `make` write a folder below `files/`. Returns its name there."""
+        kept = PurePosixPath(str(time.time_ns()), readable(name))
+        (self._files / kept).parent.mkdir(parents=True)
+        make(self._files / kept)
         return str(kept)
 
     def close(self, patience: float = PATIENCE) -> bool:
@@ -195,7 +199,7 @@ class Outbox:
             self._put_aside(line, f"the {line.entry.action} of run {line.entry.run} cannot be sent: {error}")
         except Exception as error:
             # Without a connection, the rejection is not about the entry.
-            if self._client is None or not _is_rejection(error):
+            if self._client is None or not _is_rejection(error, line.entry):
                 raise
             # The run or the experiment may be in the trash. Retry once with everything reopened.
             if self._rejected != line.end:
@@ -218,9 +222,10 @@ class Outbox:
         run = self._runs[entry.run]
         if entry.action == "open":
             run.start()
-        elif entry.action == "artifact":
-            path = self._own_file(entry.arguments["name"])
-            run.artifact(path, entry.arguments["folder"], time=entry.time)
+        elif entry.action in WITH_FILES:
+            arguments = {**entry.arguments, "path": self._own_file(entry.arguments["name"])}
+            del arguments["name"]
+            getattr(run, entry.action)(**arguments, time=entry.time)
         else:
             getattr(run, entry.action)(**entry.arguments, time=entry.time)
 
@@ -230,7 +235,7 @@ class Outbox:
         if len(parts) != 2 or {"..", "/"} & set(parts):
             raise EntryError(f"{name!r} is not the name of a file in {self._files}")
         path = self._files.joinpath(*parts)
-        for place in (self._files, path.parent, path, *(path.iterdir() if path.is_dir() else ())):
+        for place in (self._files, path.parent, path, *path.rglob("*")):
             if place.is_symlink():
                 raise EntryError(f"{place}: this is a link, and links are not followed")
         return path
@@ -255,63 +260,20 @@ class Outbox:
         except OSError as error:
             raise FileError(f"{self.sent_path}: cannot be written: {error.strerror}") from error
         self._sent = line.end
-        if line.entry is not None and line.entry.action == "artifact" and line.end not in self._aside:
+        if line.entry is not None and line.entry.action in WITH_FILES and line.end not in self._aside:
             with suppress(EntryError, LookupError, TypeError):
                 shutil.rmtree(self._own_file(line.entry.arguments["name"]).parent, ignore_errors=True)
 
 
-class OutboxRun(Run):
-    """A run that logs through an outbox."""
-
-    key: str
-
-    def __init__(self, outbox: Outbox, key: str):
-        self.outbox, self.key = outbox, key
-
-    def queue(self, action: str, **arguments: Any) -> None:
-        """Add an entry of this run to the outbox."""
-        self.outbox.append(self.key, action, arguments)
-
-    def parameters(self, values: Mapping[str, Any]) -> None:
-        self.queue("parameters", values={key: str(value)[:6000] for key, value in _flatten(values)})
-
-    def tags(self, values: Mapping[str, Any]) -> None:
-        self.queue("tags", values={key: str(value) for key, value in values.items()})
-
-    def dataset(self, photos: Photos, context: str) -> None:
-        profile = json.dumps({"images": len(photos.paths), "skipped": len(photos.skipped)})
-        source = json.dumps({"uri": photos.source})
-        self.queue(
-            "dataset", name=photos.name, digest=photos.digest[:36], source=source, profile=profile, context=context
-        )
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        last = self.outbox.last_step
-        fresh = {key: value for key, value in values.items() if step > last.get((self.key, key), -1)}
-        if fresh:
-            self.queue("metrics", values=fresh, step=step)
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.queue("artifact", name=self.outbox.keep(path), folder=folder)
-
-    def end(self, state: EndState) -> None:
-        self.queue("end", state=state)
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if not file.is_dir()]
 
 
-def _is_rejection(error: Exception) -> bool:
+def _is_rejection(error: Exception, entry: Entry) -> bool:
+    """Whether the store refuses this entry, and would again. A server may have no registry of models."""
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and all(map(_NAME.fullmatch, value)):
-            flat += _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            for index, item in enumerate(value):
-                flat += _flatten(item, f"{prefix}{key}.{item.get('name', index)}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
+    final = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+    if entry.action == "model":
+        final |= {"ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "PERMISSION_DENIED"}
+    return isinstance(error, MlflowException) and error.error_code in final

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,23 @@ from urllib.parse import quote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
 from pipeline.common.folder_lock import alone_at
 from pipeline.data.images import Photos
+from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.tags import KEY
 
 EXPERIMENT = "hpcm"
 DATABASE = "mlflow.db"
+_MODEL_ADDRESSES = (
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 EndState = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -50,8 +57,23 @@ class Run:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics at a step of the stage. Metrics already logged at this or a later step are left out."""
 
+    def samples(self, values: Mapping[str, float]) -> None:
+        """Log metrics, each at the step after its last."""
+
+    def results(self, values: Mapping[str, float]) -> None:
+        """Log metrics, each at the step after its last, except those whose last value is the same."""
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file or a folder as it is now."""
+
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Log a picture for MLflow's page of images. One that has this key and step already is left out."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table as the artifact `name`, a JSON file. An earlier one is replaced."""
+
+    def model(self, facts: ModelFacts, build: Callable[[Path], None]) -> None:
+        """Log and register a model. `build` writes its folder, in MLflow's format, at the path that it gets."""
 
     def end(self, state: EndState) -> None:
         """Close the run."""
@@ -122,6 +144,12 @@ class Store:
             raise StoreError(f"{self.shown}: {run_id!r} is not an id of an MLflow run")
         return get_artifact_repository((self._artifact_folder / run_id / "artifacts").as_uri())
 
+    def model_artifacts(self, model: "LoggedModel") -> "ArtifactRepository":
+        """The repository of a LoggedModel's files."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(model.artifact_location, tracking_uri=self.uri)
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         assert self.runs is not None
@@ -159,6 +187,11 @@ class Store:
                 "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
                 (here, len(there) + 1, experiment.experiment_id, len(there) + 1, f"{there}/"),
             )
+            for table, column in _MODEL_ADDRESSES:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
+                )
             connection.commit()
 
 

@@ -1,15 +1,20 @@
 """A run in an MLflow store. It skips entries that the store already has, and checks that new ones arrived."""
 
+import json
 import math
+import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 from pipeline.common.errors import UserError
+from pipeline.tracking.model_facts import ModelFacts
+from pipeline.tracking.registry import Registry
 from pipeline.tracking.store import EndState, Store, StoreError, experiment_id, find_run
 from pipeline.tracking.tags import KEY
 
@@ -26,9 +31,10 @@ class StoredRun:
         run = client.get_run(run_id)
         self._parameters = set(run.data.params)
         self._inputs = _digests(run)
-        self._last_step = {
-            key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in run.data.metrics
+        self._last = {
+            key: max(client.get_metric_history(run_id, key), key=lambda metric: metric.step) for key in run.data.metrics
         }
+        """The value of each metric at its last step."""
         self._artifacts = store.artifacts(client, run_id)
         self._expected = _Expected()
 
@@ -69,11 +75,30 @@ class StoredRun:
         """Log the metrics whose last step is before `step`."""
         from mlflow.entities import Metric
 
-        fresh = [Metric(key, value, time, step) for key, value in values.items() if step > self._last_step.get(key, -1)]
-        if fresh:
-            self.client.log_batch(self.run_id, metrics=fresh, synchronous=True)
-            self._expected.metrics |= {metric.key: metric.value for metric in fresh}
-        self._last_step |= {metric.key: step for metric in fresh}
+        self._log([Metric(key, value, time, step) for key, value in values.items() if step > self._step(key)])
+
+    def samples(self, values: Mapping[str, float], repeated: bool, time: int) -> None:
+        """Log each metric at the step after its last, if it was not logged at this time or later.
+
+        A value that equals the last one is logged only if `repeated`.
+        """
+        from mlflow.entities import Metric
+
+        fresh = []
+        for key, value in values.items():
+            last = self._last.get(key)
+            if last is None or (time > last.timestamp and (repeated or value != last.value)):
+                fresh.append(Metric(key, value, time, self._step(key) + 1))
+        self._log(fresh)
+
+    def _step(self, key: str) -> int:
+        return self._last[key].step if key in self._last else -1
+
+    def _log(self, metrics: "list[Metric]") -> None:
+        if metrics:
+            self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
+            self._expected.metrics |= {metric.key: metric.value for metric in metrics}
+        self._last |= {metric.key: metric for metric in metrics}
 
     def artifact(self, path: Path, folder: str | None, time: int) -> None:
         """Log a file or the contents of a folder. Raises EntryError if neither disk nor store has it."""
@@ -85,6 +110,50 @@ class StoredRun:
             self._expected.artifacts.add(PurePosixPath(folder or "", path.name))
         elif path.name not in {PurePosixPath(file.path).name for file in self._artifacts.list_artifacts(folder)}:
             raise EntryError(f"{path}: no such file")
+
+    def image(self, path: Path, key: str, step: int, time: int) -> None:
+        """Log a picture as `MlflowClient.log_image` does, but under a name that a second delivery has too.
+
+        Raises EntryError if neither disk nor store has it.
+        """
+        from mlflow.tracking.multimedia import compress_image_size
+        from PIL import Image
+
+        start = f"{key.replace('/', '~')}+step+{step}+timestamp+"
+        there = [PurePosixPath(file.path).name for file in self._artifacts.list_artifacts("images")]
+        name = f"{start}{time}+{uuid.uuid5(uuid.NAMESPACE_URL, f'{self.run_id}/{key}/{step}')}"
+        names = (f"{name}.png", f"{name}+compressed.webp")
+        earlier = any(other.startswith(start) and other not in names for other in there)
+        if not earlier and not set(names) <= set(there):
+            if not path.exists():
+                raise EntryError(f"{path}: no such file")
+            with Image.open(path) as picture, TemporaryDirectory() as folder:
+                for picture_name, form in zip(names, (picture, compress_image_size(picture)), strict=True):
+                    form.save(Path(folder, picture_name))
+                self._artifacts.log_artifacts(folder, "images")
+            self._expected.artifacts |= {PurePosixPath("images", picture_name) for picture_name in names}
+        self.tags({"mlflow.loggedImages": "True"}, time)
+
+    def table(self, path: str, columns: list[str], rows: list[list[Any]], time: int) -> None:
+        """Log a table as `MlflowClient.log_table` does, but replace an earlier one instead of appending to it."""
+        place = PurePosixPath(path)
+        if place.is_absolute() or ".." in place.parts or place.suffix != ".json":
+            raise EntryError(f"{path!r} is not the path of a table")
+        with TemporaryDirectory() as folder:
+            file = Path(folder, place.name)
+            # JSON has no infinity, which is the PSNR of an exact reconstruction.
+            cells = [[None if isinstance(x, float) and not math.isfinite(x) else x for x in row] for row in rows]
+            file.write_text(json.dumps({"columns": columns, "data": cells}))
+            self._artifacts.log_artifact(str(file), str(place.parent) if len(place.parts) > 1 else None)
+        self._expected.artifacts.add(place)
+        tables = json.loads(self.client.get_run(self.run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+        entry = {"path": path, "type": "table"}
+        if entry not in tables:
+            self.tags({"mlflow.loggedArtifacts": json.dumps([*tables, entry])}, time)
+
+    def model(self, path: Path, facts: ModelFacts, time: int) -> None:
+        """Log and register a model."""
+        Registry(self.store, self.client).register(self.run_id, facts, path if path.is_dir() else None)
 
     def end(self, state: EndState, time: int) -> None:
         """Close the run."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.common.errors import UserError
@@ -60,7 +61,7 @@ class StageTags:
     checkpoint_digest: str | None = None
     """Digest of the published weights."""
     attempts: dict[int, str] = field(default_factory=dict)
-    """How each attempt began and what ended it, by start time in ms since 1970."""
+    """How each attempt began and what ended it, by start time in ms since 1970. The tags show that time as well."""
 
     def to_tags(self) -> dict[str, str]:
         """The known tags by name."""
@@ -70,7 +71,7 @@ class StageTags:
             "hpcm.checkpoint_digest": self.checkpoint_digest,
         }  # fmt: skip
         named |= {f"{_INPUT}{name.replace(' ', '_')}": digest for name, digest in self.inputs.items()}
-        named |= {f"{_ATTEMPT}{time}": text for time, text in self.attempts.items()}
+        named |= {f"{_ATTEMPT}{time}": f"{_utc(time)}: {text}" for time, text in self.attempts.items()}
         return {tag: str(value) for tag, value in named.items() if value is not None}
 
     @classmethod
@@ -78,7 +79,7 @@ class StageTags:
         """Read from MLflow's tags. Raises TagError, naming the run and the tag."""
         loss = _needed(tags, "hpcm.step0_loss", float, run) if "hpcm.step0_loss" in tags else None
         inputs = {tag.removeprefix(_INPUT).replace("_", " "): v for tag, v in tags.items() if tag.startswith(_INPUT)}
-        attempts = {tag.removeprefix(_ATTEMPT): v for tag, v in sorted(tags.items()) if tag.startswith(_ATTEMPT)}
+        begun = {tag.removeprefix(_ATTEMPT): v for tag, v in sorted(tags.items()) if tag.startswith(_ATTEMPT)}
         return cls(
             stage=_needed(tags, STAGE, str, run),
             key=tags.get(KEY),
@@ -88,8 +89,17 @@ class StageTags:
             acceptance=tags.get("hpcm.acceptance"),
             checkpoint=tags.get("hpcm.checkpoint"),
             checkpoint_digest=tags.get("hpcm.checkpoint_digest"),
-            attempts={int(time): text for time, text in attempts.items() if time.isdecimal()},
+            attempts={int(time): _without_time(int(time), text) for time, text in begun.items() if time.isdecimal()},
         )
+
+
+def _utc(time: int) -> str:
+    """A time in ms since 1970, as people write it."""
+    return f"{datetime.fromtimestamp(time / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _without_time(time: int, text: str) -> str:
+    return text.removeprefix(f"{_utc(time)}: ")
 
 
 def _needed(tags: Mapping[str, str], tag: str, kind: type[Any], run: str) -> Any:

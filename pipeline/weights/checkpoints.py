@@ -15,15 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.config_history import is_first_form
+from modules.loading import build, check_fit
+from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
 from pipeline.common.files import replacing
 from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
 
 if TYPE_CHECKING:
-    from modules import HPCM, HPCMConfig
+    from modules import HPCM
 
-LARGEST_FACTOR = 1024
-"""Largest padding multiple of a codec, in pixels. It needs a limit, because no tensor shape shows the window size."""
 MOST_INFLATED = 2
 """Largest ratio of an archive's content to its size; PyTorch stores weights uncompressed."""
 
@@ -70,10 +69,10 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raise CheckpointError if `target` is not .safetensors, is `source`, or exists and `overwrite` is false."""
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: give a name that ends in .safetensors")
+def check_target(source: Path, target: Path, overwrite: bool, ending: str = ".safetensors") -> None:
+    """Raise CheckpointError if `target` has another ending, is `source`, or exists and `overwrite` is false."""
+    if not target.name.endswith(ending):
+        raise CheckpointError(f"{target}: give a name that ends in {ending}")
     if target.exists():
         if source.exists() and target.samefile(source):
             raise CheckpointError(f"{target}: is also the source file; give another name")
@@ -98,68 +97,30 @@ def read(path: Path) -> Checkpoint:
 def load_codec(path: Path | str) -> HPCM:
     """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
-    Raises CheckpointError, naming the tensors, if they do not fit the configuration.
+    `path` may be an address in MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises
+    CheckpointError, naming the tensors, if they do not fit the configuration.
     """
     from modules import HPCM
+    from pipeline.weights.mlflow_model import SCHEME, load_from_mlflow
 
+    if str(path).startswith(SCHEME):
+        return load_from_mlflow(str(path))
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
-    config = _codec_config(checkpoint, path)
-    model = HPCM(config)
-    load_weights(model, checkpoint.tensors, path)
-    if is_first_form(checkpoint.metadata["config"]):
-        model.saved_config = checkpoint.metadata["config"]
-    model.update()
-    return model.eval()
-
-
-def _codec_config(checkpoint: Checkpoint, path: Path | str) -> HPCMConfig:
-    """The checked configuration. The check prevents a file from describing a codec larger than its own tensors."""
-    from modules import HPCM, HPCMConfig
-
     try:
-        config = HPCMConfig.from_dict(checkpoint.metadata["config"])
-        blocks = [*config.depths, *(kind.num_blocks for kind in config.components.values())]
-        if max(blocks) > len(checkpoint.tensors):
-            raise ValueError("more blocks than the file has tensors")
-        sketch = HPCM.on_meta(config)
-        if sketch.downsampling_factor > LARGEST_FACTOR:
-            raise ValueError(f"its attention windows pad images to multiples of {sketch.downsampling_factor} pixels")
-    except Exception as error:  # Invalid values can raise almost any class.
-        raise CheckpointError(f"{path}: its configuration is not valid ({error})") from error
-    _check_fit(sketch, checkpoint.tensors, path)
-    return config
-
-
-def codec_tensors(model: HPCM) -> dict[str, Tensor]:
-    """The tensors that a checkpoint stores: all except the coding tables, which are built from the weights."""
-    return {name: t for name, t in model.state_dict().items() if name not in model.coding_table_names()}
+        return build(HPCM, checkpoint.metadata["config"], checkpoint.tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Load `tensors` into `model`; raises CheckpointError naming missing, unexpected and unusable tensors."""
-    _check_fit(model, tensors, source)
+    try:
+        check_fit(model, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     model.load_state_dict(tensors)
-
-
-def _check_fit(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    expected = codec_tensors(model)
-    problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"unexpected {name} {list(tensor.shape)}")
-        elif tensor.shape != expected[name].shape:
-            problems.append(f"wrong size {name} {list(tensor.shape)}, expected {list(expected[name].shape)}")
-        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            problems.append(f"not plain  {name}: sparse, quantized or without data")
-        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            problems.append(f"not finite {name}: NaN, infinite or integer values")
-    if problems:
-        more = [f"… and {len(problems) - 12} more"] if len(problems) > 12 else []
-        raise CheckpointError(
-            "\n  ".join([f"{source}: {len(problems)} tensors do not fit the codec:", *problems[:12], *more])
-        )
 
 
 def import_official(source: Path) -> HPCM:

@@ -1,4 +1,4 @@
-"""Exports published checkpoints in half precision: half the bytes, with almost no change of rate and PSNR."""
+"""Exports published checkpoints to other files: in half precision, and for CompressAI's tools."""
 
 from pathlib import Path
 
@@ -7,16 +7,19 @@ import yaml
 
 from modules.bitstream import model_identity
 from pipeline.common.contracts import to_values
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, write
+from pipeline.common.files import replacing
+from pipeline.weights.checkpoints import CheckpointError, check_target, codec_tensors, load_codec, write
 from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage
 
 
-def export_half(source: Path, target: Path) -> None:
+def export_half(source: Path, target: Path, overwrite: bool = False) -> None:
     """Write the codec of `source`, with its parameters rounded to float16, as a checkpoint for `load_codec`.
 
-    Raises CheckpointError if `source` is not a published checkpoint or has a weight beyond float16's range.
+    The file has half the bytes; rate and PSNR hardly change. Raises CheckpointError if `source` is not a published
+    checkpoint or has a weight beyond float16's range, and if `target` exists and `overwrite` is false.
     """
+    check_target(source, target, overwrite)
     model = load_codec(source)
     # Only parameters are rounded: in the buffers, the likelihood bound of 1e-9 would become 0.
     halves = {name: parameter.half() for name, parameter in model.named_parameters()}
@@ -37,6 +40,17 @@ def export_half(source: Path, target: Path) -> None:
     )
     metadata = {"config": model.config.to_dict(), **to_values(lineage)}
     write(target, {**codec_tensors(model), **halves}, metadata)
+
+
+def export_compressai(source: Path, target: Path, overwrite: bool = False) -> None:
+    """Write weights and configuration as the state dict that `HPCM.from_state_dict` reads (`modules.compressai_tools`).
+
+    Raises CheckpointError as `export_half` does.
+    """
+    check_target(source, target, overwrite, ".pth.tar")
+    model = load_codec(source)
+    with replacing(target) as partial:
+        torch.save({"state_dict": {**codec_tensors(model), "config": model.config.to_dict()}}, partial)
 
 
 def _without_paths(stage: str) -> str:

@@ -1,14 +1,9 @@
 """Images through encoder and decoder: every phase, any size, other settings around them, CompressAI's own helpers."""
 
-import json
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from compressai.registry import MODELS
-from PIL import Image
 from torch import Tensor
 
 from modules import HPCM, preset_config
@@ -216,30 +211,6 @@ def test_weights_of_no_preset_are_named(codecs: dict[int, HPCM]) -> None:
     state = {name: tensor for name, tensor in codecs[1].state_dict().items() if name != "h_s.branch.0.bias"}
     with pytest.raises(RuntimeError, match=r"Missing key.*h_s\.branch\.0\.bias"):
         HPCM.from_state_dict(state)
-
-
-@pytest.mark.usefixtures("threads")
-def test_compressai_evaluates_the_model(codecs: dict[int, HPCM], tmp_path: Path) -> None:
-    from compressai.utils.eval_model import __main__ as eval_model
-
-    assert MODELS["hpcm"] is HPCM
-    eval_model.architectures["hpcm"] = HPCM
-    torch.save({"state_dict": codecs[3].state_dict()}, tmp_path / "codec.pth.tar")
-    model = eval_model.load_checkpoint("hpcm", False, str(tmp_path / "codec.pth.tar"))
-    image = torch.rand(3, 190, 170)
-    Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
-    found = eval_model.collect_images(str(tmp_path))
-    options = {"architecture": "hpcm", "half": False, "per_image": True}
-    real, estimated = (
-        eval_model.eval_model(model, tmp_path, tmp_path, found, estimate, "codec", "ans", **options)
-        for estimate in (False, True)
-    )
-    assert json.loads((tmp_path / "image-codec.json").read_text())["results"].keys() == real.keys()
-    assert real["psnr-rgb"] == pytest.approx(estimated["psnr-rgb"], abs=0.5)  # it pads with black
-    assert math.isfinite(real["ms-ssim-rgb"])
-    coded = codecs[3].compress(torch.nn.functional.pad(eval_model.read_image(found[0])[None], (11, 11, 1, 1)))
-    bits = 8 * sum(len(strings[0]) for strings in coded["strings"])
-    assert real["bpp"] == pytest.approx(bits / (190 * 170))
 
 
 def test_no_table_gives_mass_to_the_coders_own_escape(codecs: dict[int, HPCM]) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mlflow.entities import Run
 
 from modules import Noise
 from pipeline.chain.chain import Chain
+from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.store import EXPERIMENT, Store
 from pipeline.tracking.tags import KEY
 from pipeline.training.objectives import RateDistortion
@@ -38,12 +40,9 @@ def attempt(
     What it prints goes to the file that LOG names; it works in the folder FOLDER; with DOUBLE it computes in float64,
     with POISON a loss is NaN.
     """
-    context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    context.set_forkserver_preload(["kills"])
     command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", "--yes", *options]
     command += [part for setting in settings for part in ("--set", setting)]
-    process = context.Process(target=_run, args=(command, dict(environment or {})))
+    process = _forkserver().Process(target=_run, args=(command, dict(environment or {})))
     process.start()
     return process
 
@@ -60,6 +59,25 @@ def attempts(
         attempt(runs, stage, settings, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment})
         for rank, environment in enumerate(environments)
     ]
+
+
+def delivery(outbox: Path, runs: Path, environment: Mapping[str, str]) -> Process:
+    """Start a process that sends an outbox's entries to the store of a folder of runs."""
+    process = _forkserver().Process(target=_deliver, args=(outbox, runs, dict(environment)))
+    process.start()
+    return process
+
+
+def _deliver(outbox: Path, runs: Path, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    Outbox(outbox, Store.default(runs)).close(60)
+
+
+def _forkserver() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    context.set_forkserver_preload(["kills"])
+    return context
 
 
 def exit_code(process: Process, timeout: float = 240) -> int:
@@ -124,7 +142,7 @@ def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]
     return {
         key: sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
         for key in run.data.metrics
-        if not key.endswith("seconds")
+        if not key.endswith("seconds") and not key.startswith("system/")
     }
 
 
@@ -146,6 +164,9 @@ def differences(chain: Chain, reference: Chain, rebuilt: bool = False) -> list[s
             found.append(f"{name}: runs {[run.info.status for run in counted]}")
         elif history(client, counted[0]) != history(other_client, other_runs[name][0]):
             found.append(f"{name}: other metrics")
+        versions = client.search_model_versions(f"run_id = '{counted[0].info.run_id}'") if counted else []
+        if [version.tags.get("hpcm.stage") for version in versions] != [name]:
+            found.append(f"{name}: {len(versions)} registered versions")
         if {path.name for path in task.folder.iterdir()} != {path.name for path in other.folder.iterdir()}:
             found.append(f"{name}: other files")
     if (chain.folder / "outbox").exists():

@@ -13,6 +13,7 @@ def test_tags_read_back_as_they_were_written() -> None:
     tags = {**chain.to_tags(), **stage.to_tags(), "mlflow.user": "x"}
     assert ChainTags.from_tags(tags, "run") == chain
     assert StageTags.from_tags(tags, "run") == stage
+    assert tags["hpcm.attempt.7"] == "1970-01-01 00:00:00 UTC: started"
 
 
 def test_what_is_not_known_yet_is_not_written() -> None:

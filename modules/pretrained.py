@@ -1,0 +1,133 @@
+"""A codec in a folder or on the Hugging Face Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from modules.config import HPCMConfig
+from modules.loading import build, codec_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PUBLISHED = "checkpoint.safetensors"
+"""Name of the weights in the folder of a published stage. Their configuration is in the file's metadata."""
+
+_CARD = """---
+{{ card_data }}
+---
+
+# HPCM, a learned image codec
+
+{{ parameters }} parameters. Components of the context model:
+
+| slot | kind | settings |
+|---|---|---|
+{{ components }}
+
+```python
+from modules import HPCM
+
+model = HPCM.from_pretrained("folder or name")
+coded = model.compress(images)  # (B, 3, H, W) in [0, 1], any size
+x_hat = model.decompress(**coded)["x_hat"]
+```
+
+The codec is a `CompressionModel` of CompressAI. Only these weights decode what they have coded. Paper: {{ paper_url }}
+"""
+
+
+class Pretrained(
+    ModelHubMixin,
+    model_card_template=_CARD,
+    paper_url="https://arxiv.org/abs/2507.19125",
+    library_name="hpcm-rwkv",
+    license="mit",
+    tags=["image-compression", "learned-image-compression", "compressai", "rwkv"],
+):
+    """The saving and loading of a codec, by Hugging Face's mixin. The coding tables are not saved."""
+
+    config: HPCMConfig
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Make an instance without the mixin's record of the arguments: `_save_pretrained` writes the configuration."""
+        return object.__new__(cls)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load a codec in evaluation mode, with its coding tables built.
+
+        The source is a folder of `save_pretrained`, the folder of a published stage, or a name on the Hub. `options`
+        are those of Hugging Face's mixin, such as `revision`. Raises ValueError, naming the source, for weights that
+        do not fit their configuration, and FileNotFoundError for a folder without weights.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / CONFIG).exists():
+            return cls._from_published(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def _from_published(cls, folder: Path) -> Self:
+        """Load the weights of a published stage. Their digest is checked by `pipeline.weights` only."""
+        path = folder / PUBLISHED
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: neither {CONFIG} and {WEIGHTS} nor a published stage's {PUBLISHED}")
+        tensors, metadata = _read(path)
+        try:
+            values = json.loads(metadata["hpcm"])["config"]
+        except (LookupError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: its metadata has no configuration; give a published stage") from error
+        return cls._built(path, values, tensors)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+        download = {key: options[key] for key in ("revision", "cache_dir", "force_download", "local_files_only")}
+        download["token"] = options["token"]
+        here = Path(model_id)
+        weights, config = (
+            here / name if here.is_dir() else Path(hf_hub_download(model_id, name, **download))
+            for name in (WEIGHTS, CONFIG)
+        )
+        try:
+            values = json.loads(config.read_text())
+        except ValueError as error:
+            raise ValueError(f"{config}: not JSON: {error}") from error
+        return cls._built(weights, values, _read(weights)[0])
+
+    @classmethod
+    def _built(cls, source: Path, values: Any, tensors: "dict[str, Tensor]") -> Self:
+        try:
+            return build(cls, values, tensors)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = codec_tensors(self)  # type: ignore[arg-type]
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        save_file(kept, save_directory / WEIGHTS, {"format": "pt"})
+        (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+    def generate_model_card(self, *arguments: Any, **options: Any) -> ModelCard:
+        """The model card: number of parameters, components, and how to load the codec."""
+        count = sum(parameter.numel() for parameter in self.parameters())  # type: ignore[attr-defined]
+        rows = []
+        for slot, kind in self.config.components.items():
+            settings = ", ".join(f"{name} {value}" for name, value in asdict(kind).items())
+            rows.append(f"| `{slot}` | {kind.name} | {settings} |")
+        facts = {"parameters": f"{count / 1e6:.2f} M", "components": "\n".join(rows)}
+        return super().generate_model_card(*arguments, **{**facts, **options})
+
+
+def _read(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """Tensors and metadata of a safetensors file. Raises ValueError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error

@@ -1,0 +1,26 @@
+"""What MLflow's registry says of a published stage."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A published stage as a model of MLflow's registry."""
+
+    registered: str
+    """Name of the registered model: preset and λ."""
+    stage: str
+    digest: str
+    """Digest of the weights. One run has one version with it."""
+    metrics: dict[str, float]
+    """Final metrics of the stage's run, by name."""
+    step: int
+    """Training steps of the stage."""
+    loss: float
+    """R-D loss on the validation images. The version with the lowest is `best`."""
+    dataset: str
+    """Name of the validation images."""
+    dataset_digest: str
+    """Digest of the validation images, and of the settings under which losses can be compared."""
+    lineage: dict[str, str] = field(default_factory=dict)
+    """Further tags: recipe, seed, parent and code, by name."""

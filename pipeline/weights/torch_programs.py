@@ -1,0 +1,144 @@
+"""Exports a codec's networks as `torch.export` programs, and as ONNX where `torch.onnx` takes them.
+
+A folder of programs runs with PyTorch alone: `runtime.py` in it walks the hierarchy, and entropy coding stays outside.
+A program takes one image whose sides are multiples of the codec's padding, and at least twice that.
+"""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export, save
+
+import modules.hierarchy
+from modules import HPCM
+from modules.biwkv4_decomposed import biwkv4_decomposed
+from modules.hierarchy import hierarchy
+from pipeline.common.files import replacing, write_json
+from pipeline.weights.checkpoints import CheckpointError, load_codec
+
+BIWKV4 = torch.ops.hpcm.biwkv4.default
+LARGEST_SIDE = 2**13
+"""Longest side of an image in pixels that a program takes."""
+
+_SCALES = hierarchy(8, 8, torch.device("cpu")).scales
+
+
+class ContextStep(nn.Module):
+    """One coding step's context model: the scales and means of a step, and the context of the next."""
+
+    def __init__(self, model: HPCM, scale: int):
+        super().__init__()
+        adaptors, self.prior, self.attention = model.scale_components(scale)
+        order = [[step.adaptor for step in part.steps if step.adaptor is not None] for part in _SCALES]
+        ordered = [cast(nn.Conv2d, adaptors[number]) for number in order[scale]]
+        first = sum(map(len, order[:scale]))
+        self.weights = nn.Parameter(torch.stack([adaptor.weight for adaptor in ordered]))
+        self.biases = nn.Parameter(torch.stack([cast(Tensor, adaptor.bias) for adaptor in ordered]))
+        self.adaptive = nn.Parameter(torch.cat(list(model.adaptive_params_list[first : first + len(ordered)])))
+
+    def forward(self, context: Tensor, y_hat: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Map context (1, 2M, h, w), ŷ (1, M, h, w) and the step's number (1,) to parameters and next context.
+
+        Steps are counted from 0 within a scale; those without an adaptor are not counted. Both results (1, 2M, h, w).
+        """
+        weight, bias, q = (x.index_select(0, number) for x in (self.weights, self.biases, self.adaptive))
+        adapted = nn.functional.conv2d(torch.cat((context, y_hat), dim=1), weight[0], bias[0])
+        parameters = self.prior(adapted, q)
+        return parameters, self.attention(parameters, context)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to export, with example inputs, and for each input its sides as parts of the latent's."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    multiples: tuple[int | None, ...]
+    """For each input, what its sides are multiples of; None for an input of fixed shape."""
+
+
+def networks(model: HPCM) -> dict[str, Network]:
+    """The networks that a codec in evaluation mode consists of, by the name of their program."""
+    M, N, factor = model.config.M, model.config.N, model.downsampling_factor
+    found = {
+        "g_a": _network(model.g_a, (3, factor)),
+        "h_a": _network(model.h_a, (M, factor // 16)),
+        "h_s": _network(model.h_s, (N, factor // 64)),
+        "g_s": _network(model.g_s, (M, factor // 16)),
+    }
+    for scale in range(3):
+        multiple = factor // 64 << scale
+        found[f"step_s{scale + 1}"] = _network(ContextStep(model, scale), (2 * M, multiple), (M, multiple), step=True)
+        if scale:
+            found[f"fusion_s{scale + 1}"] = _network(model.context_net[scale - 1], (2 * M, multiple))
+    return found
+
+
+def program(network: Network, keep_op: bool = False) -> ExportedProgram:
+    """A network as a program. With `keep_op` it calls `hpcm::biwkv4`, which `modules.biwkv4` registers."""
+    # From 2: the tracer takes one row of attention windows for another case, and a program holds one case.
+    h, w = (Dim(side, min=2, max=LARGEST_SIDE // 128) for side in "hw")
+    shapes = tuple({2: m * h, 3: m * w} if m else None for m in network.multiples)
+    with torch.no_grad():
+        found = export(network.module, network.inputs, dynamic_shapes=shapes)
+        if not keep_op and any(node.target is BIWKV4 for node in found.graph.nodes):
+            found = found.run_decompositions({BIWKV4: biwkv4_decomposed})
+    return found
+
+
+def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[Path]:
+    """Write a checkpoint's programs with what runs them into a new or empty folder. Raises CheckpointError."""
+    model = _prepared(source, folder)
+    for name, network in networks(model).items():
+        save(program(network, keep_op), folder / f"{name}.pt2")
+    _write_companions(model, folder)
+    return sorted(folder.iterdir())
+
+
+def export_onnx(source: Path, folder: Path) -> dict[str, str]:
+    """Write a checkpoint's networks as ONNX. Returns for each the reason why `torch.onnx` did not take it, or ""."""
+    model = _prepared(source, folder)
+    outcomes = {}
+    for name, network in networks(model).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(program(network), f=folder / f"{name}.onnx", external_data=False, verbose=False)
+            outcomes[name] = ""
+        except Exception as error:  # torch.onnx and onnxscript raise many types.
+            outcomes[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    _write_companions(model, folder)
+    return outcomes
+
+
+def _prepared(source: Path, folder: Path) -> HPCM:
+    model = load_codec(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists; give a new or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return model
+
+
+def _write_companions(model: HPCM, folder: Path) -> None:
+    """Write what a runtime needs beside the networks: order of coding, coding tables, sizes."""
+    shutil.copyfile(Path(__file__).with_name("exported_runtime.py"), folder / "runtime.py")
+    shutil.copyfile(modules.hierarchy.__file__, folder / "hierarchy.py")
+    names = ("means_hyper", "scales_hyper", *HPCM.coding_table_names())
+    with replacing(folder / "tables.pt") as partial:
+        torch.save({name: getattr(model, name).detach().clone() for name in names}, partial)
+    sizes = {"M": model.config.M, "N": model.config.N, "multiple": model.downsampling_factor}
+    write_json(folder / "codec.json", {**sizes, "config": model.config.to_dict()})
+
+
+def _network(module: nn.Module, *sizes: tuple[int, int], step: bool = False) -> Network:
+    inputs: list[Tensor] = [torch.rand(1, channels, 2 * multiple, 3 * multiple) for channels, multiple in sizes]
+    multiples: list[int | None] = [multiple for _, multiple in sizes]
+    if step:
+        inputs.append(torch.zeros(1, dtype=torch.long))
+        multiples.append(None)
+    return Network(module, tuple(inputs), tuple(multiples))
