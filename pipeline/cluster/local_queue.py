@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.cluster.records import ChainJobs, JobRecord, last_line
 from pipeline.cluster.resources import Resources, places
+from pipeline.cluster.resumable import WARNING
 from pipeline.cluster.submission import ChainJob, load_submitit, start_locally
 from pipeline.common.errors import Interrupted
 
@@ -50,7 +51,8 @@ class LocalQueue:
             while self._running or (waiting and not self._stopped_by):
                 if not self._stopped_by:
                     waiting = self._start(waiting, free, failed)
-                failed += self._reap(free)
+                for job in self._reap(free):
+                    (waiting if _ran_out_of_rounds(job) else failed).append(job)
                 time.sleep(POLL_SECONDS)
         finally:
             for number, handler in previous.items():
@@ -99,3 +101,9 @@ class LocalQueue:
         for running in self._running:
             with suppress(OSError):
                 os.kill(int(running.sent.job_id), signal.SIGTERM)
+
+
+def _ran_out_of_rounds(job: ChainJob) -> bool:
+    """Whether a job only stopped at its time limit: submitit's local jobs are resumed a few times at most."""
+    log = job.folder / ChainJobs.read(job.folder).jobs[-1].log
+    return last_line(log).startswith(f"stopped by {WARNING.name}")

@@ -1,6 +1,7 @@
 """The jobs of a chain: a record in the chain's folder, and what the cluster says about them."""
 
 import getpass
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -14,8 +15,8 @@ from pipeline.common.files import write_json
 
 TAIL = 2**16
 """Bytes at the end of a log in which the last line is looked for."""
-NOT_OURS = ("srun: ", "submitit ")
-"""Beginnings of lines that the engines add to a log."""
+ENGINES = re.compile(r"srun: |submitit (INFO|WARNING)|slurmstepd.* DUE TO JOB REQUEUE")
+"""Lines that the engines add to a log, and that say nothing about the work."""
 
 JobState = Literal["queued", "running", "ended"]
 
@@ -119,13 +120,13 @@ def slurm_queue(jobs: Iterable[JobRecord]) -> dict[str, str]:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a job's log that the job itself printed; empty if there is none."""
+    """The last line of a job's log, if possible one that the job itself printed; empty if there is no line."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith(NOT_OURS)), "")
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not ENGINES.match(line)), lines[-1] if lines else "")
 
 
 def _alive(process: int, command: bytes) -> bool:

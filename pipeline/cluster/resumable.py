@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WARNING = signal.SIGUSR1
 """The signal that announces the time limit."""
 IDLE_ROUNDS = 2
-"""Rounds without progress after which a job is not queued again."""
+"""Rounds in a row that may pass without progress before a job gives up."""
 
 
 class Work(Protocol):
@@ -47,19 +47,17 @@ class ResumableJob:
                 sys.exit(stop.exit_code)
             if self.work.progress() != before:
                 self.idle = -1
+            if self.idle == IDLE_ROUNDS:
+                sys.exit(f"error: {IDLE_ROUNDS + 1} rounds brought no progress; give the job a longer --time")
             # The work has put back submitit's handler, which queues the job again and exits.
             signal.raise_signal(WARNING)
             sys.exit(0)  # Only the first process queues the job again.
 
     def checkpoint(self) -> "DelayedSubmission | None":
-        """What submitit queues in place of this job; None gives up."""
+        """What submitit queues in place of this job; None gives up. It is also called before the work begins."""
         from submitit.helpers import DelayedSubmission
 
-        if self.idle + 1 > IDLE_ROUNDS:
-            message = f"error: {IDLE_ROUNDS} rounds brought no progress; give the job a longer --time"
-            print(message, file=sys.stderr, flush=True)
-            return None
-        return DelayedSubmission(ResumableJob(self.work, self.idle + 1))
+        return DelayedSubmission(ResumableJob(self.work, self.idle + 1)) if self.idle < IDLE_ROUNDS else None
 
 
 def _join_processes() -> None:

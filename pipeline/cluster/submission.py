@@ -118,7 +118,7 @@ def start_locally(job: ChainJob, resources: Resources, gpus: tuple[int, ...]) ->
 
 
 def _saving_seconds(minutes: float) -> int:
-    return int(min(SAVING_SECONDS, 10 * minutes))
+    return max(1, int(min(SAVING_SECONDS, 10 * minutes)))
 
 
 @contextmanager
