@@ -47,8 +47,8 @@ baseline: $(READY) ## train the Baseline, or use the one in BASELINE=
 stage1 stage2 stage3 stage4: $(READY) ## migrate a checkpoint to Phase N (1 to 4), through all stages before it
 	$(BIN)/hpcm run phase$(@:stage%=%) $(CHAIN)
 
-plan: $(READY) ## show what stage4 would run, and why
-	$(BIN)/hpcm plan phase4 $(CHAIN)
+plan: $(READY) ## show what stage4 would run, and why; MEASURE=1 measures time and memory
+	$(BIN)/hpcm plan phase4 $(if $(MEASURE),--measure) $(CHAIN)
 
 audit: $(READY) ## show what each stage changed, and verify its files
 	$(BIN)/hpcm audit $(ARGS)

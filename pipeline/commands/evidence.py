@@ -15,8 +15,10 @@ from pipeline.commands.options import (
     DataFolder,
     Device,
     Gpus,
+    Measure,
     Nodes,
     Partition,
+    Processes,
     Quiet,
     RecipeName,
     Runs,
@@ -174,6 +176,8 @@ def rd_curve(
     ] = None,
     runs: Runs = Path("runs"),
     plan: Annotated[bool, typer.Option("--plan", help="Show what is done and what is left, and exit.")] = False,
+    measure: Measure = False,
+    processes: Processes = 1,
     accept_anyway: AcceptAnyway = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -202,7 +206,11 @@ def rd_curve(
     wanted = sweep.Sweep(
         recipe, overrides, tuple(targets or ()), lmbdas, runs, starting_point, baseline, tuple(seed or ())
     )
-    if plan:
+    if measure:
+        from pipeline.commands.measured_plan import show_measured
+
+        show_measured({point.title: list(point.plan().values()) for point in wanted.points()}, processes)
+    elif plan:
         from pipeline.commands.jobs import jobs_table
 
         show(wanted.table(), *jobs_table({point.title: point.requests for point in wanted.points()}))

@@ -2,7 +2,6 @@
 
 import io
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,8 +17,10 @@ from pipeline.commands.options import (
     DataFolder,
     Device,
     Gpus,
+    Measure,
     Nodes,
     Partition,
+    Processes,
     Quiet,
     RecipeName,
     Runs,
@@ -35,9 +36,6 @@ from pipeline.commands.options import (
     resources_of,
 )
 from pipeline.common.errors import Interrupted, UserError
-
-# A dependency of CompressAI uses a deprecated function of PyTorch. Users cannot fix that.
-warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
 
 if TYPE_CHECKING:
     from pipeline.chain.request import ChainRequest
@@ -229,9 +227,11 @@ def plan(
     scratch: Scratch = False,
     settings: Settings = None,
     runs: Runs = Path("runs"),
+    measure: Measure = False,
+    processes: Processes = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show what `run` would do, and why."""
+    """Show what `run` would do, and why. With `--measure`, also how long it takes, and whether it fits."""
     from pipeline.commands.display import plan_json, plan_table, show, show_json
     from pipeline.commands.jobs import jobs_table
 
@@ -242,6 +242,10 @@ def plan(
         show_json(plan_json(chain, found))
     else:
         show(plan_table(chain, found), *jobs_table({stage: (request,)}))
+    if measure:
+        from pipeline.commands.measured_plan import show_measured
+
+        show_measured({stage: found}, processes)
 
 
 @app.command()

@@ -52,6 +52,14 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line eve
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, or cuda:N for one of several GPUs.")]
 
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Train a few steps of each segment, and show time and memory; exits 1 on a misfit."),
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that will share a batch; one of them is measured, with its part.")
+]
+
 
 class Engine(StrEnum):
     """Where jobs run."""
