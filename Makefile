@@ -14,11 +14,11 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu fuzz soak \
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster fuzz soak \
 	conformance arithmetics check clean
 
 help: ## list the targets and variables
-	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  RECIPE=tiny|evidence|base|large|a folder   DATA=training images   VAL=validation images (folders)"
 	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   FROM=scratch   ARGS='--set phase2.seed=1 …'"
@@ -72,6 +72,9 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
+
+test-cluster: $(READY) ## run sweeps on a SLURM on this machine; needs root and Debian's slurm-wlm
+	$(BIN)/python -m pytest -s tests/pipeline/cluster/test_slurm.py
 
 soak: $(READY) ## kill and resume a small chain KILLS=100 times; compare with an uninterrupted one
 	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)
