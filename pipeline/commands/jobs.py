@@ -149,5 +149,7 @@ def _state(status: JobStatus, plan: Sequence[PlannedStage]) -> str:
         return f"queued {at}" + (f": {status.waits}" if status.waits not in ("", "None") else "")
     if status.state == "none":
         return "not submitted"
+    if not status.last_line:
+        return "ended before it began"
     stopped = status.last_line.startswith("stopped by")
-    return f"{'stopped' if stopped else 'failed'} {at}: {status.last_line or 'no log'}"
+    return f"{'stopped' if stopped else 'failed'} {at}: {status.last_line}"

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def _idle_nodes(environment: dict[str, str]) -> int:
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split().count("idle")
 
 
-def _wait_for(ready, what: str, seconds: float = 60) -> None:
+def _wait_for(ready: Callable[[], bool], what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
