@@ -23,7 +23,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120
-"""Time of a chain's steps on this machine: several rounds of a minute, in which a job is told to save after 20 to 50 s."""
+"""Time of a chain's steps on this machine. A job with a limit of a minute is told to save after 20 to 50 seconds."""
 POINTS = ["--lmbda", "0.013", "--lmbda", "0.05", "--seed", "0", "--seed", "1"]
 SLURM = ["--submit", "slurm", "--gpus", "0"]
 
