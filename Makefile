@@ -73,8 +73,8 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
 
-test-cluster: $(READY) ## run sweeps on a SLURM on this machine; needs root and Debian's slurm-wlm
-	$(BIN)/python -m pytest -s tests/pipeline/cluster/test_slurm.py
+test-cluster: $(READY) ## run sweeps on a SLURM, and one run on two nodes, on this machine; needs root and slurm-wlm
+	$(BIN)/python -m pytest -s -m slow tests/pipeline/cluster
 
 soak: $(READY) ## kill and resume a small chain KILLS=100 times; compare with an uninterrupted one
 	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)
