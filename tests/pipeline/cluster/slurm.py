@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
@@ -76,6 +76,10 @@ def cluster(folder: Path, cpus_per_node: int = 1) -> Iterator[dict[str, str]]:
         _wait_for(lambda: _idle_nodes(environment) == 2, f"two idle nodes; see {folder}/*.log")
         yield environment
     finally:
+        # Jobs would outlive the services.
+        subprocess.run(["scancel", "--user", "root"], env=environment)
+        with suppress(AssertionError):
+            _wait_for(lambda: not _listed(environment), "the end of the jobs")
         for service in reversed(services):
             service.send_signal(signal.SIGTERM)
         for service in services:
@@ -88,6 +92,10 @@ def cluster(folder: Path, cpus_per_node: int = 1) -> Iterator[dict[str, str]]:
 def _idle_nodes(environment: dict[str, str]) -> int:
     command = ["sinfo", "--noheader", "--Node", "--format", "%T"]
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split().count("idle")
+
+
+def _listed(environment: dict[str, str]) -> str:
+    return subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, text=True).stdout
 
 
 def _wait_for(ready: Callable[[], bool], what: str, seconds: float = 60) -> None:
