@@ -14,8 +14,8 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster fuzz soak \
-	conformance arithmetics check clean
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server fuzz \
+	soak conformance arithmetics check clean
 
 help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 
 test-cluster: $(READY) ## run sweeps on a SLURM, and one run on two nodes, on this machine; needs root and slurm-wlm
 	$(BIN)/python -m pytest -s -m slow tests/pipeline/cluster
+
+test-server: $(READY) ## run chains against an MLflow server on PostgreSQL; needs root and Debian's postgresql
+	$(BIN)/pip install --quiet --disable-pip-version-check psycopg2-binary Flask-WTF
+	$(BIN)/python -m pytest -s -m slow tests/pipeline/tracking/test_server.py
 
 soak: $(READY) ## kill and resume a small chain KILLS=100 times; compare with an uninterrupted one
 	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)

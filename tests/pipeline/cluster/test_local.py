@@ -1,6 +1,7 @@
 """Jobs on this machine, through submitit's local executor. SLURM itself is in `test_slurm.py`, which is slow."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from counting import Counting
-from mini import FOLDER, Notes
+from mini import FOLDER, mini_chain, run_chain
 from typer.testing import CliRunner
 
-from pipeline.chain.chain import Chain
 from pipeline.cluster import local_queue
 from pipeline.cluster.local_queue import LocalQueue
 from pipeline.cluster.records import ChainJobs, JobRecord, last_line, status_of
@@ -63,7 +63,7 @@ def queue(lines: list[str]) -> LocalQueue:
     return LocalQueue(Resources(gpus=0), lines.append, done)
 
 
-def test_jobs_resume_after_their_time_limit_wait_for_others_and_say_why_they_fail(tmp_path: Path) -> None:
+def test_jobs_wait_and_say_why_they_fail(tmp_path: Path) -> None:
     a, b, c, d = (tmp_path / "recipe" / name for name in "abcd")
     long = job(a, counting := Counting(a / "count", 50, 0.02))
     broken = job(b, Counting(b / "count", 5, fails="the disk is full"))
@@ -112,17 +112,21 @@ def test_a_signal_stops_the_jobs_which_save(tmp_path: Path) -> None:
     assert status_of(folder, {}).state == "ended"
 
 
-def test_a_chain_as_a_job_gives_the_same_bytes(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_a_chain_as_a_job_gives_the_same_bytes(runs: Path, tmp_path: Path) -> None:
     options = ["--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway"]
-    done = CliRunner().invoke(app, ["run", "baseline", *options, "--submit", "local", "--gpus", "0"])
+    submit = ["run", "baseline", *options, "--submit", "local", "--gpus", "0"]
+    done = CliRunner().invoke(app, submit)
     assert done.exit_code == 0, done.output
     assert "baseline: done" in done.output
-    expected = finished[0].tasks[0].checkpoint
-    assert (runs / "mini" / "lmbda-0.013" / "baseline" / expected.name).read_bytes() == expected.read_bytes()
+    here = mini_chain(tmp_path / "here", "baseline")
+    here.runs.mkdir()
+    shutil.copy(runs / "mlflow.db", here.runs)
+    run_chain(here)
+    there = mini_chain(runs, "baseline").tasks[0].checkpoint
+    assert there.read_bytes() == here.tasks[0].checkpoint.read_bytes()
     shown = CliRunner().invoke(app, ["rd-curve", "baseline", *options, "--lmbda", "0.013", "--plan"]).output
     assert "done" in shown[shown.index("jobs") :]
-    again = CliRunner().invoke(app, ["run", "baseline", *options, "--submit", "local", "--gpus", "0"])
-    assert again.output == "baseline: done\n"
+    assert CliRunner().invoke(app, submit).output == "baseline: done\n"
 
 
 def test_what_slurm_says_of_a_job() -> None:

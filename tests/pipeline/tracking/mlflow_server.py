@@ -42,7 +42,7 @@ class Database:
     @property
     def uri(self) -> str:
         """Where the server finds it."""
-        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        return f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
         """Start, and wait until it answers."""
@@ -94,7 +94,8 @@ class Server:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         end = time.monotonic() + READY_SECONDS
         while not self._answers():
-            assert time.monotonic() < end, (self.folder / "server.log").read_text()[-3000:]
+            ends = self._process.poll() is not None or time.monotonic() > end
+            assert not ends, (self.folder / "server.log").read_text()[-3000:]
             time.sleep(0.5)
 
     def kill(self) -> None:
