@@ -87,6 +87,7 @@ class Server:
             "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "a secret of this test",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten processes less
         }
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
             environment.pop(name, None)
