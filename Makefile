@@ -14,11 +14,11 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu fuzz soak \
-	conformance arithmetics check clean
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server fuzz \
+	soak conformance arithmetics check clean
 
 help: ## list the targets and variables
-	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  RECIPE=tiny|evidence|base|large|a folder   DATA=training images   VAL=validation images (folders)"
 	@echo "  LAMBDA=0.013   BASELINE=official.pth.tar|baseline.safetensors   FROM=scratch   ARGS='--set phase2.seed=1 …'"
@@ -47,8 +47,8 @@ baseline: $(READY) ## train the Baseline, or use the one in BASELINE=
 stage1 stage2 stage3 stage4: $(READY) ## migrate a checkpoint to Phase N (1 to 4), through all stages before it
 	$(BIN)/hpcm run phase$(@:stage%=%) $(CHAIN)
 
-plan: $(READY) ## show what stage4 would run, and why
-	$(BIN)/hpcm plan phase4 $(CHAIN)
+plan: $(READY) ## show what stage4 would run, and why; MEASURE=1 measures time and memory
+	$(BIN)/hpcm plan phase4 $(if $(MEASURE),--measure) $(CHAIN)
 
 audit: $(READY) ## show what each stage changed, and verify its files
 	$(BIN)/hpcm audit $(ARGS)
@@ -72,6 +72,13 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
+
+test-cluster: $(READY) ## run sweeps on a SLURM, and one run on two nodes, on this machine; needs root and slurm-wlm
+	$(BIN)/python -m pytest -s -m slow tests/pipeline/cluster
+
+test-server: $(READY) ## run chains against an MLflow server on PostgreSQL; needs root and Debian's postgresql
+	$(BIN)/pip install --quiet --disable-pip-version-check psycopg2-binary Flask-WTF
+	$(BIN)/python -m pytest -s -m slow tests/pipeline/tracking/test_server.py
 
 soak: $(READY) ## kill and resume a small chain KILLS=100 times; compare with an uninterrupted one
 	$(BIN)/python tests/pipeline/soak.py --kills $(or $(KILLS),100)

@@ -12,6 +12,7 @@ OUTSIDE = {"torch", "compressai", "einops", "numpy", "safetensors", "huggingface
 
 BELOW = {
     "common": "",
+    "cluster": "",
     "recipes": "",
     "data": "",
     "weights": "",
@@ -20,7 +21,7 @@ BELOW = {
     "training": "tracking evaluation data weights recipes",
     "chain": "training tracking evaluation weights data recipes",
     "evidence": "training tracking evaluation weights data recipes",
-    "commands": "evidence chain training tracking evaluation weights data recipes",
+    "commands": "cluster evidence chain training tracking evaluation weights data recipes",
 }
 """The rooms that each room may import beside itself and `common`."""
 

@@ -1,11 +1,12 @@
-"""A sweep over λ: one chain per λ. Each can be interrupted and resumed."""
+"""A sweep over λ and seeds: chains for each. Each can be interrupted and resumed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.chain.chain import Chain, ChainError, PlannedStage
-from pipeline.chain.root_weights import root_weights
+from pipeline.chain.request import ChainRequest
 from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 
@@ -22,6 +23,26 @@ class StartingPoint:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One λ and seed of a sweep, with the chains to build for it: one per target stage."""
+
+    title: str
+    """`0.013`, or `0.013 seed 1`."""
+    requests: tuple[ChainRequest, ...]
+    starts_from: ChainRequest | None = None
+    """The chain whose root must be trained before this point's roots; None without a starting point."""
+
+    @cached_property
+    def chains(self) -> list[Chain]:
+        """The point's chains. Raises RecipeError and ChainError."""
+        return [request.chain() for request in self.requests]
+
+    def plan(self) -> dict[str, PlannedStage]:
+        """The status of each stage, by name."""
+        return {planned.name: planned for chain in self.chains for planned in plan_of(chain)}
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A recipe with its overrides, the target stages, the λ, and the folder of runs."""
 
@@ -34,9 +55,11 @@ class Sweep:
     starting_point: StartingPoint | None = None
     baseline: Path | None = None
     """File from which the roots are imported. With a starting point, only that λ's root is imported."""
+    seeds: tuple[int, ...] = ()
+    """Empty for the recipe's own."""
 
-    def chains(self) -> Iterator[tuple[float, list[Chain]]]:
-        """Every λ with its chains, the starting point first. Raises RecipeError and ChainError."""
+    def points(self) -> Iterator[Point]:
+        """Every λ and seed, those of the starting point first. Raises RecipeError and ChainError."""
         first = self.starting_point.lmbda if self.starting_point else None
         if self.baseline is not None and first is None and len(self.lmbdas) > 1:
             raise ChainError(
@@ -46,41 +69,39 @@ class Sweep:
         if first is not None and first not in self.lmbdas:
             raise ChainError(f"λ = {shortest(first)} of --from is not in the sweep; add it to --lmbda")
         for lmbda in sorted(self.lmbdas, key=lambda lmbda: (lmbda != first, lmbda)):
-            yield lmbda, self._chains(lmbda)
+            for seed in self.seeds or (None,):
+                yield self._point(lmbda, seed)
 
-    def _chains(self, lmbda: float) -> list[Chain]:
-        baseline, start = self.baseline, None
-        settings: tuple[str, ...] = ()
+    def chains(self) -> Iterator[tuple[str, list[Chain]]]:
+        """The title of every point with its chains. Raises RecipeError and ChainError."""
+        for point in self.points():
+            yield point.title, point.chains
+
+    def _point(self, lmbda: float, seed: int | None) -> Point:
+        title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
+        overrides = [*self.overrides, f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])]
+        source, start = None, None
         if self.starting_point is not None and lmbda != self.starting_point.lmbda:
-            root = self._chains(self.starting_point.lmbda)[0].tasks[0]
-            baseline, start, settings = None, root.checkpoint, self.starting_point.settings
-        recipe = load_recipe(self.recipe, [*self.overrides, f"lmbda={lmbda!r}", *settings])
-        targets = self.targets or leaves(recipe)
-        lines = [recipe.chain(target) for target in targets]
-        if baseline is None and start is None:
-            baseline = root_weights(recipe, lines[0])
-        return [Chain(recipe.name, stages, self.runs, baseline, start) for stages in lines]
+            source = self._point(self.starting_point.lmbda, seed).requests[0]
+            root = source.chain().tasks[0]
+            source, start = replace(source, stage=root.stage.name), root.checkpoint
+            overrides += self.starting_point.settings
+        targets = self.targets or leaves(load_recipe(self.recipe, overrides))
+        baseline = None if start else self.baseline
+        requests = (ChainRequest(self.recipe, tuple(overrides), t, self.runs, baseline, start) for t in targets)
+        return Point(title, tuple(requests), source)
 
     def table(self) -> Table:
-        """The status of all stages: one row per stage, one column per λ, in the order of running."""
-        columns = {
-            lmbda: {p.name: p for chain in chains for p in self._plan_of(chain)} for lmbda, chains in self.chains()
-        }
+        """The status of all stages: one row per stage, one column per λ and seed, in the order of running."""
+        columns = {point.title: point.plan() for point in self.points()}
         names = dict.fromkeys(name for planned in columns.values() for name in planned)
-        table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *(shortest(lmbda) for lmbda in columns)))
+        table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *columns))
         for name in names:
             table.add(name, *(_cell(planned[name]) for planned in columns.values()))
         left = [[p.task.stage for p in planned.values() if p.status != "done"] for planned in columns.values()]
         steps = [sum(segment.steps for stage in stages for segment in stage.schedule) for stages in left]
         table.add("steps left", *(f"{count:,}" if count else "–" for count in steps))
         return table
-
-    def _plan_of(self, chain: Chain) -> list[PlannedStage]:
-        """The chain's plan. While its starting point is not trained, all stages are missing."""
-        root = chain.tasks[0]
-        if root.start is not None and not root.start.is_file():
-            return [PlannedStage(task, "missing", "waits for its start") for task in chain.tasks]
-        return chain.plan()
 
 
 def leaves(recipe: Recipe) -> list[str]:
@@ -94,3 +115,11 @@ def _cell(planned: PlannedStage) -> str:
     if planned.status == "cut off":
         return planned.reason.removeprefix("cut off in ").replace(" at step ", " ")
     return "–" if planned.status == "missing" else planned.status
+
+
+def plan_of(chain: Chain) -> list[PlannedStage]:
+    """The chain's plan. While its starting point is not trained, all stages are missing."""
+    root = chain.tasks[0]
+    if root.start is not None and not root.start.is_file():
+        return [PlannedStage(task, "missing", "waits for its start") for task in chain.tasks]
+    return chain.plan()

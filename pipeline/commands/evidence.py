@@ -15,15 +15,24 @@ from pipeline.commands.options import (
     Baseline,
     DataFolder,
     Device,
+    Gpus,
+    Measure,
+    Nodes,
+    Partition,
+    Processes,
     Quiet,
     RecipeName,
     Runs,
+    Sbatch,
     Settings,
+    Submit,
+    TimeLimit,
     ValFolder,
     Verbose,
     Yes,
     device_of,
     overrides_of,
+    resources_of,
     size_of,
 )
 
@@ -150,6 +159,9 @@ def rd_curve(
     lmbda: Annotated[
         list[float] | None, typer.Option(help="λ of a point; repeatable [default: the six λ of the official codecs].")
     ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of every stage; repeatable, for several chains per λ.")
+    ] = None,
     data: DataFolder = None,
     val: ValFolder = None,
     baseline: Baseline = None,
@@ -166,14 +178,23 @@ def rd_curve(
     ] = None,
     runs: Runs = Path("runs"),
     plan: Annotated[bool, typer.Option("--plan", help="Show what is done and what is left, and exit.")] = False,
+    measure: Measure = False,
+    processes: Processes = 1,
     accept_anyway: AcceptAnyway = False,
     yes: Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    submit: Submit = None,
+    gpus: Gpus = None,
+    nodes: Nodes = 1,
+    time: TimeLimit = None,
+    partition: Partition = None,
+    sbatch: Sbatch = None,
 ) -> None:
     """Run a recipe at several λ and plot rate–distortion curves from real bitstreams.
 
-    Each λ has its own chain. Repeat the command to continue an interrupted run.
+    Each λ and seed has its own chain. Repeat the command to continue an interrupted run. `--submit` sends each chain
+    as a job, and `--plan` then shows the jobs.
     """
     from pipeline.chain import lambda_sweep as sweep
     from pipeline.commands.display import hush, show
@@ -185,9 +206,23 @@ def rd_curve(
     starting_point = sweep.StartingPoint(start_from, tuple(from_settings or ())) if start_from is not None else None
     overrides = tuple(overrides_of(data, val, None, settings))
     lmbdas = tuple(lmbda or sweep.LMBDAS)
-    wanted = sweep.Sweep(recipe, overrides, tuple(targets or ()), lmbdas, runs, starting_point, baseline)
-    if plan:
-        show(wanted.table())
+    wanted = sweep.Sweep(
+        recipe, overrides, tuple(targets or ()), lmbdas, runs, starting_point, baseline, tuple(seed or ())
+    )
+    if measure:
+        from pipeline.commands.measured_plan import show_measured
+
+        show_measured({point.title: list(point.plan().values()) for point in wanted.points()}, processes)
+    elif plan:
+        from pipeline.commands.jobs import jobs_table
+
+        show(wanted.table(), *jobs_table({point.title: point.requests for point in wanted.points()}))
+    elif submit is not None:
+        from pipeline.commands.jobs import submit_sweep
+
+        submit_sweep(wanted, submit, resources_of(gpus, nodes, time, partition, sbatch), accept_anyway)
+        if submit == "local":
+            _draw_curves(wanted)
     else:
         _run_sweep(wanted, accept_anyway, yes, verbose)
 
@@ -203,12 +238,11 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> N
     # These load PyTorch, so the table is shown first.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
-    from pipeline.common.tables import shortest
 
     accelerator = start_accelerator(todo[0][1][0].precision)
-    for lmbda, chains in todo:
+    for title, chains in todo:
         for chain in chains:
-            console.print(f"λ = {shortest(lmbda)}, to {chain.tasks[-1].stage.name}")
+            console.print(f"λ = {title}, to {chain.tasks[-1].stage.name}")
             run_chain(chain, accelerator, accept_anyway, Rebuild(confirm=partial(confirm, yes)), verbose)
         show(sweep.table())
     if accelerator.is_main_process:

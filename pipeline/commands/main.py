@@ -1,9 +1,7 @@
 """The command `hpcm`."""
 
 import io
-import os
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,30 +9,37 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands import codec, evaluate, evidence, export
+from pipeline.commands.exits import plain_errors
 from pipeline.commands.options import (
     AcceptAnyway,
     AsJson,
     Baseline,
     DataFolder,
     Device,
+    Gpus,
+    Measure,
+    Nodes,
+    Partition,
+    Processes,
     Quiet,
     RecipeName,
     Runs,
+    Sbatch,
     Settings,
     StageName,
+    Submit,
+    TimeLimit,
     ValFolder,
     Verbose,
     Yes,
     device_of,
     overrides_of,
+    resources_of,
 )
-from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
-
-# A dependency of CompressAI uses a deprecated function of PyTorch. Users cannot fix that.
-warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+from pipeline.common.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from pipeline.chain.chain import Chain
+    from pipeline.chain.request import ChainRequest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,27 +81,19 @@ def _common_options(
     pass
 
 
-def _chain(
+def _request(
     stage: str,
     recipe: str,
     overrides: list[str],
     files: tuple[Path | None, Path | None],
     scratch: bool,
     runs: Path,
-) -> "Chain":
-    from pipeline.chain.chain import Chain
-    from pipeline.chain.root_weights import root_weights
-    from pipeline.recipes.loading import load_recipe
+) -> "ChainRequest":
+    from pipeline.chain.request import ChainRequest
 
     if sum(map(bool, (*files, scratch))) > 1:
         raise typer.BadParameter("give only one of --baseline (not trained), --start (trained further) and --scratch")
-
-    loaded = load_recipe(recipe, overrides)
-    stages = loaded.chain(stage)
-    baseline, start = files
-    if not (baseline or start or scratch):
-        baseline = root_weights(loaded, stages)
-    return Chain(loaded.name, stages, runs, baseline, start)
+    return ChainRequest(recipe, tuple(overrides), stage, runs, *files, scratch)
 
 
 @app.command()
@@ -119,6 +116,12 @@ def run(
     yes: Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    submit: Submit = None,
+    gpus: Gpus = None,
+    nodes: Nodes = 1,
+    time: TimeLimit = None,
+    partition: Partition = None,
+    sbatch: Sbatch = None,
 ) -> None:
     """Build a stage and its ancestors. Stages that are current are skipped; an interrupted stage is resumed.
 
@@ -131,7 +134,16 @@ def run(
 
     if quiet:
         hush()
-    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
+    request = _request(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
+    if submit is not None:
+        from pipeline.commands.jobs import submit_chains
+
+        if force or fresh:
+            raise typer.BadParameter("--force and --fresh move files first: they do not go with --submit")
+        resources = resources_of(gpus, nodes, time, partition, sbatch)
+        submit_chains({stage: (request,)}, submit, resources, accept_anyway)
+        return
+    chain = request.chain()
     show(plan_table(chain, chain.plan()))
 
     # These load PyTorch, so the plan is shown first.
@@ -203,17 +215,25 @@ def plan(
     scratch: Scratch = False,
     settings: Settings = None,
     runs: Runs = Path("runs"),
+    measure: Measure = False,
+    processes: Processes = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show what `run` would do, and why."""
+    """Show what `run` would do, and why. With `--measure`, also how long it takes, and whether it fits."""
     from pipeline.commands.display import plan_json, plan_table, show, show_json
+    from pipeline.commands.jobs import jobs_table
 
-    chain = _chain(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
+    request = _request(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
+    chain = request.chain()
     found = chain.plan()
     if as_json:
         show_json(plan_json(chain, found))
     else:
-        show(plan_table(chain, found))
+        show(plan_table(chain, found), *jobs_table({stage: (request,)}))
+    if measure:
+        from pipeline.commands.measured_plan import show_measured
+
+        show_measured({stage: found}, processes)
 
 
 @app.command()
@@ -286,20 +306,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # File names may contain characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
-        sys.exit(1)
-    except LostProcess as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # A normal exit would wait for the lost process.
-    except MainProcessStopped as stop:
-        sys.exit(stop.exit_code)
+        with plain_errors():
+            app()
     except Interrupted as stop:
         print(f"{stop}; saved. Repeat the command to continue.", file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ from pipeline.common.packaged import recipe_names, stage_names
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.cluster.resources import Resources
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -49,6 +52,57 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line every `log_every` steps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, or cuda:N for one of several GPUs.")]
+
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Train a few steps of each segment, and show time and memory; exits 1 on a misfit."),
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that will share a batch; one of them is measured, with its part.")
+]
+
+
+class Engine(StrEnum):
+    """Where jobs run."""
+
+    SLURM = "slurm"
+    LOCAL = "local"
+
+
+Submit = Annotated[
+    Engine | None,
+    typer.Option(
+        help="Run each chain as a job: on a SLURM cluster, or on this machine, as many at the same time as it has GPUs "
+        "for. Needs `pip install 'hpcm-rwkv[cluster]'`.",
+        rich_help_panel="Jobs",
+    ),
+]
+Gpus = Annotated[
+    int | None,
+    typer.Option(min=0, help="GPUs per job and node, one process each [default: 1].", rich_help_panel="Jobs"),
+]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes per job, with SLURM.", rich_help_panel="Jobs")]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Time limit of a job, hours:minutes. Before it the job saves, and is queued again.",
+        rich_help_panel="Jobs",
+    ),
+]
+Partition = Annotated[str | None, typer.Option(help="SLURM's partition.", rich_help_panel="Jobs")]
+Sbatch = Annotated[
+    list[str] | None,
+    typer.Option(help="Another option of sbatch, as in `account=vision`; repeatable.", rich_help_panel="Jobs"),
+]
+
+
+def resources_of(
+    gpus: int | None, nodes: int, time: str | None, partition: str | None, sbatch: list[str] | None
+) -> "Resources":
+    """The options of a job. Raises ClusterError for a time that cannot be read."""
+    from pipeline.cluster.resources import Resources, minutes_of
+
+    return Resources(gpus, nodes, minutes_of(time) if time else None, partition, tuple(sbatch or ()))
 
 
 def overrides_of(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:

@@ -11,6 +11,7 @@ class Interrupted(Exception):
     """The run saved its state and stopped on a signal; `exit_code` is 128 + signal (SIGUSR1 counts as SIGTERM)."""
 
     def __init__(self, signum: int):
+        self.received = signum
         self.signum = signal.SIGTERM if signum == signal.SIGUSR1 else signum
         self.exit_code = 128 + self.signum
         super().__init__(f"stopped by {signal.Signals(signum).name}")

@@ -1,7 +1,8 @@
-"""The memory limit of this process, so that images and files too large for it are refused before allocation."""
+"""The memory limit of this process, so that what is too large is refused before allocation, and its peak."""
 
 import os
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,3 +28,12 @@ def too_large(bytes_: float) -> str:
     if bytes_ <= allowed:
         return ""
     return f"needs {bytes_ / 1e9:.1f} GB of memory; at most {allowed / 1e9:.1f} GB (half of the limit) is allowed"
+
+
+def largest_resident_size() -> int:
+    """Peak resident size in bytes. On Linux, ru_maxrss would include the peak of the parent process; VmHWM does not."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

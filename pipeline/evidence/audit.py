@@ -2,11 +2,12 @@
 
 import glob
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.common.files import FileError
 from pipeline.tracking.records import ChainRecord, Records, StageRecord
+from pipeline.training.estimate import Estimate
 from pipeline.weights import checkpoints
 from pipeline.weights.metadata import CheckpointError
 from pipeline.weights.published import Lineage, PublicationRecord
@@ -20,6 +21,8 @@ class StageAudit:
     files: str
     """`verified`, `superseded` (moved aside and verified there), `not as recorded` or `not published`."""
     problems: tuple[str, ...]
+    expected: dict[str, float] = field(default_factory=dict)
+    """Seconds of the steps of each segment, as `hpcm plan --measure` estimated them."""
 
     @property
     def sound(self) -> bool:
@@ -39,9 +42,26 @@ def audit(runs: Path) -> list[ChainAudit]:
     """Read all chains in the store of a folder of runs, newest first, and check their files."""
     records = Records(runs)
     return [
-        ChainAudit(chain, tuple(_check(records, chain, stage, runs) for stage in chain.stages))
+        ChainAudit(chain, tuple(_with_estimate(_check(records, chain, stage, runs), runs) for stage in chain.stages))
         for chain in records.chains()
     ]
+
+
+def _with_estimate(audited: StageAudit, runs: Path) -> StageAudit:
+    """Add what was estimated before the stage was trained."""
+    stage = audited.record
+    if stage.tags.checkpoint is None:
+        return audited
+    try:
+        estimate = Estimate.read((runs / stage.tags.checkpoint).parents[1])
+    except FileError as error:
+        return replace(audited, problems=(*audited.problems, str(error)))
+    found = {
+        segment.name: cost.seconds
+        for segment in stage.segments
+        if estimate and (cost := estimate.find(stage.name, segment.name, segment.steps, segment.handover))
+    }
+    return replace(audited, expected={name: seconds for name, seconds in found.items() if seconds is not None})
 
 
 def _check(records: Records, chain: ChainRecord, stage: StageRecord, runs: Path) -> StageAudit:

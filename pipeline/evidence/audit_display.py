@@ -17,15 +17,17 @@ def tables(chain: ChainAudit) -> Iterable[Table]:
     for stage in chain.stages:
         results.add(*_result_cells(stage))
         record = stage.record
-        trained = "\n".join(map(segment_text, record.segments)) or "taken from a file"
+        trained = "\n".join(segment_text(s, stage.expected.get(s.name)) for s in record.segments) or "taken from a file"
         story.add(record.name, (record.tags.ledger or "–").replace(", ", "\n"), trained, _history(stage))
     yield results
     yield story
 
 
-def segment_text(segment: SegmentRecord) -> str:
-    """`frozen: 60 steps in 0.3 min, handover 40; new 0.001`."""
+def segment_text(segment: SegmentRecord, expected: float | None = None) -> str:
+    """`frozen: 60 steps in 0.3 min (-5 % of the estimate), handover 40; new 0.001`."""
     minutes = "" if segment.seconds is None else f" in {segment.seconds / 60:.1f} min"
+    if segment.seconds is not None and expected:
+        minutes += f" ({100 * (segment.seconds / expected - 1):+.0f} % of the estimate)"
     handover = f", handover {segment.handover}" if segment.handover else ""
     rates = ", ".join(f"{group} {rate}" for group, rate in segment.rates.items())
     return f"{segment.name}: {segment.steps:,} steps{minutes}{handover}; {rates}"
@@ -79,6 +81,7 @@ def _stage_json(stage: StageAudit) -> dict[str, Any]:
         "loss": {"parent": record.parent_loss, "step0": record.step0_loss},
         "quality": asdict(record.quality) if record.quality else None,
         "seconds": record.seconds,
+        "expected_seconds": stage.expected,
         "attempts": record.attempts,
         "acceptance": record.tags.acceptance,
         "inputs": record.tags.inputs,

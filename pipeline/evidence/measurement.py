@@ -4,16 +4,10 @@ Activities: `forward` (an evaluation without a bitstream), `encode` and `decode`
 on one image, `frozen` (trains what is new against the codec's parent) and `unfrozen` (trains everything).
 """
 
-import re
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modules import HPCM, HPCMConfig
+from pipeline.common.fresh_process import in_fresh_process, within_memory
+from pipeline.common.memory import largest_resident_size
 from pipeline.common.timing import timed
 from pipeline.data.images import find_images, read_image
 from pipeline.training.objectives import RateDistortion, training_noise
@@ -204,19 +200,6 @@ def _rounds(
     return samples
 
 
-def within_memory(call: Callable[[], Result]) -> Result | None:
-    """The result of a call; None if it ran out of the memory of the machine or a GPU."""
-    try:
-        return call()
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch raises a plain RuntimeError on a CPU; so do cuBLAS and cuDNN.
-        told = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
-        if not (told or isinstance(error, MemoryError)):
-            raise
-    torch.cuda.empty_cache()
-    return None
-
-
 def _repeated(call: Callable[[], object], device: torch.device, shortest: float) -> float:
     """Median time of a call, repeated until the times sum to `shortest` seconds."""
     times = [timed(call, device)]
@@ -231,11 +214,7 @@ def measure_memory(contender: Contender, size: Size, activity: str, device: str)
     On a GPU this is the most that PyTorch allocated. On a CPU it is the growth of the process's peak resident size
     after the codec began to be built, so that Python and PyTorch themselves are not counted.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-        try:
-            return within_memory(processes.submit(_peak, contender, size, activity, device).result)
-        except BrokenProcessPool:  # The kernel killed it for its memory, or it crashed; the two look the same.
-            return None
+    return in_fresh_process(_peak, contender, size, activity, device)
 
 
 def _peak(contender: Contender, size: Size, activity: str, device: str) -> int:
@@ -243,15 +222,6 @@ def _peak(contender: Contender, size: Size, activity: str, device: str) -> int:
     if device != "cpu":
         Subject(contender, image, device).activity(activity)()
         return torch.cuda.max_memory_allocated(device)
-    before = _largest_resident_size()
+    before = largest_resident_size()
     Subject(contender, image, device).activity(activity)()
-    return _largest_resident_size() - before
-
-
-def _largest_resident_size() -> int:
-    """Peak resident size in bytes. On Linux, ru_maxrss would include the peak of the parent process; VmHWM does not."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return largest_resident_size() - before

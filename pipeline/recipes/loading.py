@@ -24,7 +24,7 @@ from pipeline.recipes.yaml_source import (
 )
 
 MOST_LINES = 10
-CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock")
+CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock", "logs")
 """Names in a chain's folder that are not stages."""
 RUNS_NAMES = ("mlartifacts", "comparisons", "report")
 """Names in a folder of runs that are not recipes."""

@@ -1,0 +1,85 @@
+"""Measures the segments of chains before they are trained: time, memory, and what makes them fit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pipeline.chain.chain import PlannedStage
+from pipeline.common.fresh_process import in_fresh_process
+from pipeline.recipes.schema import Segment, Stage
+from pipeline.training.estimate import Estimate, SegmentEstimate
+from pipeline.training.trial import Trial, try_segment
+
+
+def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], None]) -> Estimate:
+    """Try each segment that is left in a plan, each in a process of its own, with the batch of one of `processes`."""
+    device, segments = "", list[SegmentEstimate]()
+    for planned, segment, _ in segments_left(plan):
+        note(f"{planned.name}: measuring {segment.name}")
+        stage = planned.task.stage
+        data = stage.data
+        found = _try(planned, plan, segment, stage, processes)
+        remedy = ""
+        if found is None:
+            note(f"{planned.name}: {segment.name} does not fit; looking for a change that makes it fit")
+            remedy = _remedy(planned, plan, segment, processes)
+        device = found[0] if found else device
+        cost = found[1] if found else None
+        name, steps, handover = segment.name, segment.steps, segment.handover
+        segments.append(SegmentEstimate(stage.name, name, steps, handover, data.batch_size, data.workers, cost, remedy))
+    return Estimate(device, processes, tuple(segments))
+
+
+def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, Segment, int]]:
+    """The segments that are not finished, each with its stage and the steps done in it."""
+    for planned in plan:
+        if planned.status == "done" or planned.task.imported is not None:
+            continue
+        progress = planned.task.states.progress() if planned.status == "cut off" else None
+        for number, segment in enumerate(planned.task.stage.schedule):
+            if progress is None or number >= progress.segment:
+                yield planned, segment, progress.step if progress and number == progress.segment else 0
+
+
+def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, float | None]:
+    """The time that each stage of a plan still takes, by name; None if a segment does not fit."""
+    found: dict[str, float | None] = {}
+    for planned, segment, done in segments_left(plan):
+        cost = estimate.find(planned.name, segment.name, segment.steps, segment.handover)
+        seconds = cost.seconds_left(done) if cost else None
+        before = found.get(planned.name, 0.0)
+        found[planned.name] = None if seconds is None or before is None else before + seconds
+    return found
+
+
+def _try(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, stage: Stage, processes: int) -> Any:
+    """The device and the cost of a step of `stage`, with a schedule of this segment; None if it does not fit."""
+    parents = [other.task.config for other in plan if other.name == stage.parent]
+    data = stage.data.model_copy(update={"batch_size": max(1, stage.data.batch_size // processes)})
+    alone = stage.model_copy(update={"schedule": (segment,), "data": data})
+    trial = Trial(alone, planned.task.config, parents[0] if parents else None, planned.task.train_photos)
+    return in_fresh_process(try_segment, trial)
+
+
+def _remedy(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, processes: int) -> str:
+    """The shortest change with which a segment fits, as a setting."""
+    stage = planned.task.stage
+    for text, changed in _changes(stage, processes):
+        if _try(planned, plan, segment, changed, processes) is not None:
+            return f"fits with {text}"
+    return "does not fit with any smaller batch; use a device with more memory, or a smaller data.crop"
+
+
+def _changes(stage: Stage, processes: int) -> Iterator[tuple[str, Stage]]:
+    """Changes that save memory, the least first: recompute activations, then divide the batch."""
+    texts = []
+    if not stage.gradient_checkpointing:
+        stage = stage.model_copy(update={"gradient_checkpointing": True})
+        texts = [f"{stage.name}.gradient_checkpointing=true"]
+        yield texts[0], stage
+    size, parts = stage.data.batch_size, 2
+    while size // parts >= processes:
+        if size % parts == 0:
+            data = stage.data.model_copy(update={"batch_size": size // parts})
+            divided = f"{stage.name}.data.accumulate={parts} ({size // parts} crops at a time)"
+            yield " and ".join([*texts, divided]), stage.model_copy(update={"data": data})
+        parts *= 2

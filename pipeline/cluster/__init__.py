@@ -1,0 +1,1 @@
+"""Jobs on a SLURM cluster or side by side on this machine, through submitit."""

@@ -1,0 +1,38 @@
+"""Work that may run out of memory: caught here, or done in a process of its own."""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import ParamSpec, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def within_memory(call: Callable[[], Result]) -> Result | None:
+    """The result of a call; None if it ran out of the memory of the machine or a GPU."""
+    try:
+        return call()
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch raises a plain RuntimeError on a CPU; so do cuBLAS and cuDNN.
+        told = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        if not (told or isinstance(error, MemoryError)):
+            raise
+    torch.cuda.empty_cache()
+    return None
+
+
+def in_fresh_process(
+    call: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs
+) -> Result | None:
+    """The result of a call in a new process; None if that ran out of memory or died. Everything is pickled."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        try:
+            return within_memory(partial(processes.submit(call, *arguments, **keywords).result))
+        except BrokenProcessPool:  # The kernel killed it for its memory, or it crashed; the two look the same.
+            return None

@@ -1,0 +1,96 @@
+"""What a chain will take, as it was measured before: the contents of `estimate.json` in the chain's folder."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pipeline.common.contracts import read_contract
+from pipeline.common.files import write_json
+
+FILE = "estimate.json"
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step and of loading its batch, and peak memory in bytes, of one process."""
+
+    step_seconds: float
+    handover_seconds: float | None
+    """A step while an old component is handed over; None for a segment without a handover."""
+    batch_seconds: float
+    """The loader alone, for one batch."""
+    process_bytes: int
+    device_bytes: int | None
+    """What PyTorch reserved on the GPU; None on a CPU."""
+
+
+@dataclass(frozen=True)
+class SegmentEstimate:
+    """One segment of a stage."""
+
+    stage: str
+    segment: str
+    steps: int
+    handover: int
+    batch_size: int
+    """Crops per step, over all processes."""
+    workers: int
+    cost: StepCost | None
+    """None if it does not fit into the memory."""
+    remedy: str = ""
+    """The shortest change that makes it fit, or that nothing tried did; empty if it fits."""
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of all its steps without the loader, as a stage records it; None if it does not fit."""
+        if self.cost is None:
+            return None
+        handed = self.cost.handover_seconds or 0.0
+        return handed * self.handover + self.cost.step_seconds * (self.steps - self.handover)
+
+    def seconds_left(self, done: int = 0) -> float | None:
+        """The time of the steps after the first `done`, with the loader; None if it does not fit."""
+        if self.cost is None:
+            return None
+        handed = max(self.handover - done, 0)
+        rest = self.steps - done - handed
+        return handed * self._with_loader(self.cost.handover_seconds or 0.0) + rest * self.pace
+
+    @property
+    def pace(self) -> float:
+        """Seconds from one step to the next, after a handover."""
+        return self._with_loader(self.cost.step_seconds) if self.cost else 0.0
+
+    @property
+    def limit(self) -> Literal["loader", "device"]:
+        """What a step waits for."""
+        return "loader" if self.cost and self.cost.batch_seconds > self.cost.step_seconds else "device"
+
+    def _with_loader(self, step: float) -> float:
+        """Workers load while the device computes; without workers the process does one after the other."""
+        assert self.cost is not None
+        return max(step, self.cost.batch_seconds) if self.workers else step + self.cost.batch_seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All segments that were still to train when a chain was measured."""
+
+    device: str
+    processes: int
+    segments: tuple[SegmentEstimate, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Estimate | None":
+        """The estimate in a chain's folder; None if it was not measured. Raises FileError if it is damaged."""
+        path = folder / FILE
+        return read_contract(cls, path) if path.exists() else None
+
+    def write(self, folder: Path) -> None:
+        """Keep the estimate in a chain's folder. Raises FileError."""
+        write_json(folder / FILE, asdict(self))
+
+    def find(self, stage: str, segment: str, steps: int, handover: int) -> SegmentEstimate | None:
+        """The estimate of a segment, for these numbers of steps: chains of a sweep may differ in them."""
+        found = (known for known in self.segments if (known.stage, known.segment) == (stage, segment))
+        return next((replace(known, steps=steps, handover=handover) for known in found), None)

@@ -1,0 +1,112 @@
+"""A few real steps of a segment, to know its time and memory before it is trained."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from modules import HPCM, HPCMConfig
+from pipeline.common.memory import largest_resident_size
+from pipeline.common.processes import ProcessGroup, start_accelerator
+from pipeline.common.timing import machine
+from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
+from pipeline.data.images import Photos
+from pipeline.recipes.schema import Stage
+from pipeline.training.estimate import StepCost
+from pipeline.training.trainer import Migration, Reporting, Trainer
+from pipeline.training.transfer import new_components, new_tensors, tensors_to_copy
+from pipeline.training.watcher import Watcher
+from pipeline.weights.checkpoints import codec_tensors
+from pipeline.weights.training_state import Progress, StateFolder, TrainingState
+
+WARM_STEPS = 2
+"""Steps before the measurement: caches, memory pools and kernels are set up in them."""
+LEAST_STEPS = 3
+MOST_STEPS = 20
+ENOUGH_SECONDS = 10.0
+"""The measurement ends after this time, or after the most steps, but not before the least."""
+BATCHES = 16
+"""Batches that the loader alone reads; the second half is timed, when nothing lies ready any more."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One segment to try: a stage with a schedule of that segment alone. It is pickled."""
+
+    stage: Stage
+    config: HPCMConfig
+    parent: HPCMConfig | None
+    photos: Photos
+
+
+def try_segment(trial: Trial) -> tuple[str, StepCost]:
+    """Train some steps of a segment from random weights; returns the device's name and what a step takes.
+
+    Raises what PyTorch raises if memory is short.
+    """
+    accelerator = start_accelerator(trial.stage.precision)
+    segment, crops = trial.stage.schedule[0], TrainingCrops(trial.photos, trial.stage.data.crop, trial.stage.seed)
+    with ProcessGroup(accelerator) as processes:
+        handover = _step_seconds(trial, crops, processes, 0) if segment.handover else None
+        step = _step_seconds(trial, crops, processes, segment.handover)
+    device = accelerator.device
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    cost = StepCost(step, handover, _batch_seconds(trial, crops), largest_resident_size(), reserved)
+    return machine(str(device)), cost
+
+
+class _Enough(Exception):
+    """Enough steps were timed."""
+
+
+class _Timing(Watcher):
+    """Keeps the times of the steps, and stops the training after enough of them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def step(self, values: dict[str, float] | None) -> None:
+        self.seconds.append(values["step_seconds"] if values and "step_seconds" in values else float("nan"))
+        timed = self.seconds[WARM_STEPS:]
+        if len(timed) >= MOST_STEPS or (len(timed) >= LEAST_STEPS and sum(timed) >= ENOUGH_SECONDS):
+            raise _Enough
+
+
+def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, first: int) -> float:
+    """Median time of a step, from step `first` of the segment."""
+    child = HPCM(trial.config)
+    parent = HPCM(trial.parent) if trial.parent else None
+    new, components = frozenset(child.state_dict()), tuple[str, ...]()
+    if parent is not None:
+        new = new_tensors(parent, child, tensors_to_copy(parent, child, trial.stage.transfer))
+        components = tuple(new_components(parent, child))
+    watcher = _Timing()
+    migration = Migration(child, parent, components, new)
+    trainer = Trainer(_endless(trial.stage), migration, crops, processes, Reporting(watcher=watcher))
+    state = TrainingState(Progress(step=first, stage_step=first), codec_tensors(child), {}, {})
+    with suppress(_Enough):
+        trainer.train(StateFolder(Path(), {}), state)
+    timed = [seconds for seconds in watcher.seconds[WARM_STEPS:] if seconds == seconds]
+    return median(timed or [float("nan")])
+
+
+def _endless(stage: Stage) -> Stage:
+    """The stage with a segment that is never at its end, so that nothing is saved or reported for good."""
+    segment = stage.schedule[0]
+    longer = segment.model_copy(update={"steps": segment.steps + segment.handover + 10 * MOST_STEPS})
+    update: dict[str, Any] = {"schedule": (longer,), "log_every": 1, "checkpoint_every": 10**9}
+    return stage.model_copy(update=update)
+
+
+def _batch_seconds(trial: Trial, crops: TrainingCrops) -> float:
+    """Mean time in which the loader alone, with its workers, gives a batch."""
+    data = trial.stage.data
+    began = time.perf_counter()
+    for number, _ in enumerate(training_loader(crops, StepBatches(0, BATCHES, data.batch_size), data.workers)):
+        if number == BATCHES // 2 - 1:
+            began = time.perf_counter()
+    return (time.perf_counter() - began) / (BATCHES - BATCHES // 2)

@@ -1,0 +1,80 @@
+"""`hpcm plan --measure`: what a chain takes is known before it is trained, and compared afterwards."""
+
+from pathlib import Path
+
+import pytest
+from mini import FOLDER, mini_chain, run_chain
+from typer.testing import CliRunner
+
+from pipeline.chain import measuring
+from pipeline.commands.main import app
+from pipeline.evidence.audit import audit
+from pipeline.evidence.audit_display import segment_text
+from pipeline.recipes.schema import Stage
+from pipeline.training import trial
+from pipeline.training.estimate import Estimate, SegmentEstimate, StepCost
+
+OPTIONS = ["--recipe", str(FOLDER), "--measure", "--set", "data.batch_size=4"]
+
+
+def segment(step: float, handed: float | None, batch: float, workers: int = 0) -> SegmentEstimate:
+    cost = StepCost(step, handed, batch, 10**9, None)
+    return SegmentEstimate("phase1", "frozen", 100, 40 if handed else 0, 8, workers, cost)
+
+
+def test_times_of_a_segment() -> None:
+    assert segment(1.0, 2.0, 0.5).seconds == 60 * 1.0 + 40 * 2.0
+    assert segment(1.0, 2.0, 0.5).seconds_left() == 60 * 1.5 + 40 * 2.5
+    assert segment(1.0, 2.0, 0.5).seconds_left(50) == 50 * 1.5
+    assert segment(1.0, None, 0.5, workers=2).pace == 1.0
+    assert segment(1.0, None, 3.0, workers=2).pace == 3.0
+    assert [segment(1.0, None, load).limit for load in (0.5, 3.0)] == ["device", "loader"]
+
+
+def test_a_plan_is_measured_kept_and_compared_with_what_came(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "in_fresh_process", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(trial, "ENOUGH_SECONDS", 0.0)
+    sweep = ["rd-curve", "phase1", *OPTIONS, "--lmbda", "0.013", "--lmbda", "0.05", "--runs", str(runs)]
+    shown = CliRunner().invoke(app, sweep)
+    assert shown.exit_code == 0, shown.output
+    for word in ("device", "process GB", "baseline  scratch", "phase1    unfrozen", "chain", "sweep"):
+        assert word in shown.output
+    chain = mini_chain(runs, "baseline", ["data.batch_size=4"])
+    assert [path.name for path in chain.folder.iterdir()] == ["estimate.json"]  # nothing was trained
+    estimate = Estimate.read(chain.folder)
+    assert estimate is not None
+    assert [(found.stage, found.segment) for found in estimate.segments] == [
+        ("baseline", "scratch"),
+        *(("phase1", name) for name in ("align", "frozen", "unfrozen")),
+    ]
+    assert all(found.cost and found.cost.step_seconds > 0 < found.cost.batch_seconds for found in estimate.segments)
+    assert [found.cost is not None and found.cost.handover_seconds is not None for found in estimate.segments] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+    run_chain(chain)
+    ((baseline,),) = (audited.stages for audited in audit(runs))
+    expected = estimate.segments[0].seconds
+    assert baseline.expected == {"scratch": expected}
+    assert "% of the estimate" in segment_text(baseline.record.segments[0], expected)
+
+
+def test_what_does_not_fit_is_said_with_the_least_change_that_fits(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[bool, int]] = []
+
+    def fits_at_one(call: object, asked: trial.Trial) -> tuple[str, StepCost] | None:
+        stage: Stage = asked.stage
+        tried.append((stage.gradient_checkpointing, stage.data.batch_size))
+        fits = stage.name == "baseline" or (stage.gradient_checkpointing and stage.data.batch_size == 1)
+        return ("a small GPU", StepCost(1.0, None, 0.1, 10**9, 10**9)) if fits else None
+
+    monkeypatch.setattr(measuring, "in_fresh_process", fits_at_one)
+    shown = CliRunner().invoke(app, ["plan", "phase1", *OPTIONS, "--runs", str(runs)])
+    assert shown.exit_code == 1
+    change = "phase1.gradient_checkpointing=true and phase1.data.accumulate=4 (1 crops at a time)"
+    assert f"phase1, align: fits with {change}" in str(shown.exception)
+    assert tried[:5] == [(False, 4), (False, 4), (True, 4), (True, 2), (True, 1)]
+    assert "does not fit" in shown.output

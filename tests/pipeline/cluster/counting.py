@@ -1,0 +1,50 @@
+"""Work of a job that needs no codec: it counts in a file, and saves when a signal comes."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.common.errors import Interrupted
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Counts to `until` in `file`, a number each `pause` seconds. A signal is heard between two numbers."""
+
+    file: Path
+    until: int
+    pause: float = 0.0
+    fails: str = ""
+    """An error that ends it."""
+    idle: bool = False
+    """Whether nothing is saved."""
+
+    def run(self) -> None:
+        heard: list[int] = []
+        before = {n: signal.signal(n, lambda signum, _: heard.append(signum)) for n in (signal.SIGUSR1, signal.SIGTERM)}
+        with self.rounds.open("a") as rounds:
+            rounds.write(f"{os.getpid()}\n")
+        number = int(self.progress())
+        try:
+            while number < self.until:
+                time.sleep(self.pause)
+                number += 1
+                if self.fails:
+                    raise SystemExit(f"error: {self.fails}")
+                if not self.idle:
+                    self.file.write_text(f"{number}")
+                if heard:
+                    raise Interrupted(heard[0])
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+    def progress(self) -> str:
+        return self.file.read_text() if self.file.exists() else "0"
+
+    @property
+    def rounds(self) -> Path:
+        """A file with the process of each round, written when it hears signals."""
+        return self.file.with_suffix(".rounds")
