@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING
 from pipeline.chain.needs import unmet_needs
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.chain.chain import Chain, PlannedStage
     from pipeline.chain.stage_task import StageTask
 
 
-def consequences(
-    chain: Chain, published: Sequence[StageTask], begun: Sequence[StageTask], device: torch.device
-) -> list[str]:
+def consequences(chain: Chain, published: Sequence[StageTask], begun: Sequence[StageTask], device: str) -> list[str]:
     """One sentence for each need that is not met, each finished stage to rebuild and each training to restart.
 
-    `published` are the finished stages to rebuild on request, and `begun` the interrupted trainings to restart.
+    `device` is the type of the device that trains, `published` are the finished stages to rebuild on request, and `begun`
+    the interrupted trainings to restart.
     """
     plan = chain.plan()
     superseded, abandoned = chain.folder / "superseded", chain.folder / "abandoned"

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.chain.stage_task import StageTask
 
 
-def unmet_needs(recipe: str, tasks: Sequence[StageTask], device: torch.device) -> list[str]:
-    """One sentence for each need of the stages to train that this run does not meet."""
+def unmet_needs(recipe: str, tasks: Sequence[StageTask], device: str) -> list[str]:
+    """One sentence for each need of the stages to train that a run on this type of device does not meet."""
     trained = [task for task in tasks if task.imported is None]
     lacking = []
-    if device.type == "cpu" and any("gpu" in task.stage.needs for task in trained):
+    if device == "cpu" and any("gpu" in task.stage.needs for task in trained):
         lacking.append(f"{recipe} is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long")
     bare = [task for task in trained if "images" in task.stage.needs and task.stage.data.train is None]
     if bare:

@@ -14,7 +14,7 @@ def steps_done(plan: Iterable[PlannedStage]) -> tuple[int, int]:
         total += count
         if planned.status == "done":
             done += count
-        elif planned.status == "cut off" and (progress := planned.task.states.progress()):
+        elif planned.status in ("cut off", "refused") and (progress := planned.task.states.progress()):
             done += progress.stage_step
     return done, total
 

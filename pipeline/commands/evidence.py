@@ -218,9 +218,12 @@ def rd_curve(
 
         show(wanted.table(), *jobs_table({point.title: point.requests for point in wanted.points()}))
     elif submit is not None:
+        from pipeline.commands.confirmation import confirm
         from pipeline.commands.jobs import submit_sweep
 
-        submit_sweep(wanted, submit, resources_of(gpus, nodes, time, partition, sbatch), accept_anyway)
+        submit_sweep(
+            wanted, submit, resources_of(gpus, nodes, time, partition, sbatch), accept_anyway, partial(confirm, yes)
+        )
         if submit == "local":
             _draw_curves(wanted)
     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pipeline.chain.consequences import consequences
 from pipeline.chain.lambda_sweep import Sweep, plan_of
 from pipeline.chain.request import ChainRequest
 from pipeline.chain.step_count import steps_done
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Requests = Mapping[str, Sequence[ChainRequest]]
 """The chains of each job by the job's title. They have one folder, so they run one after another."""
+Confirm = Callable[[list[str]], None]
+"""Asks whether to go on in spite of these consequences; raises a UserError if not."""
 
 
 class JobsFailed(UserError):
@@ -63,7 +66,7 @@ class ChainWork:
         return all(planned.status == "done" for planned in self.plan())
 
 
-def submit_sweep(sweep: Sweep, engine: str, resources: Resources, accept_anyway: bool) -> None:
+def submit_sweep(sweep: Sweep, engine: str, resources: Resources, accept_anyway: bool, confirm: Confirm) -> None:
     """Submit the chains of a sweep that are not done, after those of the roots that others start from."""
     points = list(sweep.points())
     roots = {point.starts_from for point in points if point.starts_from is not None}
@@ -75,19 +78,19 @@ def submit_sweep(sweep: Sweep, engine: str, resources: Resources, accept_anyway:
         job = _job(point.title, point.requests, accept_anyway)
         first = before[point.starts_from] if point.starts_from else by_folder.get(job.folder)
         jobs.append(replace(job, after=(first,) if first else ()))
-    _submit([*before.values(), *jobs], engine, resources)
+    _submit([*before.values(), *jobs], engine, resources, confirm)
 
 
-def submit_chains(requests: Requests, engine: str, resources: Resources, accept_anyway: bool) -> None:
+def submit_chains(requests: Requests, engine: str, resources: Resources, accept_anyway: bool, confirm: Confirm) -> None:
     """Submit chains that do not depend on each other, except those that are done."""
-    _submit([_job(title, chains, accept_anyway) for title, chains in requests.items()], engine, resources)
+    _submit([_job(title, chains, accept_anyway) for title, chains in requests.items()], engine, resources, confirm)
 
 
 def _job(title: str, requests: Sequence[ChainRequest], accept_anyway: bool) -> ChainJob:
     return ChainJob(title, requests[0].chain().folder, ChainWork(tuple(requests), accept_anyway))
 
 
-def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources) -> None:
+def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources, confirm: Confirm) -> None:
     """Submit the jobs that are not done and not submitted yet. Local jobs are run to their ends."""
     from pipeline.commands.display import console
 
@@ -101,8 +104,11 @@ def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources) -> None
         elif status.state in ("queued", "running"):
             console.print(f"{job.title}: {status.state} already (job {status.ids})")
         else:
-            ChainJobs().write(job.folder)
             todo.append(job)
+    if found := [line for job in todo for line in _consequences(job)]:
+        confirm(found)
+    for job in todo:
+        ChainJobs().write(job.folder)
     todo = [replace(job, after=tuple(before for before in job.after if before in todo)) for job in todo]
     if engine == "slurm":
         for job, record in submit_to_slurm(todo, resources):
@@ -115,6 +121,13 @@ def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources) -> None
     if failed:
         names = ", ".join(job.title for job in failed)
         raise JobsFailed(f"{len(failed)} of {len(todo)} jobs did not succeed: {names}. Repeat the command to continue")
+
+
+def _consequences(job: ChainJob) -> list[str]:
+    """What a person must agree to before the job is submitted, because nobody answers questions in a job."""
+    chains = [request.chain() for request in job.work.requests] if isinstance(job.work, ChainWork) else []
+    # The device is not judged: this machine need not have the GPU that the job will find.
+    return [line for chain in chains for line in consequences(chain, (), (), "cuda")]
 
 
 def is_done(job: ChainJob) -> bool:

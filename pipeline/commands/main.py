@@ -141,7 +141,7 @@ def run(
         if force or fresh:
             raise typer.BadParameter("--force and --fresh move files first: they do not go with --submit")
         resources = resources_of(gpus, nodes, time, partition, sbatch)
-        submit_chains({stage: (request,)}, submit, resources, accept_anyway)
+        submit_chains({stage: (request,)}, submit, resources, accept_anyway, partial(confirm, yes))
         return
     chain = request.chain()
     show(plan_table(chain, chain.plan()))
