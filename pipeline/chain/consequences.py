@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def consequences(chain: Chain, published: Sequence[StageTask], begun: Sequence[StageTask], device: str) -> list[str]:
     """One sentence for each need that is not met, each finished stage to rebuild and each training to restart.
 
-    `device` is the type of the device that trains, `published` are the finished stages to rebuild on request, and `begun`
-    the interrupted trainings to restart.
+    `device` is the type of the device that trains. `published` are the finished stages to rebuild on request, and
+    `begun` the interrupted trainings to restart.
     """
     plan = chain.plan()
     superseded, abandoned = chain.folder / "superseded", chain.folder / "abandoned"
