@@ -138,14 +138,14 @@ class Chain:
         plan = self.plan()
         context.wait_for_everyone()
         chain_run = self._chain_run()
-        chain_run.tags(source_tags(context.processes.accelerator.device.type))
+        chain_run.tags(source_tags(context.processes.accelerator.device))
         try:
             for number, planned in enumerate(plan):
                 if signum := context.processes.agreed_signal():
                     raise Interrupted(signum)
                 # The status depends on the parent, now built. All processes compute it before one changes a file.
                 now = _status_of(planned.task, None) if number else planned
-                context.processes.agree_on(partial(_facts_of, now, context.processes.accelerator.device.type))
+                context.processes.agree_on(partial(_facts_of, now, context.processes.accelerator.device))
                 context.wait_for_everyone()
                 self._run_stage(now, context, chain_run)
                 log_chain(chain_run, self._tags, self._records())

@@ -121,16 +121,17 @@ def of_preset(preset: str) -> list[Contender]:
 
 
 def of_recipe(recipe: Recipe) -> list[Contender]:
-    """The codecs of a recipe's stages, untrained, parents first. Of equal codecs only the first is included.
+    """The codecs of a recipe's stages, untrained: the longest chains first, parents before children.
 
-    A control, for example, equals the Baseline. Raises ValueError for invalid model settings.
+    Of equal codecs only the first is included. A control, for example, equals the Baseline. Raises ValueError for
+    invalid model settings.
     """
     found: dict[HPCMConfig, Contender] = {}
     configs = {
         name: preset_config(stage.model.preset, stage.model.phase, **stage.model.overrides)
         for name, stage in recipe.stages.items()
     }
-    for target in recipe.stages:
+    for target in sorted(recipe.stages, key=lambda name: -len(recipe.chain(name))):
         for stage in recipe.chain(target):
             parent = configs[stage.parent] if stage.parent else None
             found.setdefault(configs[stage.name], Contender(stage.name, configs[stage.name], None, parent))

@@ -57,7 +57,7 @@ def test_mlflow_holds_the_chain_and_its_stages(finished: tuple[Chain, Notes]) ->
         assert steps == sorted(set(steps)), key
     artifacts = {artifact.path for artifact in client.list_artifacts(phase4.info.run_id)}
     assert artifacts == {
-        "checkpoint.safetensors", "evaluation.json", "ledger.json",
+        "checkpoint.safetensors", "evaluation.json", "images", "images.json", "ledger.json",
         "rate-distortion.png", "reconstructions", "stage.yaml",
     }  # fmt: skip
 

@@ -18,7 +18,6 @@ import pytest
 from kills import KILLED, attempt, differences, exit_code, history, stage_runs
 from mini import ENVIRONMENT, Notes, mini_chain, run_chain
 
-from pipeline.chain import chain as chain_module
 from pipeline.chain.chain import Chain
 from pipeline.tracking import outbox as outbox_module
 from pipeline.tracking.outbox import Outbox
@@ -340,7 +339,6 @@ def test_answers_that_are_lost_make_nothing_appear_twice(line: Line, server: Ser
 def test_a_killed_run_without_a_server_is_sent_by_the_next(
     line: Line, server: Server, finished: tuple[Chain, Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain_module, "PATIENCE", 0.5)
     away = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}"}
     assert exit_code(attempt(tmp_path, "baseline", [], {**away, "HPCM_FAULT": "step:4"})) == KILLED
     chain = mini_chain(tmp_path, "baseline")
