@@ -51,7 +51,7 @@ def put(at: int, values: bytes) -> Callable[[bytearray], None]:
     ("data", "message"),
     [
         (b"", "truncated: 0 bytes"),
-        (b"HPCM", "truncated: 4 bytes, where the header alone has 38"),
+        (b"HPCM", "truncated: 4 bytes; the header alone has 38"),
         (b"\x89PNG" + bytes(100), "not an HPCM file"),
         (CODED.pack()[:-1], "truncated: 65 of 66 bytes"),
         (CODED.pack()[:40], "truncated: 40 of 66 bytes"),

@@ -98,12 +98,12 @@ def test_the_bytes_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda head: head[:32], "no head of 33"),
-        (lambda head: b"\1" + head[1:], "no head of 33"),
+        (lambda head: head[:32], "does not start with a head of 33"),
+        (lambda head: b"\1" + head[1:], "does not start with a head of 33"),
         (lambda head: head[:1] + struct.pack("<f", float("nan")) + head[5:], "ε = nan"),
         (lambda head: head[:1] + struct.pack("<f", -1) + head[5:], r"ε = -1\.0"),
         (lambda head: head[:1] + struct.pack("<f", 1) + head[5:], r"ε = 1\.0"),
-        (lambda head: head[:5] + b"\xff" * 4 + head[9:], "4294967295 bytes of table offsets in"),
+        (lambda head: head[:5] + b"\xff" * 4 + head[9:], "4294967295 bytes of table offsets"),
         (lambda head: head[:5] + struct.pack("<I", 5) + head[9:], "not those of an image of this size"),
         (lambda head: head[:33] + bytes([0]) + head[34:], "not those of an image of this size"),
         (lambda head: head[:33] + bytes([40]) + head[34:], "not those of an image of this size"),
@@ -122,7 +122,7 @@ def test_a_list_for_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("epsilon", [-1e-5, 1e-7, 0.1, float("nan")])
 def test_an_epsilon_out_of_range_is_refused(epsilon: float) -> None:
-    with pytest.raises(ValueError, match=r"where it is 0 or 1e-06 to 0\.005"):
+    with pytest.raises(ValueError, match=r"it must be 0 or 1e-06 to 0\.005"):
         check_epsilon(epsilon)
 
 

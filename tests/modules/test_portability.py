@@ -176,5 +176,5 @@ def test_version_1_is_read_where_it_was_written(codec: ImageCodec, image: Tensor
     assert CodedImage.parse(coded.pack()) == coded
     assert coded.guards is None
     assert torch.equal(codec.decode(coded).x_hat, codec.decode(newest).x_hat)
-    with pytest.raises(BitstreamError, match="its latent is not of version 2"):
+    with pytest.raises(BitstreamError, match="the header names version 2, but the latent has another one"):
         codec.decode(CodedImage(codec.identity, 120, 200, newest.z, oldest))

@@ -75,7 +75,7 @@ def test_jobs_wait_and_say_why_they_fail(tmp_path: Path) -> None:
     watching.join()
     assert lines.index("a: done") < next(n for n, line in enumerate(lines) if line.startswith("c: started"))
     assert "b: failed: error: the disk is full" in lines
-    assert "d: not started, because what it starts from failed" in lines
+    assert "d: not started, because a job that must run before it failed" in lines
     log = (a / ChainJobs.read(a).jobs[0].log).read_text()
     assert log.count("stopped by SIGUSR1; saved") == 2
     assert (a / "count").read_text() == "50"
