@@ -77,7 +77,7 @@ class ProcessGroup:
             raise error
 
     def of_main_process(self, work: Callable[[], Result]) -> Result:
-        """The result of `work` in the first process, in all processes. If it raises, all processes stop."""
+        """Run `work` in the first process, and return its result in all processes. If it raises, all processes stop."""
         results: list[Any] = [None]
 
         def keep() -> None:
