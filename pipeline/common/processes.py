@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def start_accelerator(precision: str) -> Accelerator:
     """Connect the processes that `accelerate launch` started; without it there is one process."""
-    # The others wait while the first process evaluates, which can take long. A dead process is noticed sooner.
+    # The others wait while the first process evaluates, which can take long. They notice a dead process sooner.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
 

@@ -322,7 +322,7 @@ def test_names_that_are_not_utf8_are_printed_anywhere(encoding: str, tmp_path: P
     ("arguments", "message"),
     [
         (("compress", "nothing.png", "-c", "codec"), "nothing.png: no such file or folder"),
-        (("decompress", ".", "-c", "codec"), ".hpcm here or below"),
+        (("decompress", ".", "-c", "codec"), "no files with the suffix .hpcm in or below this folder"),
         (("compress", "one.png", "-c", "nowhere"), "nowhere: no such file"),
     ],
 )
