@@ -1,4 +1,4 @@
-"""The file format: what is written, what is refused and why, which model a file belongs to, and fuzzing."""
+"""The file format: what is written, which files are refused and why, the model of a file, and fuzzing."""
 
 import dataclasses
 import struct
@@ -129,7 +129,7 @@ def test_identity_is_of_what_a_decoder_computes_with(codec: ImageCodec) -> None:
 def test_settings_at_their_defaults_are_not_part_of_the_identity(
     codec: ImageCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A setting that a later version adds leaves the files of today decodable."""
+    """Files of today stay decodable after a later version adds a setting."""
     added = HPCMConfig.to_dict
     monkeypatch.setattr(HPCMConfig, "to_dict", lambda config: {**added(config), "later": 1})
     assert model_identity(codec.model) == codec.identity

@@ -1,4 +1,4 @@
-"""Table choices that two machines share: boundaries keep clear of scales, and lists that lie are refused."""
+"""Two machines choose the same tables: boundaries are kept away from scales, and wrong lists are refused."""
 
 import math
 import struct
@@ -32,7 +32,7 @@ def log_uniform(count: int) -> Tensor:
 
 
 def crowded(count: int) -> Tensor:
-    """Scales of which half lie within a thousandth of one boundary, as flat regions of an image have them."""
+    """Scales of which half lie within a thousandth of one boundary, as in flat regions of an image."""
     boundary = (TABLE[10] * TABLE[11]).sqrt()
     near = boundary * (1 + torch.empty(count // 2).uniform_(-1e-3, 1e-3))
     return torch.cat((near, log_uniform(count - count // 2)))[torch.randperm(count)]
@@ -127,7 +127,7 @@ def test_an_epsilon_out_of_range_is_refused(epsilon: float) -> None:
 
 
 def test_no_coding_table_of_y_hangs_on_the_last_bits_of_a_machines_functions() -> None:
-    """What is rounded on the way to a table lies a million times further from a tie than float64 is wrong."""
+    """Each rounded value on the way to a table is a million times further from a tie than the error of float64."""
     exact = [math.exp(math.log(0.12) + (math.log(64) - math.log(0.12)) * level / 59) for level in range(60)]
     ulps = [abs(value - float(entry)) / math.ulp(value) for value, entry in zip(exact, TABLE, strict=True)]
     assert max(ulps) < 2**28 * (1 - 1e-6)  # float32's half step in steps of float64

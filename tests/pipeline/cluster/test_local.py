@@ -25,7 +25,7 @@ from pipeline.common.errors import Interrupted
 
 @pytest.fixture(autouse=True)
 def two_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two jobs, whose processes find this folder's modules."""
+    """Set the machine up for two jobs at a time, whose processes find the modules in this folder."""
     monkeypatch.setattr(local_queue, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(local_queue, "places", lambda gpus: [(), ()])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
@@ -37,7 +37,7 @@ def job(folder: Path, work: Counting, *after: ChainJob) -> ChainJob:
 
 
 def in_round(work: Counting, number: int, act: Callable[[int], None]) -> threading.Thread:
-    """Act on the process of each of the first `number` rounds of a job, once it hears signals."""
+    """Act on the process of each of the first `number` rounds of a job, once it handles signals."""
 
     def watch() -> None:
         for index in range(number):
@@ -51,7 +51,7 @@ def in_round(work: Counting, number: int, act: Callable[[int], None]) -> threadi
 
 
 def reach_the_limit(process: int) -> None:
-    """Send what announces the time limit."""
+    """Send the signal that announces the time limit."""
     os.kill(process, signal.SIGUSR1)
 
 

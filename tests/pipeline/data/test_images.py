@@ -1,4 +1,4 @@
-"""Photographs on disk: the good, the broken and the odd."""
+"""Photographs on disk: usable, broken and unusual ones."""
 
 import os
 import struct

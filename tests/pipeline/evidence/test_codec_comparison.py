@@ -1,4 +1,4 @@
-"""Our codecs against Pillow's: at the same sizes, and as curves."""
+"""Our codecs compared with Pillow's, at the same file sizes and as curves."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and how a mistake is named."""
+"""Recipes: what is accepted, what is refused, and what the error messages say."""
 
 import math
 import os
@@ -359,7 +359,7 @@ def phases(draw: st.DrawFn, name: str) -> dict[str, object]:
 
 @st.composite
 def stages(draw: st.DrawFn) -> dict[str, object]:
-    """A stage that the schema takes."""
+    """A stage that the schema accepts."""
     names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,7}", fullmatch=True), max_size=4, unique=True))
     return {
         "name": "child",
