@@ -107,7 +107,7 @@ def test_what_cannot_be_recovered_is_refused_with_its_step(codec: ImageCodec, im
     coded = codec.encode(image)
     with (
         other_scales(noise(2e-2), Decoder, RecoveringDecoder),
-        pytest.raises(BitstreamError, match=r"coding step \d of 11: .*ε = 2e-05: .*needs an ε above \d"),
+        pytest.raises(BitstreamError, match=r"coding step \d of 11: .*ε = 2e-05\. .*needs an ε above \d"),
     ):
         codec.decode(coded)
 
