@@ -15,6 +15,7 @@ All numbers are little-endian; those without a type are unsigned.
 | end | 4 | CRC-32 of the profile, z and y |
 
 z consists of the CRC-32 of its symbols and tables, followed by the range-coded bytes (`modules.rans`). y consists of:
+
 | at | bytes | what |
 |---|---|---|
 | 0 | 1 | 0; version 1 has the number of threads here |
