@@ -1,4 +1,4 @@
-"""A model as a codec of coded files; `modules.file_format` describes the file."""
+"""Codes images to files and back with a model. `modules.file_format` describes the file."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ __all__ = ["BitstreamError", "CodedImage", "Header", "ImageCodec", "model_identi
 
 
 class ImageCodec:
-    """A model as a codec of files; its coding tables are built if they are not yet."""
+    """Codes images to files and back with a model. Builds the model's coding tables if they are missing."""
 
     def __init__(self, model: HPCM):
         model.update()
@@ -22,7 +22,7 @@ class ImageCodec:
         self.identities = frozenset(name for name in names if name is not None)
 
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
-        """Code one image (1, 3, H, W) in [0, 1], for decoders within ε; raises BitstreamError where it is too large."""
+        """Code one image (1, 3, H, W) in [0, 1] for decoders within ε. Raises BitstreamError if it is too large."""
         self.model.check_images(image)
         if len(image) > 1:
             raise ValueError(f"a file holds one image, not {len(image)}: encode them one by one")
@@ -32,12 +32,12 @@ class ImageCodec:
         return CodedImage(self.identity, height, width, z, y, icc_profile)
 
     def decode(self, coded: CodedImage) -> Decoded:
-        """The image, and what recovery it needed; raises BitstreamError for another model's, and where that fails."""
+        """The image, and how it was recovered. Raises BitstreamError for another model's file and if recovery fails."""
         if coded.identity not in self.identities:
             raise BitstreamError(
-                f"made by another model: {coded.identity.hex()}, where this checkpoint is {self.identity.hex()}"
+                f"made by another model: {coded.identity.hex()}; this checkpoint is {self.identity.hex()}"
             )
         if version1.wrote(coded.y) != (coded.version == 1):
-            raise BitstreamError(f"damaged: its latent is not of version {coded.version}")
+            raise BitstreamError(f"damaged: the header names version {coded.version}, but the latent has another one")
         decoded = self.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
         return Decoded(decoded["x_hat"], decoded["recovery"][0])

@@ -1,14 +1,14 @@
-"""Bi-WKV4 in plain PyTorch operators, for exported programs: the same graph for every length of the sequence."""
+"""Bi-WKV4 in plain PyTorch operators, for exported programs. The graph is the same for every sequence length."""
 
 import torch
 from torch import Tensor
 
 
 def biwkv4_decomposed(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What `biwkv4_reference` computes, by cumulative sums in float64, in O(T). T may be symbolic.
+    """Compute what `biwkv4_reference` computes, by cumulative sums in float64, in O(T). T may be symbolic.
 
-    w, u (C,); k, v (B, T, C); returns (B, T, C), of k's dtype. Within a channel, k + T·|w| may span 600. Positions
-    whose weight is further below the largest one count as 0.
+    w, u (C,); k, v (B, T, C); returns (B, T, C), of k's dtype. Within a channel, k + T·|w| may span 600. A position
+    whose weight is further below the largest one counts as 0.
     """
     dtype = k.dtype
     w, u, k, v = (x.double() for x in (w, u, k, v))

@@ -173,7 +173,7 @@ class HPCM(Pretrained, CompressionModel):
     def check_images(self, images: Tensor, wait: bool = False) -> None:
         """Raise TypeError or ValueError unless images are (B, 3, H, W) in [0, 1], in the type of the weights.
 
-        The values of images on a GPU are checked only with `wait`: a training step must not wait for them.
+        The values of images on a GPU are checked only with `wait`, so that a training step need not wait for them.
         """
         check_form(images, self.means_hyper.dtype)
         if wait or (images.device.type == "cpu" and not torch.compiler.is_compiling()):
@@ -310,9 +310,9 @@ class HPCM(Pretrained, CompressionModel):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "HPCM":
-        """Build the codec of these weights. An entry `config` holds `HPCMConfig.to_dict`.
+        """Build the codec of these weights. The optional entry `config` holds the output of `HPCMConfig.to_dict`.
 
-        Without it, names and shapes of the tensors give the preset and phase. Call `update` before coding. Raises
+        Without it, the names and shapes of the tensors show the preset and phase. Call `update` before coding. Raises
         RuntimeError, which names the tensors, if no preset and phase fit.
         """
         tensors = {name: value for name, value in state_dict.items() if name != "config"}

@@ -30,7 +30,7 @@ class Estimator:
 
 
 class Encoder:
-    """Writes each step's symbols, with the tables that every decoder within ε chooses too."""
+    """Writes each step's symbols. Every decoder whose scales are within ε chooses the same tables."""
 
     def __init__(self, y_rows: Tensor, scale_table: Tensor, writer: SymbolWriter, epsilon: float):
         self.y_rows, self.scale_table, self.writer, self.epsilon = y_rows, scale_table, writer, epsilon
@@ -49,7 +49,7 @@ class Encoder:
 
     @property
     def guards(self) -> Guards:
-        """The data that a decoder needs beside the symbols. Complete once all steps are coded."""
+        """The data that a decoder needs in addition to the symbols. It is complete once all steps are coded."""
         return Guards(self.epsilon, tuple(self.offsets), tuple(self.checks))
 
 
@@ -86,7 +86,7 @@ class Decoder:
         """Read the symbols with these tables. Returns None if they are not the encoder's."""
         try:
             symbols = self.reader.take(indexes)
-        except BitstreamError:  # An excess that does not end: wrong tables or damage.
+        except BitstreamError:  # The code of a large value does not end, because of wrong tables or damage.
             return None
         return symbols if self.guards.matches(self.step, self.reader.check) else None
 

@@ -1,4 +1,4 @@
-"""One image to the strings of y and z, and back; decoding tells where two machines part, and recovers."""
+"""Codes one image to the strings of y and z, and back. Decoding finds differences between machines and recovers."""
 
 import math
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,7 +26,7 @@ class Tables(NamedTuple):
 
     @classmethod
     def of(cls, model: "HPCM") -> "Tables":
-        """A model's; raises RuntimeError where it has not built them."""
+        """The tables of a model. Raises RuntimeError if it has not built them."""
         if not len(model.scale_table):
             raise RuntimeError("the coding tables are not built: call update() after loading or training")
         return cls(
@@ -36,21 +36,21 @@ class Tables(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What a decoder computes and reads of y, step after step, as one run of (symbols,) each."""
+    """The scales that a decoder computes for y and the symbols that it reads, both (symbols,), in coding order."""
 
     scales: Tensor
     symbols: Tensor
 
 
 class Decoded(NamedTuple):
-    """An image (1, 3, H, W) in [0, 1], and what its decoding needed beyond the usual, or ""."""
+    """An image (1, 3, H, W) in [0, 1], and how it was recovered; "" if no recovery was needed."""
 
     x_hat: Tensor
     recovery: str
 
 
 def encode(model: "HPCM", image: Tensor, tables: Tables, epsilon: float) -> tuple[bytes, bytes]:
-    """The strings of y and z of a padded image (1, 3, H, W) in [0, 1]; ε as `modules.guards` has it."""
+    """The strings of y and z of a padded image (1, 3, H, W) in [0, 1]. `modules.guards` explains ε."""
     with coding_arithmetic(image.device):
         y = model.g_a(image)
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)
@@ -62,7 +62,7 @@ def encode(model: "HPCM", image: Tensor, tables: Tables, epsilon: float) -> tupl
 
 
 def decode(model: "HPCM", y: bytes, z: bytes, shape: tuple[int, int], tables: Tables) -> Decoded:
-    """The image of this shape; raises BitstreamError for strings of another model, and where recovery fails."""
+    """The image of this shape. Raises BitstreamError for strings of another model, and if recovery fails."""
     recovery = ""
     with coding_arithmetic(model.means_hyper.device, version1.threads(y)):
         z_hat = _decode_z(model, z, shape, tables.z)
@@ -90,9 +90,9 @@ def _decode_y(model: "HPCM", y: bytes, z_hat: Tensor, tables: CodingTables) -> t
 
 @torch.no_grad()
 def trace(model: "HPCM", y: bytes, z: bytes, shape: tuple[int, int]) -> Walk:
-    """The scales and symbols of a coded image in this model's own dtype; raises StepMismatch, for nothing is recovered.
+    """The scales and symbols of a coded image, in the model's own dtype. Raises StepMismatch instead of recovering.
 
-    `in_float64(model)` gives the scales that others are measured against.
+    `trace` of `in_float64(model)` gives the reference to which other scales are compared.
     """
     tables = Tables.of(model)
     with coding_arithmetic(model.means_hyper.device):
@@ -105,7 +105,7 @@ def trace(model: "HPCM", y: bytes, z: bytes, shape: tuple[int, int]) -> Walk:
 
 
 def _decode_z(model: "HPCM", z: bytes, shape: tuple[int, int], tables: CodingTables) -> Tensor:
-    """ẑ (1, N, h/4, w/4), channels-last: its tables follow from the weights alone, so it is the same anywhere."""
+    """ẑ (1, N, h/4, w/4), channels-last. Its tables depend on the weights alone, so it is the same on every machine."""
     z_shape = model.latent_shapes(*shape)[1]
     check, coded = split_check(z)
     reader = SymbolReader(coded, tables, math.prod(z_shape))

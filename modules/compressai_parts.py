@@ -1,8 +1,8 @@
 """The parts of CompressAI that the codec uses, without the packages that only its other parts need.
 
-`import compressai` imports data sets of point clouds, and with them torch_geometric and PyTorch's compiler: 3 to 4 s,
-more than PyTorch itself takes. Here the package's own code runs later: when something asks for a name that is not
-imported yet. So `compressai.zoo` and `import compressai.datasets` work as usual. Nothing is left out or replaced.
+`import compressai` imports data sets of point clouds, and with them torch_geometric and PyTorch's compiler. This takes
+3 to 4 s, more than PyTorch itself takes. Here the code of CompressAI's packages runs later: when a name is used that is
+not imported yet. `compressai.zoo` and `import compressai.datasets` work as usual. Nothing is left out or replaced.
 """
 
 import sys
@@ -14,9 +14,9 @@ from typing import Any
 
 
 def import_on_demand(name: str) -> ModuleType:
-    """Put a package into `sys.modules` whose code runs when a name is asked of it that it does not have.
+    """Put a package into `sys.modules`. Its code runs on the first use of a name that it does not have yet.
 
-    Its submodules can be imported before that. Does nothing if the package is imported already.
+    Its submodules can be imported before that. Does nothing if the package is already imported.
     """
     if name in sys.modules:
         return sys.modules[name]
@@ -27,13 +27,13 @@ def import_on_demand(name: str) -> ModuleType:
 
     def run_then_get(attribute: str) -> Any:
         nonlocal started
-        with lock:  # Another thread waits for the code; the code itself, which this thread runs, does not.
+        with lock:  # Other threads wait until the code has run. The code itself, in this thread, may use its own names.
             if not started:
                 started = True
                 try:
                     loader.exec_module(module)
                 except BaseException:
-                    started = False  # Asked again, it fails again, with the reason.
+                    started = False  # The next use fails again, with the reason.
                     raise
         if attribute not in vars(module):
             raise AttributeError(f"module {name!r} has no attribute {attribute!r}", name=attribute, obj=module)
@@ -47,7 +47,7 @@ def import_on_demand(name: str) -> ModuleType:
     return module
 
 
-# CompressAI's entropy models use one function of scipy.stats, for tables that this codec does not have: 1 s.
+# CompressAI's entropy models use one function of scipy.stats, for tables that this codec does not have. It takes 1 s.
 import_on_demand("scipy.stats")
 import_on_demand("compressai")
 # The registry of transforms imports torch_geometric; that of models, modules and optimizers does not.

@@ -1,8 +1,8 @@
 """Runs CompressAI's command-line tools with this codec among their architectures, as `hpcm`.
 
 `python -m modules.compressai_tools eval_model checkpoint photos/ -a hpcm -p codec.pth.tar` runs
-`python -m compressai.utils.eval_model checkpoint …`. CompressAI has no plug-ins: its tools know the architectures of
-two dictionaries, and this module adds one to them. `hpcm export checkpoint.safetensors codec.pth.tar` makes the file.
+`python -m compressai.utils.eval_model checkpoint …`. CompressAI has no plug-ins. Its tools look architectures up in two
+dictionaries, and this module adds `hpcm` to both. `hpcm export checkpoint.safetensors codec.pth.tar` makes the file.
 """
 
 import runpy
@@ -28,7 +28,7 @@ def _no_pretrained_weights(**options: object) -> HPCM:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of CompressAI's tools: its name, such as `eval_model`, then its own arguments."""
+    """Run one of CompressAI's tools. `arguments` are its name, such as `eval_model`, then its own arguments."""
     if not arguments or arguments[0].startswith("-"):
         sys.exit("usage: python -m modules.compressai_tools eval_model|update_model|plot|… [its own arguments]")
     add_architecture()

@@ -6,40 +6,43 @@ All numbers are little-endian; those without a type are unsigned.
 |---|---|---|
 | 0 | 4 | `HPCM` |
 | 4 | 1 | version of this format: 2 |
-| 5 | 1 | color: 0 = RGB, 8 bits a channel, in the color space of the ICC profile (sRGB where there is none) |
-| 6 | 8 | identity of the model: start of the SHA-256 of all that a decoder computes with (`model_identity`) |
-| 14 | 4 + 4 | height and width in pixels, the right way up |
+| 5 | 1 | color: 0 = RGB, 8 bits per channel, in the color space of the ICC profile (sRGB without one) |
+| 6 | 8 | identity of the model: the start of a SHA-256 of everything that a decoder computes with (`model_identity`) |
+| 14 | 4 + 4 | height and width in pixels, of the upright image |
 | 22 | 4 + 4 + 4 | lengths of the ICC profile, of z and of y |
 | 34 | 4 | CRC-32 of bytes 0 … 33 |
 | 38 | | ICC profile, z, y |
 | end | 4 | CRC-32 of the profile, z and y |
 
-z is the CRC-32 of its symbols and tables, then their range-coded bytes (`modules.rans`). y is
+z consists of the CRC-32 of its symbols and tables, followed by the range-coded bytes (`modules.rans`). y consists of:
 
 | at | bytes | what |
 |---|---|---|
-| 0 | 1 | 0, where version 1 has the number of threads |
+| 0 | 1 | 0; version 1 has the number of threads here |
 | 1 | 4 | ε, float32: 0, or 1e-6 to 5e-3 |
 | 5 | 4 | g, the length of the guards |
-| 9 | 10 × 2 | after each step but the last, the lower half of the CRC-32 of y's symbols and tables so far (int32) |
-| 29 | 4 | after the last step, the whole of it |
-| 33 | g | guards; none where nothing is moved |
+| 9 | 10 × 2 | for each step but the last: lower half of the CRC-32 of y's symbols and tables (int32) up to this step |
+| 29 | 4 | for the last step: the whole CRC-32 |
+| 33 | g | guards; none (g = 0) if no boundary is moved |
 | 33 + g | | the range-coded bytes of all eleven steps |
 
-The guards are, for each of the eleven coding steps, a byte k and one signed byte d for each run of 2^k symbols, in
-the order of coding; 255 stands alone for a step where nothing is moved. A symbol of y is coded with the table whose
-scale is nearest, by ratio, to its own scale times exp(−5·ε·d), d its run's (`modules.guards`); the official
-implementation takes the next larger table, which is longer. The encoder chooses d so that no scale is within a
-relative 2ε of the middle between two tables.
+The guards have one entry for each of the eleven coding steps. An entry is a byte k, then one signed byte d for each
+run of 2^k symbols, in the order of coding. A step in which no boundary is moved has the single byte 255. The scale of
+each symbol of y is multiplied by exp(−5·ε·d) with the d of the symbol's run. The symbol is coded with the table whose
+scale is nearest to this product, by ratio (`modules.guards`). The official implementation takes the next larger table,
+which gives longer files. The encoder chooses d so that no scale is within a relative 2ε of the moved boundary between
+two tables.
 
-What is promised: a machine whose scales are within ε of the exact ones, as the encoder's are, reads the same symbols,
-whatever its processor, device, thread count or PyTorch. Its picture differs from the encoder's by rounding: by 1 of
-255 at few values. Elsewhere the step where the symbols part is noticed; the decoder computes again in float64, then
-tries other tables next to a boundary (`modules.recovery`), and refuses where neither helps. It never decodes into
-noise. `PORTABILITY.md` beside this file has what was measured.
+If the scales of the encoder and of the decoder are each within ε of the exact ones, the decoder reads the encoder's
+symbols. Processor, device, number of threads and version of PyTorch do not matter. The decoder's picture may differ
+from the encoder's by rounding: few values differ, and by 1 of 255. If the scales differ by more, a check shows the
+first step with wrong symbols. The decoder then computes again in float64, and after that tries other tables for scales
+next to a boundary (`modules.recovery`). If neither helps, it refuses the file. It never returns noise. `PORTABILITY.md`
+beside this file has the measurements.
 
-Version 1 promised the machine and build that encoded, and no other. Its y is the number of threads (1 byte), the
-CRC-32 of symbols and tables, and the range-coded bytes; no scale is multiplied. `modules.version1` still reads it.
+Only the machine and build that wrote a file of version 1 are sure to decode it. Its y consists of the number of threads
+(1 byte), the CRC-32 of symbols and tables, and the range-coded bytes. No scale is multiplied. `modules.version1` still
+reads it.
 """
 
 import io
@@ -61,24 +64,25 @@ VERSION = 2
 READABLE = 1, 2
 RGB = 0
 MAX_PIXELS = 2**26
-"""Images beyond this many pixels, padded, are neither written nor read: it bounds what a forged size can ask for."""
+"""Most pixels of an image, with padding, that are written or read. The limit bounds the memory for a forged size."""
 MOST_BYTES = 64
-"""Bytes of the strings for each padded pixel, at most."""
+"""Most bytes of z and y together for each padded pixel."""
 MAX_PROFILE = 2**24
-"""Bytes of an ICC profile, at most."""
+"""Most bytes of an ICC profile."""
 
 _GRID = 128
-"""Every codec pads height and width to a multiple of this, or of a multiple of it."""
+"""Each codec pads height and width to multiples of this number, or of a multiple of it."""
 
 EPSILON = 2e-5
-"""What encoder and decoder may each be off the exact scales by, relative, unless the encoder is told otherwise."""
+"""Default ε: the relative error of the scales that is allowed to the encoder and to the decoder, each."""
 LEAST_EPSILON, MOST_EPSILON = 1e-6, 5e-3
-"""Below, float32's own rounding of a boundary would count; above, offsets would leave a quarter of a table."""
+"""Below this range, the rounding of a boundary to float32 would matter. Above it, an offset would move a boundary by
+more than a quarter of the distance between two boundaries."""
 
-_ALLOWED = f"where it is 0 or {LEAST_EPSILON:g} to {MOST_EPSILON:g}"
+_ALLOWED = f"it must be 0 or {LEAST_EPSILON:g} to {MOST_EPSILON:g}"
 
 GUARDS_HEAD = struct.Struct("<BfI10HI")
-"""What y begins with: 0, ε, the length of the guards, eleven checks."""
+"""The start of y: 0, ε, the length of the guards, eleven checks."""
 
 _HEADER = struct.Struct("<4sBB8sIIIII")
 _CHECK = struct.Struct("<I")
@@ -86,40 +90,45 @@ HEADER_BYTES = _HEADER.size + _CHECK.size
 
 
 def check_epsilon(epsilon: float) -> float:
-    """ε as the file will hold it, in float32; raises ValueError for one that it cannot hold. 0 guards nothing."""
+    """ε rounded to float32, as the file stores it; 0 means no guards. Raises ValueError if it is out of range."""
     if not _is_epsilon(epsilon):
-        raise ValueError(f"ε = {epsilon}, {_ALLOWED}")
+        raise ValueError(f"ε = {epsilon}: {_ALLOWED}")
     (rounded,) = struct.unpack("<f", struct.pack("<f", epsilon))
     return float(rounded)
 
 
 def _is_epsilon(epsilon: float) -> bool:
-    # Rounded as the file rounds it, to float32.
+    # A value at a limit may exceed it slightly after the rounding to float32.
     return epsilon == 0 or 0.999 * LEAST_EPSILON <= epsilon <= 1.001 * MOST_EPSILON
 
 
 class Summary(NamedTuple):
-    """What a coded latent says of its guards, readable without the model."""
+    """ε and the size of the guards in a coded latent. They can be read without the model."""
 
     epsilon: float
     guard_bytes: int
 
     @classmethod
     def of(cls, string: bytes) -> "Summary":
-        """Read it; raises BitstreamError for bytes that cannot be a coded latent."""
+        """Read the start of a coded latent. Raises BitstreamError if the bytes cannot be one."""
         if len(string) < GUARDS_HEAD.size or string[0] != 0:
-            raise BitstreamError(f"damaged: the coded latent has {len(string)} bytes and no head of {GUARDS_HEAD.size}")
+            raise BitstreamError(
+                f"damaged: the coded latent has {len(string)} bytes, and does not start with a head of "
+                f"{GUARDS_HEAD.size} bytes"
+            )
         _, epsilon, length, *_ = GUARDS_HEAD.unpack_from(string)
         if not _is_epsilon(epsilon):
-            raise BitstreamError(f"damaged: ε = {epsilon}, {_ALLOWED}")
+            raise BitstreamError(f"damaged: ε = {epsilon}: {_ALLOWED}")
         if GUARDS_HEAD.size + length > len(string):
-            raise BitstreamError(f"damaged: {length} bytes of table offsets in {len(string)} bytes")
+            raise BitstreamError(
+                f"damaged: the coded latent should have {length} bytes of table offsets, but has {len(string)} in all"
+            )
         return cls(epsilon, length)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself before the coded image; `identity` is the model's."""
+    """The header of a file. `identity` is the identity of the model."""
 
     identity: bytes
     height: int
@@ -137,13 +146,13 @@ class Header:
 
     @classmethod
     def parse(cls, data: bytes) -> "Header":
-        """Read the first `HEADER_BYTES` of a file; raises BitstreamError saying what is wrong with them."""
+        """Read the first `HEADER_BYTES` of a file. Raises BitstreamError, which says what is wrong."""
         if data[:4] != MAGIC[: len(data)]:
             raise BitstreamError("not an HPCM file: it does not begin with HPCM")
         if len(data) > 4 and data[4] not in READABLE:
             raise BitstreamError(f"format version {data[4]}; this program reads versions 1 and {VERSION}")
         if len(data) < HEADER_BYTES:
-            raise BitstreamError(f"truncated: {len(data)} bytes, where the header alone has {HEADER_BYTES}")
+            raise BitstreamError(f"truncated: {len(data)} bytes; the header alone has {HEADER_BYTES}")
         fields = data[: _HEADER.size]
         if _CHECK.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(fields),):
             raise BitstreamError("damaged: the header does not match its checksum")
@@ -163,9 +172,9 @@ class Header:
 
 @dataclass(frozen=True)
 class CodedImage:
-    """One image as a file holds it: identity of the model, size in pixels, strings of z and y, ICC profile or b"".
+    """The contents of a file: identity of the model, size in pixels, strings of z and y, ICC profile or b"".
 
-    `version` is that of the format; files are written in the newest.
+    `version` is the version of the format. New files have the newest version.
     """
 
     identity: bytes
@@ -178,7 +187,7 @@ class CodedImage:
 
     @property
     def guards(self) -> Summary | None:
-        """What the file says of the arithmetic it allows for, None in version 1; raises BitstreamError if damaged."""
+        """ε and the size of the guards; None in version 1. Raises BitstreamError if they are damaged."""
         return None if self.version == 1 else Summary.of(self.y)
 
     def pack(self) -> bytes:
@@ -190,12 +199,12 @@ class CodedImage:
 
     @classmethod
     def parse(cls, data: bytes) -> "CodedImage":
-        """Read a file's bytes; raises BitstreamError, which says what is wrong, before anything is decoded."""
+        """Read a file's bytes without decoding the image. Raises BitstreamError, which says what is wrong."""
         return cls._read(io.BytesIO(data), len(data))
 
     @classmethod
     def read(cls, path: Path) -> "CodedImage":
-        """Read a file, of which no more than the header unless its length is the announced one."""
+        """Read a file. If its length differs from the one in the header, only the header is read."""
         if not stat.S_ISREG(path.stat().st_mode):
             raise BitstreamError("not a regular file")
         with path.open("rb") as file:
@@ -223,7 +232,7 @@ def check_dimensions(height: int, width: int) -> None:
 
 
 def _check_lengths(header: Header) -> None:
-    """Raise BitstreamError for strings longer than any codec's, which reading would fill the memory with."""
+    """Raise BitstreamError for lengths that no codec writes. Reading so many bytes could fill the memory."""
     padded = -(-header.height // _GRID) * -(-header.width // _GRID) * _GRID**2
     if header.z_length + header.y_length > MOST_BYTES * padded or header.icc_length > MAX_PROFILE:
         raise BitstreamError(f"{header.file_bytes} bytes: far more than {header.width}×{header.height} pixels can have")

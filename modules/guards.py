@@ -1,12 +1,13 @@
-"""Choices of coding tables that come out the same wherever a file is decoded.
+"""Chooses the coding table of each symbol so that every machine chooses the same one.
 
-A symbol's table follows from its scale: the boundaries between tables lie 11 % apart, and a scale next to one may fall
-on its other side where a network rounds differently. So the encoder moves the boundaries away from its scales. For each
-run of symbols it takes the smallest of 255 offsets that leaves no scale within 2ε of a boundary (ε relative): where
-encoder and decoder are each within ε of the exact scales, both choose the same tables, whatever else they compute.
+A symbol's scale selects its table. The boundaries between tables lie 11 % apart. Machines round differently, so a scale
+next to a boundary may lie on the other side of it on another machine. The encoder therefore moves the boundaries away
+from its scales. For each run of symbols it takes the smallest of 255 offsets that leaves no scale within a relative 2ε
+of a boundary. If the scales of encoder and decoder are each within ε of the exact ones, both choose the same tables.
 
-A list of the symbols near a boundary, and the side each is on, would need three to five times the bytes: a position
-among hundreds of symbols takes more bits than the smallest free offset of a run with a few of them near a boundary.
+The file could instead list the symbols near a boundary, each with its side. That would need three to five times the
+bytes: a position among hundreds of symbols takes more bits than the smallest free offset of a run that has a few
+symbols near a boundary.
 """
 
 from dataclasses import dataclass
@@ -22,21 +23,21 @@ from modules.file_format import GUARDS_HEAD, BitstreamError, Summary
 STEPS = 11
 
 _SPACING = 5
-"""Distance of neighboring offsets, in ε: more than the 2 · 2ε that a scale keeps clear, so it blocks one at most."""
+"""Distance between neighboring offsets, in ε. A scale blocks offsets over a width of 2 · 2ε, so at most one of them."""
 
 _ROUNDING = 3e-7
-"""What a moved boundary itself may be off by in float32, relative."""
+"""Largest relative error of a moved boundary in float32."""
 
 
 class Offsets(NamedTuple):
-    """How far the boundaries of one step are moved: by one offset a run of 2**`log2_run` symbols."""
+    """How far the boundaries of one step are moved: one offset for each run of 2**`log2_run` symbols."""
 
     log2_run: int
     values: Tensor
     """(runs,) int8, in units of 5ε in the logarithm of the scale."""
 
     def pack(self) -> bytes:
-        """The logarithm of the run's length, one byte, and one byte a run; 255 alone where nothing moves."""
+        """One byte with `log2_run`, then one byte for each run. The single byte 255 if nothing is moved."""
         return bytes([self.log2_run]) + self.values.numpy().tobytes() if self.values.any() else bytes([_UNMOVED])
 
 
@@ -46,7 +47,7 @@ UNMOVED = Offsets(0, torch.zeros(0, dtype=torch.int8))
 
 @dataclass(frozen=True)
 class Guards:
-    """What stands before the range coder's bytes: ε, each step's offsets, and checks that tell where sides part."""
+    """The data before the range-coded bytes: ε, the offsets of each step, and a check value for each step."""
 
     epsilon: float
     offsets: tuple[Offsets, ...]
@@ -54,7 +55,7 @@ class Guards:
     """CRC-32 of all symbols and tables so far, after each step; before the last step the lower half of it."""
 
     def pack(self) -> bytes:
-        """Their bytes; no list of offsets where none moves anything."""
+        """The bytes in the file. The list of offsets is empty if nothing is moved."""
         packed = b"".join(offsets.pack() for offsets in self.offsets)
         if packed == bytes([_UNMOVED]) * STEPS:
             packed = b""
@@ -62,9 +63,9 @@ class Guards:
 
     @classmethod
     def parse(cls, string: bytes, symbols: int) -> tuple["Guards", bytes]:
-        """Guards and the range coder's bytes, for a latent of so many symbols.
+        """Guards and range-coded bytes of a latent with this number of symbols.
 
-        Raises BitstreamError, before anything is allocated, where the list of offsets is not one of that latent.
+        Raises BitstreamError, before anything is allocated, if the list of offsets does not fit this latent.
         """
         summary = Summary.of(string)
         _, _, length, *checks = GUARDS_HEAD.unpack_from(string)
@@ -89,12 +90,12 @@ class Guards:
         return self.checks[step] == shortened(step, check)
 
     def index(self, step: int, scales: Tensor, table: Tensor) -> Tensor:
-        """Each scale's table."""
+        """The index of each scale's table."""
         return table_index(moved(scales, self.offsets[step], self.epsilon), table)
 
 
 def step_sizes(symbols: int) -> tuple[int, ...]:
-    """Symbols of each of the eleven steps, for a latent of so many in all."""
+    """Number of symbols in each of the eleven steps, for a latent with `symbols` in all."""
     return (symbols // 32,) * 2 + (symbols // 16,) * 3 + (symbols // 8,) * 6
 
 
@@ -106,15 +107,15 @@ def shortened(step: int, check: int) -> int:
 def table_index(scales: Tensor, table: Tensor) -> Tensor:
     """Index of the entry of `table` that is nearest to each scale, by ratio.
 
-    Always rounding up to the next entry would widen scales by 5 % on average. On ten photographs and weights of 1400
-    training steps, streams were 0.1 to 0.2 % longer than the likelihoods' estimate with the nearest, and −0.3 to +1.4 %
-    off it with the next larger.
+    The next larger entry would widen scales by 5 % on average. Measured on ten photographs with weights of 1400
+    training steps: with the nearest entry, streams were 0.1 to 0.2 % longer than the likelihoods' estimate. With the
+    next larger one, they differed from it by −0.3 to +1.4 %.
     """
     return torch.bucketize(scales, _boundaries(table).to(scales.dtype), out_int32=True)
 
 
 def moved(scales: Tensor, offsets: Offsets, epsilon: float) -> Tensor:
-    """Scales to compare with boundaries in place, instead of the boundaries moved."""
+    """Move the scales instead of the boundaries, by the same ratio in the other direction."""
     if not offsets.values.any():
         return scales
     factors = (-_SPACING * epsilon * offsets.values.double()).exp().to(scales.device, scales.dtype)
@@ -124,7 +125,7 @@ def moved(scales: Tensor, offsets: Offsets, epsilon: float) -> Tensor:
 
 
 def choose_offsets(scales: Tensor, table: Tensor, epsilon: float) -> Offsets:
-    """The offsets that leave no scale of a step within 2ε of a boundary, in the longest runs that have one each."""
+    """The offsets of a step. They leave no scale within 2ε of a boundary. The runs are the longest that allow this."""
     if epsilon == 0:
         return UNMOVED
     boundaries = _boundaries(table).double().log()
@@ -144,12 +145,12 @@ def choose_offsets(scales: Tensor, table: Tensor, epsilon: float) -> Offsets:
         free = ~taken[:, order]
         if free.any(1).all():
             break
-    # Of one symbol alone, one offset is blocked at most: the loop ends with a free one for each run.
+    # A run of one symbol has at most one blocked offset, so the loop always ends with a free one for each run.
     return Offsets(log2_run, (order[free.int().argmax(1)] - most).to(torch.int8))
 
 
 def nearest_boundary(scales: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each scale is above the nearest boundary, as a difference of logarithms, and that boundary's index."""
+    """The logarithm of each scale minus that of its nearest boundary, and the index of that boundary."""
     boundaries = _boundaries(table).double().log()
     logs = scales.double().clamp_min(1e-30).log()
     index = torch.bucketize(logs, (boundaries[1:] + boundaries[:-1]) / 2)
@@ -162,12 +163,12 @@ def _boundaries(table: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _by_size(most: int) -> Tensor:
-    """Positions of the offsets −most … most, from the smallest to the largest."""
+    """Positions of the offsets −most … most, in the order of their magnitudes."""
     return torch.tensor(sorted(range(2 * most + 1), key=lambda position: (abs(position - most), position)))
 
 
 def scale_error(scales: Tensor, exact: Tensor, table: Tensor) -> Tensor:
-    """Relative error of each scale that decides anything: not of those below all boundaries or above, by a tenth."""
+    """Relative errors of the scales, without those that are more than a tenth below or above all boundaries."""
     boundaries = _boundaries(table).double()
     scales, exact = scales.double().cpu(), exact.double().cpu()
     decides = (exact > 0.9 * float(boundaries[0])) & (exact < 1.1 * float(boundaries[-1]))

@@ -1,4 +1,4 @@
-"""Tells images in the wrong form from right ones."""
+"""Checks that images have the right type, shape and range."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LOWEST, HIGHEST = -0.5, 4.0
-"""Images with values beyond these are not meant to be in [0, 1]. Resampled images exceed that range slightly."""
+"""Values beyond these show that an image is not scaled to [0, 1]. Resampled images exceed [0, 1] slightly."""
 
 
 def check_form(images: Tensor, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Weights from a file into a codec: whether they fit, and what does not. A file may come from anyone."""
+"""Loads weights from a file into a codec, and names those that do not fit. A file may come from anyone."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

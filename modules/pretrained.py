@@ -39,7 +39,7 @@ coded = model.compress(images)  # (B, 3, H, W) in [0, 1], any size
 x_hat = model.decompress(**coded)["x_hat"]
 ```
 
-The codec is a `CompressionModel` of CompressAI. Only these weights decode what they have coded. Paper: {{ paper_url }}
+The codec is a `CompressionModel` of CompressAI. Only these weights can decode what they coded. Paper: {{ paper_url }}
 """
 
 
@@ -51,12 +51,12 @@ class Pretrained(
     license="mit",
     tags=["image-compression", "learned-image-compression", "compressai", "rwkv"],
 ):
-    """The saving and loading of a codec, by Hugging Face's mixin. The coding tables are not saved."""
+    """Saves and loads a codec with Hugging Face's mixin. The coding tables are not saved."""
 
     config: HPCMConfig
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        """Make an instance without the mixin's record of the arguments: `_save_pretrained` writes the configuration."""
+        """Make an instance, without the mixin's record of the arguments. `_save_pretrained` saves the configuration."""
         return object.__new__(cls)
 
     @classmethod
@@ -64,8 +64,8 @@ class Pretrained(
         """Load a codec in evaluation mode, with its coding tables built.
 
         The source is a folder of `save_pretrained`, the folder of a published stage, or a name on the Hub. `options`
-        are those of Hugging Face's mixin, such as `revision`. Raises ValueError, naming the source, for weights that
-        do not fit their configuration, and FileNotFoundError for a folder without weights.
+        are those of Hugging Face's mixin, such as `revision`. Raises ValueError, which names the source, if the weights
+        do not fit their configuration, and FileNotFoundError if a folder has no weights.
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / CONFIG).exists():
@@ -74,10 +74,12 @@ class Pretrained(
 
     @classmethod
     def _from_published(cls, folder: Path) -> Self:
-        """Load the weights of a published stage. Their digest is checked by `pipeline.weights` only."""
+        """Load the weights of a published stage. Their digest is not checked here; `pipeline.weights` checks it."""
         path = folder / PUBLISHED
         if not path.is_file():
-            raise FileNotFoundError(f"{folder}: neither {CONFIG} and {WEIGHTS} nor a published stage's {PUBLISHED}")
+            raise FileNotFoundError(
+                f"{folder}: this folder has neither {CONFIG} and {WEIGHTS} nor a published stage's {PUBLISHED}"
+            )
         tensors, metadata = _read(path)
         try:
             values = json.loads(metadata["hpcm"])["config"]

@@ -1,4 +1,4 @@
-"""What a decoder does where its symbols part from the encoder's: the walk in float64, then tables by trial."""
+"""What a decoder does if its symbols differ from the encoder's: it computes in float64, then tries other tables."""
 
 import copy
 import itertools
@@ -13,18 +13,18 @@ from modules.guards import STEPS, Guards, moved, nearest_boundary, table_index
 from modules.rans import RewindingReader
 
 SINGLES, PAIRED = 64, 16
-"""How many of the symbols nearest to a boundary are tried with their other table, alone and by pairs."""
+"""Numbers of symbols, nearest to a boundary first, whose other table is tried: alone, and in pairs."""
 
 SYMBOLS_AGAIN = 2**25
-"""How many symbols may be read again in all, since every trial reads the stream from its start: seconds."""
+"""Most symbols that all trials together read again, which takes seconds. Each trial reads the stream from its start."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class RecoveringDecoder(Decoder):
-    """Reads each step's symbols; where they are not the encoder's, tries the tables across the nearest boundaries.
+    """Reads each step's symbols. If they are not the encoder's, it tries the tables across the nearest boundaries.
 
-    Raises StepMismatch where that does not help either.
+    Raises StepMismatch if no trial succeeds.
     """
 
     def __init__(self, scale_table: Tensor, reader: RewindingReader, guards: Guards):
@@ -33,7 +33,7 @@ class RecoveringDecoder(Decoder):
         self.budget = SYMBOLS_AGAIN
         self.trials = 0
         self.corrected = 0
-        """Symbols whose table was found by trial."""
+        """Number of symbols whose table was found by trial."""
 
     def _symbols(self, scales: Tensor) -> Tensor | None:
         place = self.rewinding.place
@@ -45,7 +45,8 @@ class RecoveringDecoder(Decoder):
         above, boundary = nearest_boundary(scales.flatten(), self.scale_table)
         distances, nearest = above.abs().topk(min(SINGLES, len(above)), largest=False)
         across = torch.where(above > 0, boundary, boundary + 1).int()
-        # Where all trials fail, more than two symbols are across, or one behind many: the third nearest is the least.
+        # If all trials fail, three symbols crossed a boundary, or one that was not tried. It was at least as far from
+        # its boundary as the third nearest.
         least = float(distances[:3].max()) / 2
         for flips in _flips(len(nearest)):
             if self.budget <= 0:
@@ -63,26 +64,26 @@ class RecoveringDecoder(Decoder):
 
     def _explanation(self, least: float) -> str:
         return (
-            f" by more than the file's ε = {self.guards.epsilon:.1g}: float64 did not help, nor did {self.trials} "
-            f"other choices of tables next to a boundary. If it is the arithmetic, this step needs an ε above "
-            f"{least:.1e} (`hpcm compress --epsilon`)"
+            f" by more than the file's ε = {self.guards.epsilon:.1g}. Decoding in float64 did not help, nor did "
+            f"{self.trials} other choices of tables. If the cause is rounding, this step needs an ε above {least:.1e}: "
+            "encode the image again with `hpcm compress --epsilon`"
         )
 
     def note(self, step: int) -> str:
-        """What was done, where float32 had parted from the encoder at this step."""
+        """How the image was recovered, after float32 gave other symbols than the encoder's at this step."""
         trials = f", with {self.corrected} tables found in {self.trials} trials" if self.trials else ""
         return (
-            f"decoded in float64{trials}: at coding step {step + 1} of {STEPS} the float32 of this machine was not "
-            f"within the file's ε = {self.guards.epsilon:.1g}"
+            f"decoded in float64{trials}: at coding step {step + 1} of {STEPS}, float32 on this machine was off by "
+            f"more than the file's ε = {self.guards.epsilon:.1g}"
         )
 
 
 def _flips(count: int) -> Iterator[tuple[int, ...]]:
-    """Which of the `count` nearest symbols to try across their boundary: each alone, then pairs of the first."""
+    """The symbols to try with their other table, out of the `count` nearest: each alone, then pairs of the first."""
     yield from ((one,) for one in range(count))
     yield from sorted(itertools.combinations(range(min(count, PAIRED)), 2), key=sum)
 
 
 def in_float64(model: Model) -> Model:
-    """A copy of the model in float64 on the CPU, where every layer has such a kernel."""
+    """A copy of the model in float64 on the CPU. There every layer has a float64 kernel."""
     return copy.deepcopy(model).to("cpu", torch.float64)

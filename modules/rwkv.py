@@ -34,7 +34,7 @@ def _image(tokens: Tensor, like: Tensor) -> Tensor:
 
 def _by_parts(mix: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
     """Apply `mix`, which treats each position separately, to tokens (B, T, C), some positions at a time."""
-    if torch.compiler.is_exporting() or tokens[0].shape[1] <= _TOKENS_AT_ONCE:  # An export is for every length.
+    if torch.compiler.is_exporting() or tokens[0].shape[1] <= _TOKENS_AT_ONCE:  # An exported graph fits every length.
         return mix(*tokens)
     parts = zip(*(x.split(_TOKENS_AT_ONCE, dim=1) for x in tokens), strict=True)
     return torch.cat([mix(*part) for part in parts], dim=1)

@@ -1,7 +1,7 @@
-"""Version 1 of the file format: still read where it was written, no longer written.
+"""Version 1 of the file format. It is still read on the machine that wrote it, and no longer written.
 
-It trusted encoder and decoder to compute the same: y began with the number of threads that the encoder ran, its scales
-chose their tables unguarded, and the scales that have a table were rounded as the machine rounds.
+It relied on encoder and decoder computing the same values. y began with the encoder's number of threads. The scales
+chose their tables without guards. The scales of the tables themselves were rounded as the machine rounds.
 """
 
 import math
@@ -28,17 +28,17 @@ class Decoder:
         self.scale_table, self.reader = scale_table, reader
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Decode (1, R, M/8) rows; returns ŷ there."""
+        """Decode the step's rows, (1, R, M/8); returns ŷ of these rows."""
         return self.reader.take(table_index(scales, self.scale_table)) + means
 
 
 def wrote(y: bytes) -> bool:
-    """Whether a coded latent is version 1's: later ones begin with a byte of 0."""
+    """Whether a coded latent is of version 1. Later versions begin with a byte of 0."""
     return y[:1] != b"\0"
 
 
 def threads(y: bytes) -> int | None:
-    """How many threads coded this latent, None if it is not version 1's; raises BitstreamError for none or too many."""
+    """Number of threads that coded a latent; None if it is not of version 1. Raises BitstreamError if out of range."""
     if not wrote(y):
         return None
     count = y[0] if y else 0
@@ -48,7 +48,7 @@ def threads(y: bytes) -> int | None:
 
 
 def decode_y(model: "HPCM", y: bytes, z_hat: Tensor) -> Tensor:
-    """ŷ (1, M, h, w); raises BitstreamError for what this model, on this machine and build, did not write."""
+    """ŷ (1, M, h, w). Raises BitstreamError if this model, on this machine and build, did not write `y`."""
     scale_table, tables = _tables()
     check, coded = split_check(y[1:])
     reader = SymbolReader(coded, tables, model.config.M * 16 * z_hat.shape[2] * z_hat.shape[3])

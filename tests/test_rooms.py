@@ -1,4 +1,4 @@
-"""Who may import whom: the codec nothing of the pipeline, and each room of the pipeline only the rooms below it."""
+"""Imports: the codec imports nothing of the pipeline, and each room of the pipeline only the rooms allowed to it."""
 
 import ast
 import sys
@@ -27,7 +27,7 @@ BELOW = {
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of the modules that a file imports, at its head, inside functions and for type checkers alone."""
+    """Dotted names of the modules that a file imports: at its head, inside functions and only for type checkers."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -13,13 +13,13 @@ REFUSAL = "refusal.json"
 
 @dataclass(frozen=True)
 class Refusal:
-    """The qualities of a refused result and of its parent, in a file beside the training states."""
+    """The qualities of a refused result and of its parent. They are stored in a file beside the training states."""
 
     quality: Quality
     parent: Quality
 
     def write(self, states: Path) -> None:
-        """Write to the folder of the states; raises FileError."""
+        """Write the file to the folder of the states. Raises FileError."""
         write_json(states / REFUSAL, asdict(self))
 
 

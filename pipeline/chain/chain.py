@@ -120,7 +120,7 @@ class Chain:
                 raise
             if self.outbox is not None:
                 self.outbox.close()
-            # The chain is finished, but a signal must also stop the command that runs it.
+            # The chain is finished, but the signal must also stop the command that runs it.
             if signum := context.processes.agreed_signal():
                 raise Interrupted(signum)
 

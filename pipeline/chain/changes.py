@@ -1,4 +1,4 @@
-"""Which settings changed since a stage was published, by key."""
+"""The settings that changed since a stage was published, by key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +12,12 @@ from pipeline.weights.metadata import CheckpointError
 from pipeline.weights.published import Lineage
 
 MOST = 4
-"""Number of changed settings that a message lists."""
+"""Most changed settings that a message lists."""
 _ABSENT = object()
 
 
 def recipe_changes(checkpoint: Path, stage: Stage) -> str:
-    """The settings that make a published stage stale: `data.batch_size: 8 → 4`; empty if they cannot be told."""
+    """The settings that make a published stage stale, as in `data.batch_size: 8 → 4`; empty if they are not known."""
     try:
         text = Lineage.read(checkpoint).stage
         published = Stage.model_validate(read_text(text or "", str(checkpoint)).plain())

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 def consequences(chain: Chain, published: Sequence[StageTask], begun: Sequence[StageTask], device: str) -> list[str]:
     """One sentence for each need that is not met, each finished stage to rebuild and each training to restart.
 
-    `device` is the type of the device that trains. `published` are the finished stages to rebuild on request, and
-    `begun` the interrupted trainings to restart.
+    `published` are the finished stages to rebuild on request. `begun` are the interrupted trainings to restart.
+    `device` is the type of the device that trains.
     """
     plan = chain.plan()
     superseded, abandoned = chain.folder / "superseded", chain.folder / "abandoned"
     todo = [planned for planned in plan if planned.status != "done" or planned.task in published]
-    resumed = bool(todo) and todo[0].status in ("cut off", "refused")  # The person was asked when it began.
+    resumed = bool(todo) and todo[0].status in ("cut off", "refused")  # The question was asked when it began.
     return [
         *unmet_needs(chain.recipe, [] if resumed else [planned.task for planned in todo], device),
         *(

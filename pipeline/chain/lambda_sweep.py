@@ -1,4 +1,4 @@
-"""A sweep over λ and seeds: chains for each. Each can be interrupted and resumed."""
+"""A sweep over λ and seeds, with chains for each pair. Every chain can be interrupted and resumed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ class Point:
     """`0.013`, or `0.013 seed 1`."""
     requests: tuple[ChainRequest, ...]
     starts_from: ChainRequest | None = None
-    """The chain whose root must be trained before this point's roots; None without a starting point."""
+    """The chain whose root must be trained before the roots of this point. None without a starting point."""
 
     @cached_property
     def chains(self) -> list[Chain]:
@@ -56,10 +56,10 @@ class Sweep:
     baseline: Path | None = None
     """File from which the roots are imported. With a starting point, only that λ's root is imported."""
     seeds: tuple[int, ...] = ()
-    """Empty for the recipe's own."""
+    """Empty for the seeds of the recipe."""
 
     def points(self) -> Iterator[Point]:
-        """Every λ and seed, those of the starting point first. Raises RecipeError and ChainError."""
+        """Every λ and seed. The λ of the starting point comes first. Raises RecipeError and ChainError."""
         first = self.starting_point.lmbda if self.starting_point else None
         if self.baseline is not None and first is None and len(self.lmbdas) > 1:
             raise ChainError(
@@ -73,7 +73,7 @@ class Sweep:
                 yield self._point(lmbda, seed)
 
     def chains(self) -> Iterator[tuple[str, list[Chain]]]:
-        """The title of every point with its chains. Raises RecipeError and ChainError."""
+        """The title and the chains of every point. Raises RecipeError and ChainError."""
         for point in self.points():
             yield point.title, point.chains
 

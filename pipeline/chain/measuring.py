@@ -1,4 +1,4 @@
-"""Measures the segments of chains before they are trained: time, memory, and what makes them fit."""
+"""Measures the segments of chains before they are trained: their time and memory, and what makes them fit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.training.trial import Trial, try_segment
 
 
 def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], None]) -> Estimate:
-    """Try each segment that is left in a plan, each in a process of its own, with the batch of one of `processes`."""
+    """Try each unfinished segment of a plan in a process of its own, with the crops of one of `processes`."""
     device, segments = "", list[SegmentEstimate]()
     for planned, segment, _ in segments_left(plan):
         note(f"{planned.name}: measuring {segment.name}")
@@ -41,7 +41,7 @@ def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, 
 
 
 def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, float | None]:
-    """The time that each stage of a plan still takes, by name; None if a segment does not fit."""
+    """Seconds of training left in each stage of a plan, by name; None if a segment does not fit."""
     found: dict[str, float | None] = {}
     for planned, segment, done in segments_left(plan):
         cost = estimate.find(planned.name, segment.name, segment.steps, segment.handover)
@@ -52,7 +52,7 @@ def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, 
 
 
 def _try(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, stage: Stage, processes: int) -> Any:
-    """The device and the cost of a step of `stage`, with a schedule of this segment; None if it does not fit."""
+    """The device, and the cost of a step of `stage` with this segment alone; None if it does not fit."""
     parents = [other.task.config for other in plan if other.name == stage.parent]
     data = stage.data.model_copy(update={"batch_size": max(1, stage.data.batch_size // processes)})
     alone = stage.model_copy(update={"schedule": (segment,), "data": data})
@@ -61,7 +61,7 @@ def _try(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, 
 
 
 def _remedy(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, processes: int) -> str:
-    """The shortest change with which a segment fits, as a setting."""
+    """The settings of the smallest change that makes a segment fit, as a message."""
     stage = planned.task.stage
     for text, changed in _changes(stage, processes):
         if _try(planned, plan, segment, changed, processes) is not None:
@@ -70,7 +70,7 @@ def _remedy(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segmen
 
 
 def _changes(stage: Stage, processes: int) -> Iterator[tuple[str, Stage]]:
-    """Changes that save memory, the least first: recompute activations, then divide the batch."""
+    """Changes that save memory, the smallest first: recompute activations, then divide the batch."""
     texts = []
     if not stage.gradient_checkpointing:
         stage = stage.model_copy(update={"gradient_checkpointing": True})

@@ -1,4 +1,4 @@
-"""What a recipe is meant for, and what this run lacks of it."""
+"""The needs of a recipe that a run does not meet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def unmet_needs(recipe: str, tasks: Sequence[StageTask], device: str) -> list[str]:
-    """One sentence for each need of the stages to train that a run on this type of device does not meet."""
+    """One sentence for each need that the stages to train have and a run on this type of device does not meet."""
     trained = [task for task in tasks if task.imported is None]
     lacking = []
     if device == "cpu" and any("gpu" in task.stage.needs for task in trained):

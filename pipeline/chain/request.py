@@ -1,4 +1,4 @@
-"""What names a chain on a command line. It can be sent to another process, which builds the chain from it."""
+"""The options that select a chain on the command line. Another process can build the chain from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ from pipeline.recipes.loading import load_recipe
 
 @dataclass(frozen=True)
 class ChainRequest:
-    """A recipe with overrides, the target stage, and where the root comes from."""
+    """A recipe with overrides, the target stage, and the source of the root."""
 
     recipe: str
     overrides: tuple[str, ...]
     stage: str
     runs: Path
     baseline: Path | None = None
-    """File that is the root."""
+    """A checkpoint that is used as the root."""
     start: Path | None = None
-    """File from whose weights the root is trained."""
+    """A checkpoint from whose weights the root is trained."""
     scratch: bool = False
     """Train the root even if the recipe has weights for it."""
 

@@ -1,1 +1,1 @@
-"""Jobs on a SLURM cluster or side by side on this machine, through submitit."""
+"""Jobs on a SLURM cluster, or several at a time on this machine. submitit starts them."""

@@ -1,4 +1,4 @@
-"""Runs jobs on this machine, as many at the same time as it has places for."""
+"""Runs jobs on this machine, as many at a time as its GPUs or cores allow."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ class _Running:
 
 @dataclass
 class LocalQueue:
-    """The jobs of one command. It reports each start and end in a line."""
+    """Runs the jobs of one command. Reports each start and each end in one line."""
 
     resources: Resources
     say: Callable[[str], None]
@@ -37,9 +37,9 @@ class LocalQueue:
     _running: list[_Running] = field(default_factory=list, init=False)
 
     def run(self, jobs: Sequence[ChainJob]) -> list[ChainJob]:
-        """Run the jobs to their ends, and return those that failed or could not start.
+        """Run all jobs until they end. Returns those that failed or could not start.
 
-        SIGINT and SIGTERM stop the running jobs, each of which saves; then Interrupted is raised.
+        SIGINT and SIGTERM stop the running jobs. Each job saves, and then Interrupted is raised.
         """
         load_submitit()
         free = places(self.resources.gpus)
@@ -62,12 +62,12 @@ class LocalQueue:
         return failed
 
     def _start(self, waiting: list[ChainJob], free: list[tuple[int, ...]], failed: list[ChainJob]) -> list[ChainJob]:
-        """Start what can start, and return what still waits."""
+        """Start the jobs that can start. Returns those that still wait."""
         left = []
         busy = {running.job.folder for running in self._running}
         for job in waiting:
             if any(before in failed for before in job.after):
-                self.say(f"{job.title}: not started, because what it starts from failed")
+                self.say(f"{job.title}: not started, because a job that must run before it failed")
                 failed.append(job)
             elif free and job.folder not in busy and not any(b in waiting or self._runs(b) for b in job.after):
                 place = free.pop(0)
@@ -81,7 +81,7 @@ class LocalQueue:
         return left
 
     def _reap(self, free: list[tuple[int, ...]]) -> list[ChainJob]:
-        """Free the places of the jobs that have ended, and return those that failed."""
+        """Free the places of the jobs that have ended. Returns those that failed."""
         failed = []
         for running in [running for running in self._running if running.sent.done()]:
             self._running.remove(running)
@@ -104,6 +104,6 @@ class LocalQueue:
 
 
 def _ran_out_of_rounds(job: ChainJob) -> bool:
-    """Whether a job only stopped at its time limit: submitit's local jobs are resumed a few times at most."""
+    """Whether a job only stopped at its time limit. submitit resumes a local job a few times at most."""
     log = job.folder / ChainJobs.read(job.folder).jobs[-1].log
     return last_line(log).startswith(f"stopped by {WARNING.name}")

@@ -1,4 +1,4 @@
-"""The jobs of a chain: a record in the chain's folder, and what the cluster says about them."""
+"""The jobs of a chain: their record in the chain's folder, and their states on the cluster."""
 
 import getpass
 import re
@@ -14,9 +14,9 @@ from pipeline.common.contracts import read_contract
 from pipeline.common.files import write_json
 
 TAIL = 2**16
-"""Bytes at the end of a log in which the last line is looked for."""
+"""Bytes at the end of a log that are searched for the last line."""
 ENGINES = re.compile(r"srun: |submitit (INFO|WARNING)|slurmstepd.* DUE TO JOB REQUEUE")
-"""Lines that the engines add to a log, and that say nothing about the work."""
+"""Lines that SLURM and submitit add to a log. They say nothing about the work."""
 
 JobState = Literal["queued", "running", "ended"]
 
@@ -34,7 +34,7 @@ class JobRecord:
     """The process of `hpcm` that starts the local jobs."""
 
     def state(self, slurm: Mapping[str, str]) -> tuple[JobState, str]:
-        """Whether the job is queued, runs or has ended, and why it waits. `slurm` comes from `slurm_queue`."""
+        """The job's state, and the reason why it waits. `slurm` is the result of `slurm_queue`."""
         if self.cluster == "local":
             if self.id:
                 return ("running" if _alive(int(self.id), b"submitit") else "ended"), ""
@@ -64,7 +64,7 @@ class ChainJobs:
         write_json(folder / "jobs.json", asdict(self))
 
     def add(self, folder: Path, job: JobRecord, log: Path | None) -> "ChainJobs":
-        """Add a job in place of one that waited, with a link to its log, and write the record."""
+        """Add a job with a link to its log, drop the job that waited for a device, and write the record."""
         if log is not None:
             link = folder / "logs" / f"{job.cluster}-{job.id}.log"
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +78,11 @@ class ChainJobs:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What all jobs of a chain amount to."""
+    """The state of a chain, from all its jobs."""
 
     state: JobState | Literal["none"]
     ids: str
-    """The jobs that are queued or run; the last one if all have ended."""
+    """The jobs that are queued or running; the last job if all have ended."""
     waits: str
     """Why the job waits."""
     last_line: str
@@ -106,12 +106,12 @@ def status_of(folder: Path, slurm: Mapping[str, str]) -> JobStatus:
 def slurm_queue(jobs: Iterable[JobRecord]) -> dict[str, str]:
     """`state|reason` of this user's SLURM jobs that have not ended, by job number. Raises ClusterError.
 
-    squeue answers on every cluster; sacct, which submitit asks, only on those that keep accounts.
+    squeue works on every cluster. sacct, which submitit uses, works only on clusters that keep accounts.
     """
     if not any(job.cluster == "slurm" for job in jobs):
         return {}
     if shutil.which("squeue") is None:
-        raise ClusterError("squeue: no such command; look the jobs up on a machine of the cluster")
+        raise ClusterError("squeue: no such command; repeat the command on a machine of the cluster")
     command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T|%r"]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
@@ -130,7 +130,7 @@ def last_line(log: Path) -> str:
 
 
 def _alive(process: int, command: bytes) -> bool:
-    """Whether a process runs whose command line contains `command`. Numbers are used again."""
+    """Whether this process runs and its command line contains `command`. Process numbers are reused."""
     try:
         return command in Path(f"/proc/{process}/cmdline").read_bytes() and "\nState:\tZ" not in (
             Path(f"/proc/{process}/status").read_text()

@@ -1,4 +1,4 @@
-"""What a job asks for, and the devices of this machine."""
+"""The resources of a job, and the devices of this machine."""
 
 import os
 import re
@@ -11,21 +11,21 @@ LONGEST = 365 * 24 * 60
 
 
 class ClusterError(UserError):
-    """Jobs cannot be submitted or looked up; the message says what to do."""
+    """Jobs cannot be submitted or looked up. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job gets. A job has one process per GPU, and one process without GPUs."""
+    """The resources of each job. A job has one process per GPU, or one process if it has no GPU."""
 
     gpus: int | None = None
-    """GPUs per node; None for one, or for none on a machine without."""
+    """GPUs per node. None: one, or on this machine none if it has no GPU."""
     nodes: int = 1
     minutes: float | None = None
-    """Time limit. Before it the job saves, and then queues again."""
+    """Time limit. The job saves before it, and is then queued again."""
     partition: str | None = None
     sbatch: tuple[str, ...] = ()
-    """More options of sbatch, each as `account=vision`."""
+    """More options of sbatch, such as `account=vision`."""
 
     def sbatch_options(self) -> dict[str, str]:
         """The options in `sbatch` by name. Raises ClusterError for one that is not `name=value`."""
@@ -48,10 +48,10 @@ def minutes_of(text: str) -> float:
 
 
 def places(gpus: int | None) -> list[tuple[int, ...]]:
-    """The GPUs of each job that fits on this machine at the same time; an empty tuple is a place on the CPU.
+    """The GPUs of each job that can run on this machine at the same time. An empty tuple is a place on the CPU.
 
-    The CPU has as many places as it has cores for OMP_NUM_THREADS threads each, and one by default. Raises
-    ClusterError if the machine has fewer GPUs than a job needs.
+    A place on the CPU takes OMP_NUM_THREADS cores, or all cores if that is not set. Raises ClusterError if the machine
+    has fewer GPUs than a job needs.
     """
     known = _visible_gpus() if gpus != 0 else []
     gpus = min(1, len(known)) if gpus is None else gpus
@@ -59,7 +59,7 @@ def places(gpus: int | None) -> list[tuple[int, ...]]:
         cores = len(os.sched_getaffinity(0))
         return [()] * max(1, cores // int(os.environ.get("OMP_NUM_THREADS") or cores))
     if gpus > len(known):
-        raise ClusterError(f"--gpus {gpus}: PyTorch finds {len(known)} on this machine")
+        raise ClusterError(f"--gpus {gpus}: PyTorch finds only {len(known)} on this machine; give a smaller number")
     return [tuple(known[first : first + gpus]) for first in range(0, len(known) - gpus + 1, gpus)]
 
 

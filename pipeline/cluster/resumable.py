@@ -1,4 +1,4 @@
-"""A job that is resumed: before its time limit it saves, and the cluster queues it again."""
+"""A job that is resumed. It saves before its time limit, and the cluster queues it again."""
 
 import os
 import signal
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 WARNING = signal.SIGUSR1
 """The signal that announces the time limit."""
 IDLE_ROUNDS = 2
-"""Rounds in a row that may pass without progress before a job gives up."""
+"""Rounds in a row without progress that a job may have. After one more it gives up."""
 
 
 class Work(Protocol):
-    """What a job does. It is pickled when the job is submitted."""
+    """The work of a job. It is pickled when the job is submitted."""
 
     def run(self) -> None:
-        """Do the work. A signal raises Interrupted once everything is saved; any other end raises SystemExit."""
+        """Do the work. Raises Interrupted after a signal, once everything is saved, and SystemExit after an error."""
 
     def progress(self) -> str:
-        """A text that differs whenever the saved work does."""
+        """A text that changes whenever the saved work changes."""
 
 
 @dataclass
 class ResumableJob:
-    """A job as submitit calls it: once in each process, and again after each time limit."""
+    """A job that submitit calls once in each process, and again after each time limit."""
 
     work: Work
     idle: int = 0
     """Rounds in a row without progress."""
 
     def __call__(self) -> None:
-        """Do the work. Exits with 128 + signal if the job was stopped, and returns at its end."""
+        """Do the work. Exits with 128 + signal if the job was stopped, and returns if the work is complete."""
         _join_processes()
         before = self.work.progress()
         try:
@@ -49,12 +49,12 @@ class ResumableJob:
                 self.idle = -1
             if self.idle == IDLE_ROUNDS:
                 sys.exit(f"error: {IDLE_ROUNDS + 1} rounds brought no progress; give the job a longer --time")
-            # The work has put back submitit's handler, which queues the job again and exits.
+            # The work has restored submitit's handler, which queues the job again and exits.
             signal.raise_signal(WARNING)
             sys.exit(0)  # Only the first process queues the job again.
 
     def checkpoint(self) -> "DelayedSubmission | None":
-        """What submitit queues in place of this job; None gives up. It is also called before the work begins."""
+        """The job that submitit queues next; None to give up. It is also called before the work begins."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(ResumableJob(self.work, self.idle + 1)) if self.idle < IDLE_ROUNDS else None
@@ -66,8 +66,8 @@ def _join_processes() -> None:
 
     environment = submitit.JobEnvironment()
     if environment.cluster == "local":
-        os.setsid()  # Ctrl-C at the terminal reaches only the queue, which stops its jobs once.
-    # Until the work listens to signals, scancel may end the process at once.
+        os.setsid()  # Then Ctrl-C at the terminal reaches only the queue, which stops each job once.
+    # Until the work handles signals, scancel may end the process at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if environment.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)

@@ -1,4 +1,4 @@
-"""Sends chains as jobs: to SLURM at once, or to a queue that this process works through."""
+"""Starts chains as jobs, on SLURM or on this machine."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from pipeline.cluster.resumable import WARNING, ResumableJob, Work
 
 SIGNAL = WARNING.name.removeprefix("SIG")
 SAVING_SECONDS = 120
-"""Seconds before the time limit at which a job is told to save; at most a sixth of the limit."""
+"""Seconds before the time limit at which a job is told to save, or a sixth of the limit if that is less."""
 ENDLESS = 10**6
-"""How often a job may be queued again: it gives up by itself if it makes no progress."""
+"""Times that a job may be queued again. A job without progress gives up by itself."""
 
 
 @dataclass(frozen=True)
 class ChainJob:
-    """A job to submit: its title, the folder of its chain, its work, and the jobs that must succeed before it."""
+    """A job to submit. The jobs in `after` must succeed before it starts."""
 
     title: str
     folder: Path
@@ -35,7 +35,7 @@ class ChainJob:
 
 
 def load_submitit() -> ModuleType:
-    """Import submitit, and let it use our signal. Raises ClusterError if it is not installed."""
+    """Import submitit, and set the signal that it sends. Raises ClusterError if it is not installed."""
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL
     try:
         import submitit
@@ -45,9 +45,9 @@ def load_submitit() -> ModuleType:
 
 
 def submit_to_slurm(jobs: Sequence[ChainJob], resources: Resources) -> Iterator[tuple[ChainJob, JobRecord]]:
-    """Submit the jobs, as arrays of those with the same predecessors, and yield each with its record.
+    """Submit the jobs, and yield each with its record. Jobs with the same predecessors form one array.
 
-    Raises ClusterError if SLURM refuses one; those before it are submitted.
+    Raises ClusterError if SLURM refuses an array. The arrays before it are submitted.
     """
     submitit = load_submitit()
     ids: dict[ChainJob, str] = {}
@@ -57,7 +57,7 @@ def submit_to_slurm(jobs: Sequence[ChainJob], resources: Resources) -> Iterator[
             executor.update_parameters(**_parameters(group, resources, [ids[job] for job in group[0].after]))
             submitted = executor.submit_array([ResumableJob(job.work) for job in group])
         except RuntimeError as error:  # submitit's error types, and a missing srun
-            raise ClusterError(f"SLURM did not take the jobs: {str(error).strip()}") from error
+            raise ClusterError(f"SLURM refused the jobs: {str(error).strip()}") from error
         for job, sent in zip(group, submitted, strict=True):
             ids[job] = sent.job_id
             record = JobRecord("slurm", sent.job_id)
@@ -66,7 +66,7 @@ def submit_to_slurm(jobs: Sequence[ChainJob], resources: Resources) -> Iterator[
 
 
 def _groups(jobs: Sequence[ChainJob]) -> list[list[ChainJob]]:
-    """The jobs by their predecessors, in order: a job of an array cannot wait for one of its own."""
+    """The jobs by their predecessors, in order. A job cannot wait for another job of its array."""
     groups: dict[tuple[Path, tuple[ChainJob, ...]], list[ChainJob]] = {}
     for job in jobs:
         groups.setdefault((job.logs, job.after), []).append(job)
@@ -75,7 +75,7 @@ def _groups(jobs: Sequence[ChainJob]) -> list[list[ChainJob]]:
 
 def _parameters(group: Sequence[ChainJob], resources: Resources, after: Sequence[str]) -> dict[str, object]:
     if resources.minutes is None:
-        raise ClusterError("a SLURM job needs a time limit, such as --time 12:00; it goes on after the limit")
+        raise ClusterError("a SLURM job needs a time limit, such as --time 12:00; after it, the job is queued again")
     gpus = 1 if resources.gpus is None else resources.gpus
     options: dict[str, object] = {"requeue": True, "kill-on-invalid-dep": "yes", **resources.sbatch_options()}
     parameters: dict[str, object] = {
@@ -123,7 +123,7 @@ def _saving_seconds(minutes: float) -> int:
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C and the closing of the terminal: this process stops them."""
+    """Start processes that ignore Ctrl-C and the closing of the terminal. This process stops them instead."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield

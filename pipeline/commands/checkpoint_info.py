@@ -35,7 +35,7 @@ class CheckpointInfo:
     path: Path
     metadata: dict[str, Any]
     lineage: tuple[str, ...]
-    """The stage and its ancestors, root first. It stops where an ancestor's folder is not beside the stage's."""
+    """The stage and its ancestors, root first. Ancestors whose folder is not beside the stage's are missing."""
 
     @classmethod
     def read(cls, path: Path) -> "CheckpointInfo":

@@ -37,7 +37,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 MaxPixels = Annotated[
     int | None,
     typer.Option(
-        "--max-pixels", min=1, help="Most pixels of an image, with padding [default: what half of the memory allows]."
+        "--max-pixels",
+        min=1,
+        help="Largest number of pixels of an image, padding included [default: what fits into half of the memory].",
     ),
 ]
 
@@ -85,7 +87,7 @@ def compress(
     if skip_existing:
         conversions = [conversion for conversion in conversions if not conversion.target.exists()]
 
-    # PyTorch takes seconds to import, and mistakes are found before.
+    # PyTorch takes seconds to import. Mistakes in the arguments are reported before that.
     from pipeline.evaluation.codec_files import compress_file
 
     codec = _codec(checkpoint, device, quality)
@@ -143,7 +145,8 @@ def decompress(
 def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[[bytes], ImageCodec]:
     """Return a function from the identity in a coded file to its codec: `checkpoint`'s, or a bundled one.
 
-    The function raises BitstreamError if neither made the file, or DataError with a path if a codec in `runs` did.
+    The function raises DataError, which names the path, if a codec in `runs` made the file instead, and BitstreamError
+    if the codec is not known.
     """
     from modules.rans import BitstreamError
     from pipeline.commands.checkpoint_info import known_models
@@ -159,12 +162,12 @@ def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[
         try:
             if given is None:
                 return shipped.of(identity)
-            raise BitstreamError(f"made by another model: {identity.hex()}; the one of -c is {given.identity.hex()}")
+            raise BitstreamError(f"made by another model: {identity.hex()}; that of -c is {given.identity.hex()}")
         except BitstreamError as error:
             name = known_models(runs).get(identity.hex())
             if name is None:
                 raise
-            raise DataError(f"made by another model: {name}; give that one with -c") from error
+            raise DataError(f"made by another model: {name}; give that model with -c") from error
 
     return find
 

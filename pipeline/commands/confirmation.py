@@ -1,4 +1,4 @@
-"""Questions before files are moved, or before a run that promises little."""
+"""Asks before files are moved, and before a run that lacks what its recipe needs."""
 
 import sys
 
@@ -8,11 +8,11 @@ from pipeline.common.errors import UserError
 
 
 class NotConfirmed(UserError):
-    """Nobody agreed to what a command would do. Nothing was changed."""
+    """Nobody agreed to the consequences of a command. Nothing was changed."""
 
 
 def confirm(yes: bool, consequences: list[str]) -> None:
-    """Print the consequences and ask; raises NotConfirmed unless the answer, or the option `--yes`, is yes."""
+    """Print the consequences and ask whether to continue. Raises NotConfirmed if not. With `yes`, do not ask."""
     for line in consequences:
         typer.echo(line)
     if yes:

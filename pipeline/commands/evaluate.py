@@ -42,14 +42,14 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Encode images to bitstreams, decode them, and print bits, PSNR, MS-SSIM and times of each and on average.
+    """Encode images to bitstreams and decode them. Print bits, PSNR, MS-SSIM and times of each image, and the means.
 
-    The bits are those of the coded latents; the header and ICC profile of an `.hpcm` file are not counted.
+    The bits are those of the coded latents. The header and the ICC profile of an `.hpcm` file are not counted.
 
     The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` plots it.
 
-    With --against, the bits are those of whole files. Pillow encodes each image at the quality whose file is nearest in
-    bytes to that of our codec.
+    With --against, the bits are those of whole files. Pillow encodes each image at the quality that gives the file
+    nearest in size to our codec's file.
     """
     if quiet:
         from pipeline.commands.display import hush
@@ -137,7 +137,7 @@ def _cells(result: ImageResult) -> list[str]:
 def _against(
     pictures: list[Path], checkpoints: Sequence[Path], names: str, plot: Path | None, limits: tuple[str, int | None]
 ) -> tuple[dict[str, object], Table, bool]:
-    """Compare codecs with Pillow's. `limits`: device, and largest number of pixels. Returns as `_alone` does."""
+    """Compare codecs with Pillow's. `limits`: device, and largest number of pixels. Returns what `_alone` returns."""
     from modules.bitstream import ImageCodec
     from pipeline.commands.display import errors
     from pipeline.common.figure_style import save
@@ -183,7 +183,7 @@ def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:
 def _images(
     pictures: list[Path], codecs: Sequence[ImageCodec], max_pixels: int | None
 ) -> tuple[list[NamedImage], bool]:
-    """The images in memory, and whether all could be read and are small enough for the codecs."""
+    """The images, read into memory, and whether all could be read and are small enough for the codecs."""
     from pipeline.data.images import SUFFIXES, read_picture
     from pipeline.evaluation.codec_files import to_tensor
     from pipeline.evaluation.conversions import find

@@ -71,7 +71,7 @@ def audit(
 def compare(
     checkpoints: Annotated[
         list[Path] | None,
-        typer.Argument(help="Published codecs; the others are compared with the first [default: --preset]."),
+        typer.Argument(help="Published codecs; each is compared with the first [default: --preset]."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -153,14 +153,14 @@ def _contenders(
 def rd_curve(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(help="Stages to build at every λ [default: all that are no other stage's parent]."),
+        typer.Argument(help="Stages to build at every λ [default: all stages that are not the parent of another]."),
     ] = None,
     recipe: RecipeName = "tiny",
     lmbda: Annotated[
-        list[float] | None, typer.Option(help="λ of a point; repeatable [default: the six λ of the official codecs].")
+        list[float] | None, typer.Option(help="λ to train at; repeatable [default: the six λ of the official codecs].")
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Seed of every stage; repeatable, for several chains per λ.")
+        list[int] | None, typer.Option(help="Seed of all stages; repeatable, to train several chains per λ.")
     ] = None,
     data: DataFolder = None,
     val: ValFolder = None,
@@ -168,7 +168,7 @@ def rd_curve(
     settings: Settings = None,
     start_from: Annotated[
         float | None,
-        typer.Option("--from", help="Start the first stages of the other λ from the one trained at this λ."),
+        typer.Option("--from", help="Train the first stage at this λ, and start it at the other λ from that result."),
     ] = None,
     from_settings: Annotated[
         list[str] | None,
@@ -193,8 +193,8 @@ def rd_curve(
 ) -> None:
     """Run a recipe at several λ and plot rate–distortion curves from real bitstreams.
 
-    Each λ and seed has its own chain. Repeat the command to continue an interrupted run. `--submit` sends each chain
-    as a job, and `--plan` then shows the jobs.
+    Each λ and seed has its own chain. Repeat the command to continue an interrupted run. `--submit` runs each chain as
+    a job, and `--plan` then shows the jobs.
     """
     from pipeline.chain import lambda_sweep as sweep
     from pipeline.commands.display import hush, show

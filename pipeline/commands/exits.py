@@ -10,7 +10,7 @@ from pipeline.common.errors import LostProcess, MainProcessStopped, UserError
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn errors that a user can fix into a message and exit code 1. A signal still raises Interrupted."""
+    """Turn errors that a user can fix into a message and exit code 1. Interrupted, after a signal, passes."""
     try:
         yield
     except UserError as error:

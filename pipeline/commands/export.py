@@ -25,13 +25,14 @@ def export(
         False
     ),
     keep_op: Annotated[
-        bool, typer.Option("--keep-op", help="Keep hpcm::biwkv4 in the programs; `import modules.biwkv4` registers it.")
+        bool, typer.Option("--keep-op", help="Keep the operator hpcm::biwkv4; `import modules.biwkv4` registers it.")
     ] = False,
 ) -> None:
     """Write a checkpoint for distribution, for CompressAI's tools, or as programs that run without this package.
 
-    A .safetensors file has half the size and loads like any other checkpoint. Programs are one file for each network:
-    g_a, h_a, h_s, g_s, the context model's step at each scale, and the fusions. Entropy coding is outside.
+    A .safetensors file has half the size and loads like any other checkpoint. --torch and --onnx write one file for
+    each network: g_a, h_a, h_s, g_s, the context model's step at each scale, and the fusions. These files do not
+    contain the entropy coding.
     """
     from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.commands.display import console

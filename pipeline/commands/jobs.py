@@ -1,4 +1,4 @@
-"""Chains as jobs: what a job does, how chains are submitted, and the table of jobs."""
+"""Chains as jobs: the work of a job, the submission of chains, and the table of jobs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pipeline.cluster.resources import Resources
 
 Requests = Mapping[str, Sequence[ChainRequest]]
-"""The chains of each job by the job's title. They have one folder, so they run one after another."""
+"""The chains of each job, by the job's title. The chains of a job share a folder, so they run one after another."""
 Confirm = Callable[[list[str]], None]
-"""Asks whether to go on in spite of these consequences; raises a UserError if not."""
+"""Asks whether to continue in spite of these consequences. Raises a UserError if not."""
 
 
 class JobsFailed(UserError):
@@ -50,7 +50,7 @@ class ChainWork:
                 run_chain(chain, start_accelerator(chain.precision), self.accept_anyway)
 
     def progress(self) -> str:
-        """The stages' statuses with the steps of their interruptions."""
+        """The status of each stage, with the step at which it was interrupted."""
         return repr([(planned.name, planned.status, planned.reason) for planned in self.plan()])
 
     def plan(self) -> list[PlannedStage]:
@@ -67,7 +67,7 @@ class ChainWork:
 
 
 def submit_sweep(sweep: Sweep, engine: str, resources: Resources, accept_anyway: bool, confirm: Confirm) -> None:
-    """Submit the chains of a sweep that are not done, after those of the roots that others start from."""
+    """Submit the chains of a sweep that are not done. A chain waits for the root that it starts from."""
     points = list(sweep.points())
     roots = {point.starts_from for point in points if point.starts_from is not None}
     title = {root: next(p.title for p in points if p.chains[0].folder == root.chain().folder) for root in roots}
@@ -91,7 +91,7 @@ def _job(title: str, requests: Sequence[ChainRequest], accept_anyway: bool) -> C
 
 
 def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources, confirm: Confirm) -> None:
-    """Submit the jobs that are not done and not submitted yet. Local jobs are run to their ends."""
+    """Submit the jobs that are not done and not submitted yet. Returns once local jobs have ended."""
     from pipeline.commands.display import console
 
     load_submitit()
@@ -124,9 +124,9 @@ def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources, confirm
 
 
 def _consequences(job: ChainJob) -> list[str]:
-    """What a person must agree to before the job is submitted, because nobody answers questions in a job."""
+    """What a person must agree to. This is asked before submission, because nobody can answer questions in a job."""
     chains = [request.chain() for request in job.work.requests] if isinstance(job.work, ChainWork) else []
-    # The device is not judged: this machine need not have the GPU that the job will find.
+    # The job may find a GPU that this machine does not have, so the device is not checked here.
     return [line for chain in chains for line in consequences(chain, (), (), "cuda")]
 
 
@@ -136,7 +136,7 @@ def is_done(job: ChainJob) -> bool:
 
 
 def jobs_table(requests: Requests) -> list[Table]:
-    """The jobs of these chains; no table if none were submitted."""
+    """A table of the jobs of these chains; none if no jobs were submitted."""
     folders = {title: chains[0].chain().folder for title, chains in requests.items()}
     if not any(ChainJobs.read(folder).jobs for folder in folders.values()):
         return []
@@ -163,6 +163,6 @@ def _state(status: JobStatus, plan: Sequence[PlannedStage]) -> str:
     if status.state == "none":
         return "not submitted"
     if not status.last_line:
-        return "ended before it began"
+        return "ended without output"
     stopped = status.last_line.startswith("stopped by")
     return f"{'stopped' if stopped else 'failed'} {at}: {status.last_line}"

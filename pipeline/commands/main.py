@@ -139,7 +139,7 @@ def run(
         from pipeline.commands.jobs import submit_chains
 
         if force or fresh:
-            raise typer.BadParameter("--force and --fresh move files first: they do not go with --submit")
+            raise typer.BadParameter("--force and --fresh cannot be used with --submit, because they move files first")
         resources = resources_of(gpus, nodes, time, partition, sbatch)
         submit_chains({stage: (request,)}, submit, resources, accept_anyway, partial(confirm, yes))
         return
@@ -185,11 +185,11 @@ def sync(runs: Runs = Path("runs")) -> None:
 @app.command()
 def clean(
     runs: Runs = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="Delete all that are listed, without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete all of them without asking.")] = False,
 ) -> None:
     """List the interrupted trainings, and ask for each whether to delete it.
 
-    Until then they are kept: they resume if their recipe and images are used again.
+    A training that is kept resumes when its recipe and images are used again.
     """
     from pipeline.chain.leftovers import leftovers
     from pipeline.commands.display import console
@@ -219,7 +219,7 @@ def plan(
     processes: Processes = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show what `run` would do, and why. With `--measure`, also how long it takes, and whether it fits."""
+    """Show what `run` would do, and why. With `--measure`, show also how long it takes and whether it fits."""
     from pipeline.commands.display import plan_json, plan_table, show, show_json
     from pipeline.commands.jobs import jobs_table
 
@@ -249,7 +249,7 @@ def ui(
 
     store = Store.default(runs)
     if store.database is not None and not store.database.exists():
-        raise UserError(f"{runs}: nothing was run here yet; --runs names another folder")
+        raise UserError(f"{runs}: this folder has no runs yet; name another one with --runs")
     if store.uri.startswith("http"):
         print(address(store, store.uri))
         return

@@ -16,10 +16,10 @@ class DoesNotFit(UserError):
 
 
 def show_measured(plans: Mapping[str, Sequence[PlannedStage]], processes: int) -> None:
-    """Measure the segments of all chains, print what they take, and keep it in their folders.
+    """Measure the segments of all chains, print their times and memory, and save these in the chains' folders.
 
-    Chains differ in λ and seed, which change no cost: each segment is measured once. Raises DoesNotFit at the end if
-    one does not fit.
+    Chains differ in λ and seed, which do not change the cost, so each segment is measured once. Raises DoesNotFit at
+    the end if a segment does not fit.
     """
     stages: dict[str, PlannedStage] = {}
     for planned in (planned for plan in plans.values() for planned in plan):
@@ -37,7 +37,7 @@ def show_measured(plans: Mapping[str, Sequence[PlannedStage]], processes: int) -
 
 
 def segment_table(estimate: Estimate) -> Table:
-    """One row per segment: time of a step, speed, what limits it, memory, and time of all steps."""
+    """One row per segment: time of a step, speed, what limits the speed, memory, and time of all steps."""
     processes = f", as one of {estimate.processes} processes" if estimate.processes > 1 else ""
     columns = ("stage", "segment", "steps", "s/step", "images/s", "limit", "GPU GB", "process GB", "time")
     table = Table(f"measured on {estimate.device or 'this machine'}{processes}", columns, left=2)

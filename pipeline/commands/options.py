@@ -45,9 +45,9 @@ Baseline = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and MLflow's store.")]
 AcceptAnyway = Annotated[
-    bool, typer.Option("--accept-anyway", help="Publish stages even if they miss their quality limits.")
+    bool, typer.Option("--accept-anyway", help="Publish stages even if they exceed the limits in `accept`.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Rebuild finished stages, move files and go on without asking.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes to all questions: rebuild stages and move files.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line every `log_every` steps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
@@ -55,10 +55,13 @@ Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, or c
 
 Measure = Annotated[
     bool,
-    typer.Option("--measure", help="Train a few steps of each segment, and show time and memory; exits 1 on a misfit."),
+    typer.Option(
+        "--measure",
+        help="Train a few steps of each segment, and show time and memory; exits 1 if a segment does not fit.",
+    ),
 ]
 Processes = Annotated[
-    int, typer.Option(min=1, help="Processes that will share a batch; one of them is measured, with its part.")
+    int, typer.Option(min=1, help="With --measure: number of processes that will share a batch; one is measured.")
 ]
 
 
@@ -72,20 +75,20 @@ class Engine(StrEnum):
 Submit = Annotated[
     Engine | None,
     typer.Option(
-        help="Run each chain as a job: on a SLURM cluster, or on this machine, as many at the same time as it has GPUs "
-        "for. Needs `pip install 'hpcm-rwkv[cluster]'`.",
+        help="Run each chain as a job: on a SLURM cluster, or on this machine, as many at a time as its GPUs allow. "
+        "Needs `pip install 'hpcm-rwkv[cluster]'`.",
         rich_help_panel="Jobs",
     ),
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option(min=0, help="GPUs per job and node, one process each [default: 1].", rich_help_panel="Jobs"),
+    typer.Option(min=0, help="GPUs per node of a job; each has one process [default: 1].", rich_help_panel="Jobs"),
 ]
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes per job, with SLURM.", rich_help_panel="Jobs")]
 TimeLimit = Annotated[
     str | None,
     typer.Option(
-        help="Time limit of a job, hours:minutes. Before it the job saves, and is queued again.",
+        help="Time limit of a job, hours:minutes. The job saves before it, and is then queued again.",
         rich_help_panel="Jobs",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Work that may run out of memory: caught here, or done in a process of its own."""
+"""Runs work that may run out of memory, in this process or in a new one."""
 
 import re
 from collections.abc import Callable
@@ -30,9 +30,9 @@ def within_memory(call: Callable[[], Result]) -> Result | None:
 def in_fresh_process(
     call: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs
 ) -> Result | None:
-    """The result of a call in a new process; None if that ran out of memory or died. Everything is pickled."""
+    """The result of a call in a new process; None if it ran out of memory or died. Arguments and result are pickled."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         try:
             return within_memory(partial(processes.submit(call, *arguments, **keywords).result))
-        except BrokenProcessPool:  # The kernel killed it for its memory, or it crashed; the two look the same.
+        except BrokenProcessPool:  # The kernel killed the process for its memory, or it crashed. They look the same.
             return None

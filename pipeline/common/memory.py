@@ -31,7 +31,7 @@ def too_large(bytes_: float) -> str:
 
 
 def largest_resident_size() -> int:
-    """Peak resident size in bytes. On Linux, ru_maxrss would include the peak of the parent process; VmHWM does not."""
+    """Peak resident size in bytes. On Linux this is VmHWM, because ru_maxrss includes the parent process's peak."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())

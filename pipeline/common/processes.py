@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def start_accelerator(precision: str) -> Accelerator:
     """Connect the processes that `accelerate launch` started; without it there is one process."""
-    # The others wait while the first process evaluates, which can take long. A dead process is noticed sooner.
+    # The others wait while the first process evaluates, which can take long. They notice a dead process sooner.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
 
@@ -77,7 +77,7 @@ class ProcessGroup:
             raise error
 
     def of_main_process(self, work: Callable[[], Result]) -> Result:
-        """The result of `work` in the first process, in all processes. If it raises, all processes stop."""
+        """Run `work` in the first process, and return its result in all processes. If it raises, all processes stop."""
         results: list[Any] = [None]
 
         def keep() -> None:

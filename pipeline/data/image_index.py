@@ -16,7 +16,7 @@ from pipeline.common.folder_lock import alone_at
 
 FILE = "images.db"
 SETTLED = 2 * 10**9
-"""Nanoseconds without a change before a file is cached: two changes within a clock tick can have the same time."""
+"""Nanoseconds without a change before a file is cached. Two changes within one clock tick can have the same time."""
 READERS = 8
 """Threads that read and hash files; hashing releases Python's global lock."""
 WORTH_A_LINE = 2**28
@@ -67,9 +67,9 @@ class ImageIndex:
             yield
 
     def known(self) -> dict[str, tuple[Any, ...]]:
-        """All entries, by the file's name relative to the folder; `remembered` reads one.
+        """All entries, by the file's name relative to the folder. `remembered` reads the facts in an entry.
 
-        They are rows of the database: of a million images, making objects of all would take seconds.
+        Entries are rows of the database, because objects of a million images would take seconds to make.
         """
         query = "SELECT name, size, modified, changed, width, height, digest FROM images WHERE folder = ?"
         rows = self._in_database(lambda database: database.execute(query, (self._folder,)).fetchall())
@@ -104,7 +104,7 @@ class ImageIndex:
 
 
 def remembered(entry: tuple[Any, ...] | None, path: str) -> ImageFacts | None:
-    """The facts in an entry of the index, or None if there is none or the file changed."""
+    """The facts in an entry of the index. None if there is no entry or the file has changed."""
     if entry is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which image files become which `.hpcm` files, and back. PyTorch is not imported, so a mistake is told at once."""
+"""Plans which image files become which `.hpcm` files, and back. Without PyTorch, so mistakes are reported at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, 
         if source.is_dir():
             below = sorted(files_below(source, suffixes))
             if not below:
-                raise DataError(f"{source}: no {' '.join(suffixes)} here or below")
+                raise DataError(f"{source}: no files with the suffix {' '.join(suffixes)} in or below this folder")
             found += below
         elif source.is_file():
             found.append((source.name, source))
@@ -55,7 +55,7 @@ def plan(
     if output and output.suffix and not output.is_dir() and len(sources) == 1 and not sources[0].is_dir():
         if written == SUFFIX != output.suffix.lower():
             raise DataError(
-                f"{output}: a coded image needs the suffix {SUFFIX}; to write into such a folder, create it first"
+                f"{output}: a coded image needs the suffix {SUFFIX}; if this should be a folder, create it first"
             )
         conversions = [Conversion(found[0][1], output, output.name)]
     elif output and output.suffix.lower() == written and not output.is_dir():
@@ -71,7 +71,7 @@ def plan(
             raise DataError(f"{target}: exists; --overwrite replaces it")
         writers[target] = conversion.source
     for folder in {target.parent for target in writers}:
-        folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it is not allowed.
+        folder.mkdir(parents=True, exist_ok=True)  # If this is not allowed, it fails before the work.
     return conversions
 
 

@@ -1,4 +1,4 @@
-"""Pillow's codecs, to compare with: JPEG, WebP and AVIF at the size of a coded image."""
+"""JPEG, WebP and AVIF by Pillow, to compare them with our codecs at equal file sizes."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -20,13 +20,13 @@ QUALITIES = range(101)
 
 @dataclass(frozen=True)
 class PillowCodec:
-    """A codec of Pillow with the options that are the same at every quality."""
+    """A codec of Pillow. Its options are the same at every quality."""
 
     title: str
     format: str
     options: Mapping[str, Any] = field(default_factory=dict)
     feature: str | None = None
-    """The part of Pillow that may be missing."""
+    """The feature of Pillow that the codec needs and that may be missing; None if the codec is always there."""
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         """The bytes of a file at a quality from 0 to 100."""
@@ -40,11 +40,11 @@ CODECS = {
     "webp": PillowCodec("WebP", "WEBP", {"method": 6}, "webp"),
     "avif": PillowCodec("AVIF", "AVIF", {"speed": 6}, "avif"),
 }
-"""By name. The options give small files; the chroma subsampling is each codec's default."""
+"""The codecs by name. The options give small files. The chroma subsampling is each codec's default."""
 
 
 def codecs_named(names: str) -> list[PillowCodec]:
-    """The codecs in a list such as `jpeg,webp,avif`. Raises UserError for an unknown one and one that Pillow lacks."""
+    """The codecs in a list such as `jpeg,webp,avif`. Raises UserError if a codec is unknown or Pillow lacks it."""
     chosen = []
     for name in dict.fromkeys(filter(None, (part.strip().lower() for part in names.split(",")))):
         if name not in CODECS:
@@ -52,7 +52,7 @@ def codecs_named(names: str) -> list[PillowCodec]:
         codec = CODECS[name]
         if codec.feature and not features.check(codec.feature):
             raise UserError(
-                f"--against {names}: Pillow {PIL.__version__} is without {codec.title}. Upgrade it "
+                f"--against {names}: Pillow {PIL.__version__} does not support {codec.title}. Upgrade it "
                 f"(pip install --upgrade pillow), or leave {name} out of --against"
             )
         chosen.append(codec)
@@ -62,7 +62,7 @@ def codecs_named(names: str) -> list[PillowCodec]:
 
 
 class PillowFiles:
-    """The files of one image, (1, 3, H, W) in [0, 1], by one codec. Each quality is encoded once."""
+    """The files of one image, (1, 3, H, W) in [0, 1], by one codec. Each quality is encoded only once."""
 
     def __init__(self, codec: PillowCodec, named: NamedImage):
         self.codec, self.named = codec, named
@@ -89,12 +89,12 @@ class PillowFiles:
         return quality_of((self.named[0], self.named[1].cpu()), x_hat, 8 * len(data) / (height * width), 0.0, "mse")
 
     def nearest(self, size: int) -> int:
-        """The quality whose file has the number of bytes nearest to `size`."""
+        """The quality whose file size is nearest to `size` bytes."""
         return nearest_quality(lambda quality: len(self.file(quality)), size)
 
 
 def nearest_quality(size_of: Callable[[int], int], size: int) -> int:
-    """The quality whose size is nearest to `size`, found by bisection: sizes grow with the quality."""
+    """The quality whose file size is nearest to `size`, by bisection, because sizes grow with the quality."""
     low, high = QUALITIES[0], QUALITIES[-1]
     while low < high:
         middle = (low + high) // 2

@@ -22,7 +22,7 @@ class StageAudit:
     """`verified`, `superseded` (moved aside and verified there), `not as recorded` or `not published`."""
     problems: tuple[str, ...]
     expected: dict[str, float] = field(default_factory=dict)
-    """Seconds of the steps of each segment, as `hpcm plan --measure` estimated them."""
+    """Seconds of training in each segment, as `hpcm plan --measure` estimated them."""
 
     @property
     def sound(self) -> bool:
@@ -48,7 +48,7 @@ def audit(runs: Path) -> list[ChainAudit]:
 
 
 def _with_estimate(audited: StageAudit, runs: Path) -> StageAudit:
-    """Add what was estimated before the stage was trained."""
+    """Add the times that were estimated before the stage was trained."""
     stage = audited.record
     if stage.tags.checkpoint is None:
         return audited

@@ -1,4 +1,4 @@
-"""Our codecs and Pillow's at the same sizes and over their qualities, and the figure of both."""
+"""Compares our codecs with Pillow's, at equal file sizes and as rate–distortion curves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from pipeline.evidence.rate_distortion import ms_ssim_db
 from pipeline.weights.published import Quality
 
 SWEPT = (1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95)
-"""Qualities of a codec's curve."""
+"""The qualities at which the curve of a codec is measured."""
 ROOM = 1.5
 """Curves end at this many times the largest rate of our codecs."""
 
@@ -32,7 +32,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One of our codecs, and the others at its size of each image."""
+    """One of our codecs, and the other codecs at its file sizes."""
 
     name: str
     ours: Quality
@@ -41,7 +41,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class CodecComparison:
-    """Operating points in the order of their rates, and each other codec's curve over its qualities."""
+    """Operating points in the order of their rates, and the curve of each other codec over its qualities."""
 
     images: int
     points: tuple[OperatingPoint, ...]
@@ -53,7 +53,7 @@ class CodecComparison:
 
 
 class CodecComparer:
-    """Codes the same images with our codecs and with Pillow's. Images stay in memory, as do Pillow's files."""
+    """Codes the same images with our codecs and with Pillow's. The images and Pillow's files stay in memory."""
 
     def __init__(self, images: Sequence[NamedImage], against: Sequence[PillowCodec], told: Callable[[str], None]):
         self.images, self.told = images, told
@@ -70,7 +70,7 @@ class CodecComparer:
         return OperatingPoint(name, mean_quality(ours), tuple(others))
 
     def compare(self, points: Sequence[OperatingPoint], curves: bool) -> CodecComparison:
-        """Put points in order. With `curves`, also measure the others over their qualities."""
+        """Sort the points. With `curves`, measure the other codecs over their qualities as well."""
         ordered = sorted(points, key=lambda point: point.ours.bpp)
         swept = {title: self._curve(title, files) for title, files in self.files.items()} if curves else {}
         limit = ROOM * ordered[-1].ours.bpp
@@ -92,8 +92,8 @@ def _coded(codec: ImageCodec, named: NamedImage) -> tuple[Quality, int]:
 
 
 def table(comparison: CodecComparison) -> Table:
-    """Each operating point, ours first, with the others at its size."""
-    title = f"Whole files, mean of {comparison.images} images; other codecs at the quality nearest in bytes"
+    """A table of the operating points. Each has our codec first, then the other codecs at its file sizes."""
+    title = f"Whole files, mean of {comparison.images} images; other codecs at the quality nearest in file size"
     found = Table(title, ("codec", "file bpp", "PSNR dB", "MS-SSIM"))
     for place, point in enumerate(comparison.points):
         if place:

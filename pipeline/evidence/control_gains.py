@@ -56,7 +56,7 @@ class Gain:
     stage: str
     reference: str
     fair: bool
-    """Whether the reference was trained for as many steps. If not, the differences are not gains of the stage."""
+    """Whether the reference was trained for as many steps as the stage. If not, the differences are not gains."""
     lmbda: float
     bpp: Spread
     psnr_db: Spread
@@ -105,7 +105,7 @@ def gains(chains: Sequence[ChainRecord]) -> list[Gain]:
 
 
 def _gain(compared: tuple[str, str, bool], chains: Sequence[ChainRecord], slope: float | None) -> Gain:
-    """The gain at one λ of a stage against a reference, which may be fair.
+    """The gain at one λ of a stage against a reference.
 
     `slope` is that of the reference's curve, in dB per (bit per pixel).
     """

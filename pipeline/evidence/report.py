@@ -61,7 +61,7 @@ class RecipeReport:
     """The figure of gains against controls, as a data URI; empty if the recipe has no controls."""
     quality: Table
     uncontrolled: tuple[str, ...]
-    """Stages without a control, and so without a gain."""
+    """Stages without a control. They have no gain."""
     migration: Table
     training: tuple[tuple[str, str], ...]
     """Title and figure of each chain."""

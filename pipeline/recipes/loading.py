@@ -168,7 +168,7 @@ def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
 
 
 def _torn_chains(recipe: Recipe, trees: Mapping[str, YamlNode]) -> list[str]:
-    """Settings of a stage that differ from those of its chain's first stage, although a chain has one."""
+    """An error line for each setting that differs from the chain's first stage, although a chain can have only one."""
     lines = []
     for name, stage in recipe.stages.items():
         root = recipe.chain(name)[0]
@@ -222,7 +222,7 @@ def _fields(path: tuple[str | int, ...]) -> list[str]:
 
 
 def _section(annotation: Any) -> type[BaseModel]:
-    """The class of the mappings that a field holds, alone, in a list or as one of its forms."""
+    """The class of the mappings that a field accepts, by themselves, in a list or as one of several forms."""
     nested = (_section(item) for item in get_args(annotation) if item is not Ellipsis)
     return next((found for found in nested if isinstance(found, type) and issubclass(found, BaseModel)), annotation)
 

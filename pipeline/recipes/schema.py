@@ -62,8 +62,8 @@ class Data(Settings):
     batch_size: PositiveInt
     """Crops per step, over all processes."""
     accumulate: PositiveInt = 1
-    """Micro-batches per step: each process computes its crops in this many parts, one after another, to save memory.
-    The step is that of the whole batch, up to rounding."""
+    """Micro-batches per step. Each process computes its crops in this many parts, one after another, to save memory.
+    The result is that of the whole batch, up to rounding."""
     workers: Count = 0
     """Data workers per training process; with 0, the training process reads the images itself."""
 
@@ -163,8 +163,8 @@ class Stage(Settings):
     checkpoint_every: PositiveInt = 500
     """Steps between saved training states."""
     validate_every: PositiveInt | None = None
-    """Steps between validations within a segment, whose results are logged as `val/…`. null: only at its end. While a
-    new component takes over gradually (`handover`) there are none."""
+    """Steps between validations within a segment, whose results are logged as `val/…`. null: only at its end. There are
+    no validations during a `handover`."""
     keep: Literal["last", "best"] = "last"
     """The weights with which a segment ends: those of its `last` step, or those of the validation with the lowest loss
     (`best`), the end of the segment included."""
@@ -174,7 +174,7 @@ class Stage(Settings):
     """Checkpoint to use instead of training a root stage, relative to the recipe's folder. It is used only if it was
     trained for the same λ and metric. null: the schedule trains the stage."""
     needs: tuple[Literal["gpu", "images"], ...] = ()
-    """What the stage is meant for: a `gpu`, and training `images` of your own. `hpcm run` asks before it trains without
+    """What the stage needs: a `gpu`, and training `images` of your own. `hpcm run` asks before it trains without
     them."""
     schedule: tuple[Segment, ...]
     accept: Accept = Accept()
@@ -186,7 +186,7 @@ class Stage(Settings):
             uneven = f"a batch of {self.data.batch_size} cannot be computed in {self.data.accumulate} equal parts"
             problems.append((("data", "accumulate"), uneven))
         if self.keep == "best" and self.validate_every is None:
-            problems.append((("keep",), "'best' is chosen among validations; set validate_every"))
+            problems.append((("keep",), "'best' needs validations to choose from; set validate_every"))
         if self.data.crop < METRICS[self.metric]:
             least = f"'metric: {self.metric}' needs at least {METRICS[self.metric]} pixels a side, such as 256"
             problems.append((("data", "crop"), f"{self.data.crop} is too small: {least}"))
@@ -203,7 +203,7 @@ class Stage(Settings):
 
         They omit the intervals of logging and saving, evaluation, acceptance, gradient checkpointing, micro-batches,
         the path in `weights`, data workers and the paths of the images. The images have a digest of their own. Fields
-        that earlier versions did not have are omitted at their defaults, so that stages built before stay current.
+        that earlier versions lack are omitted at their defaults, so that stages that those versions built stay current.
         """
         fields = self.model_dump(mode="json", exclude=WITHOUT_INFLUENCE)
         if self.keep == "last":

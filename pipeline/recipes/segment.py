@@ -1,4 +1,4 @@
-"""The schema of a segment, and what all schemas share."""
+"""The schema of a segment, and the parts that all schemas share."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -56,11 +56,11 @@ class StepDecay(Settings):
     at: tuple[PositiveInt, ...] = Field(min_length=1)
     """Steps of the segment, in ascending order."""
     factor: Annotated[float, Field(gt=0, lt=1)]
-    """The rates are multiplied by this at each of the steps."""
+    """The rates are multiplied by this factor at each of the steps."""
 
 
 FORMS = MAPPING, WORD = "<mapping>", "<word>"
-"""The forms of a field with two. Pydantic adds them to the path of the field in its errors."""
+"""Names of the two forms that a field may have. Pydantic adds them to the field's path in its errors."""
 
 
 def _decay_form(value: object) -> str:

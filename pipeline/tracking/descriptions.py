@@ -1,4 +1,4 @@
-"""Descriptions of runs, in Markdown: what a stage changed, and with what result."""
+"""Descriptions of runs in Markdown: what a stage changed, and what it achieved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from modules.components import SLOTS
 from pipeline.weights.published import PublicationRecord, Quality
 
 NOTE = "mlflow.note.content"
-"""Tag of the description on a run's page."""
+"""The tag that holds the description on a run's page."""
 
 
 def changes(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
-    """What a stage changes in its parent's codec, as a sentence. Both are the dictionaries of `HPCMConfig`."""
+    """What a stage changes in its parent's codec, in sentences. Both arguments are outputs of `HPCMConfig.to_dict`."""
     if before is None:
         return "Root of the chain."
     replaced = [
@@ -30,7 +30,7 @@ def changes(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
 
 
 def results(quality: Quality, parent: Quality | None, parameters: int, kmacs: float, steps: int) -> str:
-    """What a stage achieved, as Markdown: one line against its parent, one of sizes."""
+    """What a stage achieved, as Markdown: its sizes, its quality and, if it has a parent, the difference."""
     lines = [f"{steps:,} training steps. {parameters / 1e6:.2f} M parameters, {kmacs:.1f} kMAC per pixel."]
     values = f"{quality.bpp:.4f} bits per pixel, {quality.psnr_db:.2f} dB PSNR, R-D loss {quality.rd_loss:.4f}"
     lines.append(f"Real bitstreams of the validation images: {values}.")

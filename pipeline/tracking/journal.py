@@ -57,7 +57,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Image:
-    """Arguments of an entry that logs a picture: the file's name below `files/`, and where MLflow shows it."""
+    """Arguments of an entry that logs a picture: the file's name below `files/`, and its key and step in MLflow."""
 
     name: str
     key: str
@@ -75,7 +75,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Model:
-    """Arguments of an entry that registers a model: its folder's name below `files/`, and what is known of it."""
+    """Arguments of an entry that registers a model: its folder's name below `files/`, and its `ModelFacts`."""
 
     name: str
     facts: ModelFacts
@@ -169,7 +169,7 @@ def lines(journal: Path, start: int) -> Iterator[Line]:
 
 
 def offset(path: Path, journal: Path) -> int:
-    """How many bytes of the journal were sent; 0 if the file `path` does not fit the journal."""
+    """Number of bytes of the journal that were sent; 0 if the file `path` does not fit the journal."""
     try:
         sent = int(path.read_text())
         return sent if journal.read_bytes()[:sent].endswith(b"\n") and sent <= journal.stat().st_size else 0

@@ -1,4 +1,4 @@
-"""What MLflow's registry says of a published stage."""
+"""The facts about a published stage in MLflow's registry of models."""
 
 from dataclasses import dataclass, field
 
@@ -11,16 +11,16 @@ class ModelFacts:
     """Name of the registered model: preset and λ."""
     stage: str
     digest: str
-    """Digest of the weights. One run has one version with it."""
+    """Digest of the weights. A run has one version per digest."""
     metrics: dict[str, float]
     """Final metrics of the stage's run, by name."""
     step: int
     """Training steps of the stage."""
     loss: float
-    """R-D loss on the validation images. The version with the lowest is `best`."""
+    """R-D loss on the validation images. The version with the lowest loss is `best`."""
     dataset: str
     """Name of the validation images."""
     dataset_digest: str
-    """Digest of the validation images, and of the settings under which losses can be compared."""
+    """Digest of the validation images and settings. Losses with equal digests can be compared."""
     lineage: dict[str, str] = field(default_factory=dict)
     """Further tags: recipe, seed, parent and code, by name."""

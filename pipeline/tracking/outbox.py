@@ -81,7 +81,7 @@ class Outbox:
 
     @property
     def entries_set_aside(self) -> int:
-        """Number of entries that could not be sent since this outbox was made, and are kept in `set_aside`."""
+        """Number of entries that could not be sent since this outbox was made. They are kept in `set_aside`."""
         return len(self._aside)
 
     def append(self, run: str, action: str, arguments: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class Outbox:
         return str(kept)
 
     def keep_made(self, name: str, make: Callable[[Path], None]) -> str:
-        """Let `make` write a folder below `files/`. Returns its name there."""
+        """Call `make` with the path of a new folder below `files/`, which it writes. Returns the folder's name."""
         kept = PurePosixPath(str(time.time_ns()), readable(name))
         (self._files / kept).parent.mkdir(parents=True)
         make(self._files / kept)
@@ -270,7 +270,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_rejection(error: Exception, entry: Entry) -> bool:
-    """Whether the store refuses this entry, and would again. A server may have no registry of models."""
+    """Whether the store refuses this entry for good. Some servers, for example, have no registry of models."""
     from mlflow.exceptions import MlflowException
 
     final = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}

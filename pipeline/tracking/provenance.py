@@ -1,4 +1,4 @@
-"""Where a run comes from: command, commit, versions and device, as MLflow's tags."""
+"""The origin of a run as MLflow's tags: command, commit, versions and device."""
 
 import getpass
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def source_tags(device: torch.device) -> dict[str, str]:
-    """MLflow's own tags of a run's source, and the versions that computed it."""
+    """MLflow's own tags of a run's source, and the versions of the software."""
     tags = {
         "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500],
         "mlflow.source.type": "LOCAL",
@@ -29,10 +29,10 @@ def source_tags(device: torch.device) -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """The commit of this program's source, with `-dirty` if files differ from it; "" outside a repository."""
+    """The commit of this program's source, with `-dirty` if files were changed; "" outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        # An installed package may lie in somebody else's repository, inside its .venv.
+        # An installed package may be in the .venv of another project's repository.
         known = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
         if known.returncode:
             return ""

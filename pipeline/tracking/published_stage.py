@@ -1,4 +1,4 @@
-"""What MLflow gets when a stage is published, beside its metrics and files: pictures, tables, and a model."""
+"""Logs a published stage to MLflow, in addition to its metrics and files: pictures, tables and a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pipeline.weights.published import PublicationRecord, Validation
 
 @dataclass(frozen=True)
 class PublishedStage:
-    """A published stage, as far as MLflow is told of it."""
+    """The facts about a published stage that are logged to MLflow."""
 
     name: str
     folder: Path
@@ -32,9 +32,9 @@ class PublishedStage:
 
 
 def log_published(run: Run, stage: PublishedStage) -> None:
-    """Log the reconstructions, beside their originals, the results of each validation image, and the model.
+    """Log the reconstructions beside their originals, the results of each validation image, and the model.
 
-    The final metrics must be logged before.
+    The final metrics must be logged first.
     """
     for picture in sorted((stage.folder / "reconstructions").glob("*.png")):
         run.image(picture, f"reconstructions/{_safe(picture.stem)}", stage.step)
@@ -69,7 +69,7 @@ def _register(run: Run, stage: PublishedStage) -> None:
 
 
 def log_chain(run: Run, chain: ChainTags, records: Mapping[str, PublicationRecord]) -> None:
-    """Give the chain's run the results of its stages: metrics by stage, a table, and a description."""
+    """Log the results of all stages to the chain's run: metrics by stage, a table, and a description."""
     columns = ["stage", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "parameters", "kMAC/pixel", "steps", "training s"]
     rows = []
     for name, record in records.items():
@@ -87,5 +87,5 @@ def log_chain(run: Run, chain: ChainTags, records: Mapping[str, PublicationRecor
 
 
 def _safe(name: str) -> str:
-    """A name of the characters that MLflow allows in a picture's key."""
+    """The name, with `_` for each character that MLflow does not allow in a picture's key."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-. ") else "_" for c in name)

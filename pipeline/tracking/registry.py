@@ -1,6 +1,6 @@
 """A published stage in MLflow: a LoggedModel with metrics and data set, and a version of a registered model.
 
-Every step looks at what the store has, so that a second delivery of the same entry changes nothing.
+Every step first checks what the store has, so that a second delivery of the same entry changes nothing.
 """
 
 import re
@@ -27,10 +27,10 @@ class Registry:
         self.store, self.client = store, client
 
     def register(self, run_id: str, facts: ModelFacts, files: Path | None) -> None:
-        """Make the stage's LoggedModel and version, and set the aliases, as far as the store lacks them.
+        """Make the stage's LoggedModel and version if the store lacks them, and set the aliases.
 
-        `files` is the model's folder; None if only a finished model is expected. Raises StoreError if the store does
-        not show the result.
+        `files` is the model's folder. It may be None if the store has the model already. Raises StoreError if the store
+        does not show the result.
         """
         model = self._logged_model(run_id, facts, files)
         self._log_metrics(run_id, facts, model)
@@ -56,14 +56,14 @@ class Registry:
         fault("model.created")
         if str(model.status) != "READY":
             if files is None:
-                raise StoreError(f"the files of the model {facts.stage} are gone, and MLflow does not have them")
+                raise StoreError(f"the files of the model {facts.stage} are missing, here and in MLflow")
             self.store.model_artifacts(model).log_artifacts(str(files))
             fault("model.uploaded")
             model = self.client.finalize_logged_model(model.model_id, "READY")
         return model
 
     def _log_metrics(self, run_id: str, facts: ModelFacts, model: "LoggedModel") -> None:
-        """Give the model the run's own values. With their time and step, the run does not get them a second time."""
+        """Log the run's values to the model, with their time and step, so that the run does not get them again."""
         from mlflow.entities import Metric
 
         known = {metric.key for metric in model.metrics or ()}
@@ -90,14 +90,14 @@ class Registry:
             if version.run_id == run_id and version.tags.get(DIGEST) == facts.digest:
                 return version
         description = f"{facts.stage}: R-D loss {facts.loss:.4f} on {facts.dataset}"
-        # Not `models:/…`: MLflow looks such an address up in its process's default store.
+        # Not `models:/…`, because MLflow looks up such an address in the default store of its process.
         return self.client.create_model_version(
             facts.registered, model.artifact_location, run_id, self._tags(facts), description=description,
             await_creation_for=0, model_id=model.model_id,
         )  # fmt: skip
 
     def _set_aliases(self, facts: ModelFacts) -> None:
-        """The stage's alias goes to its newest version, `best` to the lowest loss on the newest version's images."""
+        """Set the stage's alias to its newest version, and `best` to the lowest loss on that version's images."""
         versions = sorted(self._versions(facts.registered), key=lambda version: int(version.version))
         wanted = {version.tags.get("hpcm.stage", ""): version for version in versions}
         comparable = [
@@ -107,7 +107,7 @@ class Registry:
         aliases = dict(self.client.get_registered_model(facts.registered).aliases)
         for alias in (facts.stage, BEST):
             number = str(wanted[alias].version)
-            # MLflow keeps `latest` and v1, v2, … for itself.
+            # MLflow reserves `latest` and v1, v2, ….
             allowed = re.fullmatch(r"[\w-]+", alias, re.ASCII) and not re.fullmatch(r"(?i)latest|v\d+", alias)
             if allowed and str(aliases.get(alias)) != number:
                 self.client.set_registered_model_alias(facts.registered, alias, number)

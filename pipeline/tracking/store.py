@@ -67,13 +67,13 @@ class Run:
         """Log a file or a folder as it is now."""
 
     def image(self, path: Path, key: str, step: int) -> None:
-        """Log a picture for MLflow's page of images. One that has this key and step already is left out."""
+        """Log a picture for MLflow's page of images. It is left out if the run has one with this key and step."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table as the artifact `name`, a JSON file. An earlier one is replaced."""
+        """Log a table as the artifact `name`, a JSON file. An earlier table of this name is replaced."""
 
     def model(self, facts: ModelFacts, build: Callable[[Path], None]) -> None:
-        """Log and register a model. `build` writes its folder, in MLflow's format, at the path that it gets."""
+        """Log and register a model. `build` writes it in MLflow's format to the folder that it is given."""
 
     def end(self, state: EndState) -> None:
         """Close the run."""

@@ -112,7 +112,7 @@ class StoredRun:
             raise EntryError(f"{path}: no such file")
 
     def image(self, path: Path, key: str, step: int, time: int) -> None:
-        """Log a picture as `MlflowClient.log_image` does, but under a name that a second delivery has too.
+        """Log a picture as `MlflowClient.log_image` does, but under the same name in a second delivery.
 
         Raises EntryError if neither disk nor store has it.
         """
@@ -141,7 +141,7 @@ class StoredRun:
             raise EntryError(f"{path!r} is not the path of a table")
         with TemporaryDirectory() as folder:
             file = Path(folder, place.name)
-            # JSON has no infinity, which is the PSNR of an exact reconstruction.
+            # JSON has no infinity, but the PSNR of an exact reconstruction is infinite.
             cells = [[None if isinstance(x, float) and not math.isfinite(x) else x for x in row] for row in rows]
             file.write_text(json.dumps({"columns": columns, "data": cells}))
             self._artifacts.log_artifact(str(file), str(place.parent) if len(place.parts) > 1 else None)

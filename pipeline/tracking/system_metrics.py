@@ -1,4 +1,4 @@
-"""MLflow's system metrics of a run: its sampler measures, and the outbox sends."""
+"""MLflow's system metrics of a run. MLflow's monitors measure, and the outbox sends the values."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ def sampling(run: Run) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """MLflow's monitors. Its own SystemMetricsMonitor opens a store and waits for it, which the outbox does here."""
+    """Runs MLflow's monitors. MLflow's own SystemMetricsMonitor is not used, because it waits for a store."""
 
     monitors: tuple[Any, ...]
     seconds: float
@@ -52,7 +52,7 @@ class Sampler:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
         monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(Exception):  # Without NVIDIA's library, or without a GPU, it raises many types.
+        with suppress(Exception):  # It raises many types if NVIDIA's library or a GPU is missing.
             monitors.append(GPUMonitor())
         node = settings.MLFLOW_SYSTEM_METRICS_NODE_ID.get()
         return cls(
@@ -63,7 +63,7 @@ class Sampler:
         )
 
     def sample(self, run: Run, ended: threading.Event) -> None:
-        """Log means of measurements until the end."""
+        """Log means of the measurements until `ended` is set."""
         while True:
             for _ in range(self.samples):
                 for monitor in self.monitors:
@@ -74,5 +74,5 @@ class Sampler:
             for monitor in self.monitors:
                 values |= monitor.aggregate_metrics()
                 monitor.clear_metrics()
-            with suppress(FileError):  # A full disk; the training itself reports it.
+            with suppress(FileError):  # The disk is full, which the training itself reports.
                 run.samples({f"{self.prefix}{name}": float(value) for name, value in values.items()})

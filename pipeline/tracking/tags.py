@@ -61,7 +61,7 @@ class StageTags:
     checkpoint_digest: str | None = None
     """Digest of the published weights."""
     attempts: dict[int, str] = field(default_factory=dict)
-    """How each attempt began and what ended it, by start time in ms since 1970. The tags show that time as well."""
+    """How each attempt began and what ended it, by start time in ms since 1970. The tag's text repeats the time."""
 
     def to_tags(self) -> dict[str, str]:
         """The known tags by name."""
@@ -94,7 +94,7 @@ class StageTags:
 
 
 def _utc(time: int) -> str:
-    """A time in ms since 1970, as people write it."""
+    """A time in ms since 1970, as readable text."""
     return f"{datetime.fromtimestamp(time / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 

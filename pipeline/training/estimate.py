@@ -1,4 +1,4 @@
-"""What a chain will take, as it was measured before: the contents of `estimate.json` in the chain's folder."""
+"""The time and memory that a chain will take: the contents of `estimate.json` in the chain's folder."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,17 +16,17 @@ class StepCost:
 
     step_seconds: float
     handover_seconds: float | None
-    """A step while an old component is handed over; None for a segment without a handover."""
+    """A step during a handover; None for a segment without one."""
     batch_seconds: float
-    """The loader alone, for one batch."""
+    """One batch of the loader alone."""
     process_bytes: int
     device_bytes: int | None
-    """What PyTorch reserved on the GPU; None on a CPU."""
+    """Memory that PyTorch reserved on the GPU; None on a CPU."""
 
 
 @dataclass(frozen=True)
 class SegmentEstimate:
-    """One segment of a stage."""
+    """One segment of a stage, with its measured cost."""
 
     stage: str
     segment: str
@@ -36,20 +36,20 @@ class SegmentEstimate:
     """Crops per step, over all processes."""
     workers: int
     cost: StepCost | None
-    """None if it does not fit into the memory."""
+    """None if the segment does not fit into the memory."""
     remedy: str = ""
-    """The shortest change that makes it fit, or that nothing tried did; empty if it fits."""
+    """The smallest change that makes the segment fit, or a message that none was found; empty if it fits."""
 
     @property
     def seconds(self) -> float | None:
-        """The time of all its steps without the loader, as a stage records it; None if it does not fit."""
+        """Seconds of all steps without the loader, as a stage records them; None if the segment does not fit."""
         if self.cost is None:
             return None
         handed = self.cost.handover_seconds or 0.0
         return handed * self.handover + self.cost.step_seconds * (self.steps - self.handover)
 
     def seconds_left(self, done: int = 0) -> float | None:
-        """The time of the steps after the first `done`, with the loader; None if it does not fit."""
+        """Seconds of the steps after the first `done`, with the loader; None if the segment does not fit."""
         if self.cost is None:
             return None
         handed = max(self.handover - done, 0)
@@ -58,7 +58,7 @@ class SegmentEstimate:
 
     @property
     def pace(self) -> float:
-        """Seconds from one step to the next, after a handover."""
+        """Seconds from one step to the next, after the handover."""
         return self._with_loader(self.cost.step_seconds) if self.cost else 0.0
 
     @property
@@ -67,14 +67,14 @@ class SegmentEstimate:
         return "loader" if self.cost and self.cost.batch_seconds > self.cost.step_seconds else "device"
 
     def _with_loader(self, step: float) -> float:
-        """Workers load while the device computes; without workers the process does one after the other."""
+        """Seconds per step, loading included. Workers load while the device computes; without workers the times add."""
         assert self.cost is not None
         return max(step, self.cost.batch_seconds) if self.workers else step + self.cost.batch_seconds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """All segments that were still to train when a chain was measured."""
+    """The segments that were not finished when a chain was measured."""
 
     device: str
     processes: int
@@ -87,10 +87,10 @@ class Estimate:
         return read_contract(cls, path) if path.exists() else None
 
     def write(self, folder: Path) -> None:
-        """Keep the estimate in a chain's folder. Raises FileError."""
+        """Save the estimate in a chain's folder. Raises FileError."""
         write_json(folder / FILE, asdict(self))
 
     def find(self, stage: str, segment: str, steps: int, handover: int) -> SegmentEstimate | None:
-        """The estimate of a segment, for these numbers of steps: chains of a sweep may differ in them."""
+        """The estimate of a segment, with these numbers of steps. The chains of a sweep may differ in them."""
         found = (known for known in self.segments if (known.stage, known.segment) == (stage, segment))
         return next((replace(known, steps=steps, handover=handover) for known in found), None)

@@ -59,7 +59,7 @@ def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str
 
 
 def with_weight_decay(groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
-    """Divide optimizer groups into weights of layers, which decay, and all other parameters, which do not."""
+    """Divide each optimizer group into the weights of layers, which decay, and the other parameters, which do not."""
     divided = []
     for group in groups:
         for decays in (True, False):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SegmentValidation:
-    """Validates a model every `validate_every` steps of a segment, and with `keep: best` keeps its best weights."""
+    """Validates a model every `validate_every` steps of a segment. With `keep: best` it keeps the best weights."""
 
     def __init__(self, model: nn.Module, stage: Stage, segment: Segment, processes: ProcessGroup, reporting: Reporting):
         self.stage, self.segment, self.processes, self.reporting = stage, segment, processes, reporting
@@ -35,12 +35,12 @@ class SegmentValidation:
         self.best = {name: value.to(self.parameters[name].device, copy=True) for name, value in best.items()}
 
     def is_due(self, step: int) -> bool:
-        """Whether to validate after this step. The end of the segment has a validation of its own."""
+        """Whether to validate after this step. False at the end of the segment, which is always validated."""
         every = self.stage.validate_every
         return bool(every and 0 < step < self.segment.steps and step % every == 0)
 
     def validate(self, progress: Progress, average: WeightAverage | None) -> Progress:
-        """Validate the weights with which the segment would end now. Returns the progress with the best loss so far."""
+        """Validate the weights with which the segment would end now. Returns progress with the best loss so far."""
         with average.applied() if average is not None else nullcontext():
             quality = self._measure()
             if self.stage.keep == "best" and _is_better(quality, progress):

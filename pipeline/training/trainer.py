@@ -60,7 +60,7 @@ class Reporting:
     on_segment_end: Callable[[Segment, Progress], None] = lambda segment, progress: None
     """Validates the child at the end of each segment."""
     validate: Callable[[], Quality] | None = None
-    """Measures the child on the validation images, for `validate_every`; called in the first process alone."""
+    """Measures the child on the validation images for `validate_every`. Only the first process calls it."""
 
 
 class Trainer:
@@ -278,7 +278,7 @@ class _SegmentRun:
 
     def _save_if_due(self) -> None:
         signum = self.trainer.processes.agreed_signal()
-        # Also before a validation, which can take long, and before the one at the end of the segment.
+        # Save also before a validation, which can take long. The end of the segment has a validation too.
         due = self.progress.step % self.stage.checkpoint_every == 0 or self._validation_is_due()
         if signum or due or self.progress.step == self.segment.steps:
             self.trainer.processes.on_main_process(self._save)
@@ -292,5 +292,5 @@ class _SegmentRun:
         self.states.save(TrainingState(self.progress, *tensors, self.facts, average, self.validation.best))
 
     def _validation_is_due(self) -> bool:
-        # While the parent's components contribute, the child's weights alone are not the codec.
+        # During a handover the parent's components contribute, so the child alone is not the codec that is trained.
         return self.handover is None and self.validation.is_due(self.progress.step)

@@ -1,4 +1,4 @@
-"""A few real steps of a segment, to know its time and memory before it is trained."""
+"""Runs a few real steps of a segment to measure its time and memory before it is trained."""
 
 import time
 from contextlib import suppress
@@ -24,18 +24,18 @@ from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 WARM_STEPS = 2
-"""Steps before the measurement: caches, memory pools and kernels are set up in them."""
+"""Steps before the measurement, in which caches, memory pools and kernels are set up."""
 LEAST_STEPS = 3
 MOST_STEPS = 20
 ENOUGH_SECONDS = 10.0
-"""The measurement ends after this time, or after the most steps, but not before the least."""
+"""The measurement ends after this time or after MOST_STEPS, but not before LEAST_STEPS."""
 BATCHES = 16
-"""Batches that the loader alone reads; the second half is timed, when nothing lies ready any more."""
+"""Batches that the loader alone reads. Only the second half is timed, because the first batches were prefetched."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One segment to try: a stage with a schedule of that segment alone. It is pickled."""
+    """One segment to try: a stage whose schedule is that segment alone. It is pickled."""
 
     stage: Stage
     config: HPCMConfig
@@ -44,9 +44,9 @@ class Trial:
 
 
 def try_segment(trial: Trial) -> tuple[str, StepCost]:
-    """Train some steps of a segment from random weights; returns the device's name and what a step takes.
+    """Train some steps of a segment from random weights. Returns the device's name and the cost of a step.
 
-    Raises what PyTorch raises if memory is short.
+    If memory is short, it raises PyTorch's own error.
     """
     accelerator = start_accelerator(trial.stage.precision)
     segment, crops = trial.stage.schedule[0], TrainingCrops(trial.photos, trial.stage.data.crop, trial.stage.seed)
@@ -95,7 +95,7 @@ def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, f
 
 
 def _endless(stage: Stage) -> Stage:
-    """The stage with a segment that is never at its end, so that nothing is saved or reported for good."""
+    """The stage with a segment so long that its end, with its saving and reporting, is never reached."""
     segment = stage.schedule[0]
     longer = segment.model_copy(update={"steps": segment.steps + segment.handover + 10 * MOST_STEPS})
     update: dict[str, Any] = {"schedule": (longer,), "log_every": 1, "checkpoint_every": 10**9}
@@ -103,7 +103,7 @@ def _endless(stage: Stage) -> Stage:
 
 
 def _batch_seconds(trial: Trial, crops: TrainingCrops) -> float:
-    """Mean time in which the loader alone, with its workers, gives a batch."""
+    """Mean seconds that the loader alone, with its workers, takes for a batch."""
     data = trial.stage.data
     began = time.perf_counter()
     for number, _ in enumerate(training_loader(crops, StepBatches(0, BATCHES, data.batch_size), data.workers)):

@@ -34,7 +34,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context, the parameters have the average's values."""
+        """Give the parameters the values of the average while the context lasts."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.apply()
         try:

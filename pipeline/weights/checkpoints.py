@@ -169,7 +169,7 @@ def _check_inflation(source: Path) -> None:
 
 
 def _no_checkpoint(source: Path) -> str:
-    """Why a file is neither a complete zip archive nor a pickle; "" if it can be one."""
+    """The reason why a file is neither a complete zip archive nor a pickle; "" if it may be one."""
     size = source.stat().st_size
     with source.open("rb") as file:
         start = file.read(4)

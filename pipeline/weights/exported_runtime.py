@@ -1,13 +1,13 @@
-"""Runs the exported programs of an HPCM codec with PyTorch alone. Entropy coding is up to the caller.
+"""Runs the exported programs of an HPCM codec with PyTorch alone. The caller does the entropy coding.
 
-`hpcm export --torch` copies this file into the folder of programs as `runtime.py`, beside `hierarchy.py`:
+`hpcm export --torch` copies this file into the folder of programs as `runtime.py`, beside `hierarchy.py`. Example:
 
     codec = ExportedCodec(Path("."))
     coded = codec.encode(image)  # (1, 3, H, W) in [0, 1]; H and W multiples of codec.multiple, and at least twice that
     x_hat = codec.decode(coded.z, lambda number, scales: coded.y[number].symbols)
 
-A coder writes z with the tables `quantized_cdf_z`, …, one for each channel, and each step of y with `quantized_cdf_y`,
-…, whose scales are in `scale_table`. All are in `codec.tables`.
+An entropy coder codes z with the tables `quantized_cdf_z`, …, one for each channel. It codes each step of y with the
+tables `quantized_cdf_y`, …, whose scales are in `scale_table`. All tables are in `codec.tables`.
 """
 
 import json
@@ -30,7 +30,7 @@ class CodedStep:
 
 @dataclass(frozen=True)
 class CodedLatents:
-    """What an entropy coder writes: the symbols of z (1, N, h/4, w/4), then those of y, step by step."""
+    """The symbols that an entropy coder writes: those of z (1, N, h/4, w/4), then those of y, step by step."""
 
     z: Tensor
     y: tuple[CodedStep, ...]
@@ -62,7 +62,7 @@ class ExportedCodec:
 
     @torch.no_grad()
     def decode(self, z: Tensor, read: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """The image. `read` gets the number of a step, 0 to 10, and its scales, and returns the step's symbols."""
+        """The image (1, 3, H, W). `read` maps the number of a step, 0 to 10, and its scales to the step's symbols."""
         number = iter(range(11))
         y_hat = self._walk(z, lambda step, scales, means: read(next(number), scales) + means)
         return self.programs["g_s"](y_hat).clamp(0, 1)

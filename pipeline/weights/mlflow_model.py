@@ -1,4 +1,4 @@
-"""A codec as a model of MLflow: written for `mlflow.pytorch.load_model`, and read back by `load_codec`."""
+"""A codec as a model of MLflow, which `mlflow.pytorch.load_model` and `load_codec` read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint.safetensors"
 def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint's codec as a model of MLflow's PyTorch flavor, with the checkpoint in it.
 
-    MLflow's flavor is a pickle of the codec, which needs this package. `load_codec` reads the checkpoint instead.
+    MLflow's flavor is a pickle of the codec; loading it needs this package. `load_codec` reads the checkpoint instead.
     """
     import mlflow.pytorch
 
@@ -30,7 +30,7 @@ def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
 
     logger = logging.getLogger("mlflow.pytorch")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # It warns of pickles each time.
+    logger.setLevel(logging.ERROR)  # MLflow warns of pickles each time.
     try:
         mlflow.pytorch.save_model(
             load_codec(checkpoint), folder, pip_requirements=_requirements(), serialization_format="pickle"
@@ -43,8 +43,8 @@ def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
 def fetch(uri: str, into: Path) -> Path:
     """The checkpoint of a model in MLflow, such as `models:/hpcm-tiny-lmbda-0.013@phase4`.
 
-    The store is the one that MLflow is set to, by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI, or else the one in
-    the folder `runs`. Raises CheckpointError if it has no such model.
+    The store is the one set by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI, or else the one in the folder `runs`.
+    Raises CheckpointError if it has no such model.
     """
     import mlflow
     from mlflow import MlflowClient
@@ -56,7 +56,7 @@ def fetch(uri: str, into: Path) -> Path:
     chosen = mlflow.is_tracking_uri_set() or "MLFLOW_TRACKING_URI" in os.environ or not local.exists()
     store = mlflow.get_tracking_uri() if chosen else f"sqlite:///{local}"
     try:
-        # By a client of this store: MLflow's own loading of `models:/…` uses the process's default one.
+        # Use a client of this store, because MLflow's own loading of `models:/…` uses the process's default store.
         client = MlflowClient(tracking_uri=store)
         name, *version = get_model_name_and_version(client, uri)
         if version:
@@ -81,5 +81,5 @@ def load_from_mlflow(uri: str) -> HPCM:
 
 
 def _requirements() -> list[str]:
-    """The installed versions of what the pickled codec needs. This package is not on an index."""
+    """The installed versions of the packages that the pickled codec needs. This package is not on an index."""
     return [f"{name}=={metadata.version(name)}" for name in ("torch", "compressai", "einops", "safetensors")]

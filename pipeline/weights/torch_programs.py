@@ -1,7 +1,7 @@
-"""Exports a codec's networks as `torch.export` programs, and as ONNX where `torch.onnx` takes them.
+"""Exports a codec's networks as `torch.export` programs, and as ONNX if `torch.onnx` accepts them.
 
-A folder of programs runs with PyTorch alone: `runtime.py` in it walks the hierarchy, and entropy coding stays outside.
-A program takes one image whose sides are multiples of the codec's padding, and at least twice that.
+A folder of programs runs with PyTorch alone. Its `runtime.py` runs the coding steps, without the entropy coding. A
+program takes one image, whose sides are multiples of the codec's padding and at least twice the padding.
 """
 
 import shutil
@@ -44,7 +44,7 @@ class ContextStep(nn.Module):
     def forward(self, context: Tensor, y_hat: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """Map context (1, 2M, h, w), ŷ (1, M, h, w) and the step's number (1,) to parameters and next context.
 
-        Steps are counted from 0 within a scale; those without an adaptor are not counted. Both results (1, 2M, h, w).
+        Both results are (1, 2M, h, w). Steps are counted from 0 within a scale, without those that have no adaptor.
         """
         weight, bias, q = (x.index_select(0, number) for x in (self.weights, self.biases, self.adaptive))
         adapted = nn.functional.conv2d(torch.cat((context, y_hat), dim=1), weight[0], bias[0])
@@ -54,16 +54,16 @@ class ContextStep(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """A network to export, with example inputs, and for each input its sides as parts of the latent's."""
+    """A network to export, with example inputs and the sizes that each input may have."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     multiples: tuple[int | None, ...]
-    """For each input, what its sides are multiples of; None for an input of fixed shape."""
+    """For each input, the number of which its sides are multiples; None for an input of fixed shape."""
 
 
 def networks(model: HPCM) -> dict[str, Network]:
-    """The networks that a codec in evaluation mode consists of, by the name of their program."""
+    """The networks of a codec in evaluation mode, by the name of their program."""
     M, N, factor = model.config.M, model.config.N, model.downsampling_factor
     found = {
         "g_a": _network(model.g_a, (3, factor)),
@@ -81,7 +81,7 @@ def networks(model: HPCM) -> dict[str, Network]:
 
 def program(network: Network, keep_op: bool = False) -> ExportedProgram:
     """A network as a program. With `keep_op` it calls `hpcm::biwkv4`, which `modules.biwkv4` registers."""
-    # From 2: the tracer takes one row of attention windows for another case, and a program holds one case.
+    # At least 2, because the tracer treats a single row of attention windows as a case that needs another program.
     h, w = (Dim(side, min=2, max=LARGEST_SIDE // 128) for side in "hw")
     shapes = tuple({2: m * h, 3: m * w} if m else None for m in network.multiples)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def program(network: Network, keep_op: bool = False) -> ExportedProgram:
 
 
 def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[Path]:
-    """Write a checkpoint's programs with what runs them into a new or empty folder. Raises CheckpointError."""
+    """Write a checkpoint's programs and their runtime into a new or empty folder. Raises CheckpointError."""
     model = _prepared(source, folder)
     for name, network in networks(model).items():
         save(program(network, keep_op), folder / f"{name}.pt2")
@@ -101,7 +101,7 @@ def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[P
 
 
 def export_onnx(source: Path, folder: Path) -> dict[str, str]:
-    """Write a checkpoint's networks as ONNX. Returns for each the reason why `torch.onnx` did not take it, or ""."""
+    """Write a checkpoint's networks as ONNX. Returns for each the reason why `torch.onnx` refused it, or ""."""
     model = _prepared(source, folder)
     outcomes = {}
     for name, network in networks(model).items():
@@ -125,7 +125,7 @@ def _prepared(source: Path, folder: Path) -> HPCM:
 
 
 def _write_companions(model: HPCM, folder: Path) -> None:
-    """Write what a runtime needs beside the networks: order of coding, coding tables, sizes."""
+    """Write the other files that a runtime needs: order of coding, coding tables, sizes."""
     shutil.copyfile(Path(__file__).with_name("exported_runtime.py"), folder / "runtime.py")
     shutil.copyfile(modules.hierarchy.__file__, folder / "hierarchy.py")
     names = ("means_hyper", "scales_hyper", *HPCM.coding_table_names())

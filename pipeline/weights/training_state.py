@@ -44,7 +44,7 @@ class Progress:
     best_loss: float | None = None
     """The segment's lowest validation loss, if it keeps the best weights; None before its first validation."""
     best_step: int = 0
-    """Step of the segment at which it was measured."""
+    """Step of the segment at which the lowest loss was measured."""
 
     def next_segment(self) -> Progress:
         """The start of the next segment."""

@@ -44,7 +44,7 @@ def without_onednn(model: HPCM) -> None:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Environment of a process, its threads, and what is done to a model in it."""
+    """The environment and the threads of a process, and the change that it makes to a model."""
 
     environment: dict[str, str] = field(default_factory=dict)
     threads: int = 2
@@ -71,7 +71,7 @@ ARITHMETICS = {
 
 
 def save_codec(model: HPCM, path: Path) -> None:
-    """Keep a codec for the other processes, which would draw other weights."""
+    """Save a codec for the other processes, which would draw other weights."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"config": model.config.to_dict(), "state": model.state_dict()}, path)
 
@@ -133,7 +133,7 @@ def decode_all(folder: Path, name: str) -> None:
 
 
 class Kept(RecordingDecoder):
-    """Stands where the codec's decoder does, and leaves the walk behind."""
+    """Takes the place of the codec's decoder, and keeps its scales and symbols."""
 
     last: "Kept"
 
@@ -176,7 +176,7 @@ PARTS = {"encode": encode_all, "decode": decode_all}
 
 
 def run_all(folder: Path, names: Sequence[str]) -> None:
-    """Encode, then decode, what is not done; float64 first, since the others compare with it."""
+    """Encode, then decode, what is not done yet. float64 comes first, because the others are compared with it."""
     for part, done in (("encode", "files"), ("decode", "decoded")):
         for name in sorted(names, key=lambda name: name != "float64"):
             if not (folder / done / name).exists() and start(folder, name, part).wait():
@@ -193,7 +193,7 @@ def start(folder: Path, name: str, *parts: str) -> subprocess.Popen[bytes]:
 
 
 def results(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """What an arithmetic read in each file, by the encoder's name and the file's."""
+    """The result of one arithmetic for each file, by the names of the encoder and the file."""
     read: dict[str, dict[str, Any]] = json.loads((folder / "decoded" / name / "results.json").read_text())
     return read
 

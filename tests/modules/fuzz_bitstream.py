@@ -1,8 +1,8 @@
-"""Mutations of coded images, and a tally of what the codec answers: `make fuzz`, minutes.
+"""Gives the codec mutated coded images and counts its answers. `make fuzz` runs it for some minutes.
 
-Four targets: the file (checks on), the strings behind the checks (a mutated file with right checksums, and the
-comparison of symbols switched off, so that garbage runs through the whole decoder), the guards at the head of a latent,
-and the range coder alone.
+There are four targets: the file, with all checks; the strings in a file with correct checksums, half of them without
+the comparison of symbols, so that garbage runs through the whole decoder; the guards at the head of a latent; and the
+range coder alone.
 """
 
 import math
@@ -23,7 +23,7 @@ from modules.guards import Guards, step_sizes
 from modules.rans import CodingTables, SymbolReader
 
 HEADROOM = 2**30
-"""Bytes of memory that the fuzzed process may take beyond what it has when it begins."""
+"""Bytes of memory that the fuzzed process may take in addition to those that it has at the start."""
 
 GUARD_HEAD = 33
 """Bytes of a coded latent before its guards."""
@@ -63,7 +63,7 @@ def mutate(data: bytes, random: np.random.Generator) -> bytes:
 
 
 def fuzz_file(coded: CodedImage, count: int, random: np.random.Generator) -> Counter[str]:
-    """Parse mutated files; the answer must be an error, or the image that was written."""
+    """Parse mutated files. The result must be an error or the image that was written."""
     data, tally = coded.pack(), Counter[str]()
     for _ in range(count):
         try:
@@ -104,7 +104,7 @@ def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.ra
 
 
 def fuzz_guards(coded: CodedImage, symbols: int, count: int, random: np.random.Generator) -> Counter[str]:
-    """Read mutated guards of a latent; what is accepted has a run's offset for every symbol, and no more."""
+    """Read mutated guards of a latent. Accepted guards must have exactly one offset for the run of every symbol."""
     tally, guarded = Counter[str](), GUARD_HEAD + Summary.of(coded.y).guard_bytes
     for _ in range(count):
         head = bytearray(mutate(coded.y[:guarded], random))

@@ -1,4 +1,4 @@
-"""The file format: what is written, what is refused and why, which model a file belongs to, and fuzzing."""
+"""The file format: what is written, which files are refused and why, the model of a file, and fuzzing."""
 
 import dataclasses
 import struct
@@ -51,7 +51,7 @@ def put(at: int, values: bytes) -> Callable[[bytearray], None]:
     ("data", "message"),
     [
         (b"", "truncated: 0 bytes"),
-        (b"HPCM", "truncated: 4 bytes, where the header alone has 38"),
+        (b"HPCM", "truncated: 4 bytes; the header alone has 38"),
         (b"\x89PNG" + bytes(100), "not an HPCM file"),
         (CODED.pack()[:-1], "truncated: 65 of 66 bytes"),
         (CODED.pack()[:40], "truncated: 40 of 66 bytes"),
@@ -129,7 +129,7 @@ def test_identity_is_of_what_a_decoder_computes_with(codec: ImageCodec) -> None:
 def test_settings_at_their_defaults_are_not_part_of_the_identity(
     codec: ImageCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A setting that a later version adds leaves the files of today decodable."""
+    """Files of today stay decodable after a later version adds a setting."""
     added = HPCMConfig.to_dict
     monkeypatch.setattr(HPCMConfig, "to_dict", lambda config: {**added(config), "later": 1})
     assert model_identity(codec.model) == codec.identity

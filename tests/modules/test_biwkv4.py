@@ -212,7 +212,7 @@ def test_same_bits_for_any_number_of_threads(shape) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 300, 3616), (1, 2048, 544), (1, 2100, 512)])
 def test_among_others_as_alone(shape) -> None:
-    """A large result leaves by stores past the caches, and many strips are tasks whole: neither changes a bit."""
+    """Large results are stored past the caches, and many strips become whole tasks. Neither changes a bit."""
     (w, u, k, v), grad_y = draw(shape)
     some = slice(32, 64)
     alone = actual((w[some], u[some], k[..., some], v[..., some]), grad_y[..., some])

@@ -1,4 +1,4 @@
-"""How the Bi-WKV4 kernels are built: cached, safely at once; else a warning and the reference."""
+"""The build of the Bi-WKV4 kernels: cached, and safe in parallel. If it fails, a warning and the reference."""
 
 import hashlib
 import os

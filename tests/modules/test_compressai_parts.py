@@ -1,4 +1,4 @@
-"""CompressAI is imported in part, and the rest of it works when it is asked for."""
+"""CompressAI is imported in part, and the rest of it works when it is used."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Table choices that two machines share: boundaries keep clear of scales, and lists that lie are refused."""
+"""Two machines choose the same tables: boundaries are kept away from scales, and wrong lists are refused."""
 
 import math
 import struct
@@ -32,7 +32,7 @@ def log_uniform(count: int) -> Tensor:
 
 
 def crowded(count: int) -> Tensor:
-    """Scales of which half lie within a thousandth of one boundary, as flat regions of an image have them."""
+    """Scales of which half lie within a thousandth of one boundary, as in flat regions of an image."""
     boundary = (TABLE[10] * TABLE[11]).sqrt()
     near = boundary * (1 + torch.empty(count // 2).uniform_(-1e-3, 1e-3))
     return torch.cat((near, log_uniform(count - count // 2)))[torch.randperm(count)]
@@ -98,12 +98,12 @@ def test_the_bytes_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda head: head[:32], "no head of 33"),
-        (lambda head: b"\1" + head[1:], "no head of 33"),
+        (lambda head: head[:32], "does not start with a head of 33"),
+        (lambda head: b"\1" + head[1:], "does not start with a head of 33"),
         (lambda head: head[:1] + struct.pack("<f", float("nan")) + head[5:], "ε = nan"),
         (lambda head: head[:1] + struct.pack("<f", -1) + head[5:], r"ε = -1\.0"),
         (lambda head: head[:1] + struct.pack("<f", 1) + head[5:], r"ε = 1\.0"),
-        (lambda head: head[:5] + b"\xff" * 4 + head[9:], "4294967295 bytes of table offsets in"),
+        (lambda head: head[:5] + b"\xff" * 4 + head[9:], "4294967295 bytes of table offsets"),
         (lambda head: head[:5] + struct.pack("<I", 5) + head[9:], "not those of an image of this size"),
         (lambda head: head[:33] + bytes([0]) + head[34:], "not those of an image of this size"),
         (lambda head: head[:33] + bytes([40]) + head[34:], "not those of an image of this size"),
@@ -122,12 +122,12 @@ def test_a_list_for_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("epsilon", [-1e-5, 1e-7, 0.1, float("nan")])
 def test_an_epsilon_out_of_range_is_refused(epsilon: float) -> None:
-    with pytest.raises(ValueError, match=r"where it is 0 or 1e-06 to 0\.005"):
+    with pytest.raises(ValueError, match=r"it must be 0 or 1e-06 to 0\.005"):
         check_epsilon(epsilon)
 
 
 def test_no_coding_table_of_y_hangs_on_the_last_bits_of_a_machines_functions() -> None:
-    """What is rounded on the way to a table lies a million times further from a tie than float64 is wrong."""
+    """Each rounded value on the way to a table is a million times further from a tie than the error of float64."""
     exact = [math.exp(math.log(0.12) + (math.log(64) - math.log(0.12)) * level / 59) for level in range(60)]
     ulps = [abs(value - float(entry)) / math.ulp(value) for value, entry in zip(exact, TABLE, strict=True)]
     assert max(ulps) < 2**28 * (1 - 1e-6)  # float32's half step in steps of float64

@@ -1,4 +1,4 @@
-"""Images in the wrong form are told from right ones."""
+"""Images of the wrong type, shape or range are refused."""
 
 import re
 
@@ -49,6 +49,6 @@ def test_images_in_the_right_form_are_coded(codec: ImageCodec) -> None:
 
 
 def test_values_are_not_read_on_other_devices(codec: ImageCodec) -> None:
-    """A meta tensor has no values. Neither may a training step wait for those of a GPU."""
+    """A meta tensor has no values to check, and a training step must not wait for the values of a GPU."""
     sketch = HPCM.on_meta(codec.model.config)
     assert sketch(torch.empty(2, 3, 8, 8, device="meta"), training=True)["x_hat"].shape == (2, 3, 8, 8)

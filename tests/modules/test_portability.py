@@ -1,4 +1,4 @@
-"""Files of one arithmetic under another: real ones, ones that are wrong on purpose, and version 1."""
+"""Files of one arithmetic decoded under another: real ones, ones that are wrong on purpose, and version 1."""
 
 import math
 import sys
@@ -57,7 +57,7 @@ def noise(size: float) -> Callable[[Tensor], Tensor]:
 
 
 def same_picture(x_hat: Tensor, expected: Tensor) -> bool:
-    """Whether two pictures differ by rounding alone: by 1 of 255 at most, at one value in a thousand at most."""
+    """Whether two pictures differ by rounding alone: by at most 1 of 255, in at most one value in a thousand."""
     difference = ((x_hat * 255).round() - (expected * 255).round()).abs()
     return bool(difference.max() <= 1) and float((difference > 0).float().mean()) < 1e-3
 
@@ -82,7 +82,7 @@ def test_errors_beyond_it_are_recovered_in_float64(codec: ImageCodec, image: Ten
 
 
 def test_one_table_chosen_otherwise_is_found(codec: ImageCodec, image: Tensor) -> None:
-    """An encoder that promised too much: one of its scales was on the other side of a boundary."""
+    """An encoder whose error exceeded ε: one of its scales was on the other side of a boundary."""
     coded = codec.encode(image, epsilon=0)
     shape, expected = (coded.height, coded.width), codec.decode(coded).x_hat
     walk = coding.trace(in_float64(codec.model), coded.y, coded.z, shape)
@@ -107,7 +107,7 @@ def test_what_cannot_be_recovered_is_refused_with_its_step(codec: ImageCodec, im
     coded = codec.encode(image)
     with (
         other_scales(noise(2e-2), Decoder, RecoveringDecoder),
-        pytest.raises(BitstreamError, match=r"coding step \d of 11: .*ε = 2e-05: .*needs an ε above \d"),
+        pytest.raises(BitstreamError, match=r"coding step \d of 11: .*ε = 2e-05\. .*needs an ε above \d"),
     ):
         codec.decode(coded)
 
@@ -176,5 +176,5 @@ def test_version_1_is_read_where_it_was_written(codec: ImageCodec, image: Tensor
     assert CodedImage.parse(coded.pack()) == coded
     assert coded.guards is None
     assert torch.equal(codec.decode(coded).x_hat, codec.decode(newest).x_hat)
-    with pytest.raises(BitstreamError, match="its latent is not of version 2"):
+    with pytest.raises(BitstreamError, match="the header names version 2, but the latent has another one"):
         codec.decode(CodedImage(codec.identity, 120, 200, newest.z, oldest))

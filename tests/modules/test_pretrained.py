@@ -1,4 +1,4 @@
-"""Codecs in folders, as Hugging Face's users save and load them."""
+"""Codecs are saved to folders and loaded, as users of Hugging Face do it."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from pipeline.weights.published import Lineage, publish
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[HPCM, Path]:
-    """A codec of narrow RWKV components and the folder it was saved to; not to be changed."""
+    """A codec of narrow RWKV components, and the folder to which it was saved. Tests must not change it."""
     folder = tmp_path_factory.mktemp("saved") / "codec"
     model = mini_codec(4).eval()
     model.save_pretrained(folder)

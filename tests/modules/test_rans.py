@@ -1,4 +1,4 @@
-"""The range coder's face: every symbol comes back, and no bytes make the decoder read past what lies behind them."""
+"""The range coder: every symbol comes back, and no input makes the decoder read beyond the appended zeros."""
 
 import numpy as np
 import pytest

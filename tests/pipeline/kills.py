@@ -1,6 +1,6 @@
-"""Runs of the mini chain in processes that die, and what is left of them at the end.
+"""Runs the mini chain in processes that are killed, and checks what they leave.
 
-Processes are forked from one that has everything imported, so that an attempt costs what it does and no more.
+Processes are forked from one that has imported everything, so that an attempt spends no time on imports.
 """
 
 import multiprocessing
@@ -50,7 +50,7 @@ def attempt(
 def attempts(
     runs: Path, stage: str, settings: Sequence[str], environments: Sequence[Mapping[str, str]]
 ) -> list[Process]:
-    """Start as many processes, which train together, as there are environments."""
+    """Start one process for each environment. They train together."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,7 +81,7 @@ def _forkserver() -> ForkServerContext:
 
 
 def exit_code(process: Process, timeout: float = 240) -> int:
-    """Wait for the end of a process; one that hangs is an error."""
+    """Wait for the end of a process. Raises an error if it hangs."""
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
@@ -107,7 +107,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
 
 
 def _compute_in_double() -> None:
-    """Train in float64, where the order of a sum practically never decides how a latent is rounded."""
+    """Train in float64, where the order of a sum almost never changes how a latent is rounded."""
     from pipeline.data import crops as data
 
     in_single = data._to_tensor
@@ -138,7 +138,7 @@ def stage_runs(chain: Chain) -> tuple[MlflowClient, dict[str, list[Run]]]:
 
 
 def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of each metric in the order of their steps; a step that is there twice is listed twice."""
+    """Steps and values of each metric, in the order of their steps. A step that was logged twice is listed twice."""
     return {
         key: sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
         for key in run.data.metrics
@@ -147,7 +147,7 @@ def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]
 
 
 def differences(chain: Chain, reference: Chain, rebuilt: bool = False) -> list[str]:
-    """What of a chain is not as in one that was never touched: bytes, number of runs, metrics, leftovers.
+    """The differences of a chain from an uninterrupted one: bytes, number of runs, metrics, leftovers.
 
     Of a chain that was partly `rebuilt` each stage may have several runs; that of what is published counts.
     """

@@ -42,7 +42,7 @@ def mini_codec(segment: int) -> HPCM:
 
 
 class Notes(Watcher):
-    """Keeps what a person would be told."""
+    """Keeps the messages for the user."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -85,7 +85,7 @@ def steps_of(client: MlflowClient, run: Run) -> dict[str, list[int]]:
 
 
 class Metrics(store.Run):
-    """Keeps what would be logged."""
+    """Keeps the values that would be logged."""
 
     def __init__(self) -> None:
         self.logged: dict[int, dict[str, float]] = {}
@@ -127,7 +127,7 @@ def hpcm(*arguments: object, launcher: tuple[str, ...] = ("-m", "pipeline")) -> 
 
 
 class Malicious:
-    """Pickled, it runs a command where it is loaded: it makes the file `target`."""
+    """An object whose pickle runs a command when it is loaded: it makes the file `target`."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -1,12 +1,12 @@
-"""Kill a chain again and again, restart it until it ends, and compare it with one that was never touched.
+"""Kill a chain many times, restart it until it ends, and compare it with an uninterrupted one.
 
     python tests/pipeline/soak.py --kills 100 --seed 0
 
-A kill falls on a chosen place (pipeline/common/fault_injection.py) or on a moment drawn at random. Between the
-attempts, a person changes their mind: a stage is forced or begun afresh, another recipe runs in the same folder for a
-while, the folder of runs is renamed or replaced by a copy of itself. Half of the chains read their data in worker
-processes. In the end the chain must have the bytes and metrics of one that was never touched, and its audit must find
-every file as it was recorded. Exits 1 where anything differs.
+A kill happens at a chosen place (pipeline/common/fault_injection.py) or at a random moment. Between the attempts things
+change, as a user may change them: a stage is rebuilt with --force or --fresh, another recipe runs in the same folder
+for a while, the folder of runs is renamed or replaced by a copy of itself. Half of the chains read their data in worker
+processes. In the end the chain must have the bytes and metrics of an uninterrupted one, and its audit must find every
+file as it was recorded. Exits 1 if anything differs.
 """
 
 import argparse
@@ -30,10 +30,10 @@ PLACES = {
     "step": 6, "write.partial": 6, "write.renamed": 6, "segment": 2, "stage": 1, "evaluation": 3,
     "publish.checkpoint": 1, "publish.record": 1, "outbox": 15, "set-aside": 1, "abandon": 1,
 }  # fmt: skip
-"""Where to kill, and at which pass of the place at the latest."""
+"""The places at which to kill, each with the largest number of passes before the kill."""
 
 EVENTS = ("force", "fresh", "recipe", "move", "copy")
-"""What a person may do before an attempt; about every other attempt is a plain one."""
+"""What may be changed before an attempt. About every other attempt changes nothing."""
 OTHER_RECIPE = "optimizer.clip_norm=0.5"
 
 WORKERS = (0, 2)
@@ -41,7 +41,7 @@ WORKERS = (0, 2)
 
 
 class Soak:
-    """Chains that are killed and restarted, and the tally."""
+    """Kills and restarts chains, and counts the results."""
 
     def __init__(self, folder: Path, stage: str, seed: int):
         self.folder, self.stage, self.draw = folder, stage, random.Random(seed)
@@ -52,7 +52,7 @@ class Soak:
         self.different: list[str] = []
 
     def run(self, kills: int, seconds: float) -> None:
-        """Kill that often, or for so long."""
+        """Kill for this number of times, or for this time."""
         references, end = [], time.time() + seconds
         for workers in WORKERS:
             began = time.time()
@@ -74,7 +74,7 @@ class Soak:
             shutil.rmtree(runs)
 
     def _one_chain(self, runs: Path, settings: list[str], kills: int, end: float) -> tuple[Path, int]:
-        """Run, kill and restart a chain, until it was killed often enough and ends by itself.
+        """Run, kill and restart a chain until it was killed often enough and ends by itself.
 
         Returns its folder, which may have moved, and its exit code.
         """
@@ -132,7 +132,7 @@ class Soak:
 
 
 def main() -> None:
-    """Read the options, run, exit 1 where a chain differs."""
+    """Read the options and run. Exits 1 if a chain differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=600, help="begin no further attempts to kill after that")

@@ -1,4 +1,4 @@
-"""Where nothing says where home is."""
+"""Commands work without a home folder."""
 
 import os
 import pwd
@@ -16,7 +16,7 @@ def unknown(uid: int) -> None:
 
 @pytest.fixture
 def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A process that no variable and no user database tells its home; returns the folder of temporary files."""
+    """Run without a home folder in variables and in the user database. Returns the folder of temporary files."""
     for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)

@@ -1,4 +1,4 @@
-"""Writes the streams of `hpcm verify` and the bundled codecs' identities: `make conformance`, when weights change."""
+"""Writes the streams of `hpcm verify` and the identities of the bundled codecs: `make conformance`."""
 
 import torch
 from skimage.data import chelsea, coffee
@@ -25,7 +25,7 @@ def images() -> dict[str, tuple[Tensor, float]]:
 
 
 def main() -> None:
-    """Write them and say how many bytes they take."""
+    """Write the files and print their total size."""
     models = sorted(WEIGHTS.glob("*.safetensors"))
     write_json(IDENTITIES, {read_digest(model): computed_identity(model) for model in models})
     write_suite(images(), models)

@@ -1,4 +1,4 @@
-"""A whole chain: what it leaves behind, how it resumes, why it reruns."""
+"""A whole chain: the files it leaves, how it resumes, and why stages run again."""
 
 import json
 import re
@@ -160,7 +160,7 @@ def test_chains_of_other_seeds_lie_beside_the_first(finished: tuple[Chain, Notes
     chain = mini_chain(finished[0].runs, "phase1", ["seed=3"])
     assert chain.folder.name == "lmbda-0.013-seed-3"
     assert [planned.status for planned in chain.plan()] == ["missing", "missing"]
-    # A stage's own seed is a setting like others: it makes that stage stale.
+    # A change of a stage's own seed makes that stage stale, as any setting does.
     chain = mini_chain(finished[0].runs, "phase1", ["phase1.seed=3"])
     assert chain.folder == finished[0].folder
     assert [planned.status for planned in chain.plan()] == ["done", "stale"]

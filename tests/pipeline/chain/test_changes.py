@@ -1,4 +1,4 @@
-"""Changed settings are told by key."""
+"""Changed settings are named by key."""
 
 from pathlib import Path
 

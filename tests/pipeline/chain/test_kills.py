@@ -1,4 +1,4 @@
-"""A chain that is killed at the nastiest places, or asked to stop there, ends as one that was never touched."""
+"""A chain that is killed or stopped at the most difficult places ends like an uninterrupted one."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""`hpcm plan --measure`: what a chain takes is known before it is trained, and compared afterwards."""
+"""`hpcm plan --measure` estimates the time and memory of a chain, and the audit compares them afterwards."""
 
 from pathlib import Path
 

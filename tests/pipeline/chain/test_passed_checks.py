@@ -1,4 +1,4 @@
-"""What passed its checks is not checked again, until something that the checks look at changes."""
+"""A chain that passed its checks is not checked again until an input of the checks changes."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Several processes train as one, and none of them waits for one that is gone.
+"""Several processes train the same weights as one, and none of them waits for a dead one.
 
-That they train as one is shown in float64. In float32 a gradient that is summed in another order differs by 1e-7, and
-where a latent thereby falls on the other side of a half and is rounded to the next symbol, the loss jumps (by 3e-4 of
-it, once in thirteen steps of a Phase 1), as it does between two machines.
+The comparison is in float64. In float32, a gradient that is summed in another order differs by 1e-7. This can move a
+latent to the other side of a half, so that it is rounded to the next symbol. The loss then jumps, as it does between
+two machines: by 3e-4 of its value, once in thirteen steps of a Phase 1.
 """
 
 import json
@@ -28,7 +28,7 @@ FIFTY_STEPS = [
 
 
 def train(runs: Path, stage: str, settings: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[int]:
-    """Train with one process for each environment; returns their exit codes."""
+    """Train with one process for each environment. Returns their exit codes."""
     if len(environments) == 1:
         return [exit_code(attempt(runs, stage, settings, environments[0]), 900)]
     return [exit_code(process, 900) for process in attempts(runs, stage, settings, environments)]
@@ -51,7 +51,7 @@ def weights(runs: Path, stage: str) -> dict[str, torch.Tensor]:
 
 
 def assert_as_one(runs: Path, reference: Path, stage: str) -> None:
-    """Losses to 1e-5 of their size, weights to 1e-4."""
+    """Compare losses to 1e-5 of their size, and weights to 1e-4."""
     expected, actual = losses(reference, stage), losses(runs, stage)
     assert actual.keys() == expected.keys()
     for name, values in expected.items():
@@ -113,7 +113,7 @@ def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_processes_train_as_one_for_fifty_steps_of_every_phase(tmp_path: Path) -> None:
-    """Each stage from the same parent: over hundreds of steps training is chaotic, and no two sums are in one order."""
+    """Each stage starts from the same parent. Over hundreds of steps, the order of sums would change the result."""
     one = tmp_path / "one"
     for stage in STAGES:
         for processes in (2, 3):

@@ -1,4 +1,4 @@
-"""What a plan notices, what a person can have built anew, and who works in a folder."""
+"""What a plan notices, what a user can rebuild, and which run holds a folder."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from pipeline.tracking.store import Store, find_run
 
 @pytest.fixture
 def built(finished: tuple[Chain, Notes], tmp_path: Path) -> Chain:
-    """A chain to Phase 1 that is current, to be changed as a test likes."""
+    """A chain to Phase 1 that is current. A test may change it."""
     shutil.copytree(finished[0].runs, tmp_path / "built")
     return mini_chain(tmp_path / "built", "phase1")
 
@@ -210,7 +210,7 @@ def test_a_second_run_is_told_who_holds_the_folder(runs: Path, tmp_path: Path) -
         with pytest.raises(FolderInUse, match=message):
             run_chain(chain)
         holder.kill()
-    with held(chain.folder):  # What a dead process left is not in the way.
+    with held(chain.folder):  # The lock of a dead process does not block the next run.
         assert f"process {os.getpid()} on" in (chain.folder / "lock").read_text()
 
 
@@ -228,7 +228,7 @@ def test_sync_sends_what_waits(runs: Path, tmp_path: Path) -> None:
 
 
 def waiting_entries(runs: Path, name: str) -> Path:
-    """The folder of a chain that has told MLflow of a run with this key, and could not reach it."""
+    """The folder of a chain with log entries of the run with this key, which could not be sent to MLflow."""
     folder = runs / "mini" / name / "outbox"
     outbox = Outbox(folder, Store("http://127.0.0.1:9"))
     outbox.run(name, "a run")

@@ -1,4 +1,4 @@
-"""Work of a job that needs no codec: it counts in a file, and saves when a signal comes."""
+"""The work of a job without a codec. It counts in a file, and saves after a signal."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ from pipeline.common.errors import Interrupted
 
 @dataclass(frozen=True)
 class Counting:
-    """Counts to `until` in `file`, a number each `pause` seconds. A signal is heard between two numbers."""
+    """Counts to `until` in `file`, one number every `pause` seconds. A signal stops it between two numbers."""
 
     file: Path
     until: int
     pause: float = 0.0
     fails: str = ""
-    """An error that ends it."""
+    """An error that ends the work."""
     idle: bool = False
     """Whether nothing is saved."""
 
@@ -46,5 +46,5 @@ class Counting:
 
     @property
     def rounds(self) -> Path:
-        """A file with the process of each round, written when it hears signals."""
+        """A file with the process number of each round, written once the round handles signals."""
         return self.file.with_suffix(".rounds")

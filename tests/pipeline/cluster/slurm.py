@@ -47,13 +47,13 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> list[str]:
-    """The programs that a cluster needs and this machine lacks."""
+    """The programs of a cluster that this machine lacks."""
     return [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
 
 
 @contextmanager
 def cluster(folder: Path, cpus_per_node: int = 1) -> Iterator[dict[str, str]]:
-    """Run a cluster while the context lasts. Yields the environment in which sbatch and squeue find it."""
+    """Run a cluster while the context lasts. Yields the environment for sbatch and squeue."""
     folder.mkdir(parents=True)
     folder.chmod(0o755)
     host = socket.gethostname()
@@ -106,7 +106,7 @@ def _wait_for(ready: Callable[[], bool], what: str, seconds: float = 60) -> None
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of which the second and third are neighbours."""
+    """Ports of which the second and third are consecutive."""
     for first in range(20000, 30000, 10):
         with socket.socket() as one, socket.socket() as two, socket.socket() as three:
             try:

@@ -25,7 +25,7 @@ from pipeline.common.errors import Interrupted
 
 @pytest.fixture(autouse=True)
 def two_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two jobs, whose processes find this folder's modules."""
+    """Set the machine up for two jobs at a time, whose processes find the modules in this folder."""
     monkeypatch.setattr(local_queue, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(local_queue, "places", lambda gpus: [(), ()])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
@@ -37,7 +37,7 @@ def job(folder: Path, work: Counting, *after: ChainJob) -> ChainJob:
 
 
 def in_round(work: Counting, number: int, act: Callable[[int], None]) -> threading.Thread:
-    """Act on the process of each of the first `number` rounds of a job, once it hears signals."""
+    """Act on the process of each of the first `number` rounds of a job, once it handles signals."""
 
     def watch() -> None:
         for index in range(number):
@@ -51,7 +51,7 @@ def in_round(work: Counting, number: int, act: Callable[[int], None]) -> threadi
 
 
 def reach_the_limit(process: int) -> None:
-    """Send what announces the time limit."""
+    """Send the signal that announces the time limit."""
     os.kill(process, signal.SIGUSR1)
 
 
@@ -75,7 +75,7 @@ def test_jobs_wait_and_say_why_they_fail(tmp_path: Path) -> None:
     watching.join()
     assert lines.index("a: done") < next(n for n, line in enumerate(lines) if line.startswith("c: started"))
     assert "b: failed: error: the disk is full" in lines
-    assert "d: not started, because what it starts from failed" in lines
+    assert "d: not started, because a job that must run before it failed" in lines
     log = (a / ChainJobs.read(a).jobs[0].log).read_text()
     assert log.count("stopped by SIGUSR1; saved") == 2
     assert (a / "count").read_text() == "50"

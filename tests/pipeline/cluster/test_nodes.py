@@ -1,4 +1,4 @@
-"""Two machines train as one: two network namespaces, in each `accelerate launch` as stages/README.md says."""
+"""Two machines train the same weights as one. Each is a network namespace with a command of stages/README.md."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def ip(*arguments: str, check: bool = True) -> None:
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    """Two network namespaces that reach only each other."""
+    """Two network namespaces that are connected only to each other."""
     for node in NODES:
         ip("netns", "del", node, check=False)
         ip("netns", "add", node)

@@ -1,4 +1,4 @@
-"""A sweep on a real SLURM of two nodes, whose jobs reach their time limit again and again."""
+"""A sweep on a real SLURM cluster of two nodes. Its jobs reach their time limit several times."""
 
 import os
 import re
@@ -30,7 +30,7 @@ SLURM = ["--submit", "slurm", "--gpus", "0"]
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of a chain that takes the time SECONDS."""
+    """Settings of a chain that trains for about SECONDS."""
     (cost,) = measure(mini_chain(tmp_path_factory.mktemp("measured"), "baseline").plan(), 1, print).segments
     assert cost.cost is not None
     count = int(SECONDS / cost.cost.step_seconds)
@@ -40,7 +40,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def rd_curve(runs: Path, environment: dict[str, str], *more: str) -> str:
-    """What `hpcm rd-curve` prints."""
+    """The output of `hpcm rd-curve`."""
     options = ["--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", *POINTS, *more]
     command = [sys.executable, "-m", "pipeline", "rd-curve", "phase1", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`hpcm compress`, `decompress`, `info` and `evaluate`, as a person runs them."""
+"""`hpcm compress`, `decompress`, `info` and `evaluate` on the command line."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with a photograph, one with a profile and an orientation below it, and a file that is none."""
+    """A folder with a photograph, another one with a profile and an orientation below it, and a file without image."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -322,7 +322,7 @@ def test_names_that_are_not_utf8_are_printed_anywhere(encoding: str, tmp_path: P
     ("arguments", "message"),
     [
         (("compress", "nothing.png", "-c", "codec"), "nothing.png: no such file or folder"),
-        (("decompress", ".", "-c", "codec"), ".hpcm here or below"),
+        (("decompress", ".", "-c", "codec"), "no files with the suffix .hpcm in or below this folder"),
         (("compress", "one.png", "-c", "nowhere"), "nowhere: no such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a person at the shell meets: errors of one screen, exit codes, kills and several processes."""
+"""The command line: short error messages, exit codes, kills and several processes."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""How long a run may still take, and what is printed of it where there is no terminal."""
+"""The estimated time left of a run, and the lines that are printed without a terminal."""
 
 from collections.abc import Iterator
 from pathlib import Path

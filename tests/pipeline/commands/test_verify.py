@@ -1,4 +1,4 @@
-"""`hpcm verify` and the streams that it reads; which of the bundled weights a quality means."""
+"""`hpcm verify` with its streams, and the bundled weights of each quality."""
 
 import inspect
 import json
@@ -43,7 +43,7 @@ def test_the_identity_of_every_bundled_model_is_listed() -> None:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """The streams of the bundled codec alone, and one whose symbols are to be others."""
+    """The streams of one bundled codec, and one of them with another expected result."""
     references = json.loads((STREAMS / REFERENCE).read_text())
     chosen = {name: fields for name, fields in references.items() if fields["model"] == "lean.safetensors"}
     for name in chosen:

@@ -1,4 +1,4 @@
-"""Files and folders of the program's own: written whole, anew, and never through links."""
+"""The program's own files and folders: written completely, as new files, and never through links."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Tables where they are printed: whole words at a terminal, plain columns in a pipe."""
+"""Printed tables: whole words at a terminal, plain columns in a pipe."""
 
 from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Batches: a function of seed and step alone."""
+"""Batches depend only on seed and step."""
 
 import logging
 import os

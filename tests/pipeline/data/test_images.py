@@ -1,4 +1,4 @@
-"""Photographs on disk: the good, the broken and the odd."""
+"""Photographs on disk: usable, broken and unusual ones."""
 
 import os
 import struct
@@ -180,7 +180,7 @@ def test_what_a_run_makes_is_no_image_to_train_on(tmp_path: Path) -> None:
         save(tmp_path / runs / "mini" / "lmbda-0.013" / "baseline" / "reconstructions" / "0.png")
     (tmp_path / "older" / "mlflow.db").touch()
     assert find_images(tmp_path, "train", 32, tmp_path / "runs").names == ("0.png",)
-    with pytest.raises(DataError, match="a folder of runs, whose images are reconstructions"):
+    with pytest.raises(DataError, match="this is a folder of runs, and its images are reconstructions"):
         find_images(tmp_path, "train", 32, tmp_path)
 
 

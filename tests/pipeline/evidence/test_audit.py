@@ -1,4 +1,4 @@
-"""What `hpcm audit` reads and notices, on chains that were really run."""
+"""`hpcm audit` on chains that were really run: what it reads and which problems it finds."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Our codecs against Pillow's: at the same sizes, and as curves."""
+"""Our codecs compared with Pillow's, at the same file sizes and as curves."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_codecs_are_named_and_what_is_missing_is_told(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="there is no codec 'jpg'; expected some of jpeg,webp,avif"):
         codecs_named("jpg,webp")
     monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
-    with pytest.raises(UserError, match=r"is without AVIF\. Upgrade it .*, or leave avif out of --against"):
+    with pytest.raises(UserError, match=r"does not support AVIF\. Upgrade it .*, or leave avif out of --against"):
         codecs_named("webp,avif")
 
 

@@ -1,4 +1,4 @@
-"""What `hpcm compare` measures, on codecs small enough to take no time."""
+"""The measurements of `hpcm compare`, on very small codecs."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
 
 
 def killed(*_: object) -> None:
-    """Ends as a process does that the kernel kills for its memory."""
+    """Ends like a process that the kernel kills for its memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Curves, what one gains on another, and the sweep that makes them."""
+"""Rate–distortion curves, the differences between them, and the sweep that makes them."""
 
 import shutil
 import signal

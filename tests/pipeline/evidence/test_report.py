@@ -1,4 +1,4 @@
-"""The page that `hpcm report` writes, and the figures in it that are computed."""
+"""The page that `hpcm report` writes, and its computed figures."""
 
 import math
 import re
@@ -32,7 +32,7 @@ LMBDA_SCALE = 255**2
 
 
 def stage(name: str, lmbda: float, bpp: float, psnr_db: float, parent: str | None = "baseline") -> StageRecord:
-    """A published stage of 10 steps with this quality, its loss following from it."""
+    """A published stage of 10 steps with this quality, and the loss that follows from it."""
     loss = bpp + lmbda * LMBDA_SCALE * 10 ** (-psnr_db / 10)
     phase = name[-1] if name.startswith("phase") else "4" if name == "lean" else "0"
     return StageRecord(

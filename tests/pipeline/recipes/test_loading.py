@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and how a mistake is named."""
+"""Recipes: what is accepted, what is refused, and what the error messages say."""
 
 import math
 import os
@@ -156,7 +156,7 @@ MISFITS = {
     "phase1.schedule.1.decay={at: [3, 2], factor: 0.5}": "schedule[1].decay.at: the steps [3, 2] are not in ascending",
     "phase1.schedule.1.decay={at: [4], factor: 0.5}": "decay.at: step 4 is not before the end of the segment's 4 steps",
     "data.accumulate=3": "data.accumulate: a batch of 4 cannot be computed in 3 equal parts",
-    "keep=best": "keep: 'best' is chosen among validations; set validate_every",
+    "keep=best": "keep: 'best' needs validations to choose from; set validate_every",
     "phase1.schedule.1.name=align": "schedule[1].name: another segment is named 'align'",
     "phase1.schedule.0.handover=1": "schedule[0].handover: needs a parent and an objective that runs the whole codec",
     "baseline.schedule.0.handover=1": "schedule[0].handover: needs a parent",
@@ -359,7 +359,7 @@ def phases(draw: st.DrawFn, name: str) -> dict[str, object]:
 
 @st.composite
 def stages(draw: st.DrawFn) -> dict[str, object]:
-    """A stage that the schema takes."""
+    """A stage that the schema accepts."""
     names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,7}", fullmatch=True), max_size=4, unique=True))
     return {
         "name": "child",

@@ -23,7 +23,7 @@ READY_SECONDS = 180
 
 
 def missing() -> str:
-    """What this machine lacks, or an empty string."""
+    """The requirements that this machine lacks, or an empty string."""
     absent = [name for name in ("psycopg2", "flask_wtf") if find_spec(name) is None]
     absent += [] if PROGRAMS else ["postgresql"]
     absent += [] if os.getuid() == 0 else ["root"]
@@ -31,7 +31,7 @@ def missing() -> str:
 
 
 class Database:
-    """A PostgreSQL of its own, run by the user postgres."""
+    """A separate PostgreSQL, run by the user postgres."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder / "database", free_port()
@@ -41,7 +41,7 @@ class Database:
 
     @property
     def uri(self) -> str:
-        """Where the server finds it."""
+        """The address of the database for the server."""
         return f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:

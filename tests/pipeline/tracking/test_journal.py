@@ -1,4 +1,4 @@
-"""What a journal may ask for: it may come from a stranger, lie beside links, or hold what no store can take."""
+"""Difficult journals: from a stranger, beside links, or with entries that no store accepts."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def artifact(name: str) -> dict[str, object]:
 
 
 def sent(runs: Path, folder: Path, *entries: object) -> list[str]:
-    """Send a journal with these entries; returns what was noted."""
+    """Send a journal with these entries. Returns the notes."""
     notes: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     lines = [entry if isinstance(entry, bytes) else json.dumps(entry).encode() for entry in entries]

@@ -1,4 +1,4 @@
-"""What runs say reaches MLflow once and in order, whatever becomes of the store or of the run in the meantime."""
+"""Log entries reach MLflow once and in order, whatever happens to the store or the run in between."""
 
 import errno
 import os
@@ -131,7 +131,7 @@ def line(server: Server) -> Iterator[Line]:
 
 
 def say_all(outbox: Outbox, key: str) -> None:
-    """Say something of every kind, and a metric at every step."""
+    """Log something of every kind, and a metric at every step."""
     run = outbox.run(key, "a run", tags={"hpcm.recipe": "mini"})
     run.parameters({"seed": 0, "schedule": [{"name": "scratch", "steps": 6}]})
     for step in STEPS:
@@ -140,7 +140,7 @@ def say_all(outbox: Outbox, key: str) -> None:
 
 
 def losses(store: Store, key: str) -> list[int]:
-    """The steps that the store holds, as often as it holds them."""
+    """The steps in the store, each as often as the store has it."""
     client = store.client()
     run_id = find_run(client, key)
     return sorted(metric.step for metric in client.get_metric_history(run_id, "loss")) if run_id else []

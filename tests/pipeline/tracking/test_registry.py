@@ -1,4 +1,4 @@
-"""Published stages as MLflow's users find them: models, versions, aliases, pictures and tables, each exactly once."""
+"""Published stages in MLflow: models, versions, aliases, pictures and tables, each exactly once."""
 
 import time
 from pathlib import Path
@@ -30,7 +30,7 @@ def facts(stage: str, loss: float) -> ModelFacts:
 
 
 def publish_stage(outbox: Outbox, key: str, known: ModelFacts, picture: Path) -> None:
-    """Say what a stage says when it is published; its model is a folder in a folder."""
+    """Log what a stage logs when it is published. Its model is a folder in a folder."""
 
     def build(folder: Path) -> None:
         (folder / "data").mkdir(parents=True)
@@ -52,14 +52,14 @@ def picture(tmp_path: Path) -> Path:
 
 
 def table(store: Store, run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> DataFrame:
-    """A table as MLflow's users read it."""
+    """A table, read with MLflow's own function."""
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", store.uri)
         return store.client().load_table(run.info.experiment_id, name, [run.info.run_id])
 
 
 def state(runs: Path, key: str) -> dict[str, object]:
-    """Everything of a run that a second delivery could have doubled."""
+    """All parts of a run that a second delivery could have duplicated."""
     client = Store.default(runs).client()
     run = client.get_run(find_run(client, key))
     models = client.search_logged_models([run.info.experiment_id])

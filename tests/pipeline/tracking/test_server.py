@@ -1,4 +1,4 @@
-"""A real MLflow server: PostgreSQL, served artifacts, passwords, and all of it failing while runs write to it."""
+"""A real MLflow server with PostgreSQL, served artifacts and passwords. All of them fail while runs write to it."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ DATABASE_AWAY = float(os.environ.get("DATABASE_AWAY", "60"))
 
 
 def write(outbox: Outbox, number: int, file: Path) -> None:
-    """What a chain does: open a run, log a step at a time, keep a file, end."""
+    """Log as a chain does: open a run, log step by step, keep a file, end the run."""
     run = outbox.run(f"key-{number}", f"chain {number}")
     run.parameters({"number": number})
     for step in range(1, STEPS + 1):
@@ -95,7 +95,7 @@ def test_every_step_arrives_once_whatever_fails(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_price_of_logging(tmp_path: Path) -> None:
-    """Prints the time that 100 000 values take from training. Nothing listens at the server's address."""
+    """Prints the training time that logging 100 000 values takes. No server answers at the address."""
     outbox = Outbox(tmp_path / "outbox", Store("http://127.0.0.1:9"), lambda line: None)
     run = outbox.run("key", "name")
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The store in a folder of runs: made once, found again wherever the folder lies, and safe to be shown."""
+"""The store in a folder of runs: made once, found after the folder was moved, and shown without passwords."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Tags of MLflow's runs are read back as they were written, or refused by name."""
+"""Tags of MLflow's runs are read as they were written, or refused with an error that names them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A batch that is computed in parts trains like the whole batch."""
+"""A batch that is computed in parts trains the same weights as the whole batch."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which parameters train, and that the others do not move."""
+"""The selected parameters are trained, and the others do not change."""
 
 from collections.abc import Sequence
 

@@ -76,7 +76,7 @@ SETTINGS = [
 def test_a_run_with_all_options_resumes_bit_for_bit(runs: Path, tmp_path: Path) -> None:
     reference, chain = (mini_chain(folder, "baseline", SETTINGS) for folder in (tmp_path / "reference", runs))
     run_chain(reference)
-    for step in (2, 5):  # Between the states that `checkpoint_every` asks for.
+    for step in (2, 5):  # Between two states of `checkpoint_every`.
         with pytest.raises(Interrupted):
             run_chain(chain, Stop("scratch", step, signal.SIGTERM))
     run_chain(chain)

@@ -1,4 +1,4 @@
-"""What a training step does when numbers go wrong, and under the optional ways to run it."""
+"""Training steps with values that are not finite, and with optional settings."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 @pytest.fixture(autouse=True)
 def _forget_precision() -> Iterator[None]:
-    """Leave no trace of a precision: Accelerate keeps it for the whole process."""
+    """Reset the precision after a test, because Accelerate keeps it for the whole process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -1,4 +1,4 @@
-"""Every tensor lands in one class, and the child starts as near to its parent as its form allows."""
+"""Every tensor gets exactly one class, and the child starts as near to its parent as its form allows."""
 
 import pytest
 import torch

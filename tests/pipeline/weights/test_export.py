@@ -1,4 +1,4 @@
-"""Checkpoints to ship: half the bytes, weights rounded, loadable like any other."""
+"""Exported checkpoints have half the bytes and rounded weights, and load like any other."""
 
 import sys
 from pathlib import Path

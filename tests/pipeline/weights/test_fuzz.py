@@ -1,4 +1,4 @@
-"""Files that are damaged, odd or hostile: each is an error of one screen or a named skip, and nothing in it is run.
+"""Damaged, unusual and hostile files. Each gives a short error or a named skip, and no code in it is executed.
 
 All cases follow from a fixed seed; FUZZ=20000 tries as many of each kind instead of what `make test` has time for.
 """
@@ -57,7 +57,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 def outcome(work: Callable[[], object], expected: type[Exception]) -> str:
-    """`accepted`, or `refused` with a message of one screen; any other exception comes through."""
+    """`accepted`, or `refused` with a message of one screen. Other exceptions are not caught."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
 
 
 def lying(header: dict[str, object], draw: random.Random) -> dict[str, object]:
-    """A header that says something else about one tensor."""
+    """A header that is wrong about one tensor."""
     name = draw.choice([key for key in header if key != "__metadata__"])
     entry = dict(header[name])  # type: ignore[call-overload]
     huge = draw.choice([2**31, 2**40, 2**62, 2**64, 10**30, -1])
@@ -229,7 +229,7 @@ KINDS = [
 
 
 def picture_bytes(suffix: str, mode: str) -> bytes:
-    """A picture with something in it, encoded."""
+    """An encoded picture that is not empty."""
     picture = Image.radial_gradient("L").resize((40, 32))
     picture = picture.convert("I;16") if mode == "I;16" else picture.convert("RGB").convert(mode)
     buffer = io.BytesIO()
@@ -248,7 +248,7 @@ def test_damaged_pictures(tmp_path: Path) -> None:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A small file that says it is a large picture."""
+    """A small file that claims to be a large picture."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

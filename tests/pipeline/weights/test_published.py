@@ -1,4 +1,4 @@
-"""What a published stage says of itself is read back as it was written, or refused by name."""
+"""The records of a published stage are read as they were written, or refused with an error that names them."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Exported programs compute what the codec does, in a process that has only PyTorch."""
+"""Exported programs compute the same as the codec, in a process that has only PyTorch."""
 
 import subprocess
 import sys
