@@ -103,13 +103,13 @@ def test_every_step_arrives_once_whatever_fails(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_price_of_logging(tmp_path: Path) -> None:
-    """Prints the time that 100 000 values take from training. Nothing listens at the server's address."""
+    """Prints the time that 10 000 values take from training. Nothing listens at the server's address."""
     outbox = Outbox(tmp_path / "outbox", Store("http://127.0.0.1:9"), lambda line: None)
     run = outbox.run("key", "name")
     began = time.perf_counter()
-    for step in range(10_000):
+    for step in range(1_000):
         run.metrics({f"value-{number}": 1.0 for number in range(10)}, step)
     seconds = time.perf_counter() - began
-    print(f"100 000 values in 10 000 steps: {seconds:.2f} s, or {seconds / 100:.3f} % of steps of 1 s")
+    print(f"10 000 values in 1 000 steps: {seconds:.2f} s, or {seconds / 10:.3f} % of steps of 1 s")
     outbox.close(0)
-    assert outbox.waiting >= 10_000
+    assert outbox.waiting >= 1_000
