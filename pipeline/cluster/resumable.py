@@ -38,6 +38,8 @@ class ResumableJob:
     def __call__(self) -> None:
         """Do the work. Exits with 128 + signal if the job was stopped, and returns if the work is complete."""
         _join_processes()
+        # A warning that came during the start of Python is handled here: the job is queued again.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [WARNING])
         before = self.work.progress()
         try:
             self.work.run()

@@ -123,10 +123,15 @@ def _saving_seconds(minutes: float) -> int:
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C and the closing of the terminal. This process stops them instead."""
+    """Start processes that ignore Ctrl-C and the closing of the terminal, because this process stops them.
+
+    WARNING is blocked in them, because it would end a job that still imports. ResumableJob unblocks it.
+    """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)

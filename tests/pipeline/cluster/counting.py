@@ -48,3 +48,19 @@ class Counting:
     def rounds(self) -> Path:
         """A file with the process number of each round, written once the round handles signals."""
         return self.file.with_suffix(".rounds")
+
+
+@dataclass(frozen=True)
+class WarnedEarly(Counting):
+    """Counts, but its first job gets the time limit's signal while it is still loaded."""
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if not self.warned.exists():
+            self.warned.touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    @property
+    def warned(self) -> Path:
+        """A file that exists once the signal was sent."""
+        return self.file.with_suffix(".warned")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from counting import Counting
+from counting import Counting, WarnedEarly
 from mini import FOLDER, mini_chain, run_chain
 from typer.testing import CliRunner
 
@@ -92,6 +92,16 @@ def test_a_job_without_progress_is_not_resumed_for_ever(tmp_path: Path) -> None:
     watching.join()
     assert "a: failed: error: 3 rounds brought no progress; give the job a longer --time" in lines
     assert len(work.rounds.read_text().splitlines()) == 3
+
+
+def test_a_job_whose_time_limit_comes_before_it_has_started_is_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "recipe" / "a"
+    early = job(folder, work := WarnedEarly(folder / "count", 1))
+    lines: list[str] = []
+    assert queue(lines).run([early]) == []
+    assert lines[-1] == "a: done"
+    assert work.warned.exists()
+    assert len(work.rounds.read_text().splitlines()) == 1
 
 
 def test_a_signal_stops_the_jobs_which_save(tmp_path: Path) -> None:
