@@ -168,5 +168,5 @@ def test_times_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.cluster.resources._visible_gpus", lambda: [4, 5, 6, 7, 8])
     assert places(2) == [(4, 5), (6, 7)]
     assert len(places(None)) == 5
-    with pytest.raises(ClusterError, match="finds 5"):
+    with pytest.raises(ClusterError, match="finds only 5"):
         places(8)
