@@ -130,7 +130,7 @@ def run(
     """
     from pipeline.chain.stage_task import Rebuild
     from pipeline.commands.confirmation import confirm
-    from pipeline.commands.display import closing_table, hush, plan_table, show
+    from pipeline.commands.display import closing_table, console, hush, plan_table, show
 
     if quiet:
         hush()
@@ -153,6 +153,11 @@ def run(
     accelerator = start_accelerator(chain.precision)
     run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(confirm, yes)), verbose)
     show(closing_table(chain))
+    if accelerator.is_main_process:
+        pictures = chain.tasks[-1].folder / "reconstructions"
+        shown = [f"Images beside their reconstructions: {pictures}"] if pictures.is_dir() else []
+        for line in (*shown, f"MLflow's pages on these runs: hpcm ui --runs {runs}"):
+            console.print(line, soft_wrap=True)
 
 
 @app.command()

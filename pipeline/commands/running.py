@@ -6,8 +6,10 @@ from accelerate import Accelerator
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.stage_task import Rebuild, RunContext
+from pipeline.commands.display import console
 from pipeline.commands.progress import ProgressWatcher, to_train
 from pipeline.common.processes import ProcessGroup
+from pipeline.common.timing import machine
 from pipeline.training.watcher import Watcher
 
 
@@ -18,6 +20,17 @@ def run_chain(
     rebuild = rebuild or Rebuild()
     watching: AbstractContextManager[Watcher] = nullcontext(Watcher())
     if accelerator.is_main_process:
+        console.print(_images_and_device(chain, accelerator), soft_wrap=True)
         watching = ProgressWatcher(to_train(chain.plan(), rebuild.force), verbose)
     with ProcessGroup(accelerator) as processes, watching as watcher:
         chain.run(RunContext(chain.folder, processes, watcher, accept_anyway, rebuild))
+
+
+def _images_and_device(chain: Chain, accelerator: Accelerator) -> str:
+    """What the last stage trains and validates on, and where."""
+    target = chain.tasks[-1]
+    found = [
+        f"{len(photos.paths)} {use} images ({photos.source})"
+        for use, photos in (("training", target.train_photos), ("validation", target.val_photos))
+    ]
+    return f"{', '.join(found)}; on {machine(str(accelerator.device))}"

@@ -182,6 +182,8 @@ def test_a_run_that_is_cut_off_continues_where_it_stood(phase: str, signum: int,
     resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed in {phase} at step {stood}" in resumed.stdout
+    assert " training images (photographs in the wheels of " in resumed.stdout
+    assert f"hpcm ui --runs {runs}" in resumed.stdout
 
     client, found = runs_of(chain)
     identity = json.loads((chain.folder / "chain.json").read_text())["identity"]
