@@ -141,7 +141,7 @@ class StageTask:
     def inputs(self) -> dict[str, str]:
         """Digests of all inputs of the result, by name. The parent must be published."""
         if self.imported is not None:
-            return {"baseline": self._file_digest, "model": repr(self.config)}
+            return {"baseline": self._file_digest, "model": self.stage.model.model_dump_json()}
         images = self.train_photos.digest
         found = {"recipe": self.stage.digest(), "training images": images, "code version": CODE_VERSION}
         if self.start is not None:
