@@ -1,9 +1,7 @@
 """What `hpcm info` prints about a checkpoint, and the names of the codecs that made coded files."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ from pipeline.common.tables import Table
 from pipeline.weights.metadata import CheckpointError, read_metadata
 
 FILE = "checkpoint.safetensors"
-IDENTITIES = WEIGHTS / "identities.json"
-"""The identity of each bundled codec, by the digest of its weights; `make conformance` writes it."""
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -126,28 +122,9 @@ def _published(paths: Iterator[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
 def known_models(runs: Path) -> dict[str, str]:
     """Names of the checkpoints that decode coded files, by the model's identity (hexadecimal).
 
-    Covers the bundled weights and the stages published in a folder of runs. Published checkpoints that do not record
-    their identity are left out.
+    Covers the bundled weights and the stages published in a folder of runs. Checkpoints that do not record their
+    identity are left out.
     """
-    found = {m["identity"]: str(path) for path, m in _published(runs.glob(f"*/*/*/{FILE}")) if "identity" in m}
-    for path, metadata in _published(WEIGHTS.glob("*.safetensors")):
-        found[metadata.get("identity") or bundled_identity(path, metadata["digest"])] = f"bundled {path.name}"
-    return found
-
-
-def bundled_identity(path: Path, digest: str) -> str:
-    """The identity (hexadecimal) of a bundled codec whose metadata does not record it, from a file beside the weights.
-
-    Computing it needs PyTorch, and is done only for weights that are not in that file.
-    """
-    listed: dict[str, str] = json.loads(IDENTITIES.read_text()) if IDENTITIES.is_file() else {}
-    return listed.get(digest) or computed_identity(path)
-
-
-@cache
-def computed_identity(path: Path) -> str:
-    """The identity (hexadecimal) of a checkpoint's codec, from its weights."""
-    from modules.identity import model_identity
-    from pipeline.weights.checkpoints import load_codec
-
-    return model_identity(load_codec(path)).hex()
+    published = {m["identity"]: str(path) for path, m in _published(runs.glob(f"*/*/*/{FILE}")) if "identity" in m}
+    bundled = _published(WEIGHTS.glob("*.safetensors"))
+    return published | {metadata["identity"]: f"bundled {path.name}" for path, metadata in bundled}
