@@ -32,6 +32,8 @@ from pipeline.weights.published import PublicationRecord
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.weights.training_state import Progress
+
 Status = Literal["done", "cut off", "refused", "stale", "missing"]
 PATIENCE_INTERRUPTED = 10.0
 """Seconds to send the remaining log entries to MLflow after a signal to stop."""
@@ -56,6 +58,11 @@ class PlannedStage:
     task: StageTask
     status: Status
     reason: str
+
+    @property
+    def progress(self) -> Progress | None:
+        """The progress of the training that `run` would continue; None if it would begin one, or train nothing."""
+        return self.task.states.progress() if self.status in ("cut off", "refused") else None
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.chain.chain import Chain, ChainError, PlannedStage
 from pipeline.chain.request import ChainRequest
+from pipeline.chain.step_count import steps_done
 from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 
@@ -98,9 +99,8 @@ class Sweep:
         table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *columns))
         for name in names:
             table.add(name, *(_cell(planned[name]) for planned in columns.values()))
-        left = [[p.task.stage for p in planned.values() if p.status != "done"] for planned in columns.values()]
-        steps = [sum(segment.steps for stage in stages for segment in stage.schedule) for stages in left]
-        table.add("steps left", *(f"{count:,}" if count else "–" for count in steps))
+        counts = [steps_done(planned.values()) for planned in columns.values()]
+        table.add("steps left", *(f"{total - done:,}" if total > done else "–" for done, total in counts))
         return table
 
 

@@ -34,7 +34,7 @@ def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, 
     for planned in plan:
         if planned.status == "done" or planned.task.imported is not None:
             continue
-        progress = planned.task.states.progress() if planned.status == "cut off" else None
+        progress = planned.progress
         for number, segment in enumerate(planned.task.stage.schedule):
             if progress is None or number >= progress.segment:
                 yield planned, segment, progress.step if progress and number == progress.segment else 0

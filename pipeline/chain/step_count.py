@@ -14,7 +14,7 @@ def steps_done(plan: Iterable[PlannedStage]) -> tuple[int, int]:
         total += count
         if planned.status == "done":
             done += count
-        elif planned.status in ("cut off", "refused") and (progress := planned.task.states.progress()):
+        elif (progress := planned.progress) is not None:
             done += progress.stage_step
     return done, total
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.chain import chain as chain_module
 from pipeline.chain.chain import Chain, ChainError
+from pipeline.chain.measuring import segments_left
 from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
 from pipeline.data.images import Photos, find_images
@@ -262,6 +263,7 @@ def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(runs: Path) -> N
     planned = chain.plan()[1]
     assert planned.status == "refused"
     assert re.fullmatch(r"refused: bpp_change is \S+, allowed -0.9000; --accept-anyway publishes it", planned.reason)
+    assert not list(segments_left([planned]))
     relaxed = mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"])
     assert relaxed.plan()[1].reason == "cut off in evaluation at step 0"
     notes = Notes()
