@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Generic, TypeVar
 
 from pipeline.cluster.records import ChainJobs, JobRecord
 from pipeline.cluster.resources import LONGEST, ClusterError, Resources
@@ -19,14 +20,17 @@ ENDLESS = 10**6
 """Times that a job may be queued again. A job without progress gives up by itself."""
 
 
+WorkType = TypeVar("WorkType", bound=Work)
+
+
 @dataclass(frozen=True)
-class ChainJob:
+class ChainJob(Generic[WorkType]):
     """A job to submit. The jobs in `after` must succeed before it starts."""
 
     title: str
     folder: Path
-    work: Work
-    after: tuple["ChainJob", ...] = ()
+    work: WorkType
+    after: tuple["ChainJob[WorkType]", ...] = ()
 
     @property
     def logs(self) -> Path:

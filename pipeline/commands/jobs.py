@@ -66,6 +66,9 @@ class ChainWork:
         return all(planned.status == "done" for planned in self.plan())
 
 
+Job = ChainJob[ChainWork]
+
+
 def submit_sweep(sweep: Sweep, engine: str, resources: Resources, accept_anyway: bool, confirm: Confirm) -> None:
     """Submit the chains of a sweep that are not done. A chain waits for the root that it starts from."""
     points = list(sweep.points())
@@ -86,17 +89,17 @@ def submit_chains(requests: Requests, engine: str, resources: Resources, accept_
     _submit([_job(title, chains, accept_anyway) for title, chains in requests.items()], engine, resources, confirm)
 
 
-def _job(title: str, requests: Sequence[ChainRequest], accept_anyway: bool) -> ChainJob:
+def _job(title: str, requests: Sequence[ChainRequest], accept_anyway: bool) -> Job:
     return ChainJob(title, requests[0].chain().folder, ChainWork(tuple(requests), accept_anyway))
 
 
-def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources, confirm: Confirm) -> None:
+def _submit(jobs: Sequence[Job], engine: str, resources: Resources, confirm: Confirm) -> None:
     """Submit the jobs that are not done and not submitted yet. Returns once local jobs have ended."""
     from pipeline.commands.display import console
 
     load_submitit()
     known = slurm_queue([record for job in jobs for record in ChainJobs.read(job.folder).jobs])
-    todo: list[ChainJob] = []
+    todo: list[Job] = []
     for job in jobs:
         status = status_of(job.folder, known)
         if is_done(job):
@@ -123,16 +126,15 @@ def _submit(jobs: Sequence[ChainJob], engine: str, resources: Resources, confirm
         raise JobsFailed(f"{len(failed)} of {len(todo)} jobs did not succeed: {names}. Repeat the command to continue")
 
 
-def _consequences(job: ChainJob) -> list[str]:
+def _consequences(job: Job) -> list[str]:
     """What a person must agree to. This is asked before submission, because nobody can answer questions in a job."""
-    chains = [request.chain() for request in job.work.requests] if isinstance(job.work, ChainWork) else []
     # The job may find a GPU that this machine does not have, so the device is not checked here.
-    return [line for chain in chains for line in consequences(chain, (), (), "cuda")]
+    return [line for request in job.work.requests for line in consequences(request.chain(), (), (), "cuda")]
 
 
-def is_done(job: ChainJob) -> bool:
+def is_done(job: Job) -> bool:
     """Whether a job's chains are built."""
-    return isinstance(job.work, ChainWork) and job.work.is_done
+    return job.work.is_done
 
 
 def jobs_table(requests: Requests) -> list[Table]:

@@ -19,6 +19,7 @@ from pipeline.cluster.local_queue import LocalQueue
 from pipeline.cluster.records import ChainJobs, JobRecord, last_line, status_of
 from pipeline.cluster.resources import ClusterError, Resources, minutes_of, places
 from pipeline.cluster.submission import ChainJob
+from pipeline.commands.confirmation import NotConfirmed
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 
@@ -137,6 +138,15 @@ def test_a_chain_as_a_job_gives_the_same_bytes(runs: Path, tmp_path: Path) -> No
     shown = CliRunner().invoke(app, ["rd-curve", "baseline", *options, "--lmbda", "0.013", "--plan"]).output
     assert "done" in shown[shown.index("jobs") :]
     assert CliRunner().invoke(app, submit).output == "baseline: done\n"
+
+
+def test_a_job_that_lacks_what_its_recipe_needs_is_asked_about_before_it_is_submitted(runs: Path) -> None:
+    command = ["run", "baseline", "--recipe", str(FOLDER), "--runs", str(runs), "--set", "needs=[gpu, images]"]
+    refused = CliRunner().invoke(app, [*command, "--submit", "local"])
+    assert "is meant for a data set, and none is given" in refused.output
+    assert "meant for a GPU" not in refused.output  # the job may find one
+    assert isinstance(refused.exception, NotConfirmed)
+    assert not list(runs.glob("**/jobs.json"))
 
 
 def test_what_slurm_says_of_a_job() -> None:
