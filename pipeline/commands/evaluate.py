@@ -88,11 +88,10 @@ def _alone(
 ) -> tuple[dict[str, object], Table, bool]:
     """Evaluate one codec. Returns the values for JSON, the table, and whether all images succeeded."""
     from pipeline.commands.checkpoint_info import checkpoint_file
-    from pipeline.data.images import SUFFIXES, read_picture
-    from pipeline.evaluation.codec_files import to_tensor
+    from pipeline.data.images import SUFFIXES
+    from pipeline.evaluation.codec_files import read_to_code
     from pipeline.evaluation.coding import Evaluation, code
     from pipeline.evaluation.conversions import find
-    from pipeline.evaluation.limits import check_size
     from pipeline.weights.checkpoints import load_codec
     from pipeline.weights.published import Lineage
     from pipeline.weights.shipped import of_quality
@@ -105,10 +104,8 @@ def _alone(
 
     def measure(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
-        picture = read_picture(path, max_pixels)
-        height, width, _ = picture.pixels.shape
-        check_size(model, height, width, max_pixels)
-        results.append(code(model, name, to_tensor(picture), lmbda=0.0, metric="mse")[0])
+        picture, image = read_to_code(path, max_pixels, model)
+        results.append(code(model, name, image, lmbda=0.0, metric="mse")[0])
         return picture.changes
 
     complete = each_file([(path, (name, path)) for name, path in found], measure)
@@ -184,20 +181,16 @@ def _images(
     pictures: list[Path], codecs: Sequence[ImageCodec], max_pixels: int | None
 ) -> tuple[list[NamedImage], bool]:
     """The images, read into memory, and whether all could be read and are small enough for the codecs."""
-    from pipeline.data.images import SUFFIXES, read_picture
-    from pipeline.evaluation.codec_files import to_tensor
+    from pipeline.data.images import SUFFIXES
+    from pipeline.evaluation.codec_files import read_to_code
     from pipeline.evaluation.conversions import find
-    from pipeline.evaluation.limits import check_size
 
     images: list[NamedImage] = []
 
     def read(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
-        picture = read_picture(path, max_pixels)
-        height, width, _ = picture.pixels.shape
-        for codec in codecs:
-            check_size(codec.model, height, width, max_pixels)
-        images.append((name, to_tensor(picture)))
+        picture, image = read_to_code(path, max_pixels, *(codec.model for codec in codecs))
+        images.append((name, image))
         return picture.changes
 
     complete = each_file([(path, (name, path)) for name, path in find(pictures, SUFFIXES)], read)

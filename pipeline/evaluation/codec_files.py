@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from modules import HPCM
 from modules.bitstream import CodedImage, ImageCodec
 from modules.file_format import EPSILON
 from pipeline.common.files import replacing
@@ -50,6 +52,18 @@ class Compressed:
         return 8 * self.file_bytes / (self.width * self.height)
 
 
+def read_to_code(path: Path, max_pixels: int | None, *models: HPCM) -> tuple[Picture, Tensor]:
+    """Read a picture to code with these models. Returns it with its tensor (1, 3, H, W) in [0, 1].
+
+    Raises DataError for a picture that cannot be read or is too large for one of the models.
+    """
+    picture = read_picture(path, max_pixels)
+    height, width, _ = picture.pixels.shape
+    for model in models:
+        check_size(model, height, width, max_pixels)
+    return picture, to_tensor(picture)
+
+
 def compress_file(
     codec: ImageCodec,
     conversion: Conversion,
@@ -62,9 +76,7 @@ def compress_file(
     Raises DataError for a picture that cannot be read or is too large, BitstreamError for one that cannot be coded,
     and FileError.
     """
-    picture = read_picture(conversion.source, max_pixels)
-    image = to_tensor(picture)
-    check_size(codec.model, image.shape[2], image.shape[3], max_pixels)
+    picture, image = read_to_code(conversion.source, max_pixels, codec.model)
     start = time.perf_counter()
     data = codec.encode(image, picture.icc_profile, epsilon).pack()
     seconds, quality, decode_seconds = time.perf_counter() - start, None, None
