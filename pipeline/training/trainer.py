@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from modules import HPCM
+from modules import HPCM, Noise
 from pipeline.common.errors import Interrupted, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import ProcessGroup
@@ -19,6 +19,7 @@ from pipeline.evaluation.metrics import metric_named
 from pipeline.recipes.registered import OBJECTIVES
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.tracking.store import Run
+from pipeline.training.cuda_graph import Compute, GraphedGradients
 from pipeline.training.learning_rate import schedule_factor
 from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names, with_weight_decay
@@ -136,6 +137,20 @@ class _SegmentRun:
         if self.stage.compile:
             objective.compile()
         self.objective = self.accelerator.prepare(objective)
+        self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # Several processes exchange gradients in the backward pass, and MS-SSIM copies its window from the CPU.
+        capturable = self.accelerator.num_processes == 1 and self.stage.metric == "mse" and not self.stage.compile
+        self.graphed = self.stage.cuda_graph and capturable and self.accelerator.device.type == "cuda"
+        self.compute = self._computation()
+
+    def _computation(self) -> Compute:
+        return GraphedGradients(self._backward, self.trainable) if self.graphed else self._backward
+
+    def _backward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch's share of the loss. Returns the objective's values."""
+        values = self.objective(images, noise)
+        self.accelerator.backward(values["loss"] / self.stage.data.accumulate)
+        return {name: value.detach() for name, value in values.items()}
 
     def _objective(self) -> nn.Module:
         migration = self.trainer.migration
@@ -182,13 +197,13 @@ class _SegmentRun:
             group["lr"] = rate * factor
         if self.handover is not None:
             self.handover.share.fill_(step / self.segment.handover)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
         values = self._gradients(images, samples)
-        trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = self.accelerator.clip_grad_norm_(trainable, self.stage.optimizer.clip_norm)
+        norm = self.accelerator.clip_grad_norm_(self.trainable, self.stage.optimizer.clip_norm)
         if self.handover is not None and step + 1 == self.segment.handover:
             self.handover.end()
             self.handover = None
+            self.compute = self._computation()  # A graph with the parent's components is of no more use.
         means = self.accelerator.reduce(torch.stack([*values.values()]), "mean")
         # Loss and gradient are means over all processes, so all processes decide alike.
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
@@ -210,10 +225,9 @@ class _SegmentRun:
             # The processes exchange gradients once per step.
             alone = self.accelerator.no_sync(self.objective) if part < parts - 1 else nullcontext()
             with alone:
-                values = self.objective(crops.to(device), type(noise)(*(tensor.to(device) for tensor in noise)))
-                self.accelerator.backward(values["loss"] / parts)
+                values = self.compute(crops.to(device), Noise(*(tensor.to(device) for tensor in noise)))
             for name, value in values.items():
-                means[name] = means.get(name, 0) + value.detach() / parts
+                means[name] = means.get(name, 0) + value / parts
         return means
 
     def _count(self, outcome: dict[str, float] | None, seconds: float) -> None:
