@@ -20,6 +20,7 @@ from pipeline.common.tables import Table, shortest
 from pipeline.evidence import (
     comparison,
     comparison_display,
+    frontier_figure,
     gains_figure,
     rate_distortion,
     report_tables,
@@ -59,6 +60,8 @@ class RecipeReport:
     """By quantity, for Phases 1 to 4; empty if the recipe has none of them."""
     gains: str
     """The figure of gains against controls, as a data URI; empty if the recipe has no controls."""
+    frontier: str
+    """The figure of rate against multiplications, as a data URI; empty if fewer than two stages have a control."""
     quality: Table
     uncontrolled: tuple[str, ...]
     """Stages without a control. They have no gain."""
@@ -137,6 +140,7 @@ def _recipe_report(
     figure = rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, chains))
     best = _fullest(chains)
     fair = [gain for gain in gains(chains) if gain.fair and gain.rate_percent]
+    here = [gain for gain in fair if gain.lmbda == best.lmbda]
     return RecipeReport(
         recipe=recipe,
         facts=tuple(_facts(records, chains)),
@@ -147,6 +151,7 @@ def _recipe_report(
         ),
         claims=_claims(chains, curves, costs),
         gains=drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
+        frontier=drawn.add(f"{recipe}-frontier", frontier_figure.draw(best, here)) if len(here) > 1 else "",
         quality=report_tables.quality_table(chains),
         uncontrolled=tuple(sorted(rate_distortion.uncontrolled(chains))),
         migration=report_tables.migration_table(chains),

@@ -16,7 +16,7 @@ from pipeline.chain.acceptance import judge
 from pipeline.chain.chain import Chain
 from pipeline.commands.main import app
 from pipeline.evaluation.coding import comparison_name
-from pipeline.evidence import comparison, gains_figure, report
+from pipeline.evidence import comparison, frontier_figure, gains_figure, report
 from pipeline.evidence.comparison import Comparison, Cost, Peak
 from pipeline.evidence.control_gains import Spread, claims, gains
 from pipeline.evidence.rate_distortion import curves, deltas, deltas_table, references, uncontrolled
@@ -83,6 +83,17 @@ def test_gains_are_paired_by_seed(made: list[ChainRecord]) -> None:
     assert gain.rate_percent.mean == pytest.approx(-6)
     assert gain.rate_percent.deviation == pytest.approx(math.sqrt(2))
     assert found["phase4", 0.0018].rate_percent == Spread(pytest.approx(-5), None, 1)
+
+
+def test_the_frontier_shows_rate_against_multiplications() -> None:
+    stages = [stage("baseline", 0.013, 0.55, 32, None), stage("control", 0.013, 0.5, 32)]
+    stages += [stage("lean", 0.013, 0.51, 32), stage("phase4", 0.013, 0.49, 32)]
+    for each, kmacs in zip(stages, (30, 30, 18, 45), strict=True):
+        each.metrics["model/kmacs_per_pixel"] = kmacs  # type: ignore[index]
+    made = chain(0.013, 0, *stages)
+    (axis,) = frontier_figure.draw(made, gains([made])).axes
+    drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist()[0] for bars in axis.containers}
+    assert drawn == {"lean": pytest.approx([0.6, 2]), "phase4": pytest.approx([1.5, -2])}
 
 
 def test_gains_are_drawn_by_stage_and_lmbda(made: list[ChainRecord]) -> None:
