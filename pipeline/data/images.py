@@ -266,7 +266,7 @@ def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
     """
     with _opened(path, max_pixels) as picture:
         changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
-        if getattr(picture, "n_frames", 1) > 1:
+        if getattr(picture, "is_animated", False):  # `n_frames` would read every page of a TIFF to count them.
             changes.append("only the first frame was kept")
         icc_profile = picture.info.get("icc_profile", b"")
         if icc_profile and icc_profile[16:20] != b"RGB ":

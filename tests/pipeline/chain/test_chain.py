@@ -17,7 +17,7 @@ from pipeline.chain.chain import Chain, ChainError
 from pipeline.chain.measuring import segments_left
 from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
-from pipeline.data.images import Photos, find_images
+from pipeline.data.images import DataError, Photos, find_images
 from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, read, read_metadata
 from pipeline.weights.published import Lineage, PublicationRecord, publish
@@ -209,6 +209,22 @@ def test_a_parent_of_other_images_is_judged_by_the_childs(finished: tuple[Chain,
     run_chain(chain, accept_anyway=False)  # On the parent's own images the loss is far lower.
     parent, child = (PublicationRecord.read(task.record).quality for task in chain.tasks)
     assert child.rd_loss > 1.6 * parent.rd_loss
+
+
+def test_validation_images_that_change_between_two_stages_are_noticed(runs: Path, tmp_path: Path) -> None:
+    class Change(Notes):
+        """Changes the image when the next stage begins."""
+
+        def note(self, line: str) -> None:
+            if line.startswith("phase1: "):
+                Image.new("RGB", (128, 128), "white").save(tmp_path / "val" / "one.bmp")
+
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (128, 128), "black").save(tmp_path / "val" / "one.bmp")
+    chain = mini_chain(runs, "phase1", [f"data.val={tmp_path / 'val'}", "baseline.schedule=[]"])
+    with pytest.raises(DataError, match="val: the validation images changed during the run; run the same command"):
+        run_chain(chain, Change())
+    assert [planned.status for planned in chain.plan()] == ["done", "missing"]
 
 
 @pytest.mark.parametrize(

@@ -174,15 +174,24 @@ def test_a_kill_within_fresh_leaves_the_old_training_or_begins_a_new_one(
     assert min(steps_of(runs_of(chain)[0], whole)["train/scratch/loss"]) == 2
 
 
-def test_clean_lists_what_was_interrupted_and_asks(runs: Path) -> None:
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_clean_lists_what_was_interrupted_and_asks(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     listed = CliRunner().invoke(app, ["clean", "--runs", str(runs)], input="n\n")
     assert "baseline: 5 steps, saved 20" in listed.output
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        CliRunner().invoke(app, ["clean", "--runs", str(runs), "--yes"])
+    assert chain.plan()[0].reason == "not built yet"  # It cannot be resumed from what is left.
     done = CliRunner().invoke(app, ["clean", "--runs", str(runs), "--yes"])
     assert done.exit_code == 0, done.output
+    assert "baseline: 5 steps" in done.output
     assert chain.plan()[0].reason == "not built yet"
     assert "no interrupted trainings" in CliRunner().invoke(app, ["clean", "--runs", str(runs)]).output
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.common import memory
 from pipeline.data import image_index
 from pipeline.data import images as images_module
-from pipeline.data.images import DataError, find_images, read_image
+from pipeline.data.images import DataError, find_images, read_image, read_picture
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -222,6 +223,16 @@ def test_a_truncated_image_is_named(tmp_path: Path, suffix: str, cut: float) -> 
     path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
     with pytest.raises(DataError, match=rf"cut\.{suffix}: "):
         read_image(path)
+
+
+def test_pages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file can have millions of them, and Pillow reads each to count them."""
+    pages = [Image.fromarray(noise(8, 8)) for _ in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda page: pytest.fail("counts the pages")))
+    picture = read_picture(tmp_path / "pages.tif")
+    assert picture.changes == ("only the first frame was kept",)
+    assert np.array_equal(picture.pixels, noise(8, 8))
 
 
 def test_an_image_is_turned_the_right_way_up(tmp_path: Path) -> None:
