@@ -208,9 +208,12 @@ def _status(path: Path) -> os.stat_result:
 @contextmanager
 def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     size, limit = _status(path).st_size, Image.MAX_IMAGE_PIXELS
+    most = max(limit or 0, max_pixels or 0)
+    if size > LARGEST_EXTRA + PIXEL_BYTES * most:  # Pillow reads a whole WebP file to open it.
+        raise DataError(f"{path}: {size:,} bytes, far more than an image of {most:,} pixels can have")
     try:
         if max_pixels is not None and limit is not None:
-            Image.MAX_IMAGE_PIXELS = max(limit, max_pixels)
+            Image.MAX_IMAGE_PIXELS = most
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:

@@ -112,11 +112,11 @@ class Outbox:
         kept = PurePosixPath(uuid.uuid4().hex, readable(path.name))
         for file in _files_in(path) if path.is_dir() else [path]:
             name = self._files / kept / readable(str(file.relative_to(path))) if path.is_dir() else self._files / kept
-            name.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(file, name, follow_symlinks=False)
-            except OSError:
-                shutil.copy2(file, name)
+                name.parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(file, name)
+            except OSError as error:
+                raise FileError(f"{name}: cannot be written: {error.strerror}; the last saved state is kept") from error
         return str(kept)
 
     def keep_made(self, name: str, make: Callable[[Path], None]) -> str:
@@ -267,6 +267,13 @@ class Outbox:
         if line.entry is not None and line.entry.action in WITH_FILES and line.end not in self._aside:
             with suppress(EntryError, LookupError, TypeError):
                 shutil.rmtree(self._own_file(line.entry.arguments["name"]).parent, ignore_errors=True)
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, target)
 
 
 def _files_in(folder: Path) -> list[Path]:

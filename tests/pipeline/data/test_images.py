@@ -201,10 +201,11 @@ def test_an_image_beyond_the_memory_is_skipped_by_its_header(tmp_path: Path, mon
     assert "200×100 pixels: needs 0.0 GB of memory" in found.skipped[0][1] or "100×200" in found.skipped[0][1]
 
 
-def test_a_file_far_larger_than_its_pixels_is_not_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "0.png")
-    os.truncate(path, 2**40)  # Sparse: a terabyte that takes no room.
-    with pytest.raises(DataError, match="far more than 48×40 pixels can have"):
+@pytest.mark.parametrize(("suffix", "size"), [("png", 2**40), ("png", 2**30), ("webp", 2**40)])
+def test_a_file_far_larger_than_its_pixels_is_not_read(suffix: str, size: int, tmp_path: Path) -> None:
+    path = save(tmp_path / f"0.{suffix}")
+    os.truncate(path, size)  # Sparse: it takes no room.
+    with pytest.raises(DataError, match=r"far more than .* can have"):
         read_image(path)
     with pytest.raises(DataError, match="no usable image"):
         find_images(tmp_path, "val", 1)
