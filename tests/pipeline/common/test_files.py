@@ -23,6 +23,17 @@ def test_a_link_in_the_place_of_the_partial_file_is_removed_and_not_written_thro
     assert not (tmp_path / "a.json").is_symlink()
 
 
+def test_a_link_that_is_made_just_before_the_partial_file_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # as if it were made after this
+    with pytest.raises(FileError, match=r"a.json: cannot be written: File exists"):
+        write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 def test_a_figure_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "figure.png").symlink_to(tmp_path / "victim")

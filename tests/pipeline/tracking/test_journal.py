@@ -253,6 +253,18 @@ def test_what_the_store_does_not_show_is_sent_again(
     assert client.get_run(find_run(client, "k")).data.metrics["loss"] == 1.0
 
 
+def test_sync_prints_no_password(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    monkeypatch.setattr(cli, "SYNC_PATIENCE", 1.0)
+    folder = runs / "mini" / "lmbda-0.013" / "outbox"
+    folder.mkdir(parents=True)
+    (folder / "journal.jsonl").write_text(json.dumps(OPEN) + "\n")
+    done = CliRunner().invoke(cli.app, ["sync", "--runs", str(runs)])
+    assert done.exit_code == 1
+    assert "1 log entries to send to http://***@127.0.0.1:9" in done.output
+    assert "s3cret" not in done.output
+
+
 def test_sync_exits_1_if_it_set_an_entry_aside(runs: Path) -> None:
     folder = runs / "mini" / "lmbda-0.013" / "outbox"
     folder.mkdir(parents=True)
