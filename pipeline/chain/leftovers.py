@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.files import free_name
 from pipeline.common.folder_lock import held
 from pipeline.weights.checkpoints import CheckpointError, read_metadata
 
@@ -36,10 +37,15 @@ class Leftover:
     def delete(self) -> None:
         """Delete the states. Raises FolderInUse if a run uses the chain's folder."""
         with held(self.chain):
-            shutil.rmtree(self.folder)
-            with suppress(OSError):  # The folders may hold other states.
-                self.folder.parent.rmdir()
-                self.folder.parents[1].rmdir()
+            folder = self.folder
+            if folder.parents[1].name == "states":
+                # One rename decides: a run could resume from the states that an interruption leaves here.
+                folder = free_name(self.chain / "abandoned" / self.stage / folder.name, folder.rename)
+            shutil.rmtree(folder)
+            for place in (self.folder, folder):
+                with suppress(OSError):  # The folders may hold other states.
+                    place.parent.rmdir()
+                    place.parents[1].rmdir()
 
 
 def leftovers(runs: Path) -> Iterator[Leftover]:

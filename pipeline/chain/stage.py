@@ -1,5 +1,6 @@
 """Runs a stage: transfer, schedule, evaluation, acceptance, publication."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,37 +13,33 @@ import torch
 from modules import HPCM, HPCMConfig
 from pipeline.chain.acceptance import Refusal, judge
 from pipeline.chain.precheck import StageError
-from pipeline.chain.stage_task import CODE_VERSION, RunContext, StageTask
-from pipeline.common import files
-from pipeline.common.contracts import contract_of
+from pipeline.chain.publication import Publication
+from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import environment_of
 from pipeline.data.crops import TrainingCrops, validation_images
-from pipeline.data.images import DataError
+from pipeline.data.images import DataError, find_images
 from pipeline.evaluation.coding import (
-    Evaluation,
     comparison_name,
     estimate,
     evaluate,
-    macs_per_pixel,
     plot_rate_distortion,
     save_comparison,
 )
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
-from pipeline.tracking.descriptions import NOTE, changes, results
+from pipeline.tracking.descriptions import NOTE, changes
 from pipeline.tracking.provenance import source_tags
-from pipeline.tracking.published_stage import PublishedStage, log_published
 from pipeline.tracking.store import Run
-from pipeline.tracking.tags import ChainTags, StageTags
+from pipeline.tracking.tags import StageTags
 from pipeline.training.initial_weights import Start, start_child
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
-from pipeline.weights.metadata import read_digest, read_metadata
-from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
+from pipeline.weights.metadata import read_metadata
+from pipeline.weights.published import Lineage, Quality, Validation
 from pipeline.weights.training_state import Progress, TrainingState
 
 
@@ -72,7 +69,10 @@ class StageRun:
 
     @cached_property
     def images(self) -> list[NamedImage]:
-        """The validation images, in memory. Images too large for the codec are left out."""
+        """The validation images, in memory. Images too large for the codec are left out.
+
+        Raises DataError if they are no longer those of which the digest was taken.
+        """
         sketch = HPCM.on_meta(self.task.config)
         found = []
         for name, image in validation_images(self.val_photos, self.stage.evaluation.images):
@@ -81,6 +81,11 @@ class StageRun:
                 found.append((name, image))
             except DataError as error:
                 self.context.watcher.note(f"left out of validation: {name}: {error}")
+        folder = self.stage.data.val
+        if folder and find_images(Path(folder), "val", 1, self.context.runs).digest != self.val_photos.digest:
+            raise DataError(
+                f"{self.val_photos.source}: the validation images changed during the run; run the same command again"
+            )
         if not found:
             raise DataError(f"{self.val_photos.source}: all images are too large for validation; give smaller ones")
         return found
@@ -258,11 +263,16 @@ class StageRun:
                 f"{self.stage.name}.accept.…=), or publish the result with --accept-anyway. "
                 "A longer schedule trains the stage again from its parent."
             )
+        pictures = self.task.folder / "reconstructions"
+        shutil.rmtree(pictures, ignore_errors=True)  # An attempt that was killed here may have had other images.
         for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
-            save_comparison(self.task.folder / "reconstructions" / f"{comparison_name(name)}.png", image, x_hat)
+            save_comparison(pictures / f"{comparison_name(name)}.png", image, x_hat)
         points = {"parent": parent_quality} if parent_quality else {}
         plot_rate_distortion(self.task.folder / "rate-distortion.png", {**points, self.stage.name: quality})
-        self._publish(child, state, evaluation, parent_quality)
+        Publication(
+            self.task, self.inputs, child, state, evaluation, self._validation(), parent_quality, self._description()
+        ).write(self.run, self.context.runs)
+        self.states.forget()
 
     def _parent_quality(self) -> Quality | None:
         if self.parent is None or self.task.parent is None:
@@ -276,72 +286,3 @@ class StageRun:
     def _validation(self) -> Validation:
         images = tuple(name for name, _ in self.images)
         return Validation(self.val_photos.digest, images, self.stage.lmbda, self.stage.metric)
-
-    def _publish(
-        self, child: HPCM, state: TrainingState, evaluation: Evaluation, parent_quality: Quality | None
-    ) -> None:
-        task, folder, progress, facts = self.task, self.task.folder, state.progress, state.facts
-        parameters = sum(parameter.numel() for parameter in child.parameters())
-        macs = macs_per_pixel(task.config)
-        (folder / "stage.yaml").write_text(self.stage.to_yaml())
-        files.write_json(folder / "ledger.json", facts.get("ledger", []))
-        files.write_json(folder / "evaluation.json", evaluation.to_json(self.stage.name))
-        lineage = Lineage(
-            name=self.stage.name,
-            stage=self.stage.to_yaml(),
-            code=CODE_VERSION,
-            inputs=self.inputs,
-            quality=evaluation.quality,
-            validation=self._validation(),
-        )
-        publish(task.checkpoint, child, lineage)
-        fault("publish.checkpoint")
-        digest = read_digest(task.checkpoint)
-        checkpoint = task.checkpoint.relative_to(self.context.runs).as_posix()
-        self.run.metrics(evaluation.quality.metrics("final"), progress.stage_step)
-        self.run.metrics({"model/parameters": parameters, "model/kmacs_per_pixel": macs / 1000}, progress.stage_step)
-        self._tag(StageTags(checkpoint=checkpoint, checkpoint_digest=digest))
-        for name in (
-            "stage.yaml",
-            "ledger.json",
-            "evaluation.json",
-            "rate-distortion.png",
-            "checkpoint.safetensors",
-        ):
-            self.run.artifact(folder / name)
-        if (folder / "reconstructions").is_dir():
-            self.run.artifact(folder / "reconstructions", "reconstructions")
-        achieved = results(evaluation.quality, parent_quality, parameters, macs / 1000, progress.stage_step)
-        self.run.tags({NOTE: f"{self._description()}\n\n{achieved}"})
-        log_published(self.run, self._published(evaluation, digest, progress.stage_step))
-        self.run.end("FINISHED")
-        record = PublicationRecord(
-            digest=digest,
-            inputs=self.inputs,
-            mlflow_key=self.run.key,
-            parameters=parameters,
-            kmacs_per_pixel=macs / 1000,
-            quality=evaluation.quality,
-            training_seconds=progress.seconds,
-            steps=progress.stage_step,
-            skipped_steps=progress.bad_steps,
-            facts=contract_of(StartFacts, facts, "training state"),
-        )
-        # Last: a stage with a record counts as done.
-        record.write(task.record)
-        fault("publish.record")
-        self.states.forget()
-
-    def _published(self, evaluation: Evaluation, digest: str, step: int) -> PublishedStage:
-        return PublishedStage(
-            name=self.stage.name,
-            folder=self.task.folder,
-            preset=self.stage.model.preset,
-            chain=ChainTags(self.task.folder.parents[1].name, self.stage.lmbda, self.stage.seed),
-            digest=digest,
-            inputs=self.inputs,
-            evaluation=evaluation,
-            validation=self._validation(),
-            data_name=self.val_photos.name,
-            step=step,
-        )

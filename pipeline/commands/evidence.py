@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ def audit(
     from pipeline.commands.display import console, show, show_json
     from pipeline.evidence import audit_display
     from pipeline.evidence.audit import audit as audit_runs
+    from pipeline.evidence.audit import unrecorded
 
     chains = audit_runs(runs)
     if as_json:
@@ -64,7 +66,10 @@ def audit(
             show(*audit_display.tables(chain))
         if not chains:
             console.print(f"no chains yet in {runs}: `hpcm run` starts one")
-    if not all(stage.sound for chain in chains for stage in chain.stages):
+    lost = unrecorded(runs, chains)
+    for line in lost:
+        print(line, file=sys.stderr)
+    if lost or not all(stage.sound for chain in chains for stage in chain.stages):
         raise typer.Exit(1)
 
 

@@ -178,7 +178,7 @@ def sync(runs: Runs = Path("runs")) -> None:
                 outbox = Outbox(folder, Store.default(runs), console.print)
                 console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
                 sent.append(outbox.close(SYNC_PATIENCE) and not outbox.entries_set_aside)
-        except UserError as error:
+        except (UserError, OSError) as error:
             console.print(str(error), soft_wrap=True)
             sent.append(False)
     if not folders:

@@ -4,14 +4,16 @@ import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError, check_regular
 
 Contract = TypeVar("Contract")
+Long = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""An integer that a database can hold."""
 LARGEST = 2**26
 """Maximum size of a contract file, in bytes."""
 

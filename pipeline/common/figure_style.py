@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from pipeline.common.files import replacing
+
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -53,6 +55,8 @@ def codec_colors(names: Sequence[str]) -> dict[str, str]:
 def save(figure: Figure, target: Path | IO[bytes], kind: str = "png") -> None:
     """Write a figure as `png` or `svg`. The same figure always gives the same bytes."""
     if isinstance(target, Path):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as partial, partial.open("wb") as file:
+            save(figure, file, kind)
+        return
     with rc_context(STYLE):
         figure.savefig(target, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})

@@ -49,10 +49,15 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text atomically, in UTF-8; raises FileError."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; raises FileError."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def free_name(path: Path, rename: Callable[[Path], object]) -> Path:

@@ -208,9 +208,12 @@ def _status(path: Path) -> os.stat_result:
 @contextmanager
 def _opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     size, limit = _status(path).st_size, Image.MAX_IMAGE_PIXELS
+    most = max(limit or 0, max_pixels or 0)
+    if size > LARGEST_EXTRA + PIXEL_BYTES * most:  # Pillow reads a whole WebP file to open it.
+        raise DataError(f"{path}: {size:,} bytes, far more than an image of {most:,} pixels can have")
     try:
         if max_pixels is not None and limit is not None:
-            Image.MAX_IMAGE_PIXELS = max(limit, max_pixels)
+            Image.MAX_IMAGE_PIXELS = most
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
@@ -266,7 +269,7 @@ def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
     """
     with _opened(path, max_pixels) as picture:
         changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
-        if getattr(picture, "n_frames", 1) > 1:
+        if getattr(picture, "is_animated", False):  # `n_frames` would read every page of a TIFF to count them.
             changes.append("only the first frame was kept")
         icc_profile = picture.info.get("icc_profile", b"")
         if icc_profile and icc_profile[16:20] != b"RGB ":

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
 from pipeline.common.figure_style import new_figure, save
+from pipeline.common.files import replacing
 from pipeline.evaluation.quality import NamedImage, bits_per_pixel, mean_quality, quality_of
 from pipeline.weights.published import Quality
 
@@ -135,8 +136,8 @@ def comparison_name(image: str) -> str:
 def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
     """Write an image and its reconstruction, both (1, 3, H, W), side by side as a PNG."""
     both = torch.cat((image.cpu(), x_hat.cpu()), dim=3)[0].clamp(0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((both * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    with replacing(path) as partial:
+        Image.fromarray((both * 255).round().byte().permute(1, 2, 0).numpy()).save(partial, "PNG")
 
 
 def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:

@@ -1,6 +1,7 @@
 """Checks that the files of every stage are those that MLflow recorded."""
 
 import glob
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,21 @@ def audit(runs: Path) -> list[ChainAudit]:
         ChainAudit(chain, tuple(_with_estimate(_check(records, chain, stage, runs), runs) for stage in chain.stages))
         for chain in records.chains()
     ]
+
+
+def unrecorded(runs: Path, chains: Sequence[ChainAudit]) -> list[str]:
+    """One line for each published stage of which MLflow has no run, and for each damaged record of one."""
+    known = {stage.record.tags.key for chain in chains for stage in chain.stages}
+    lines = []
+    for path in sorted([*runs.glob("*/*/*/record.json"), *runs.glob("*/*/superseded/*/record.json")]):
+        try:
+            key = PublicationRecord.read(path).mlflow_key
+        except FileError as error:
+            lines.append(str(error))
+            continue
+        if key is not None and key not in known:
+            lines.append(f"{path}: MLflow has no run of this stage; its database or the run was deleted")
+    return lines
 
 
 def _with_estimate(audited: StageAudit, runs: Path) -> StageAudit:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
+from pipeline.common.files import write_text
 from pipeline.common.tables import Table, shortest
 from pipeline.evidence import (
     comparison,
@@ -118,7 +119,7 @@ def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
         date=_date(max(stage.ended for chain in chains for stage in chain.stages)),
     )
     path = folder / PAGE
-    path.write_text(_template().render(page=page), encoding="utf-8")
+    write_text(path, _template().render(page=page))
     return path
 
 

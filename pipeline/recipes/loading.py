@@ -26,7 +26,7 @@ from pipeline.recipes.yaml_source import (
 MOST_LINES = 10
 CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock", "logs")
 """Names in a chain's folder that are not stages."""
-RUNS_NAMES = ("mlartifacts", "comparisons", "report")
+RUNS_NAMES = ("mlartifacts", "comparisons", "report", "mlflow.db", "mlflow.lock", "images.db", "images.lock")
 """Names in a folder of runs that are not recipes."""
 ONE_PER_CHAIN = ("lmbda", "precision")
 """Settings that all stages of a chain share: its folder has one λ, and its processes have one precision."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.common.contracts import contract_of, parse_contract
+from pipeline.common.contracts import Long, contract_of, parse_contract
 from pipeline.common.files import FileError, check_regular, open_own
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.store import EndState
@@ -44,7 +44,7 @@ class Metrics:
     """Arguments of an entry that logs metrics at a step."""
 
     values: dict[str, float]
-    step: int
+    step: Long
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Image:
 
     name: str
     key: str
-    step: int
+    step: Long
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Entry:
     action: Literal[
         "open", "parameters", "tags", "dataset", "metrics", "samples", "artifact", "image", "table", "model", "end"
     ]
-    time: int
+    time: Long
     arguments: dict[str, Any]
 
 

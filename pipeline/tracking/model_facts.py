@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from pipeline.common.contracts import Long
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -14,7 +16,7 @@ class ModelFacts:
     """Digest of the weights. A run has one version per digest."""
     metrics: dict[str, float]
     """Final metrics of the stage's run, by name."""
-    step: int
+    step: Long
     """Training steps of the stage."""
     loss: float
     """R-D loss on the validation images. The version with the lowest loss is `best`."""

@@ -6,11 +6,13 @@ metric keeps its original time, so that a second copy changes nothing. Artifacts
 beside the journal. The outbox reads and deletes files only there, whatever the journal contains.
 """
 
+import errno
 import json
 import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -23,8 +25,8 @@ from pipeline.common.files import FileError, readable
 from pipeline.tracking import journal
 from pipeline.tracking.journal import WITH_FILES, Entry, Line
 from pipeline.tracking.outbox_run import OutboxRun
-from pipeline.tracking.store import Run, Store, brief
-from pipeline.tracking.stored_run import EntryError, StoredRun, open_run
+from pipeline.tracking.store import EntryError, Run, Store, brief
+from pipeline.tracking.stored_run import StoredRun, open_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -107,19 +109,19 @@ class Outbox:
 
         Returns the name below `files/`.
         """
-        kept = PurePosixPath(str(time.time_ns()), readable(path.name))
+        kept = PurePosixPath(uuid.uuid4().hex, readable(path.name))
         for file in _files_in(path) if path.is_dir() else [path]:
             name = self._files / kept / readable(str(file.relative_to(path))) if path.is_dir() else self._files / kept
-            name.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(file, name, follow_symlinks=False)
-            except OSError:
-                shutil.copy2(file, name)
+                name.parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(file, name)
+            except OSError as error:
+                raise FileError(f"{name}: cannot be written: {error.strerror}; the last saved state is kept") from error
         return str(kept)
 
     def keep_made(self, name: str, make: Callable[[Path], None]) -> str:
         """Call `make` with the path of a new folder below `files/`, which it writes. Returns the folder's name."""
-        kept = PurePosixPath(str(time.time_ns()), readable(name))
+        kept = PurePosixPath(uuid.uuid4().hex, readable(name))
         (self._files / kept).parent.mkdir(parents=True)
         make(self._files / kept)
         return str(kept)
@@ -230,7 +232,7 @@ class Outbox:
             getattr(run, entry.action)(**entry.arguments, time=entry.time)
 
     def _own_file(self, name: str) -> Path:
-        """A file or folder below `files/`. Raises EntryError for a path outside it and for links."""
+        """A file or folder below `files/`. Raises EntryError for a path outside it, for links and for pipes."""
         parts = PurePosixPath(name).parts
         if len(parts) != 2 or {"..", "/"} & set(parts):
             raise EntryError(f"{name!r} is not the name of a file in {self._files}")
@@ -238,6 +240,8 @@ class Outbox:
         for place in (self._files, path.parent, path, *path.rglob("*")):
             if place.is_symlink():
                 raise EntryError(f"{place}: this is a link, and links are not followed")
+            if place.exists() and not (place.is_file() or place.is_dir()):
+                raise EntryError(f"{place}: not a regular file")
         return path
 
     def _pause(self, error: Exception, failures: int) -> None:
@@ -265,15 +269,27 @@ class Outbox:
                 shutil.rmtree(self._own_file(line.entry.arguments["name"]).parent, ignore_errors=True)
 
 
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, target)
+
+
 def _files_in(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if not file.is_dir()]
 
 
 def _is_rejection(error: Exception, entry: Entry) -> bool:
-    """Whether the store refuses this entry for good. Some servers, for example, have no registry of models."""
+    """Whether the entry is the cause of the error, and not the connection or the disk."""
     from mlflow.exceptions import MlflowException
 
+    if isinstance(error, OSError):  # also the errors of connections
+        return error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+    if not isinstance(error, MlflowException):
+        return isinstance(error, ValueError | TypeError | LookupError | ArithmeticError)
+    # Some servers, for example, have no registry of models.
     final = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
     if entry.action == "model":
         final |= {"ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "PERMISSION_DENIED"}
-    return isinstance(error, MlflowException) and error.error_code in final
+    return error.error_code in final

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 from pipeline.common.fault_injection import fault
 from pipeline.tracking.model_facts import ModelFacts
-from pipeline.tracking.store import Store, StoreError, experiment_id
+from pipeline.tracking.store import EntryError, Store, StoreError, experiment_id
 
 DIGEST, VALIDATION, LOSS = "hpcm.checkpoint_digest", "hpcm.validation", "hpcm.rd_loss"
 BEST = "best"
@@ -29,8 +29,8 @@ class Registry:
     def register(self, run_id: str, facts: ModelFacts, files: Path | None) -> None:
         """Make the stage's LoggedModel and version if the store lacks them, and set the aliases.
 
-        `files` is the model's folder. It may be None if the store has the model already. Raises StoreError if the store
-        does not show the result.
+        `files` is the model's folder. It may be None if the store has the model already. Raises EntryError if neither
+        has it, and StoreError if the store does not show the result.
         """
         model = self._logged_model(run_id, facts, files)
         self._log_metrics(run_id, facts, model)
@@ -56,7 +56,7 @@ class Registry:
         fault("model.created")
         if str(model.status) != "READY":
             if files is None:
-                raise StoreError(f"the files of the model {facts.stage} are missing, here and in MLflow")
+                raise EntryError(f"the files of the model {facts.stage} are missing, here and in MLflow")
             self.store.model_artifacts(model).log_artifacts(str(files))
             fault("model.uploaded")
             model = self.client.finalize_logged_model(model.model_id, "READY")

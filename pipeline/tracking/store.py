@@ -83,6 +83,10 @@ class StoreError(UserError):
     """The store is not an MLflow store, or does not accept entries."""
 
 
+class EntryError(UserError):
+    """A log entry that no store can accept."""
+
+
 @dataclass(frozen=True)
 class Store:
     """An MLflow store: in the folder `runs`, or at the address in MLFLOW_TRACKING_URI."""
@@ -134,21 +138,31 @@ class Store:
         return client
 
     def artifacts(self, client: "MlflowClient", run_id: str) -> "ArtifactRepository":
-        """The repository of a run's artifacts."""
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        run = client.get_run(run_id)
-        if self.runs is None or not _is_in_a_folder_of_runs(run.info.artifact_uri):
-            return get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri)
-        if not re.fullmatch("[0-9a-f]{32}", run_id):
-            raise StoreError(f"{self.shown}: {run_id!r} is not an id of an MLflow run")
-        return get_artifact_repository((self._artifact_folder / run_id / "artifacts").as_uri())
+        """The repository of a run's artifacts. Raises EntryError if a link lies in its folder."""
+        if self.runs is None:
+            return self._artifacts_at(client.get_run(run_id).info.artifact_uri)
+        return self._artifacts_at(self._own_artifacts(run_id))
 
     def model_artifacts(self, model: "LoggedModel") -> "ArtifactRepository":
-        """The repository of a LoggedModel's files."""
+        """The repository of a LoggedModel's files. Raises EntryError if a link lies in its folder."""
+        if self.runs is None:
+            return self._artifacts_at(model.artifact_location)
+        return self._artifacts_at(self._own_artifacts(f"models/{model.model_id}"))
+
+    def _artifacts_at(self, address: str) -> "ArtifactRepository":
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        return get_artifact_repository(model.artifact_location, tracking_uri=self.uri)
+        return get_artifact_repository(address, tracking_uri=self.uri)
+
+    def _own_artifacts(self, name: str) -> str:
+        """The address of the artifacts of a run or model in the folder of runs, whatever its database says."""
+        if not re.fullmatch("[0-9a-f]{32}|models/m-[0-9a-f]{32}", name):
+            raise EntryError(f"{self.shown}: {name!r} is not an id of MLflow")
+        folder = self._artifact_folder / name / "artifacts"
+        for place in (folder.parent, folder, *folder.rglob("*")):
+            if place.is_symlink():
+                raise EntryError(f"{place}: this is a link, and links are not followed; remove it")
+        return folder.as_uri()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -174,7 +188,10 @@ class Store:
         if experiment is None or experiment.artifact_location == here:
             return
         if not _is_in_a_folder_of_runs(experiment.artifact_location):
-            return  # The user keeps artifacts elsewhere.
+            raise StoreError(
+                f"{self.shown}: its artifacts are kept outside the folder of runs, in {experiment.artifact_location}. "
+                f"If that is meant, give the database itself: MLFLOW_TRACKING_URI={self.uri}"
+            )
         there = experiment.artifact_location.rstrip("/")
         # MLflow has no call for this. A read-only database stays as it is.
         with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.runs / DATABASE)) as connection:  # type: ignore[operator]

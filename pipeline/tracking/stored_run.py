@@ -12,15 +12,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-from pipeline.common.errors import UserError
+from pipeline.data.images import DataError, read_image
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.registry import Registry
-from pipeline.tracking.store import EndState, Store, StoreError, experiment_id, find_run
+from pipeline.tracking.store import EndState, EntryError, Store, StoreError, experiment_id, find_run
 from pipeline.tracking.tags import KEY
-
-
-class EntryError(UserError):
-    """A log entry that no store can accept."""
 
 
 class StoredRun:
@@ -31,10 +27,11 @@ class StoredRun:
         run = client.get_run(run_id)
         self._parameters = set(run.data.params)
         self._inputs = _digests(run)
-        self._last = {
-            key: max(client.get_metric_history(run_id, key), key=lambda metric: metric.step) for key in run.data.metrics
-        }
+        histories = {key: client.get_metric_history(run_id, key) for key in run.data.metrics}
+        self._last = {key: max(history, key=lambda metric: metric.step) for key, history in histories.items()}
         """The value of each metric at its last step."""
+        self._times = {(key, metric.timestamp) for key, history in histories.items() for metric in history}
+        """When each metric was logged. A clock that was set back gives later entries earlier times."""
         self._artifacts = store.artifacts(client, run_id)
         self._expected = _Expected()
 
@@ -78,7 +75,7 @@ class StoredRun:
         self._log([Metric(key, value, time, step) for key, value in values.items() if step > self._step(key)])
 
     def samples(self, values: Mapping[str, float], repeated: bool, time: int) -> None:
-        """Log each metric at the step after its last, if it was not logged at this time or later.
+        """Log each metric at the step after its last, if it was not logged at this time.
 
         A value that equals the last one is logged only if `repeated`.
         """
@@ -87,7 +84,7 @@ class StoredRun:
         fresh = []
         for key, value in values.items():
             last = self._last.get(key)
-            if last is None or (time > last.timestamp and (repeated or value != last.value)):
+            if last is None or ((key, time) not in self._times and (repeated or value != last.value)):
                 fresh.append(Metric(key, value, time, self._step(key) + 1))
         self._log(fresh)
 
@@ -99,6 +96,7 @@ class StoredRun:
             self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
             self._expected.metrics |= {metric.key: metric.value for metric in metrics}
         self._last |= {metric.key: metric for metric in metrics}
+        self._times |= {(metric.key, metric.timestamp) for metric in metrics}
 
     def artifact(self, path: Path, folder: str | None, time: int) -> None:
         """Log a file or the contents of a folder. Raises EntryError if neither disk nor store has it."""
@@ -114,7 +112,7 @@ class StoredRun:
     def image(self, path: Path, key: str, step: int, time: int) -> None:
         """Log a picture as `MlflowClient.log_image` does, but under the same name in a second delivery.
 
-        Raises EntryError if neither disk nor store has it.
+        Raises EntryError if neither disk nor store has it, and if the file is not a picture.
         """
         from mlflow.tracking.multimedia import compress_image_size
         from PIL import Image
@@ -127,7 +125,11 @@ class StoredRun:
         if not earlier and not set(names) <= set(there):
             if not path.exists():
                 raise EntryError(f"{path}: no such file")
-            with Image.open(path) as picture, TemporaryDirectory() as folder:
+            try:
+                picture = Image.fromarray(read_image(path))
+            except DataError as error:
+                raise EntryError(str(error)) from error
+            with TemporaryDirectory() as folder:
                 for picture_name, form in zip(names, (picture, compress_image_size(picture)), strict=True):
                     form.save(Path(folder, picture_name))
                 self._artifacts.log_artifacts(folder, "images")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.common.contracts import read_contract
+from pipeline.common.contracts import contract_of, read_contract
 from pipeline.common.files import write_json
 from pipeline.weights.metadata import CheckpointError, inputs_digest, read_metadata
 
@@ -103,10 +103,10 @@ class StateFolder:
         for path in self._files():
             try:
                 checkpoint = checkpoints.read(path)
+                progress = contract_of(Progress, checkpoint.metadata.get("progress"), path, CheckpointError)
             except CheckpointError as error:
                 passed_over.append(str(error))
                 continue
-            progress = Progress(**checkpoint.metadata["progress"])
             parts = {part: _under(checkpoint.tensors, part) for part in ("model", "optimizer", "average", "best")}
             return TrainingState(progress, **parts, facts=checkpoint.metadata["facts"]), passed_over
         return None, passed_over
@@ -115,7 +115,7 @@ class StateFolder:
         """Progress of the newest state with readable metadata; None if there is none. The tensors are not read."""
         for path in self._files():
             with suppress(CheckpointError):
-                return Progress(**read_metadata(path)["progress"])
+                return contract_of(Progress, read_metadata(path).get("progress"), path, CheckpointError)
         return None
 
     def run_key(self) -> str:

@@ -34,6 +34,10 @@ PLACES = {
 
 EVENTS = ("force", "fresh", "recipe", "move", "copy")
 """What may be changed before an attempt. About every other attempt changes nothing."""
+GIVING_WORK = ("force", "recipe", "recipe")
+"""What is changed before an attempt at a finished chain, which would have nothing to do."""
+OF_EVENT = {"force": "set-aside", "fresh": "abandon"}
+"""The place that only this event passes. Every other of its attempts is killed there."""
 OTHER_RECIPE = "optimizer.clip_norm=0.5"
 
 WORKERS = (0, 2)
@@ -78,13 +82,16 @@ class Soak:
 
         Returns its folder, which may have moved, and its exit code.
         """
+        finished = False
         while True:
             enough = sum(self.kills.values()) >= kills or time.time() > end
-            event = "" if enough else self.draw.choice([*EVENTS, *[""] * len(EVENTS)])
+            event = "" if enough else self.draw.choice(GIVING_WORK if finished else [*EVENTS, *[""] * len(EVENTS)])
             if event in ("move", "copy") and runs.exists():
                 runs = self._moved(runs, event)
             stage, changes, options = self._attempted(event)
             place = self.draw.choice([*PLACES, "at random", "at random"])
+            if event in OF_EVENT and self.draw.random() < 0.5:
+                place = OF_EVENT[event]
             number = self.draw.randint(1, PLACES.get(place, 1))
             fault = {} if enough or place == "at random" else {"HPCM_FAULT": f"{place}:{number}"}
             process = attempt(runs, stage, [*settings, *changes], fault, options)
@@ -95,6 +102,7 @@ class Soak:
             code = exit_code(process, 1200)
             if code not in (0, KILLED) or (code == 0 and enough):
                 return runs, code
+            finished = code == 0
             if code == KILLED:
                 self.kills[place] += 1
                 if sum(self.kills.values()) % 10 == 0:

@@ -17,7 +17,8 @@ from pipeline.chain.chain import Chain, ChainError
 from pipeline.chain.measuring import segments_left
 from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
-from pipeline.data.images import Photos, find_images
+from pipeline.data.images import DataError, Photos, find_images
+from pipeline.evaluation import limits
 from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, read, read_metadata
 from pipeline.weights.published import Lineage, PublicationRecord, publish
@@ -158,6 +159,8 @@ def test_changed_inputs_make_a_stage_stale_and_nothing_is_lost(finished: tuple[C
 
 
 def test_chains_of_other_seeds_lie_beside_the_first(finished: tuple[Chain, Notes]) -> None:
+    close = mini_chain(finished[0].runs, "phase1", ["lmbda=0.0130000001"])
+    assert close.folder.name == "lmbda-0.0130000001"
     chain = mini_chain(finished[0].runs, "phase1", ["seed=3"])
     assert chain.folder.name == "lmbda-0.013-seed-3"
     assert [planned.status for planned in chain.plan()] == ["missing", "missing"]
@@ -209,6 +212,29 @@ def test_a_parent_of_other_images_is_judged_by_the_childs(finished: tuple[Chain,
     run_chain(chain, accept_anyway=False)  # On the parent's own images the loss is far lower.
     parent, child = (PublicationRecord.read(task.record).quality for task in chain.tasks)
     assert child.rd_loss > 1.6 * parent.rd_loss
+
+
+def test_validation_images_that_change_or_are_too_large_are_noticed(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Change(Notes):
+        """Changes the image when the next stage begins."""
+
+        def note(self, line: str) -> None:
+            super().note(line)
+            if line.startswith("phase1: "):
+                Image.new("RGB", (128, 128), "white").save(tmp_path / "val" / "one.bmp")
+
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (128, 128), "black").save(tmp_path / "val" / "one.bmp")
+    Image.new("RGB", (1, 257)).save(tmp_path / "val" / "a line.png")
+    monkeypatch.setattr(limits, "coding_bytes", lambda config, pixels: 2**60 if pixels > 2 * 128**2 else 1)
+    settings = [f"data.val={tmp_path / 'val'}", "baseline.schedule=[]", "evaluation.images=2"]
+    chain, notes = mini_chain(runs, "phase1", settings), Change()
+    with pytest.raises(DataError, match="val: the validation images changed during the run; run the same command"):
+        run_chain(chain, notes)
+    assert any(line.startswith("left out of validation: a line.png: 1×257 pixels") for line in notes.lines)
+    assert [planned.status for planned in chain.plan()] == ["done", "missing"]
 
 
 @pytest.mark.parametrize(

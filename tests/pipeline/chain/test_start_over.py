@@ -22,6 +22,7 @@ from pipeline.chain.stage_task import Rebuild, RunContext
 from pipeline.commands.confirmation import NotConfirmed
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
+from pipeline.common.files import FileError
 from pipeline.common.folder_lock import FolderInUse, held
 from pipeline.common.processes import ProcessGroup
 from pipeline.evidence.audit import audit
@@ -174,15 +175,47 @@ def test_a_kill_within_fresh_leaves_the_old_training_or_begins_a_new_one(
     assert min(steps_of(runs_of(chain)[0], whole)["train/scratch/loss"]) == 2
 
 
-def test_clean_lists_what_was_interrupted_and_asks(runs: Path) -> None:
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Move(Notes):
+        def step(self, values: dict[str, float] | None) -> None:
+            super().step(values)
+            if self.steps == 5:
+                runs.rename(tmp_path / "moved")
+
+    monkeypatch.setattr(chain_module, "PATIENCE", 0.5)
+    with pytest.raises(FileError, match=rf"{runs}\S*: cannot be written: No such file"):
+        run_chain(mini_chain(runs, "baseline"), Move())
+    chain, notes = mini_chain(tmp_path / "moved", "baseline"), Notes()
+    assert chain.plan()[0].reason == "cut off in scratch at step 3"
+    run_chain(chain, notes)
+    assert notes.steps == 3
+    client, logged = runs_of(chain)
+    (stage,) = [run for run in logged if "hpcm.stage" in run.data.tags]
+    steps = steps_of(client, stage)["train/scratch/loss"]
+    assert steps == sorted(set(steps))
+    assert not list(runs.rglob("*.safetensors"))
+
+
+def test_clean_lists_what_was_interrupted_and_asks(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     listed = CliRunner().invoke(app, ["clean", "--runs", str(runs)], input="n\n")
     assert "baseline: 5 steps, saved 20" in listed.output
     assert chain.plan()[0].reason == "cut off in scratch at step 5"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        CliRunner().invoke(app, ["clean", "--runs", str(runs), "--yes"])
+    assert chain.plan()[0].reason == "not built yet"  # It cannot be resumed from what is left.
     done = CliRunner().invoke(app, ["clean", "--runs", str(runs), "--yes"])
     assert done.exit_code == 0, done.output
+    assert "baseline: 5 steps" in done.output
     assert chain.plan()[0].reason == "not built yet"
     assert "no interrupted trainings" in CliRunner().invoke(app, ["clean", "--runs", str(runs)]).output
 

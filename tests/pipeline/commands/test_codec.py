@@ -277,6 +277,9 @@ def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
     assert "one.hpcm" in printed.out
     assert hpcm(monkeypatch, *arguments, "--overwrite", "--max-pixels", 16384) == 1
     assert "more than --max-pixels 16384" in capsys.readouterr().err
+    coded = photos.parent / "coded" / "one.hpcm"
+    assert hpcm(monkeypatch, "decompress", coded, "-c", checkpoint, "--max-pixels", 16383) == 1
+    assert "one.hpcm: 60×40 pixels, 16,384 with padding: more than --max-pixels 16383" in capsys.readouterr().err
 
 
 def test_whatever_one_file_makes_the_libraries_raise_the_next_is_coded(

@@ -23,6 +23,25 @@ def test_a_link_in_the_place_of_the_partial_file_is_removed_and_not_written_thro
     assert not (tmp_path / "a.json").is_symlink()
 
 
+def test_a_link_that_is_made_just_before_the_partial_file_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # as if it were made after this
+    with pytest.raises(FileError, match=r"a.json: cannot be written: File exists"):
+        write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_figure_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "figure.png").symlink_to(tmp_path / "victim")
+    save(new_figure(1)[0], tmp_path / "figure.png")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_partial_file_that_another_program_replaced_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
 

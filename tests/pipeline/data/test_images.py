@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.common import memory
 from pipeline.data import image_index
 from pipeline.data import images as images_module
-from pipeline.data.images import DataError, find_images, read_image
+from pipeline.data.images import DataError, find_images, read_image, read_picture
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -149,7 +150,9 @@ def test_a_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: 
     opened.clear()
     assert find_images(images, "val", 1, runs) == first
     assert opened == []
+    status = paths[1].stat()
     other_content(paths[1])
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))  # as programs do that copy times
     changed = find_images(images, "val", 1, runs)
     assert opened == ["1.bmp", "1.bmp"]
     assert changed.digest == find_images(images, "val", 1).digest != first.digest
@@ -200,10 +203,11 @@ def test_an_image_beyond_the_memory_is_skipped_by_its_header(tmp_path: Path, mon
     assert "200×100 pixels: needs 0.0 GB of memory" in found.skipped[0][1] or "100×200" in found.skipped[0][1]
 
 
-def test_a_file_far_larger_than_its_pixels_is_not_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "0.png")
-    os.truncate(path, 2**40)  # Sparse: a terabyte that takes no room.
-    with pytest.raises(DataError, match="far more than 48×40 pixels can have"):
+@pytest.mark.parametrize(("suffix", "size"), [("png", 2**40), ("png", 2**30), ("webp", 2**40)])
+def test_a_file_far_larger_than_its_pixels_is_not_read(suffix: str, size: int, tmp_path: Path) -> None:
+    path = save(tmp_path / f"0.{suffix}")
+    os.truncate(path, size)  # Sparse: it takes no room.
+    with pytest.raises(DataError, match=r"far more than .* can have"):
         read_image(path)
     with pytest.raises(DataError, match="no usable image"):
         find_images(tmp_path, "val", 1)
@@ -222,6 +226,16 @@ def test_a_truncated_image_is_named(tmp_path: Path, suffix: str, cut: float) -> 
     path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
     with pytest.raises(DataError, match=rf"cut\.{suffix}: "):
         read_image(path)
+
+
+def test_pages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file can have millions of them, and Pillow reads each to count them."""
+    pages = [Image.fromarray(noise(8, 8)) for _ in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda page: pytest.fail("counts the pages")))
+    picture = read_picture(tmp_path / "pages.tif")
+    assert picture.changes == ("only the first frame was kept",)
+    assert np.array_equal(picture.pixels, noise(8, 8))
 
 
 def test_an_image_is_turned_the_right_way_up(tmp_path: Path) -> None:

@@ -102,6 +102,14 @@ def test_another_checkpoint_in_its_place_is_noticed(baseline: Chain) -> None:
     assert "not the checkpoint that was recorded" in problems(baseline.runs)
 
 
+def test_a_published_stage_without_its_run_is_noticed(baseline: Chain, empty_store: Path) -> None:
+    shutil.copy(empty_store / "mlflow.db", baseline.runs)  # as if it had been deleted, and made again by the next run
+    run_chain(mini_chain(baseline.runs, "baseline"))
+    done = CliRunner().invoke(app, ["audit", "--runs", str(baseline.runs)])
+    assert done.exit_code == 1
+    assert f"{baseline.tasks[0].record}: MLflow has no run of this stage" in done.output
+
+
 def test_lost_files_are_noticed(baseline: Chain) -> None:
     baseline.tasks[0].record.unlink()
     records = Records(baseline.runs)

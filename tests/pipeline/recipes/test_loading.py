@@ -276,9 +276,10 @@ def test_a_pipe_is_no_recipe_and_not_waited_for(folder: Path) -> None:
     assert "baseline.yaml: not a regular file" in refusal(folder)
 
 
-def test_a_recipes_name_collides_with_no_other_folder(folder: Path) -> None:
-    taken = folder.rename(folder.parent / "mlartifacts")
-    assert "mlartifacts is a reserved name in the folder of runs" in refusal(taken)
+@pytest.mark.parametrize("name", ["mlartifacts", "MLflow.db"])
+def test_a_recipes_name_collides_with_no_other_folder(name: str, folder: Path) -> None:
+    taken = folder.rename(folder.parent / name)
+    assert f"{name} is a reserved name in the folder of runs" in refusal(taken)
 
 
 def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:

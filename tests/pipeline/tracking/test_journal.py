@@ -2,8 +2,10 @@
 
 import json
 import os
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from pipeline.commands import main as cli
 from pipeline.common.files import FileError
 from pipeline.tracking import outbox as outbox_module
 from pipeline.tracking.outbox import Outbox
-from pipeline.tracking.store import Store, experiment_id, find_run
+from pipeline.tracking.store import Store, StoreError, experiment_id, find_run
+from pipeline.tracking.stored_run import open_run
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_module, "LONGEST_PAUSE", 0.2)
 
 
+LONG = 300 * "x"
 OPEN = {"run": "k", "action": "open", "time": 1, "arguments": {"name": "a run", "parent": None, "tags": {}}}
 
 
@@ -48,7 +52,10 @@ def test_a_strangers_journal_reads_and_deletes_nothing_outside_its_folder(runs: 
     (folder / "files" / "2").symlink_to(victim)
     (folder / "files" / "3" / "inside").mkdir(parents=True)
     (folder / "files" / "3" / "inside" / "secret").symlink_to(victim / "secret")
+    (folder / "files" / "5").mkdir()
+    os.mkfifo(folder / "files" / "5" / "pipe")
     names = [str(victim / "secret"), "../../../victim/secret", "1/secret", "2/secret", "3/inside", "..", "", "4/gone"]
+    names += ["5/pipe"]
     notes = sent(runs, folder, OPEN, *map(artifact, names))
     assert (victim / "secret").read_text() == "mine"
     client = Store.default(runs).client()
@@ -83,6 +90,10 @@ def test_a_link_beside_the_note_of_what_was_sent_is_not_written_through(runs: Pa
         {"run": "k", "action": "__class__", "time": 2, "arguments": {}},
         {"run": "k", "action": "metrics", "time": 2, "arguments": {"values": {"loss": "much"}, "step": 1}},
         {"run": "k", "action": "metrics", "time": 2, "arguments": {}},
+        {"run": "k", "action": "metrics", "time": 2, "arguments": {"values": {"loss": 0.0}, "step": 2**70}},
+        {"run": "k", "action": "end", "time": 2**70, "arguments": {"state": "FAILED"}},
+        {"run": "k", "action": "table", "time": 2, "arguments": {"path": "\0.json", "columns": [], "rows": []}},
+        {"run": "k", "action": "table", "time": 2, "arguments": {"path": f"{LONG}.json", "columns": [], "rows": []}},
         {"run": "l", "action": "open", "time": 2, "arguments": {"name": 5}},
         {"run": "stranger", "action": "tags", "time": 2, "arguments": {"values": {}}},
         {"run": "k'", "action": "open", "time": 2, "arguments": {"name": "x", "parent": None, "tags": {}}},
@@ -100,6 +111,59 @@ def test_what_no_store_can_take_is_kept_aside_and_the_rest_is_sent(poison: objec
     assert not (folder / "journal.jsonl").exists()
     client = Store.default(runs).client()
     assert client.get_run(find_run(client, "k")).data.metrics == {"loss": 1.0}
+
+
+def test_files_that_cannot_be_what_the_entry_says_are_kept_aside(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "outbox"
+    (folder / "files" / "1").mkdir(parents=True)
+    # Pillow would start Ghostscript for it.
+    (folder / "files" / "1" / "picture.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
+    facts = dict.fromkeys(("registered", "stage", "digest", "dataset", "dataset_digest"), "x")
+    entries = [
+        {"action": "image", "arguments": {"name": "1/picture.png", "key": "a", "step": 1}},
+        {"action": "model", "arguments": {"name": "1/gone", "facts": {**facts, "metrics": {}, "step": 1, "loss": 1.0}}},
+    ]
+    notes = sent(runs, folder, OPEN, *({"run": "k", "time": 2, **entry} for entry in entries))
+    assert [note.split(":")[0] for note in notes] == [
+        "the image of run k cannot be sent", "the model of run k cannot be sent",
+    ]  # fmt: skip
+
+
+def test_a_strangers_database_does_not_say_where_files_are_written(runs: Path, tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "outbox"
+    (folder / "files" / "1").mkdir(parents=True)
+    (folder / "files" / "1" / "note.txt").write_text("a note")
+    victim.mkdir()
+    store = Store.default(runs)
+    run_id = open_run(store, store.client(), "k", "a run", None, {}, 1).run_id
+    with closing(sqlite3.connect(runs / "mlflow.db")) as database, database:
+        database.execute("UPDATE runs SET artifact_uri = ?", (victim.as_uri(),))
+    sent(runs, folder, OPEN, artifact("1/note.txt"))
+    own = runs / "mlartifacts" / run_id / "artifacts"
+    assert [path.name for path in own.iterdir()] == ["note.txt"]
+
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(victim)
+    notes = sent(runs, folder, OPEN, artifact("1/note.txt"))
+    assert all(f"{own}: this is a link, and links are not followed" in note for note in notes)
+    assert list(victim.iterdir()) == []
+
+    with closing(sqlite3.connect(runs / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ?", (victim.as_uri(),))
+    with pytest.raises(StoreError, match=r"its artifacts are kept outside the folder of runs, in file:.*/victim"):
+        store.client()
+
+
+def test_a_clock_that_was_set_back_loses_no_values(runs: Path, tmp_path: Path) -> None:
+    samples = [
+        {"run": "k", "action": "samples", "time": time, "arguments": {"values": {"cpu": value}, "repeated": True}}
+        for time, value in ((5, 1.0), (3, 2.0))
+    ]
+    for _ in range(2):  # A second delivery changes nothing.
+        sent(runs, tmp_path / "outbox", OPEN, *samples)
+    client = Store.default(runs).client()
+    logged = client.get_metric_history(find_run(client, "k"), "cpu")
+    assert sorted((metric.step, metric.value) for metric in logged) == [(0, 1.0), (1, 2.0)]
 
 
 def test_names_that_are_not_utf8_are_logged_readably(runs: Path, tmp_path: Path) -> None:
@@ -187,6 +251,18 @@ def test_what_the_store_does_not_show_is_sent_again(
     assert len(lost) == 1
     client = Store.default(runs).client()
     assert client.get_run(find_run(client, "k")).data.metrics["loss"] == 1.0
+
+
+def test_sync_prints_no_password(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    monkeypatch.setattr(cli, "SYNC_PATIENCE", 1.0)
+    folder = runs / "mini" / "lmbda-0.013" / "outbox"
+    folder.mkdir(parents=True)
+    (folder / "journal.jsonl").write_text(json.dumps(OPEN) + "\n")
+    done = CliRunner().invoke(cli.app, ["sync", "--runs", str(runs)])
+    assert done.exit_code == 1
+    assert "1 log entries to send to http://***@127.0.0.1:9" in done.output
+    assert "s3cret" not in done.output
 
 
 def test_sync_exits_1_if_it_set_an_entry_aside(runs: Path) -> None:

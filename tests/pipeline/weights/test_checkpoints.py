@@ -111,6 +111,22 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[byt
     assert str(newest) in passed_over[0]
 
 
+def test_a_state_of_another_form_is_passed_over(tmp_path: Path) -> None:
+    states = StateFolder(tmp_path, {})
+    states.save(TrainingState(Progress(stage_step=1), {"weight": torch.zeros(9)}, {}, {}))
+    for step, progress in ((2, {"stage_step": "two"}), (3, None), (4, {"stage_step": 4, "of_tomorrow": 1})):
+        path = states.folder / f"segment-00-step-{step:08d}.safetensors"
+        write(path, {"weight": torch.zeros(9)}, {"progress": progress, "facts": {}, "inputs": {}})
+    state, passed_over = states.newest()
+    assert state is not None
+    assert (state.progress.stage_step, passed_over) == (4, [])  # Fields that are not known are ignored.
+    path.unlink()
+    state, passed_over = states.newest()
+    assert state is not None
+    assert (state.progress.stage_step, len(passed_over)) == (1, 2)
+    assert states.progress() == Progress(stage_step=1)
+
+
 @pytest.mark.parametrize("cut", [0, 7, 100, 5000])
 def test_truncated_files_are_recognized(published: tuple[Path, HPCM], cut: int) -> None:
     path, _ = published
