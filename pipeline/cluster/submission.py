@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,13 +65,15 @@ def submit_to_slurm(jobs: Sequence[ChainJob], resources: Resources) -> Iterator[
     Raises ClusterError if SLURM refuses an array. The arrays before it are submitted.
     """
     submitit = load_submitit()
+    if shutil.which("srun") is None:
+        raise ClusterError("srun: no such command; submit on a machine of the cluster, or here with --submit local")
     ids: dict[ChainJob, str] = {}
     for group in _groups(jobs):
         try:
             executor = submitit.SlurmExecutor(group[0].logs, max_num_timeout=ENDLESS, python=PYTHON)
             executor.update_parameters(**_parameters(group, resources, [ids[job] for job in group[0].after]))
             submitted = executor.submit_array([ResumableJob(job.work) for job in group])
-        except RuntimeError as error:  # submitit's error types, and a missing srun
+        except RuntimeError as error:  # submitit's error types
             raise ClusterError(f"SLURM refused the jobs: {str(error).strip()}") from error
         for job, sent in zip(group, submitted, strict=True):
             ids[job] = sent.job_id
