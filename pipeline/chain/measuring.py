@@ -6,8 +6,8 @@ from typing import Any
 from pipeline.chain.chain import PlannedStage
 from pipeline.common.fresh_process import in_fresh_process
 from pipeline.recipes.schema import Segment, Stage
-from pipeline.training.estimate import Estimate, SegmentEstimate
-from pipeline.training.trial import Trial, try_segment
+from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate
+from pipeline.training.trial import Trial, try_evaluation, try_segment
 
 
 def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], None]) -> Estimate:
@@ -26,13 +26,24 @@ def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], 
         cost = found[1] if found else None
         name, steps, handover = segment.name, segment.steps, segment.handover
         segments.append(SegmentEstimate(stage.name, name, steps, handover, data.batch_size, data.workers, cost, remedy))
-    return Estimate(device, processes, tuple(segments))
+    evaluations: dict[str, EvaluationCost | None] = {}
+    for planned in plan:
+        if _is_left(planned):
+            note(f"{planned.name}: measuring the evaluation")
+            trial = Trial(planned.task.stage, planned.task.config, None, planned.task.val_photos)
+            evaluations[planned.name] = in_fresh_process(try_evaluation, trial)
+    return Estimate(device, processes, tuple(segments), evaluations)
+
+
+def _is_left(planned: PlannedStage) -> bool:
+    """Whether there is something to train in a stage."""
+    return planned.status != "done" and planned.task.imported is None
 
 
 def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, Segment, int]]:
     """The segments that are not finished, each with its stage and the steps done in it."""
     for planned in plan:
-        if planned.status == "done" or planned.task.imported is not None:
+        if not _is_left(planned):
             continue
         progress = planned.progress
         for number, segment in enumerate(planned.task.stage.schedule):
@@ -41,14 +52,35 @@ def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, 
 
 
 def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, float | None]:
-    """Seconds of training left in each stage of a plan, by name; None if a segment does not fit."""
-    found: dict[str, float | None] = {}
+    """Seconds of training and evaluation left in each stage of a plan, by name; None if something does not fit."""
+    found: dict[str, float | None] = {
+        planned.name: evaluation_seconds_left(planned, estimate) for planned in plan if _is_left(planned)
+    }
     for planned, segment, done in segments_left(plan):
         cost = estimate.find(planned.name, segment.name, segment.steps, segment.handover)
         seconds = cost.seconds_left(done) if cost else None
-        before = found.get(planned.name, 0.0)
+        before = found[planned.name]
         found[planned.name] = None if seconds is None or before is None else before + seconds
     return found
+
+
+def evaluation_seconds_left(planned: PlannedStage, estimate: Estimate) -> float | None:
+    """Seconds of a stage's evaluations that are left; None if the validation images do not fit.
+
+    The rate is estimated for parent and child before the first step, every `validate_every` steps, and after each
+    segment. At the end of the stage the images are coded.
+    """
+    cost = estimate.evaluations.get(planned.name)
+    if cost is None:
+        return None
+    stage = planned.task.stage
+    passes = 2 if stage.parent and planned.progress is None else 0
+    for _, segment, done in segments_left([planned]):
+        passes += 1
+        if stage.validate_every:
+            first = max(done, segment.handover - 1)
+            passes += (segment.steps - 1) // stage.validate_every - first // stage.validate_every
+    return passes * cost.estimate_seconds + cost.coding_seconds
 
 
 def _try(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, stage: Stage, processes: int) -> Any:

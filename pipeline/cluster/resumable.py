@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +17,8 @@ WARNING = signal.SIGUSR1
 """The signal that announces the time limit."""
 IDLE_ROUNDS = 2
 """Rounds in a row without progress that a job may have. After one more it gives up."""
+PAUSE = 5.0
+"""Seconds between attempts to queue a job again while SLURM's controller does not answer."""
 
 
 class Work(Protocol):
@@ -39,7 +43,10 @@ class ResumableJob:
         """Do the work. Exits with 128 + signal if the job was stopped, and returns if the work is complete."""
         _join_processes()
         # A warning that came during the start of Python is handled here: the job is queued again.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [WARNING])
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [WARNING])
+        except subprocess.SubprocessError:
+            _queue_again()
         before = self.work.progress()
         try:
             self.work.run()
@@ -51,8 +58,7 @@ class ResumableJob:
                 self.idle = -1
             if self.idle == IDLE_ROUNDS:
                 sys.exit(f"error: {IDLE_ROUNDS + 1} rounds brought no progress; give the job a longer --time")
-            # The work has restored submitit's handler, which queues the job again and exits.
-            signal.raise_signal(WARNING)
+            _queue_again()
             sys.exit(0)  # Only the first process queues the job again.
 
     def checkpoint(self) -> "DelayedSubmission | None":
@@ -60,6 +66,16 @@ class ResumableJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(ResumableJob(self.work, self.idle + 1)) if self.idle < IDLE_ROUNDS else None
+
+
+def _queue_again() -> None:
+    """Call submitit's handler of WARNING, which queues the job again and exits in the first process."""
+    while True:
+        try:
+            return signal.raise_signal(WARNING)
+        except subprocess.SubprocessError:
+            print("SLURM's controller does not answer; trying again", file=sys.stderr, flush=True)
+            time.sleep(PAUSE)
 
 
 def _join_processes() -> None:

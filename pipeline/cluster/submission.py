@@ -1,7 +1,10 @@
 """Starts chains as jobs, on SLURM or on this machine."""
 
 import os
+import shlex
+import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,14 @@ SAVING_SECONDS = 120
 """Seconds before the time limit at which a job is told to save, or a sixth of the limit if that is less."""
 ENDLESS = 10**6
 """Times that a job may be queued again. A job without progress gives up by itself."""
+START = (
+    f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [{WARNING:d}]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+PYTHON = f"{shlex.quote(sys.executable)} -ISc {shlex.quote(START)}"
+"""Starts Python with WARNING blocked, because it would end a job that still imports. ResumableJob unblocks it."""
+ENDED_BY_WARNING = ("code=$?", f"[ $code -ne {128 + WARNING} ] || scontrol requeue $SLURM_JOB_ID", "exit $code")
+"""Lines after the job in SLURM's script. They queue a job again that WARNING ended before Python could block it."""
 
 
 WorkType = TypeVar("WorkType", bound=Work)
@@ -54,13 +65,15 @@ def submit_to_slurm(jobs: Sequence[ChainJob], resources: Resources) -> Iterator[
     Raises ClusterError if SLURM refuses an array. The arrays before it are submitted.
     """
     submitit = load_submitit()
+    if shutil.which("srun") is None:
+        raise ClusterError("srun: no such command; submit on a machine of the cluster, or here with --submit local")
     ids: dict[ChainJob, str] = {}
     for group in _groups(jobs):
         try:
-            executor = submitit.SlurmExecutor(group[0].logs, max_num_timeout=ENDLESS)
+            executor = submitit.SlurmExecutor(group[0].logs, max_num_timeout=ENDLESS, python=PYTHON)
             executor.update_parameters(**_parameters(group, resources, [ids[job] for job in group[0].after]))
             submitted = executor.submit_array([ResumableJob(job.work) for job in group])
-        except RuntimeError as error:  # submitit's error types, and a missing srun
+        except RuntimeError as error:  # submitit's error types
             raise ClusterError(f"SLURM refused the jobs: {str(error).strip()}") from error
         for job, sent in zip(group, submitted, strict=True):
             ids[job] = sent.job_id
@@ -90,6 +103,7 @@ def _parameters(group: Sequence[ChainJob], resources: Resources, after: Sequence
         "signal_delay_s": _saving_seconds(resources.minutes),
         "stderr_to_stdout": True,
         "setup": [f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}"],
+        "teardown": [*ENDED_BY_WARNING],
         "additional_parameters": options,
     }
     if gpus:
@@ -105,7 +119,7 @@ def start_locally(job: ChainJob, resources: Resources, gpus: tuple[int, ...]) ->
     """Start a job on this machine. Returns submitit's job, which must be kept, and the record."""
     submitit = load_submitit()
     minutes = resources.minutes
-    executor = submitit.LocalExecutor(job.logs, max_num_timeout=ENDLESS)
+    executor = submitit.LocalExecutor(job.logs, max_num_timeout=ENDLESS, python=PYTHON)
     executor.update_parameters(
         timeout_min=LONGEST if minutes is None else minutes,
         signal_delay_s=_saving_seconds(minutes) if minutes else 0,
@@ -127,15 +141,10 @@ def _saving_seconds(minutes: float) -> int:
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C and the closing of the terminal, because this process stops them.
-
-    WARNING is blocked in them, because it would end a job that still imports. ResumableJob unblocks it.
-    """
+    """Start processes that ignore Ctrl-C and the closing of the terminal, because this process stops them."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,23 +3,26 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.chain.chain import PlannedStage
-from pipeline.chain.measuring import measure, seconds_left
+from pipeline.chain.measuring import evaluation_seconds_left, measure, seconds_left
 from pipeline.commands.display import errors, show
 from pipeline.commands.progress import duration
 from pipeline.common.errors import UserError
 from pipeline.common.tables import Table
-from pipeline.training.estimate import Estimate, SegmentEstimate
+from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate, StepCost
+
+NO_MEMORY = ("–", "–", "memory", "–", "–", "–")
+"""The cells of something that does not fit."""
 
 
 class DoesNotFit(UserError):
-    """A segment does not fit into the memory."""
+    """A segment or the validation images do not fit into the memory."""
 
 
 def show_measured(plans: Mapping[str, Sequence[PlannedStage]], processes: int) -> None:
-    """Measure the segments of all chains, print their times and memory, and save these in the chains' folders.
+    """Measure the stages of all chains, print their times and memory, and save these in the chains' folders.
 
-    Chains differ in λ and seed, which do not change the cost, so each segment is measured once. Raises DoesNotFit at
-    the end if a segment does not fit.
+    Chains differ in λ and seed, which do not change the cost, so each stage is measured once. Raises DoesNotFit at
+    the end if something does not fit.
     """
     stages: dict[str, PlannedStage] = {}
     for planned in (planned for plan in plans.values() for planned in plan):
@@ -29,37 +32,53 @@ def show_measured(plans: Mapping[str, Sequence[PlannedStage]], processes: int) -
     for plan in plans.values():
         if plan:
             estimate.write(plan[0].task.folder.parent)
-    show(segment_table(estimate), time_table(plans, estimate))
-    misfits = [found for found in estimate.segments if found.cost is None]
-    if misfits:
-        lines = [f"  {found.stage}, {found.segment}: {found.remedy}" for found in misfits]
+    show(segment_table(stages.values(), estimate), time_table(plans, estimate))
+    lines = [f"  {found.stage}, {found.segment}: {found.remedy}" for found in estimate.segments if found.cost is None]
+    lines += [
+        f"  {stage}, evaluation: use smaller validation images (data.val)"
+        for stage, cost in estimate.evaluations.items()
+        if cost is None
+    ]
+    if lines:
         raise DoesNotFit("\n".join(["not enough memory:", *lines]))
 
 
-def segment_table(estimate: Estimate) -> Table:
-    """One row per segment: time of a step, speed, what limits the speed, memory, and time of all steps."""
+def segment_table(stages: Iterable[PlannedStage], estimate: Estimate) -> Table:
+    """A row per segment and evaluation: time of a step, speed, what limits the speed, memory, and time of all of it."""
     processes = f", as one of {estimate.processes} processes" if estimate.processes > 1 else ""
     columns = ("stage", "segment", "steps", "s/step", "images/s", "limit", "GPU GB", "process GB", "time")
     table = Table(f"measured on {estimate.device or 'this machine'}{processes}", columns, left=2)
-    for found in estimate.segments:
-        table.add(found.stage, found.segment, f"{found.steps:,}", *_cells(found))
+    for planned in stages:
+        for found in (found for found in estimate.segments if found.stage == planned.name):
+            table.add(found.stage, found.segment, f"{found.steps:,}", *_cells(found))
+        if planned.name in estimate.evaluations:
+            table.add(planned.name, "evaluation", "–", *_evaluation_cells(planned, estimate))
     return table
 
 
 def _cells(found: SegmentEstimate) -> tuple[str, ...]:
     cost = found.cost
     if cost is None:
-        return "–", "–", "memory", "–", "–", "–"
-    gpu = "–" if cost.device_bytes is None else f"{cost.device_bytes / 1e9:.1f}"
+        return NO_MEMORY
     speed = f"{found.batch_size / found.pace:.1f}"
     left = duration(found.seconds_left() or 0.0)
-    return f"{found.pace:.3f}", speed, found.limit, gpu, f"{cost.process_bytes / 1e9:.1f}", left
+    return f"{found.pace:.3f}", speed, found.limit, *_gigabytes(cost), left
+
+
+def _evaluation_cells(planned: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
+    cost, seconds = estimate.evaluations[planned.name], evaluation_seconds_left(planned, estimate)
+    return NO_MEMORY if cost is None or seconds is None else ("–", "–", "–", *_gigabytes(cost), duration(seconds))
+
+
+def _gigabytes(cost: StepCost | EvaluationCost) -> tuple[str, str]:
+    gpu = "–" if cost.device_bytes is None else f"{cost.device_bytes / 1e9:.1f}"
+    return gpu, f"{cost.process_bytes / 1e9:.1f}"
 
 
 def time_table(plans: Mapping[str, Sequence[PlannedStage]], estimate: Estimate) -> Table:
-    """The training time left: one row per stage, one column per chain, and sums."""
+    """The time left: one row per stage, one column per chain, and sums."""
     columns = {title: seconds_left(plan, estimate) for title, plan in plans.items()}
-    table = Table("training time left, without evaluation", ("stage", *columns))
+    table = Table("time left", ("stage", *columns))
     for name in dict.fromkeys(name for times in columns.values() for name in times):
         table.add(name, *(_time(times[name]) if name in times else "done" for times in columns.values()))
     sums = [_sum(times.values()) for times in columns.values()]

@@ -95,7 +95,7 @@ def _not_through_links(name: str, flags: int) -> int:
 
 def readable(name: str) -> str:
     """A file's name as printable text, with bytes that are not UTF-8 written as `\\xff`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def flush(path: Path) -> None:

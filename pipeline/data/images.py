@@ -18,7 +18,15 @@ from PIL import Image, ImageOps
 from pipeline.common.errors import UserError
 from pipeline.common.files import check_regular, readable
 from pipeline.common.memory import too_large
-from pipeline.data.image_index import FILE, FileStamp, ImageFacts, ImageIndex, digests, remembered
+from pipeline.data.image_index import (
+    FILE,
+    FileStamp,
+    ImageFacts,
+    ImageIndex,
+    digests,
+    remembered,
+    without_garbage_collection,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # Pillow detects the format by content, and some formats start other programs (EPS runs Ghostscript).
@@ -88,6 +96,7 @@ class Paths(Sequence[Path]):
         return Paths(self.texts[index]) if isinstance(index, slice) else Path(self.texts[index])
 
 
+@without_garbage_collection()
 def find_images(folder: Path | None, split: Literal["train", "val"], minimum: int, runs: Path | None = None) -> Photos:
     """Find the usable images in and below a folder; for None, take the packaged photographs.
 

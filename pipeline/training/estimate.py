@@ -1,6 +1,6 @@
 """The time and memory that a chain will take: the contents of `estimate.json` in the chain's folder."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,19 @@ class StepCost:
     """A step during a handover; None for a segment without one."""
     batch_seconds: float
     """One batch of the loader alone."""
+    process_bytes: int
+    device_bytes: int | None
+    """Memory that PyTorch reserved on the GPU; None on a CPU."""
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """Seconds for all validation images of a stage, and peak memory in bytes."""
+
+    estimate_seconds: float
+    """The rate is estimated, as before the first step and after each segment."""
+    coding_seconds: float
+    """The images are coded into bitstreams, as at the end of the stage."""
     process_bytes: int
     device_bytes: int | None
     """Memory that PyTorch reserved on the GPU; None on a CPU."""
@@ -79,6 +92,8 @@ class Estimate:
     device: str
     processes: int
     segments: tuple[SegmentEstimate, ...]
+    evaluations: dict[str, EvaluationCost | None] = field(default_factory=dict)
+    """By stage. None if the largest validation images do not fit into the memory."""
 
     @classmethod
     def read(cls, folder: Path) -> "Estimate | None":

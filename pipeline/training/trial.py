@@ -1,8 +1,10 @@
-"""Runs a few real steps of a segment to measure its time and memory before it is trained."""
+"""Runs a few real steps of a segment, and codes some images, to measure time and memory before a stage is trained."""
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,10 +15,12 @@ from modules import HPCM, HPCMConfig
 from pipeline.common.memory import largest_resident_size
 from pipeline.common.processes import ProcessGroup, start_accelerator
 from pipeline.common.timing import machine
-from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
+from pipeline.data.crops import StepBatches, TrainingCrops, training_loader, validation_images
 from pipeline.data.images import Photos
+from pipeline.evaluation.coding import code, estimate
+from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Stage
-from pipeline.training.estimate import StepCost
+from pipeline.training.estimate import EvaluationCost, StepCost
 from pipeline.training.trainer import Migration, Reporting, Trainer
 from pipeline.training.transfer import new_components, new_tensors, tensors_to_copy
 from pipeline.training.watcher import Watcher
@@ -31,16 +35,19 @@ ENOUGH_SECONDS = 10.0
 """The measurement ends after this time or after MOST_STEPS, but not before LEAST_STEPS."""
 BATCHES = 16
 """Batches that the loader alone reads. Only the second half is timed, because the first batches were prefetched."""
+IMAGES = 4
+"""Validation images that are measured, at most."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One segment to try: a stage whose schedule is that segment alone. It is pickled."""
+    """What to try. It is pickled. For a segment, the schedule of the stage is that segment alone."""
 
     stage: Stage
     config: HPCMConfig
     parent: HPCMConfig | None
     photos: Photos
+    """Training images, or validation images for `try_evaluation`."""
 
 
 def try_segment(trial: Trial) -> tuple[str, StepCost]:
@@ -53,10 +60,42 @@ def try_segment(trial: Trial) -> tuple[str, StepCost]:
     with ProcessGroup(accelerator) as processes:
         handover = _step_seconds(trial, crops, processes, 0) if segment.handover else None
         step = _step_seconds(trial, crops, processes, segment.handover)
-    device = accelerator.device
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    cost = StepCost(step, handover, _batch_seconds(trial, crops), largest_resident_size(), reserved)
-    return machine(str(device)), cost
+    cost = StepCost(step, handover, _batch_seconds(trial, crops), *_memory(accelerator.device))
+    return machine(str(accelerator.device)), cost
+
+
+def try_evaluation(trial: Trial) -> EvaluationCost:
+    """Evaluate some validation images with random weights. Returns the cost of all of them.
+
+    If memory is short, it raises PyTorch's own error.
+    """
+    stage, device = trial.stage, start_accelerator(trial.stage.precision).device
+    model = HPCM(trial.config).to(device).eval()
+    model.update(force=True)
+    count = len(trial.photos.paths)
+    used = min(count, stage.evaluation.images or count)
+    images = list(islice(validation_images(trial.photos, used), IMAGES))
+    pixels = trial.photos.pixels * used / count
+    estimating = _seconds_per_pixel(images, lambda image: estimate(model, [image], stage.lmbda, stage.metric))
+    coding = _seconds_per_pixel(images, lambda image: code(model, *image, stage.lmbda, stage.metric))
+    return EvaluationCost(pixels * estimating, pixels * coding, *_memory(device))
+
+
+def _seconds_per_pixel(images: Sequence[NamedImage], measure: Callable[[NamedImage], object]) -> float:
+    """Mean seconds per pixel, over as many images as ENOUGH_SECONDS allows. The first image is also a warm-up."""
+    measure(images[0])
+    began, pixels = time.perf_counter(), 0
+    for _, image in images:
+        measure((_, image))
+        pixels += image.shape[2] * image.shape[3]
+        if time.perf_counter() - began > ENOUGH_SECONDS:
+            break
+    return (time.perf_counter() - began) / pixels
+
+
+def _memory(device: torch.device) -> tuple[int, int | None]:
+    """Peak memory in bytes of this process, and of a GPU."""
+    return largest_resident_size(), torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 class _Enough(Exception):

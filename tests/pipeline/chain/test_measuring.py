@@ -37,7 +37,7 @@ def test_a_plan_is_measured_kept_and_compared_with_what_came(runs: Path, monkeyp
     sweep = ["rd-curve", "phase1", *OPTIONS, "--lmbda", "0.013", "--lmbda", "0.05", "--runs", str(runs)]
     shown = CliRunner().invoke(app, sweep)
     assert shown.exit_code == 0, shown.output
-    for word in ("device", "process GB", "baseline  scratch", "phase1    unfrozen", "chain", "sweep"):
+    for word in ("device", "process GB", "baseline  scratch", "phase1    unfrozen", "phase1    evaluation", "sweep"):
         assert word in shown.output
     chain = mini_chain(runs, "baseline", ["data.batch_size=4"])
     assert [path.name for path in chain.folder.iterdir()] == ["estimate.json"]  # nothing was trained
@@ -66,6 +66,8 @@ def test_what_does_not_fit_is_said_with_the_least_change_that_fits(runs: Path, m
     tried: list[tuple[bool, int]] = []
 
     def fits_at_one(call: object, asked: trial.Trial) -> tuple[str, StepCost] | None:
+        if call is trial.try_evaluation:
+            return None
         stage: Stage = asked.stage
         tried.append((stage.gradient_checkpointing, stage.data.batch_size))
         fits = stage.name == "baseline" or (stage.gradient_checkpointing and stage.data.batch_size == 1)
@@ -76,5 +78,6 @@ def test_what_does_not_fit_is_said_with_the_least_change_that_fits(runs: Path, m
     assert shown.exit_code == 1
     change = "phase1.gradient_checkpointing=true and phase1.data.accumulate=4 (1 crops at a time)"
     assert f"phase1, align: fits with {change}" in str(shown.exception)
+    assert "phase1, evaluation: use smaller validation images" in str(shown.exception)
     assert tried[:5] == [(False, 4), (False, 4), (True, 4), (True, 2), (True, 1)]
     assert "does not fit" in shown.output

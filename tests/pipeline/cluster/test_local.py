@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from counting import Counting, WarnedEarly
 from mini import FOLDER, mini_chain, run_chain
 from typer.testing import CliRunner
 
-from pipeline.cluster import local_queue
+from pipeline.cluster import local_queue, resumable
 from pipeline.cluster.local_queue import LocalQueue
 from pipeline.cluster.records import ChainJobs, JobRecord, last_line, status_of
 from pipeline.cluster.resources import ClusterError, Resources, minutes_of, places
@@ -103,6 +104,30 @@ def test_a_job_whose_time_limit_comes_before_it_has_started_is_resumed(tmp_path:
     assert lines[-1] == "a: done"
     assert work.warned.exists()
     assert len(work.rounds.read_text().splitlines()) == 1
+
+
+def test_a_job_is_queued_again_once_the_controller_of_slurm_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(
+        [subprocess.CalledProcessError(1, "scontrol"), subprocess.TimeoutExpired("scontrol", 60), SystemExit(0)]
+    )
+
+    def queue_again(*received: object) -> None:
+        raise next(answers)
+
+    monkeypatch.setattr(resumable, "_join_processes", lambda: None)
+    monkeypatch.setattr(resumable, "PAUSE", 0.0)
+    before = signal.signal(signal.SIGUSR1, queue_again)
+    job = resumable.ResumableJob(work := Counting(tmp_path / "count", 10**6, 0.02))
+    watching = in_round(work, 1, reach_the_limit)
+    try:
+        with pytest.raises(SystemExit):
+            job()
+    finally:
+        watching.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert next(answers, None) is None
 
 
 def test_a_signal_stops_the_jobs_which_save(tmp_path: Path) -> None:

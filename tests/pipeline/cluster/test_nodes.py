@@ -17,13 +17,15 @@ from pipeline.weights.checkpoints import read
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2"),
 ]
 
 ROOT = Path(__file__).parents[3]
 NODES = ("hpcm-node0", "hpcm-node1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+PATIENCE = 900.0
+"""Seconds that a part of the run may take on a busy machine."""
 PATHS = (Path(__file__).parent, Path(__file__).parents[1], ROOT)
 SETTINGS = ["log_every=1", "checkpoint_every=2", "data.batch_size=4", "baseline.schedule.scratch.steps=12"]
 
@@ -75,20 +77,20 @@ def test_two_machines_train_as_one_and_one_that_dies_ends_the_other(network: Non
     logs = [tmp_path / f"log-{rank}" for rank in range(2)]
     first = start(0, runs, logs[0])
     second = start(1, runs, logs[1], HPCM_FAULT="step:5")
-    assert second.wait(300)
+    assert second.wait(PATIENCE)
     died = time.monotonic()
     assert first.wait(120)
     print(f"the other machine ended after {time.monotonic() - died:.1f} s")
     assert time.monotonic() - died < 60
     assert "error: process 1 of 2 stops because another process has died" in logs[0].read_text()
 
-    assert [machine.wait(300) for machine in [start(rank, runs, logs[rank]) for rank in range(2)]] == [0, 0]
+    assert [machine.wait(PATIENCE) for machine in [start(rank, runs, logs[rank]) for rank in range(2)]] == [0, 0]
     resumed = re.search(r"resumed in scratch at step (\d+)", logs[0].read_text())
     assert resumed is not None
     assert int(resumed[1]) >= 2
     assert "baseline: " not in logs[1].read_text()  # only the first process prints
 
-    subprocess.run([sys.executable, *options(reference)], cwd=ROOT, env=environment(), check=True, timeout=300)
+    subprocess.run([sys.executable, *options(reference)], cwd=ROOT, env=environment(), check=True)
     chains = [mini_chain(folder, "baseline") for folder in (runs, reference)]
     logged = []
     for chain in chains:

@@ -55,11 +55,22 @@ def states(runs: Path, environment: dict[str, str], *more: str) -> list[str]:
     return [line.split("  ")[2].strip() for line in re.sub(" {2,}", "  ", table).splitlines()[1:]]
 
 
-def wait_until(ready: Callable[[], bool], seconds: float) -> None:
+def wait_until(ready: Callable[[], bool], seconds: float, pause: float = 5.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end
-        time.sleep(5)
+        time.sleep(pause)
+
+
+def slurm(environment: dict[str, str], *command: str) -> str:
+    """The output of a SLURM command."""
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def starts(runs: Path) -> bool:
+    """Whether the Python of a job of these runs has started. It may not have imported anything yet."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    return any(line.startswith(sys.executable.encode()) and os.fsencode(runs / "mini/jobs") in line for line in lines)
 
 
 def test_a_sweep_of_requeued_and_cancelled_jobs_gives_the_same_bytes(tmp_path: Path, steps: list[str]) -> None:
@@ -77,7 +88,7 @@ def test_a_sweep_of_requeued_and_cancelled_jobs_gives_the_same_bytes(tmp_path: P
             return len(logs) == 4 and all(log.count("stopped by SIGUSR1; saved") >= 2 for log in logs)
 
         wait_until(each_requeued_twice, 1800)
-        subprocess.run(["scancel", "1"], env=environment, check=True)
+        slurm(environment, "scancel", "1")
         stopped = re.compile(r"stopped at step [1-9]")
         wait_until(lambda: all(map(stopped.match, states(runs, environment, *more))), 120)
         rd_curve(runs, environment, *long)
@@ -88,17 +99,32 @@ def test_a_sweep_of_requeued_and_cancelled_jobs_gives_the_same_bytes(tmp_path: P
     assert [path for path in checkpoints if (runs / path).read_bytes() != (reference / path).read_bytes()] == []
 
 
+def test_a_job_that_is_warned_while_python_starts_is_queued_again(tmp_path: Path) -> None:
+    with cluster(tmp_path / "slurm") as found:
+        environment = {**ENVIRONMENT, **{name: found[name] for name in ("PATH", "SLURM_CONF")}}
+        for number, seconds in enumerate((0, 0.01, 0.05, 0.2, 1), 1):
+            runs = tmp_path / f"runs-{number}"
+            options = ["--recipe", str(FOLDER), "--runs", str(runs), "--set", "baseline.schedule.scratch.steps=9999"]
+            command = [sys.executable, "-m", "pipeline", "run", "baseline", *options, *SLURM, "--time", "1:00"]
+            subprocess.run(command, cwd=ROOT, env=environment, check=True)
+            wait_until(lambda runs=runs: starts(runs), 60, 0.005)
+            time.sleep(seconds)
+            slurm(environment, "scancel", "--signal=USR1", str(number))
+            job = ("scontrol", "show", "job", str(number))
+            wait_until(lambda job=job: "Restarts=1" in slurm(environment, *job), 90, 0.5)
+            slurm(environment, "scancel", str(number))
+
+
 def test_others_wait_for_the_baseline_that_they_start_from(tmp_path: Path) -> None:
     with cluster(tmp_path / "slurm") as found:
         environment = {**ENVIRONMENT, **{name: found[name] for name in ("PATH", "SLURM_CONF")}}
         more = ["--from", "0.013"]
         submitted = rd_curve(tmp_path / "runs", environment, *more, *SLURM, "--time", "0:30")
         jobs = dict(re.findall("(.+): job ([0-9_]+);", submitted))
-        command = ["squeue", "--noheader", "--array", "--format", "%i %E"]
-        shown = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+        shown = slurm(environment, "squeue", "--noheader", "--array", "--format", "%i %E")
         waits = dict(line.split(" ", 1) for line in shown.splitlines())
         for seed in (0, 1):
             for lmbda in ("0.013", "0.05"):
                 assert f"afterok:{jobs[f'0.013 seed {seed} baseline']}" in waits[jobs[f"{lmbda} seed {seed}"]]
-        subprocess.run(["scancel", "1"], env=environment, check=True)
+        slurm(environment, "scancel", "1")
         wait_until(lambda: "queued" not in " ".join(states(tmp_path / "runs", environment, *more)), 120)
