@@ -188,9 +188,8 @@ class StageRun:
         self._tag(StageTags(ledger=counts))
         for what in ("narrowed", "fitted"):
             if errors := [site["error"] for site in state.facts.get(what, ())]:
-                self.context.watcher.note(
-                    f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance unexplained"
-                )
+                modules = f"{len(errors)} module{'s' if len(errors) > 1 else ''}"
+                self.context.watcher.note(f"{what} {modules}: at most {max(errors):.1%} of the variance unexplained")
         if "step0_gap" in state.facts:
             self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
@@ -221,9 +220,10 @@ class StageRun:
 
     def _interruptible(self, images: list[NamedImage]) -> Iterator[NamedImage]:
         """Yields the images. A signal stops the work between two images."""
-        for image in images:
+        for done, image in enumerate(images):
             self.context.processes.stop_if_asked()
             fault("evaluation")
+            self.context.watcher.image(done, len(images))
             yield image
         self.context.processes.stop_if_asked()
 
@@ -249,6 +249,10 @@ class StageRun:
         refusal = judge(self.stage.accept, quality, parent_quality)
         verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
         self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
+        change = f", {quality.rd_loss - parent_quality.rd_loss:+.4f} relative to the parent" if parent_quality else ""
+        self.context.watcher.note(
+            f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
+        )
         if verdict == "refused":
             assert parent_quality is not None  # without a parent nothing is refused
             Refusal(quality, parent_quality).write(self.states.folder)

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.commands.each_file import each_file
 from pipeline.commands.info import info
-from pipeline.commands.options import Device, Quiet, Runs, device_of, size_of
+from pipeline.commands.options import USE, Device, Quiet, Runs, device_of, size_of
 from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 
@@ -235,7 +235,7 @@ def bench_codec(
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to the command line, and `bench codec` to `bench`."""
     for command in (compress, decompress, info, verify):
-        app.command()(command)
+        app.command(rich_help_panel=USE)(command)
     bench.command("codec")(bench_codec)
 
 

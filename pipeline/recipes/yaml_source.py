@@ -25,6 +25,14 @@ class NoSuchPlace(RecipeError):
     """A path names an entry that a list or scalar does not have."""
 
 
+class Misfit(RecipeError):
+    """A value of a stage does not fit the codec or another value. `path` leads to it in the stage."""
+
+    def __init__(self, problem: str, *path: str | int):
+        super().__init__(f"{dotted(path)}: {problem}")
+        self.problem, self.path = problem, path
+
+
 @dataclass(frozen=True)
 class YamlNode:
     """A mapping, list or scalar with its origin: `stages/tiny/phase3.yaml:7`, or `--set seed=3`."""
@@ -49,6 +57,12 @@ class YamlNode:
                 break
             node = children[key]
         return node.origin
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """A path in messages: `schedule[1].lr.rwkv`; a key with other characters has quotes, as in `lr['h_a.*']`."""
+    text = "".join(f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w-]+", key) else f"[{key!r}]" for key in path)
+    return text.removeprefix(".")
 
 
 def nearest(word: object, valid: Sequence[str]) -> str:
