@@ -116,8 +116,9 @@ class StageTask:
 
     def check_folders(self) -> None:
         """Raise DataError if a folder of images is missing or has none. The images are not read."""
-        for folder in filter(None, (self.stage.data.train, self.stage.data.val)):
-            check_folder(Path(folder))
+        for folder, split in ((self.stage.data.train, "train"), (self.stage.data.val, "val")):
+            if folder:
+                check_folder(Path(folder), split)
 
     @property
     def states(self) -> StateFolder:

@@ -74,6 +74,7 @@ def compress(
     per channel are reduced to 8; a message says so.
     """
     from modules.file_format import EPSILON, check_epsilon
+    from pipeline.commands.display import console
     from pipeline.evaluation.conversions import COMPRESSION, plan
 
     if checkpoint and quality:
@@ -85,7 +86,11 @@ def compress(
     _speak(not quiet)
     conversions = plan(pictures, output, COMPRESSION, overwrite or skip_existing)
     if skip_existing:
-        conversions = [conversion for conversion in conversions if not conversion.target.exists()]
+        found, conversions = conversions, [item for item in conversions if not item.target.exists()]
+        if skipped := len(found) - len(conversions):
+            console.print(f"skipped: {skipped} of {len(found)}, because their files exist")
+        if not conversions:
+            return
 
     # PyTorch takes seconds to import. Mistakes in the arguments are reported before that.
     from pipeline.evaluation.codec_files import compress_file

@@ -152,10 +152,10 @@ def _look(found: list[tuple[str, str]], index: ImageIndex) -> list[tuple[str, st
     return looked_at
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, split: str) -> None:
     """Raise DataError if a folder does not exist or has no file with an image's suffix."""
     if not _names_below(folder, SUFFIXES, None):
-        raise DataError(_nothing_usable(readable(str(folder.resolve())), "this", []))
+        raise DataError(_nothing_usable(readable(str(folder.resolve())), split, []))
 
 
 def files_below(

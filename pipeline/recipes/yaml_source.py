@@ -154,10 +154,21 @@ def _parse(text: str, label: str, lines: bool) -> YamlNode:
         raise RecipeError(f"{where}: control character (code {problem.character}); delete it") from None
     except yaml.MarkedYAMLError as problem:
         where = origin(problem.problem_mark or problem.context_mark)
-        tab = "; indent with spaces, not tabs" if r"'\t'" in str(problem.problem) else ""
-        raise RecipeError(f"{where}: {problem.problem or problem.context}{tab}") from None
+        raise RecipeError(f"{where}: {problem.problem or problem.context}{_advice(problem)}") from None
     except (ValueError, OverflowError):
         raise RecipeError(f"{label}: a '\\U' escape is not a valid character") from None
+
+
+def _advice(problem: yaml.MarkedYAMLError) -> str:
+    """What to do about a syntax error of YAML."""
+    text, context = str(problem.problem), str(problem.context)
+    if r"'\t'" in text:
+        return "; indent with spaces, not tabs"
+    if "flow" in context and problem.context_mark:
+        return f"; check the brackets that begin in line {problem.context_mark.line + 1}"
+    if "mapping values are not allowed" in text or "block" in context:
+        return "; check the indentation: all keys of a mapping begin in the same column"
+    return ""
 
 
 class _Loader(yaml.SafeLoader):

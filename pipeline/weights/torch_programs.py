@@ -108,7 +108,7 @@ def export_onnx(source: Path, folder: Path) -> dict[str, str]:
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise CheckpointError(f"ONNX needs {' and '.join(missing)}: run pip install onnx onnxscript")
+        raise CheckpointError(f"ONNX needs {' and '.join(missing)}: run pip install 'hpcm-rwkv[onnx]'")
     model = _prepared(source, folder)
     outcomes = {}
     for name, network in networks(model).items():

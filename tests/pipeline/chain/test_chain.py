@@ -223,7 +223,10 @@ def test_a_parent_of_other_images_is_judged_by_the_childs(finished: tuple[Chain,
             "phase1.transfer.rename={attn_s9: attn_s3}",
             "--set phase1.*: transfer.rename.attn_s9: matches no tensor of the parent; did you mean 'attn_s1'?",
         ),
-        ("phase4.model.overrides.N=16", "phase4.yaml:3: model: * has shape [1, 16* in the child but [1, 8* in the parent"),
+        (
+            "phase4.model.overrides.N=16",
+            "phase4.yaml:3: model: * has shape [1, 16* in the child but [1, 8* in the parent",
+        ),
         ("phase2.data.crop=100", "--set phase2.data.crop=100: data.crop: 100 must be a multiple of 128"),
     ],
 )

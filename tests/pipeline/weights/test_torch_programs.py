@@ -110,7 +110,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
 
 def test_missing_packages_are_named_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_programs, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(CheckpointError, match="ONNX needs onnxscript: run pip install onnx onnxscript"):
+    with pytest.raises(CheckpointError, match="ONNX needs onnxscript: run pip install 'hpcm-rwkv"):
         torch_programs.export_onnx(tmp_path / "codec.safetensors", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
