@@ -194,7 +194,7 @@ class StageRun:
             self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
                 f"step 0: estimated validation loss {state.facts['step0']['rd_loss']:.4f}, "
-                f"{state.facts['step0_gap']:+.4f} relative to the parent"
+                f"{state.facts['step0_gap']:+z.4f} relative to the parent"
             )
         progress = state.progress
         if progress.stage_step or progress.segment:
@@ -249,7 +249,7 @@ class StageRun:
         refusal = judge(self.stage.accept, quality, parent_quality)
         verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
         self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
-        change = f", {quality.rd_loss - parent_quality.rd_loss:+.4f} relative to the parent" if parent_quality else ""
+        change = f", {quality.rd_loss - parent_quality.rd_loss:+z.4f} relative to the parent" if parent_quality else ""
         self.context.watcher.note(
             f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
         )

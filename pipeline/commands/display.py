@@ -101,6 +101,6 @@ def _record_row(record: PublicationRecord) -> list[str]:
         f"{quality.psnr_db:.2f}",
         number(quality.ms_ssim),
         f"{quality.rd_loss:.4f}",
-        number(record.facts.step0_gap, "+.4f"),
+        number(record.facts.step0_gap, "+z.4f"),
         f"{record.training_seconds / 60:.1f}" if record.steps else "–",
     ]

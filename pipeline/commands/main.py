@@ -177,7 +177,7 @@ def run(
 @app.command(rich_help_panel=MIGRATE)
 def sync(runs: Runs = Path("runs")) -> None:
     """Send the log entries that MLflow has not received yet; exits 1 if some are left or set aside."""
-    from pipeline.commands.display import console
+    from pipeline.commands.display import console, print_above_bar
     from pipeline.common.folder_lock import held
     from pipeline.tracking.outbox import Outbox
     from pipeline.tracking.store import Store
@@ -189,8 +189,8 @@ def sync(runs: Runs = Path("runs")) -> None:
     for folder in folders:
         try:
             with held(folder.parent):
-                outbox = Outbox(folder, Store.default(runs), console.print)
-                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
+                outbox = Outbox(folder, Store.default(runs), print_above_bar)
+                print_above_bar(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
                 sent.append(outbox.close(SYNC_PATIENCE) and not outbox.entries_set_aside)
         except UserError as error:
             console.print(str(error), soft_wrap=True)

@@ -194,8 +194,9 @@ class ProgressWatcher(Watcher):
 
     def _show_training(self) -> None:
         self._training = True
-        fields = {"description": self.name, "total": self.total, "completed": self.done, "left": "", "values": ""}
-        self.bar.reset(self.task, visible=True, **fields)
+        self.bar.reset(
+            self.task, description=self.name, total=self.total, visible=True, left="", values="", completed=self.done
+        )
 
     def _foretell(self) -> None:
         """Print once how long the training will take."""
