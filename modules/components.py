@@ -5,7 +5,7 @@ dataclass whose fields are its settings. It builds the module, and it lists whic
 each kind that it can replace.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
@@ -146,9 +146,7 @@ def kind_from(slot: str, choice: "Kind | str | Mapping[str, Any]", current: Kind
     known = {field.name: field for field in fields(kind)}
     for key in settings:
         if key not in known:
-            hint = get_close_matches(key, known, n=1)
-            more = f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(known) or 'none'}"
-            raise ValueError(f"{slot}: the kind {name!r} has no setting {key!r}{more}")
+            raise ValueError(f"{slot}: the kind {name!r} has no setting {key!r}{nearest(key, known)}")
     if current is not None and current.name == name:
         settings = {**asdict(current), **settings}
     missing = [key for key, field in known.items() if field.default is MISSING and key not in settings]
@@ -170,10 +168,15 @@ def settings_of_kinds(group: str, choices: Any) -> Mapping[str, Any]:
 
 def _kind_named(group: str, name: object, where: str) -> type[Kind]:
     if not isinstance(name, str) or name not in _KINDS[group]:
-        hint = get_close_matches(str(name), _KINDS[group], n=1)
-        more = f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(_KINDS[group])}"
-        raise ValueError(f"{where}: no kind {name!r}{more} (register your own kinds first)")
+        raise ValueError(f"{where}: no kind {name!r}{nearest(name, _KINDS[group])} (register your own kinds first)")
     return _KINDS[group][name]
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known word, or all if none is near."""
+    names = list(known)
+    hint = get_close_matches(str(word), names, n=1)
+    return f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(names) or 'none'}"
 
 
 def check_setting(owner: Kind, name: str, low: float, integer: bool = False) -> None:

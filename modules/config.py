@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from modules.attention import CrossAttentionKind, NoAttentionKind
-from modules.components import GROUPS, SLOTS, Kind, kind_from, settings_of_kinds
+from modules.components import GROUPS, SLOTS, Kind, kind_from, nearest, settings_of_kinds
 from modules.config_history import from_flat
 from modules.fusion import ConvFusionKind
 from modules.priors import DWConvPriorKind
@@ -80,7 +80,7 @@ class HPCMConfig:
         names = [field.name for field in fields(self)]
         for key in changes:
             if key not in names and key not in GROUPS:
-                raise ValueError(f"HPCM has no setting {key!r}; there are {', '.join([*names, *GROUPS])}")
+                raise ValueError(f"HPCM has no setting {key!r}{nearest(key, [*names, *GROUPS])}")
         found = self.components
         for slot, kind in found.items():
             settings = settings_of_kinds(SLOTS[slot], changes.get(SLOTS[slot], {}))
@@ -131,7 +131,7 @@ def preset_config(name: str, phase: int = 0, **overrides: Any) -> HPCMConfig:
     Raises ValueError for an unknown preset, phase or field, and lists the known ones.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
     if phase not in range(len(_PHASES)):
         raise ValueError(f"unknown phase {phase!r}; there are 0 (Baseline) to {len(_PHASES) - 1}")
     replaced: dict[str, Any] = {slot: kind for change in _PHASES[: phase + 1] for slot, kind in change.items()}

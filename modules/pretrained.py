@@ -1,6 +1,7 @@
 """A codec in a folder or on the Hugging Face Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 PUBLISHED = "checkpoint.safetensors"
 """Name of the weights in the folder of a published stage. Their configuration is in the file's metadata."""
 
@@ -65,9 +67,14 @@ class Pretrained(
 
         The source is a folder of `save_pretrained`, the folder of a published stage, or a name on the Hub. `options`
         are those of Hugging Face's mixin, such as `revision`. Raises ValueError, which names the source, if the weights
-        do not fit their configuration, and FileNotFoundError if a folder has no weights.
+        do not fit their configuration, and OSError if there is no such folder or no weights in it.
         """
         folder = Path(pretrained_model_name_or_path)
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder}: a file; give the folder that contains it")
+        # Hugging Face's message about such a path would only say that it is no name.
+        if not folder.is_dir() and not re.fullmatch(HUB_NAME, str(pretrained_model_name_or_path)):
+            raise FileNotFoundError(f"{folder}: no such folder, and not a name on the Hugging Face Hub")
         if folder.is_dir() and not (folder / CONFIG).exists():
             return cls._from_published(folder)
         return super().from_pretrained(pretrained_model_name_or_path, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -23,6 +23,7 @@ from pipeline.common.folder_lock import held
 from pipeline.common.tables import shortest
 from pipeline.data.images import find_images
 from pipeline.recipes.schema import Stage
+from pipeline.recipes.yaml_source import YamlNode
 from pipeline.tracking.outbox import PATIENCE, Outbox
 from pipeline.tracking.store import EndState, Run, Store
 from pipeline.tracking.tags import ChainTags, StageTags
@@ -84,6 +85,7 @@ class Chain:
         runs: Path,
         baseline: Path | None = None,
         start: Path | None = None,
+        sources: Mapping[str, YamlNode] | None = None,
     ):
         self.recipe, self.lmbda, self.runs = recipe, stages[-1].lmbda, runs
         self.precision = stages[0].precision
@@ -94,7 +96,9 @@ class Chain:
         for stage in stages:
             parent = self.folder / stage.parent / "checkpoint.safetensors" if stage.parent else None
             files = (None, None) if stage.parent else (baseline, start)
-            task = StageTask(stage, self.folder / stage.name, parent, *files, find=find)
+            task = StageTask(
+                stage, self.folder / stage.name, parent, *files, find=find, source=(sources or {}).get(stage.name)
+            )
             for file in filter(None, files):
                 if file.absolute() == task.checkpoint.absolute():
                     raise ChainError(f"{file}: this is the chain's own {stage.name}; do not give it as an option")
@@ -104,6 +108,7 @@ class Chain:
     def plan(self) -> list[PlannedStage]:
         """The status of every stage, root first. Raises the errors of the checks and of reading the inputs."""
         check_unless_passed(self.tasks)
+        self.tasks[-1].check_folders()
         planned: list[PlannedStage] = []
         for task in self.tasks:
             before = planned[-1] if planned else None

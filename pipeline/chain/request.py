@@ -30,4 +30,4 @@ class ChainRequest:
         baseline = self.baseline
         if not (baseline or self.start or self.scratch):
             baseline = root_weights(recipe, stages)
-        return Chain(recipe.name, stages, self.runs, baseline, self.start)
+        return Chain(recipe.name, stages, self.runs, baseline, self.start, recipe.sources)

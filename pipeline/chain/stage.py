@@ -193,14 +193,13 @@ class StageRun:
         self._tag(StageTags(ledger=counts))
         for what in ("narrowed", "fitted"):
             if errors := [site["error"] for site in state.facts.get(what, ())]:
-                self.context.watcher.note(
-                    f"{what} {len(errors)} modules: {min(errors):.1%} to {max(errors):.1%} of the variance unexplained"
-                )
+                modules = f"{len(errors)} module{'s' if len(errors) > 1 else ''}"
+                self.context.watcher.note(f"{what} {modules}: at most {max(errors):.1%} of the variance unexplained")
         if "step0_gap" in state.facts:
             self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
             self.context.watcher.note(
                 f"step 0: estimated validation loss {state.facts['step0']['rd_loss']:.4f}, "
-                f"{state.facts['step0_gap']:+.4f} relative to the parent"
+                f"{state.facts['step0_gap']:+z.4f} relative to the parent"
             )
         progress = state.progress
         if progress.stage_step or progress.segment:
@@ -226,9 +225,10 @@ class StageRun:
 
     def _interruptible(self, images: list[NamedImage]) -> Iterator[NamedImage]:
         """Yields the images. A signal stops the work between two images."""
-        for image in images:
+        for done, image in enumerate(images):
             self.context.processes.stop_if_asked()
             fault("evaluation")
+            self.context.watcher.image(done, len(images))
             yield image
         self.context.processes.stop_if_asked()
 
@@ -254,6 +254,10 @@ class StageRun:
         refusal = judge(self.stage.accept, quality, parent_quality)
         verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
         self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
+        change = f", {quality.rd_loss - parent_quality.rd_loss:+z.4f} relative to the parent" if parent_quality else ""
+        self.context.watcher.note(
+            f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
+        )
         if verdict == "refused":
             assert parent_quality is not None  # without a parent nothing is refused
             Refusal(quality, parent_quality).write(self.states.folder)

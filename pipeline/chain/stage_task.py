@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.common import files
-from pipeline.data.images import Photos, find_images
+from pipeline.data.images import Photos, check_folder, find_images
 from pipeline.recipes.loading import RecipeError
-from pipeline.recipes.schema import Stage
+from pipeline.recipes.schema import ModelChoice, Stage
+from pipeline.recipes.yaml_source import Misfit, YamlNode, dotted
 from pipeline.training.watcher import Watcher
 from pipeline.weights.metadata import check_file, read_digest
 from pipeline.weights.training_state import StateFolder
@@ -82,6 +84,8 @@ class StageTask:
     start: Path | None = None
     find: Callable[[Path | None, Literal["train", "val"], int], Photos] = find_images
     """Finds the images. The stages of a chain share one function with a cache, since folders can be large and slow."""
+    source: YamlNode | None = None
+    """The stage's YAML, for messages."""
 
     @property
     def checkpoint(self) -> Path:
@@ -102,7 +106,19 @@ class StageTask:
         try:
             return preset_config(choice.preset, choice.phase, **choice.overrides)
         except ValueError as error:
-            raise RecipeError(f"{self.stage.name}: model: {error}") from error
+            raise RecipeError(self.located(_misfit(choice, str(error)))) from error
+
+    def located(self, misfit: Misfit, *prefix: str | int) -> str:
+        """A message that names the file and line of a value that does not fit, or the stage if they are not known."""
+        path = (*prefix, *misfit.path)
+        where = self.source.origin_of(path) if self.source else self.stage.name
+        return f"{where}: {dotted(path)}: {misfit.problem}"
+
+    def check_folders(self) -> None:
+        """Raise DataError if a folder of images is missing or has none. The images are not read."""
+        for folder, split in ((self.stage.data.train, "train"), (self.stage.data.val, "val")):
+            if folder:
+                check_folder(Path(folder), split)
 
     @property
     def states(self) -> StateFolder:
@@ -178,3 +194,14 @@ class StageTask:
         check_file(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _misfit(model: ModelChoice, problem: str) -> Misfit:
+    """The problem of a codec's configuration, with the key that it names."""
+    from modules.config import PRESETS
+
+    if model.preset not in PRESETS:
+        return Misfit(problem, "model", "preset")
+    named = [key for key in model.overrides if re.search(rf"\b{re.escape(key)}\b", problem)]
+    path = ("overrides", named[0]) if named else ()
+    return Misfit(problem.removeprefix(f"{named[0]}: ") if named else problem, "model", *path)

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.commands.each_file import each_file
 from pipeline.commands.info import info
-from pipeline.commands.options import Device, Quiet, Runs, device_of, size_of
+from pipeline.commands.options import USE, Device, Quiet, Runs, device_of, size_of
 from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 
@@ -74,6 +74,7 @@ def compress(
     per channel are reduced to 8; a message says so.
     """
     from modules.file_format import EPSILON, check_epsilon
+    from pipeline.commands.display import console
     from pipeline.evaluation.conversions import COMPRESSION, plan
 
     if checkpoint and quality:
@@ -85,7 +86,11 @@ def compress(
     _speak(not quiet)
     conversions = plan(pictures, output, COMPRESSION, overwrite or skip_existing)
     if skip_existing:
-        conversions = [conversion for conversion in conversions if not conversion.target.exists()]
+        found, conversions = conversions, [item for item in conversions if not item.target.exists()]
+        if skipped := len(found) - len(conversions):
+            console.print(f"skipped: {skipped} of {len(found)}, because their files exist")
+        if not conversions:
+            return
 
     # PyTorch takes seconds to import. Mistakes in the arguments are reported before that.
     from pipeline.evaluation.codec_files import compress_file
@@ -235,7 +240,7 @@ def bench_codec(
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to the command line, and `bench codec` to `bench`."""
     for command in (compress, decompress, info, verify):
-        app.command()(command)
+        app.command(rich_help_panel=USE)(command)
     bench.command("codec")(bench_codec)
 
 

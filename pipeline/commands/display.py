@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from pipeline.common.packaged import label
 from pipeline.common.tables import Table, number, shortest
 from pipeline.weights.published import PublicationRecord
 
@@ -24,6 +25,15 @@ errors = Console(highlight=False, markup=False, quiet=_SILENT, stderr=True)
 def hush() -> None:
     """Stop printing results and progress, for `--quiet`."""
     console.quiet = errors.quiet = True
+
+
+def print_above_bar(line: str, to: Console | None = None) -> None:
+    """Print a line of results, or to another console, above the progress bar if there is one.
+
+    The bar is on standard error. If the other console printed to the same terminal, the bar's line would stay there.
+    """
+    to = to or console
+    (errors if to.is_terminal and errors.is_terminal else to).print(line, soft_wrap=True)
 
 
 def show(*tables: Table) -> None:
@@ -47,7 +57,7 @@ def plan_table(chain: "Chain", plan: Sequence["PlannedStage"]) -> Table:
     for planned in plan:
         segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
         if planned.task.imported is not None:
-            segments = f"taken from {planned.task.imported}"
+            segments = f"taken from {label(planned.task.imported)}"
         table.add(planned.name, planned.status, planned.reason.removeprefix(f"{planned.status}: "), segments)
     return table
 
@@ -91,6 +101,6 @@ def _record_row(record: PublicationRecord) -> list[str]:
         f"{quality.psnr_db:.2f}",
         number(quality.ms_ssim),
         f"{quality.rd_loss:.4f}",
-        number(record.facts.step0_gap, "+.4f"),
+        number(record.facts.step0_gap, "+z.4f"),
         f"{record.training_seconds / 60:.1f}" if record.steps else "–",
     ]

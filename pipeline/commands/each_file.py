@@ -16,7 +16,7 @@ def each_file(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterabl
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pipeline.commands.display import console, errors
+    from pipeline.commands.display import console, errors, print_above_bar
 
     complete = True
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -25,11 +25,14 @@ def each_file(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterabl
         *columns, console=errors, transient=True, disable=not shown, redirect_stdout=console.is_terminal
     ) as bar:
         task = bar.add_task("", total=len(items))
-        for path, item in items:
+        for done, (path, item) in enumerate(items):
             bar.update(task, description=path.name)
             try:
                 for message in work(item):
-                    console.print(f"{path}: {message}", soft_wrap=True)
+                    print_above_bar(f"{path}: {message}")
+            except KeyboardInterrupt:
+                print(f"stopped at {path}; {done} of {len(items)} files are done", file=sys.stderr)
+                raise
             except Exception as error:  # Libraries may raise anything for a bad file; the next is still done.
                 complete = False
                 reason = (str(error) or type(error).__name__).removeprefix(f"{path}: ").splitlines()[0]

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.commands.codec import MaxPixels, Pictures
 from pipeline.commands.each_file import each_file
-from pipeline.commands.options import AsJson, Device, Quiet, device_of
+from pipeline.commands.options import USE, AsJson, Device, Quiet, device_of
 from pipeline.common.tables import Table, number, shortest
 
 if TYPE_CHECKING:
@@ -199,4 +199,4 @@ def _images(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(evaluate)
+    app.command(rich_help_panel=USE)(evaluate)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands.options import (
+    MIGRATE,
+    RECIPE,
+    RESULTS,
     AcceptAnyway,
     AsJson,
     Baseline,
@@ -80,9 +83,15 @@ def compare(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Compare all phases of this preset, untrained: tiny, base or large [default: tiny]."),
+        typer.Option(
+            help="Compare all phases of this preset, untrained: tiny, base or large [default: tiny].",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Compare the stages of this recipe instead, untrained.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Compare the stages of this recipe instead, untrained.", rich_help_panel=RECIPE),
+    ] = None,
     settings: Settings = None,
     device: Device = "cpu",
     size: Annotated[
@@ -162,10 +171,14 @@ def rd_curve(
     ] = None,
     recipe: RecipeName = "tiny",
     lmbda: Annotated[
-        list[float] | None, typer.Option(help="λ to train at; repeatable [default: the six λ of the official codecs].")
+        list[float] | None,
+        typer.Option(
+            help="λ to train at; repeatable [default: the six λ of the official codecs].", rich_help_panel=RECIPE
+        ),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Seed of all stages; repeatable, to train several chains per λ.")
+        list[int] | None,
+        typer.Option(help="Seed of all stages; repeatable, to train several chains per λ.", rich_help_panel=RECIPE),
     ] = None,
     data: DataFolder = None,
     val: ValFolder = None,
@@ -173,12 +186,18 @@ def rd_curve(
     settings: Settings = None,
     start_from: Annotated[
         float | None,
-        typer.Option("--from", help="Train the first stage at this λ, and start it at the other λ from that result."),
+        typer.Option(
+            "--from",
+            help="Train the first stage at this λ, and start it at the other λ from that result.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     from_settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--from-set", help="Like --set, for stages that --from starts: `baseline.schedule.scratch.steps=500`."
+            "--from-set",
+            help="Like --set, for stages that --from starts, as in `baseline.ema=0.9`; repeatable.",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     runs: Runs = Path("runs"),
@@ -295,5 +314,6 @@ def report(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (audit, compare, rd_curve, report):
-        app.command()(command)
+    app.command(rich_help_panel=MIGRATE)(rd_curve)
+    for command in (audit, compare, report):
+        app.command(rich_help_panel=RESULTS)(command)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.codec import Overwrite
+from pipeline.commands.options import USE
 
 
 def export(
@@ -67,4 +68,4 @@ def _export_networks(source: Path, target: Path, as_onnx: bool, keep_op: bool) -
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(export)
+    app.command(rich_help_panel=USE)(export)

@@ -45,11 +45,11 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
     """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
     from modules.file_format import CodedImage
-    from pipeline.commands.checkpoint_info import known_models
+    from pipeline.commands.checkpoint_info import FILE, known_models
     from pipeline.evaluation.conversions import SUFFIX, find
 
-    columns = ("file", "W×H", "file bits/pixel", "y", "z", "ICC bytes", "ε", "guard bytes", "model")
-    table = Table("", columns)
+    columns = ("file", "codec", "W×H", "file bpp", "y", "z", "ICC", "ε", "guards")
+    table = Table("in bytes: y, z, ICC profile, guards", columns, left=2)
     names = known_models(runs)
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
@@ -59,8 +59,8 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
         bpp = 8 * size / (coded.width * coded.height)
         lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
         guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
-        model = f"{identity} ({names[identity]})" if identity in names else identity
-        table.add(name, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded, model)
+        codec = names[identity].removesuffix(f"/{FILE}") if identity in names else f"unknown: {identity}"
+        table.add(name, codec, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded)
         sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
         portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
         found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})

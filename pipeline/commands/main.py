@@ -11,6 +11,10 @@ import typer
 from pipeline.commands import codec, evaluate, evidence, export
 from pipeline.commands.exits import plain_errors
 from pipeline.commands.options import (
+    MIGRATE,
+    RECIPE,
+    RESULTS,
+    USE,
     AcceptAnyway,
     AsJson,
     Baseline,
@@ -49,15 +53,25 @@ app = typer.Typer(
 )
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", rich_help_panel=RESULTS)
 
-Lmbda = Annotated[float | None, typer.Option(help="λ of the rate-distortion loss [default: the recipe's].")]
-Start = Annotated[
-    Path | None, typer.Option(help="Train the first stage from this checkpoint's weights instead of random ones.")
+Lmbda = Annotated[
+    float | None,
+    typer.Option(help="λ of the rate-distortion loss [default: the recipe's].", rich_help_panel=RECIPE),
 ]
-
+Start = Annotated[
+    Path | None,
+    typer.Option(
+        help="Train the first stage from this checkpoint's weights instead of random ones.", rich_help_panel=RECIPE
+    ),
+]
 Scratch = Annotated[
-    bool, typer.Option("--scratch", help="Train the first stage, even if the recipe has trained weights for it.")
+    bool,
+    typer.Option(
+        "--scratch",
+        help="Train the first stage, even if the recipe has trained weights for it.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 
 SYNC_PATIENCE = 120.0
@@ -96,7 +110,7 @@ def _request(
     return ChainRequest(recipe, tuple(overrides), stage, runs, *files, scratch)
 
 
-@app.command()
+@app.command(rich_help_panel=MIGRATE)
 def run(
     stage: StageName,
     recipe: RecipeName = "tiny",
@@ -160,10 +174,10 @@ def run(
             console.print(line, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=MIGRATE)
 def sync(runs: Runs = Path("runs")) -> None:
     """Send the log entries that MLflow has not received yet; exits 1 if some are left or set aside."""
-    from pipeline.commands.display import console
+    from pipeline.commands.display import console, print_above_bar
     from pipeline.common.folder_lock import held
     from pipeline.tracking.outbox import Outbox
     from pipeline.tracking.store import Store
@@ -175,8 +189,8 @@ def sync(runs: Runs = Path("runs")) -> None:
     for folder in folders:
         try:
             with held(folder.parent):
-                outbox = Outbox(folder, Store.default(runs), console.print)
-                console.print(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
+                outbox = Outbox(folder, Store.default(runs), print_above_bar)
+                print_above_bar(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
                 sent.append(outbox.close(SYNC_PATIENCE) and not outbox.entries_set_aside)
         except (UserError, OSError) as error:
             console.print(str(error), soft_wrap=True)
@@ -187,7 +201,7 @@ def sync(runs: Runs = Path("runs")) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=MIGRATE)
 def clean(
     runs: Runs = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", help="Delete all of them without asking.")] = False,
@@ -208,7 +222,7 @@ def clean(
             leftover.delete()
 
 
-@app.command()
+@app.command(rich_help_panel=MIGRATE)
 def plan(
     stage: StageName = "phase4",
     recipe: RecipeName = "tiny",
@@ -241,7 +255,7 @@ def plan(
         show_measured({stage: found}, processes)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def ui(
     runs: Runs = Path("runs"),
     port: Annotated[
@@ -279,7 +293,7 @@ def bench_biwkv4(
     measure(dtype=dtypes[dtype], device=str(device_of(device)))
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=USE)
 def import_(
     source: Annotated[Path, typer.Argument(help="An official HPCM checkpoint, such as HPCM-Base_0.013.pth.tar.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],

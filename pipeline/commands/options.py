@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from pipeline.cluster.resources import Resources
 
 
+RECIPE, COST, JOBS = "Recipe and images", "Time and memory", "Jobs"
+"""Panels of options in `--help`."""
+MIGRATE, USE, RESULTS = "Migrate a codec", "Use a codec", "Results and measurements"
+"""Panels of commands in `--help`."""
+
+
 def _complete_recipe(incomplete: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
@@ -26,21 +32,34 @@ def _complete_stage(context: typer.Context, incomplete: str) -> list[str]:
 
 
 RecipeName = Annotated[
-    str, typer.Option(help="Name of a packaged recipe, or path to a recipe's folder.", autocompletion=_complete_recipe)
+    str,
+    typer.Option(
+        help="Name of a packaged recipe, or path to a recipe's folder.",
+        autocompletion=_complete_recipe,
+        rich_help_panel=RECIPE,
+    ),
 ]
 StageName = Annotated[
     str,
     typer.Argument(help="The stage to build, such as phase4, after its ancestors.", autocompletion=_complete_stage),
 ]
-DataFolder = Annotated[str | None, typer.Option(help="Folder of training images [default: packaged photographs].")]
-ValFolder = Annotated[str | None, typer.Option(help="Folder of validation images [default: packaged photographs].")]
+DataFolder = Annotated[
+    str | None,
+    typer.Option(help="Folder of training images [default: packaged photographs].", rich_help_panel=RECIPE),
+]
+ValFolder = Annotated[
+    str | None,
+    typer.Option(help="Folder of validation images [default: packaged photographs].", rich_help_panel=RECIPE),
+]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting, as in `phase2.seed=1`; repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Override a setting, as in `phase2.seed=1`; repeatable.", rich_help_panel=RECIPE),
 ]
 Baseline = Annotated[
     Path | None,
     typer.Option(
-        help="Use this checkpoint (.safetensors or official .pth.tar) as the first stage instead of training it."
+        help="Use this checkpoint (.safetensors or official .pth.tar) as the first stage instead of training it.",
+        rich_help_panel=RECIPE,
     ),
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of checkpoints and MLflow's store.")]
@@ -58,10 +77,16 @@ Measure = Annotated[
     typer.Option(
         "--measure",
         help="Train a few steps of each segment, and show time and memory; exits 1 if a segment does not fit.",
+        rich_help_panel=COST,
     ),
 ]
 Processes = Annotated[
-    int, typer.Option(min=1, help="With --measure: number of processes that will share a batch; one is measured.")
+    int,
+    typer.Option(
+        min=1,
+        help="With --measure: number of processes that will share a batch; one is measured.",
+        rich_help_panel=COST,
+    ),
 ]
 
 
@@ -77,25 +102,25 @@ Submit = Annotated[
     typer.Option(
         help="Run each chain as a job: on a SLURM cluster, or on this machine, as many at a time as its GPUs allow. "
         "Needs `pip install 'hpcm-rwkv[cluster]'`.",
-        rich_help_panel="Jobs",
+        rich_help_panel=JOBS,
     ),
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option(min=0, help="GPUs per node of a job; each has one process [default: 1].", rich_help_panel="Jobs"),
+    typer.Option(min=0, help="GPUs per node of a job; each has one process [default: 1].", rich_help_panel=JOBS),
 ]
-Nodes = Annotated[int, typer.Option(min=1, help="Nodes per job, with SLURM.", rich_help_panel="Jobs")]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes per job, with SLURM.", rich_help_panel=JOBS)]
 TimeLimit = Annotated[
     str | None,
     typer.Option(
         help="Time limit of a job, hours:minutes. The job saves before it, and is then queued again.",
-        rich_help_panel="Jobs",
+        rich_help_panel=JOBS,
     ),
 ]
-Partition = Annotated[str | None, typer.Option(help="SLURM's partition.", rich_help_panel="Jobs")]
+Partition = Annotated[str | None, typer.Option(help="SLURM's partition.", rich_help_panel=JOBS)]
 Sbatch = Annotated[
     list[str] | None,
-    typer.Option(help="Another option of sbatch, as in `account=vision`; repeatable.", rich_help_panel="Jobs"),
+    typer.Option(help="Another option of sbatch, as in `account=vision`; repeatable.", rich_help_panel=JOBS),
 ]
 
 

@@ -30,7 +30,7 @@ def _images_and_device(chain: Chain, accelerator: Accelerator) -> str:
     """What the last stage trains and validates on, and where."""
     target = chain.tasks[-1]
     found = [
-        f"{len(photos.paths)} {use} images ({photos.source})"
+        f"{len(photos.paths)} {use} image{'s' if len(photos.paths) > 1 else ''} ({photos.source})"
         for use, photos in (("training", target.train_photos), ("validation", target.val_photos))
     ]
     return f"{', '.join(found)}; on {machine(str(accelerator.device))}"

@@ -37,8 +37,9 @@ class Table:
         for number, column in enumerate(self.columns):
             text = number < self.left
             cells = [column, *(row[number] for row in self.rows if number < len(row))]
-            # At least as wide as its longest word, up to 40 characters.
-            width = min(max(len(word) for cell in cells for word in cell.split(" ")), 40)
+            # At least as wide as its longest word. A column of text may be narrower, so that long names of files are
+            # folded, and no column disappears.
+            width = min(max(len(word) for cell in cells for word in cell.split(" ")), 12 if text else 40)
             table.add_column(
                 Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=width
             )

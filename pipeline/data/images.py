@@ -161,6 +161,12 @@ def _look(found: list[tuple[str, str]], index: ImageIndex) -> list[tuple[str, st
     return looked_at
 
 
+def check_folder(folder: Path, split: str) -> None:
+    """Raise DataError if a folder does not exist or has no file with an image's suffix."""
+    if not _names_below(folder, SUFFIXES, None):
+        raise DataError(_nothing_usable(readable(str(folder.resolve())), split, []))
+
+
 def files_below(
     folder: Path, suffixes: tuple[str, ...] = SUFFIXES, left_out: Callable[[Path, list[str]], bool] | None = None
 ) -> list[tuple[str, Path]]:

@@ -15,6 +15,7 @@ from pipeline.recipes.yaml_source import (
     NoSuchPlace,
     RecipeError,
     YamlNode,
+    dotted,
     merge,
     nearest,
     put,
@@ -48,6 +49,8 @@ class Recipe:
     name: str
     stages: Mapping[str, Stage]
     folder: Path
+    sources: Mapping[str, YamlNode]
+    """The YAML of each stage, with the file and line of every value."""
 
     def chain(self, stage_name: str) -> list[Stage]:
         """The stage after all its ancestors, root first. Raises RecipeError if there is no such stage."""
@@ -124,7 +127,7 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             problems += _explain(failure, tree)
         problems += _misplaced(name, trees)
     _report(problems)
-    recipe = Recipe(path.name, stages, path)
+    recipe = Recipe(path.name, stages, path, trees)
     _report(_torn_chains(recipe, trees))
     return recipe
 
@@ -195,8 +198,7 @@ def _explain(failure: ValidationError, tree: YamlNode) -> list[str]:
 
 
 def _line(tree: YamlNode, path: tuple[str | int, ...], problem: str) -> str:
-    dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
-    return f"{tree.origin_of(path)}: {dotted}: {problem}"
+    return f"{tree.origin_of(path)}: {dotted(path)}: {problem}"
 
 
 def _wording(error: ErrorDetails, path: tuple[str | int, ...]) -> str:

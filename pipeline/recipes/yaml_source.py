@@ -25,6 +25,14 @@ class NoSuchPlace(RecipeError):
     """A path names an entry that a list or scalar does not have."""
 
 
+class Misfit(RecipeError):
+    """A value of a stage does not fit the codec or another value. `path` leads to it in the stage."""
+
+    def __init__(self, problem: str, *path: str | int):
+        super().__init__(f"{dotted(path)}: {problem}")
+        self.problem, self.path = problem, path
+
+
 @dataclass(frozen=True)
 class YamlNode:
     """A mapping, list or scalar with its origin: `stages/tiny/phase3.yaml:7`, or `--set seed=3`."""
@@ -49,6 +57,12 @@ class YamlNode:
                 break
             node = children[key]
         return node.origin
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """A path in messages: `schedule[1].lr.rwkv`; a key with other characters has quotes, as in `lr['h_a.*']`."""
+    text = "".join(f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w-]+", key) else f"[{key!r}]" for key in path)
+    return text.removeprefix(".")
 
 
 def nearest(word: object, valid: Sequence[str]) -> str:
@@ -140,10 +154,21 @@ def _parse(text: str, label: str, lines: bool) -> YamlNode:
         raise RecipeError(f"{where}: control character (code {problem.character}); delete it") from None
     except yaml.MarkedYAMLError as problem:
         where = origin(problem.problem_mark or problem.context_mark)
-        tab = "; indent with spaces, not tabs" if r"'\t'" in str(problem.problem) else ""
-        raise RecipeError(f"{where}: {problem.problem or problem.context}{tab}") from None
+        raise RecipeError(f"{where}: {problem.problem or problem.context}{_advice(problem)}") from None
     except (ValueError, OverflowError):
         raise RecipeError(f"{label}: a '\\U' escape is not a valid character") from None
+
+
+def _advice(problem: yaml.MarkedYAMLError) -> str:
+    """What to do about a syntax error of YAML."""
+    text, context = str(problem.problem), str(problem.context)
+    if r"'\t'" in text:
+        return "; indent with spaces, not tabs"
+    if "flow" in context and problem.context_mark:
+        return f"; check the brackets that begin in line {problem.context_mark.line + 1}"
+    if "mapping values are not allowed" in text or "block" in context:
+        return "; check the indentation: all keys of a mapping begin in the same column"
+    return ""
 
 
 class _Loader(yaml.SafeLoader):

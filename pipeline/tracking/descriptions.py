@@ -36,8 +36,8 @@ def results(quality: Quality, parent: Quality | None, parameters: int, kmacs: fl
     lines.append(f"Real bitstreams of the validation images: {values}.")
     if parent is not None:
         lines.append(
-            f"Relative to the parent: {quality.bpp / parent.bpp - 1:+.2%} bits, "
-            f"{quality.psnr_db - parent.psnr_db:+.2f} dB, {quality.rd_loss - parent.rd_loss:+.4f} R-D loss."
+            f"Relative to the parent: {quality.bpp / parent.bpp - 1:+z.2%} bits, "
+            f"{quality.psnr_db - parent.psnr_db:+z.2f} dB, {quality.rd_loss - parent.rd_loss:+z.4f} R-D loss."
         )
     return "\n\n".join(lines)
 

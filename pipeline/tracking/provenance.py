@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import cache
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 def source_tags(device: torch.device) -> dict[str, str]:
     """MLflow's own tags of a run's source, and the versions of the software."""
-    tags = {
-        "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500],
-        "mlflow.source.type": "LOCAL",
-    }
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    # MLflow's pages show only what follows the last slash of a source's name.
+    command = list(takewhile(lambda word: not word.startswith("-") and "/" not in word, words))
+    tags = {"mlflow.source.name": " ".join(command), "mlflow.source.type": "LOCAL"}
+    tags["hpcm.command"] = " ".join(words)[:500]
     tags["mlflow.user"] = _user()
     if commit := _commit():
         tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")

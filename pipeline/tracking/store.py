@@ -117,6 +117,8 @@ class Store:
         Raises StoreError if the experiment is in MLflow's trash or if the address is not an MLflow server's.
         """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # It prints two addresses for each run that ends, between the lines of a chain's progress.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # The outbox does its own retries, after it has checked what the store already has.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

@@ -8,11 +8,11 @@ from torch import nn
 
 from modules import HPCM
 from modules.components import kind_names
-from pipeline.common.errors import UserError
+from pipeline.recipes.yaml_source import Misfit, nearest
 
 
-class SelectionError(UserError):
-    """A pattern selects nothing, or no pattern selects a parameter. The message names it."""
+class SelectionError(Misfit):
+    """A pattern selects nothing, or no pattern selects a parameter."""
 
 
 def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]) -> frozenset[str]:
@@ -28,7 +28,7 @@ def trainable_names(model: HPCM, train: str | Sequence[str], new: frozenset[str]
     for selector in [train] if isinstance(train, str) else train:
         matched = _selected(selector, names, model, new)
         if not matched:
-            raise SelectionError(f"train: {selector!r} matches no parameter of the model")
+            raise SelectionError(f"{selector!r} matches no parameter{_hint(selector, model, '')}", "train")
         selected |= matched
     return frozenset(selected)
 
@@ -50,11 +50,12 @@ def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str
     for key in sorted(rates, key=lambda key: key == "default"):
         matched = set(rest) if key == "default" else _selected(key, list(rest), model, new)
         if not matched:
-            raise SelectionError(f"lr: {key!r} selects no trainable parameter (an earlier key may already select them)")
+            earlier = " (an earlier key may already select them)"
+            raise SelectionError(f"selects no trainable parameter{_hint(key, model, earlier)}", "lr", key)
         names = [name for name in rest if name in matched]
         groups.append({"params": [rest.pop(name) for name in names], "names": names, "lr": rates[key], "key": key})
     if rest:
-        raise SelectionError(f"lr: no rate for {next(iter(rest))} and {len(rest) - 1} more; add a `default`")
+        raise SelectionError(f"no rate for {next(iter(rest))} and {len(rest) - 1} more; add a `default`", "lr")
     return groups
 
 
@@ -73,6 +74,13 @@ def with_weight_decay(groups: list[dict[str, Any]], decay: float) -> list[dict[s
                 rate = decay if decays else 0.0
                 divided.append({**group, "params": [*parameters], "names": [*names], "weight_decay": rate})
     return divided
+
+
+def _hint(selector: str, model: HPCM, otherwise: str) -> str:
+    """The nearest valid selector; `otherwise` if this one is valid or none is near."""
+    parts = dict.fromkeys(f"{name.partition('.')[0]}.*" for name, _ in model.named_parameters())
+    valid = ["new", "default", *kind_names(), *parts]
+    return (nearest(selector, valid) if selector not in valid else "") or otherwise
 
 
 def _selected(selector: str, names: list[str], model: HPCM, new: frozenset[str]) -> set[str]:

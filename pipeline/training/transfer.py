@@ -11,14 +11,14 @@ from torch import Tensor
 
 from modules import HPCM
 from modules.components import Component
-from pipeline.common.errors import UserError
 from pipeline.recipes.schema import Transfer
+from pipeline.recipes.yaml_source import Misfit, nearest
 from pipeline.weights.checkpoints import codec_tensors, tensor_digest
 
 Class = Literal["copied", "renamed", "narrowed", "fitted", "initialized", "dropped"]
 
 
-class TransferError(UserError):
+class TransferError(Misfit):
     """A tensor's shapes disagree, or a rename rule does not apply. The message names it."""
 
 
@@ -134,7 +134,8 @@ def tensors_to_copy(parent: HPCM, child: HPCM, rules: Transfer) -> dict[str, str
         elif name in renamed or not name.startswith((*different, *narrowable)):
             raise TransferError(
                 f"{name} has shape {list(ours[name].shape)} in the child but {list(theirs[source].shape)} "
-                f"as {source} in the parent: they must agree; change the stage's `model` or `transfer.rename`"
+                f"as {source} in the parent: they must agree; change the stage's `model` or `transfer.rename`",
+                "model",
             )
     return sources
 
@@ -176,14 +177,16 @@ def _renamed(rules: Mapping[str, str], theirs: Mapping[str, Tensor], ours: Mappi
     for old, new in rules.items():
         moves = list(_moved(old, new, theirs, rest=r"\.[^.]+"))
         if not moves:
-            raise TransferError(f"transfer.rename: {old!r} matches no tensor of the parent")
+            known = dict.fromkeys(".".join(name.split(".")[:depth]) for name in theirs for depth in (1, 2, 3, 4))
+            raise TransferError(
+                f"matches no tensor of the parent{nearest(old, list(known))}", "transfer", "rename", old
+            )
         for source, target in moves:
             if target not in ours:
-                raise TransferError(
-                    f"transfer.rename: {old!r} → {new!r} renames {source} to {target}, which the child does not have"
-                )
+                problem = f"renames {source} to {target}, which the child does not have{nearest(target, list(ours))}"
+                raise TransferError(problem, "transfer", "rename", old)
             if target in sources:
-                raise TransferError(f"transfer.rename: both {sources[target]} and {source} become {target}")
+                raise TransferError(f"both {sources[target]} and {source} become {target}", "transfer", "rename", old)
             sources[target] = source
     return sources
 

@@ -12,5 +12,8 @@ class Watcher:
     def step(self, values: dict[str, float] | None) -> None:
         """A step has ended. `values` are the means since the last report; None between reports."""
 
+    def image(self, done: int, total: int) -> None:
+        """A validation image begins, after `done` of `total` images."""
+
     def note(self, line: str) -> None:
         """Show a line of text."""

@@ -7,6 +7,7 @@ program takes one image, whose sides are multiples of the codec's padding and at
 import shutil
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -101,7 +102,13 @@ def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[P
 
 
 def export_onnx(source: Path, folder: Path) -> dict[str, str]:
-    """Write a checkpoint's networks as ONNX. Returns for each the reason why `torch.onnx` refused it, or ""."""
+    """Write a checkpoint's networks as ONNX. Returns for each the reason why `torch.onnx` refused it, or "".
+
+    Raises CheckpointError, also if a package is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise CheckpointError(f"ONNX needs {' and '.join(missing)}: run pip install 'hpcm-rwkv[onnx]'")
     model = _prepared(source, folder)
     outcomes = {}
     for name, network in networks(model).items():
@@ -117,9 +124,9 @@ def export_onnx(source: Path, folder: Path) -> dict[str, str]:
 
 
 def _prepared(source: Path, folder: Path) -> HPCM:
-    model = load_codec(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists; give a new or an empty folder")
+    model = load_codec(source)
     folder.mkdir(parents=True, exist_ok=True)
     return model
 

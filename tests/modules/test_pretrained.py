@@ -68,6 +68,10 @@ def test_a_name_is_downloaded(saved: tuple[HPCM, Path], monkeypatch: pytest.Monk
 def test_what_cannot_be_loaded_is_named(saved: tuple[HPCM, Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither config\.json and model\.safetensors nor"):
         HPCM.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder, and not a name on the Hugging Face Hub"):
+        HPCM.from_pretrained("nowhere/")
+    with pytest.raises(NotADirectoryError, match="give the folder that contains it"):
+        HPCM.from_pretrained(saved[1] / "model.safetensors")
     config = json.loads((saved[1] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "M": 24}))
     (tmp_path / "model.safetensors").write_bytes((saved[1] / "model.safetensors").read_bytes())

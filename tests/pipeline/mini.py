@@ -58,7 +58,7 @@ class Notes(Watcher):
 def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: Path | None = None) -> Chain:
     """The mini recipe's chain to a stage."""
     recipe = load_recipe(FOLDER, settings)
-    return Chain(recipe.name, recipe.chain(stage), runs, baseline)
+    return Chain(recipe.name, recipe.chain(stage), runs, baseline, sources=recipe.sources)
 
 
 def run_chain(chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True) -> None:

@@ -74,7 +74,10 @@ def file_for_runs(tmp_path: Path) -> list[object]:
     ("arguments", "expected"),
     [
         (bad_key, ["phase1.yaml:7", "schedule[1].hand_over", "did you mean 'handover'"]),
-        (bad_pattern, ["lr: 'g_x.*' selects no trainable parameter"]),
+        (
+            bad_pattern,
+            ["baseline.yaml:5: schedule[0].lr['g_x.*']: selects no trainable parameter; did you mean 'g_s.*'?"],
+        ),
         (bad_stage, ["phase9", "phase4"]),
         (
             bad_checkpoint,

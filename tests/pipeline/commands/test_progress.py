@@ -1,12 +1,14 @@
 """The estimated time left of a run, and the lines that are printed without a terminal."""
 
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from mini import mini_chain
+from rich.console import Console
 
-from pipeline.commands import progress
+from pipeline.commands import display, progress
 from pipeline.commands.display import closing_table
 from pipeline.commands.progress import Forecast, ProgressWatcher, _values, duration, to_train
 from pipeline.evidence.rate_distortion import points_table
@@ -32,14 +34,21 @@ def test_what_is_left_follows_from_the_speed_of_each_sort_of_segment() -> None:
         forecast.step(2.0 * step)
     left = forecast.left()
     assert left is not None
-    # Nothing is known of the release: it is taken to be as fast.
-    assert (left.segment, left.stage, left.chain) == (0, 200, 200 + 20 + 200)
+    # Nothing is known of the release. It trains everything, so a step is taken to be 2.5 times as long.
+    assert (left.segment, left.stage, left.chain) == (0, 500, 500 + 20 + 500)
     forecast.begin(RELEASE, 40)
     for step in range(20):
-        forecast.step(100 + 5.0 * step)
+        forecast.step(100 + 6.0 * step)
     left = forecast.left()
     assert left is not None
-    assert (left.segment, left.stage, left.chain) == (200, 200, 200 + 20 + 500)
+    # The evaluation after the first align took from 18 to 100.
+    assert (left.segment, left.stage, left.chain) == (240, 240, 240 + 20 + 82 + 600)
+    forecast.begin(ALIGN, 0)
+    forecast.step(224)
+    left = forecast.left()
+    assert left is not None
+    # So did the end of the first stage, from 214 to 224, and the last stage ends too.
+    assert left.stage == left.chain == 9 * 2 + 82 + 600 + 10
 
 
 def test_equal_segments_of_two_stages_are_told_apart_and_stages_found_done_are_passed_over() -> None:
@@ -85,9 +94,35 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
         watcher.step({"loss": 1.5} if step % 10 == 0 else None)
     printed = capsys.readouterr()
     assert printed.out == ""
-    lines = [line.split() for line in printed.err.splitlines()]
+    first, *lines = [line.split() for line in printed.err.splitlines()]
+    assert " ".join(first) == "the training will take about 1 min, and evaluations some more"
     assert [line[1] for line in lines] == [f"{step}/100" for step in steps]
     assert "left: segment 0 s, stage 0 s, chain 1 min" in printed.err.splitlines()[-1]
+
+
+def test_a_long_evaluation_is_seen_without_a_terminal(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    watcher = ProgressWatcher(TODO)
+    for done in range(24):
+        watcher.image(done, 24)
+        clock[0] += 11
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"  validation: image {number} of 24" for number in (4, 7, 10, 13, 16, 19, 22)]
+
+
+def test_a_line_leaves_no_bar_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    for name in ("console", "errors"):
+        terminal = Console(file=screen, force_terminal=True, width=100)
+        for module in (display, progress):
+            monkeypatch.setattr(module, name, terminal)
+    with ProgressWatcher(TODO) as watcher:
+        watcher.segment(RELEASE, 0)
+        watcher.image(0, 5)
+        watcher.note("transfer: 3 copied")
+    printed = screen.getvalue()
+    assert "validation" in printed
+    (line,) = [line for line in printed.split("\n") if "transfer: 3 copied" in line]
+    assert "━" not in line.rpartition("\x1b[2K")[2]
 
 
 def test_estimated_and_coded_rates_carry_their_names() -> None:

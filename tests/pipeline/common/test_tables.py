@@ -28,6 +28,17 @@ def test_a_terminal_folds_between_words() -> None:
     assert {"interrupted:", "recipe", "changed", "images", "baseline", "1,000"} <= words
 
 
+def test_a_narrow_terminal_shows_all_columns_and_folds_long_names() -> None:
+    found = Table("", ("file", "codec", "W×H", "bytes"), left=2)
+    found.add("forensics-img-20200827-231612.hpcm", "bundled control-0.0067.safetensors", "1024×768", "22586")
+    console = Console(width=54, record=True)
+    console.print(found.rich())
+    lines = console.export_text().splitlines()
+    assert all(len(line) <= 54 for line in lines)
+    printed = "".join(lines)
+    assert {"W×H", "bytes", "1024×768", "22586", "forensics-img-20", "200827-231612.hp"} <= {*printed.split()}
+
+
 def test_columns_without_names_have_no_head() -> None:
     found = Table("", ("", ""), left=2)
     found.add("stage", "phase1")

@@ -443,3 +443,18 @@ def test_merging_keeps_the_upper_layer(base: object, over: object) -> None:
 def test_learning_rates_survive_any_spelling(rate: float) -> None:
     for text in (repr(rate), f"{rate:e}", f"{rate:.17g}"):
         assert math.isclose(read_text(text, "here").plain(), rate, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("a: 1\n  b: 2\n", "check the indentation"),
+        ("a:\n  b: 1\n c: 2\n", "check the indentation"),
+        ("a:\n\tb: 1\n", "indent with spaces, not tabs"),
+        ("a: 0\nmodel: {phase: 2\nb: 1\n", "check the brackets that begin in line 2"),
+        ("a: [1, 2\nb: 1\n", "check the brackets that begin in line 1"),
+    ],
+)
+def test_errors_of_syntax_say_what_to_check(text: str, advice: str) -> None:
+    with pytest.raises(RecipeError, match=advice):
+        read_text(text, "stage.yaml")

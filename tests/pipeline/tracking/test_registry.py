@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.chain.chain import Chain
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.provenance import source_tags
 from pipeline.tracking.store import Store, find_run
 from pipeline.tracking.system_metrics import sampling
 from pipeline.weights.checkpoints import CheckpointError, load_codec
@@ -173,6 +174,13 @@ def test_a_chains_page_shows_its_stages(finished: tuple[Chain, Notes], monkeypat
     assert tags["hpcm.version.torch"] == torch.__version__
     assert tags["hpcm.device"] == "cpu"
     assert {"mlflow.source.name", "mlflow.user"} <= tags.keys()
+
+
+def test_the_source_of_a_run_is_readable_on_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/opt/bin/hpcm", "run", "phase4", "--data", "photos/train", "--lmbda", "0.05"])
+    tags = source_tags(torch.device("cpu"))
+    assert tags["mlflow.source.name"] == "hpcm run phase4"
+    assert tags["hpcm.command"] == "hpcm run phase4 --data photos/train --lmbda 0.05"
 
 
 def test_the_machine_is_measured(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

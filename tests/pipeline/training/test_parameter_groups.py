@@ -71,9 +71,13 @@ def test_weights_of_layers_decay_and_other_parameters_do_not(child: tuple[HPCM, 
     ("train", "rates", "message"),
     [
         (("g_x.*",), {"default": 1.0}, r"train: 'g_x.\*' matches no parameter"),
-        ("all", {"g_x.*": 1.0, "default": 1.0}, r"lr: 'g_x.\*' selects no trainable parameter"),
-        ("new", {"new": 1.0, "h_a.*": 1.0}, r"lr: 'h_a.\*' selects no trainable parameter"),
-        ("new", {"new": 1.0, "default": 1.0}, "lr: 'default' selects no trainable parameter"),
+        (
+            "all",
+            {"g_x.*": 1.0, "default": 1.0},
+            r"lr\['g_x.\*'\]: selects no trainable parameter; did you mean 'g_s.\*'\?",
+        ),
+        ("new", {"new": 1.0, "h_a.*": 1.0}, r"lr\['h_a.\*'\]: selects no trainable parameter \(an earlier key"),
+        ("new", {"new": 1.0, "default": 1.0}, "lr.default: selects no trainable parameter"),
         ("all", {"rwkv": 1.0}, "no rate for means_hyper and .* more; add a `default`"),
     ],
 )

@@ -94,7 +94,10 @@ def test_large_priors_hand_their_last_1x1_on() -> None:
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        ({"attn_s4.conv_out": "attn_s3.output_proj"}, r"'attn_s4.conv_out' matches no tensor of the parent"),
+        (
+            {"attn_s4.conv_out": "attn_s3.output_proj"},
+            r"\['attn_s4.conv_out'\]: matches no tensor of the parent; did you mean 'attn_s.\.conv_out'",
+        ),
         ({"attn_s3.conv_out": "attn_s3.out"}, r"to attn_s3.out.\w+, which the child does not have"),
         ({"attn_s3.conv_out": "h_s.branch.0"}, r"h_s.branch.0.\w+ has shape \[.*\] in the child but"),
         (

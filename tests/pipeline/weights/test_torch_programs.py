@@ -108,6 +108,13 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
         torch_programs.export_programs(tmp_path / "codec.safetensors", tmp_path)
 
 
+def test_missing_packages_are_named_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_programs, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(CheckpointError, match="ONNX needs onnxscript: run pip install 'hpcm-rwkv"):
+        torch_programs.export_onnx(tmp_path / "codec.safetensors", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_onnx_computes_the_same(tmp_path: Path) -> None:
