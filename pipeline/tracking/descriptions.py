@@ -45,7 +45,7 @@ def results(quality: Quality, parent: Quality | None, parameters: int, kmacs: fl
 def chain_description(recipe: str, lmbda: float, stages: Mapping[str, PublicationRecord]) -> str:
     """A chain's stages with their results."""
     head = f"Chain of the recipe `{recipe}` at λ = {lmbda:g}. Published stages, measured with real bitstreams:"
-    rows = ["| stage | bits per pixel | PSNR dB | R-D loss |", "|---|---|---|---|"]
+    rows = ["| stage | coded bpp | PSNR dB | R-D loss |", "|---|---|---|---|"]
     for name, record in stages.items():
         quality = record.quality
         rows.append(f"| {name} | {quality.bpp:.4f} | {quality.psnr_db:.2f} | {quality.rd_loss:.4f} |")
