@@ -231,7 +231,7 @@ class Chain:
         wish, target = context.rebuild, self.tasks[-1]
         published = [target] if wish.force and target.record.is_file() else []
         begun = [task for task in self.tasks if wish.fresh and task.is_begun]
-        found = consequences(self, published, begun, context.processes.accelerator.device.type)
+        found = consequences(self, self.plan(), published, begun, context.processes.accelerator.device.type)
         if found:
             wish.confirm(found)
         for task in begun:

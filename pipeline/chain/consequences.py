@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     from pipeline.chain.stage_task import StageTask
 
 
-def consequences(chain: Chain, published: Sequence[StageTask], begun: Sequence[StageTask], device: str) -> list[str]:
+def consequences(
+    chain: Chain,
+    plan: Sequence[PlannedStage],
+    published: Sequence[StageTask],
+    begun: Sequence[StageTask],
+    device: str,
+) -> list[str]:
     """One sentence for each need that is not met, each finished stage to rebuild and each training to restart.
 
     `published` are the finished stages to rebuild on request. `begun` are the interrupted trainings to restart.
     `device` is the type of the device that trains.
     """
-    plan = chain.plan()
     superseded, abandoned = chain.folder / "superseded", chain.folder / "abandoned"
     todo = [planned for planned in plan if planned.status != "done" or planned.task in published]
     resumed = bool(todo) and todo[0].status in ("cut off", "refused")  # The question was asked when it began.

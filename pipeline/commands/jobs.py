@@ -129,7 +129,8 @@ def _submit(jobs: Sequence[Job], engine: str, resources: Resources, confirm: Con
 def _consequences(job: Job) -> list[str]:
     """What a person must agree to. This is asked before submission, because nobody can answer questions in a job."""
     # The job may find a GPU that this machine does not have, so the device is not checked here.
-    return [line for request in job.work.requests for line in consequences(request.chain(), (), (), "cuda")]
+    chains = [request.chain() for request in job.work.requests]
+    return [line for chain in chains for line in consequences(chain, plan_of(chain), (), (), "cuda")]
 
 
 def is_done(job: Job) -> bool:

@@ -191,8 +191,9 @@ def _facts(records: Records, chains: Sequence[ChainRecord]) -> Iterator[tuple[st
     images = records.validation_images(first)
     yield "validation", f"{len(images)} whole images"
     yield "training", f"crops of {first.parameters['data.crop']}², batches of {first.parameters['data.batch_size']}"
-    hours = sum(stage.seconds or 0 for stage in stages) / 3600
-    yield "time", f"{hours:.1f} hours of training steps in {len(stages)} stages"
+    minutes = sum(stage.seconds or 0 for stage in stages) / 60
+    spent = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+    yield "time", f"{spent} of training steps in {len(stages)} stages"
 
 
 def _claims(

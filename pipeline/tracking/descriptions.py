@@ -30,7 +30,7 @@ def changes(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
 
 
 def results(quality: Quality, parent: Quality | None, parameters: int, kmacs: float, steps: int) -> str:
-    """What a stage achieved, as Markdown: its sizes, its quality and, if it has a parent, the difference."""
+    """What a stage achieved, in sentences: its sizes, its quality and, if it has a parent, the difference."""
     lines = [f"{steps:,} training steps. {parameters / 1e6:.2f} M parameters, {kmacs:.1f} kMAC per pixel."]
     values = f"{quality.bpp:.4f} bits per pixel, {quality.psnr_db:.2f} dB PSNR, R-D loss {quality.rd_loss:.4f}"
     lines.append(f"Real bitstreams of the validation images: {values}.")
@@ -39,13 +39,13 @@ def results(quality: Quality, parent: Quality | None, parameters: int, kmacs: fl
             f"Relative to the parent: {quality.bpp / parent.bpp - 1:+z.2%} bits, "
             f"{quality.psnr_db - parent.psnr_db:+z.2f} dB, {quality.rd_loss - parent.rd_loss:+z.4f} R-D loss."
         )
-    return "\n\n".join(lines)
+    return " ".join(lines)  # One paragraph: MLflow's page folds a description after a few lines.
 
 
 def chain_description(recipe: str, lmbda: float, stages: Mapping[str, PublicationRecord]) -> str:
     """A chain's stages with their results."""
     head = f"Chain of the recipe `{recipe}` at λ = {lmbda:g}. Published stages, measured with real bitstreams:"
-    rows = ["| stage | bits per pixel | PSNR dB | R-D loss |", "|---|---|---|---|"]
+    rows = ["| stage | coded bpp | PSNR dB | R-D loss |", "|---|---|---|---|"]
     for name, record in stages.items():
         quality = record.quality
         rows.append(f"| {name} | {quality.bpp:.4f} | {quality.psnr_db:.2f} | {quality.rd_loss:.4f} |")

@@ -1,8 +1,9 @@
 """Logs a published stage to MLflow, in addition to its metrics and files: pictures, tables and a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.common.tables import shortest
 from pipeline.evaluation.coding import Evaluation
@@ -38,7 +39,7 @@ def log_published(run: Run, stage: PublishedStage) -> None:
     """
     for picture in sorted((stage.folder / "reconstructions").glob("*.png")):
         run.image(picture, f"reconstructions/{_safe(picture.stem)}", stage.step)
-    columns = ["image", "bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s"]
+    columns = ["image", "coded bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s"]
     rows = [
         [
             image.name, image.quality.bpp, image.estimated_bpp, image.quality.psnr_db, image.quality.ms_ssim,
@@ -46,7 +47,7 @@ def log_published(run: Run, stage: PublishedStage) -> None:
         ]
         for image in stage.evaluation.images
     ]  # fmt: skip
-    run.table("images.json", columns, rows)
+    run.table("images.json", columns, _rounded(rows))
     _register(run, stage)
 
 
@@ -70,7 +71,17 @@ def _register(run: Run, stage: PublishedStage) -> None:
 
 def log_chain(run: Run, chain: ChainTags, records: Mapping[str, PublicationRecord]) -> None:
     """Log the results of all stages to the chain's run: metrics by stage, a table, and a description."""
-    columns = ["stage", "bpp", "PSNR dB", "MS-SSIM", "R-D loss", "parameters", "kMAC/pixel", "steps", "training s"]
+    columns = [
+        "stage",
+        "coded bpp",
+        "PSNR dB",
+        "MS-SSIM",
+        "R-D loss",
+        "parameters",
+        "kMAC/pixel",
+        "steps",
+        "training s",
+    ]
     rows = []
     for name, record in records.items():
         quality = record.quality
@@ -82,8 +93,13 @@ def log_chain(run: Run, chain: ChainTags, records: Mapping[str, PublicationRecor
             ]
         )  # fmt: skip
     if rows:
-        run.table("stages.json", columns, rows)
+        run.table("stages.json", columns, _rounded(rows))
         run.tags({descriptions.NOTE: descriptions.chain_description(chain.recipe, chain.lmbda, records)})
+
+
+def _rounded(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The rows with four decimals, which MLflow's page shows as they are; the metrics have all digits."""
+    return [[round(value, 4) if isinstance(value, float) else value for value in row] for row in rows]
 
 
 def _safe(name: str) -> str:

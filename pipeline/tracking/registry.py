@@ -18,6 +18,10 @@ from pipeline.tracking.store import EntryError, Store, StoreError, experiment_id
 
 DIGEST, VALIDATION, LOSS = "hpcm.checkpoint_digest", "hpcm.validation", "hpcm.rd_loss"
 BEST = "best"
+DESCRIPTION = (
+    "HPCM codecs of one preset and λ. Each version is a published stage, and its alias is the stage's name. "
+    "The alias `best` is the version with the lowest R-D loss on the validation images of the newest version."
+)
 
 
 class Registry:
@@ -85,11 +89,11 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            self.client.create_registered_model(facts.registered)
+            self.client.create_registered_model(facts.registered, description=DESCRIPTION)
         for version in self._versions(facts.registered):
             if version.run_id == run_id and version.tags.get(DIGEST) == facts.digest:
                 return version
-        description = f"{facts.stage}: R-D loss {facts.loss:.4f} on {facts.dataset}"
+        description = f"{facts.loss:.4f} R-D loss on {facts.dataset} ({facts.stage})"
         # Not `models:/…`, because MLflow looks up such an address in the default store of its process.
         return self.client.create_model_version(
             facts.registered, model.artifact_location, run_id, self._tags(facts), description=description,

@@ -35,7 +35,7 @@ ENOUGH_SECONDS = 10.0
 """The measurement ends after this time or after MOST_STEPS, but not before LEAST_STEPS."""
 BATCHES = 16
 """Batches that the loader alone reads. Only the second half is timed, because the first batches were prefetched."""
-IMAGES = 4
+IMAGES = 2
 """Validation images that are measured, at most."""
 
 

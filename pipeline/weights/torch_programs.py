@@ -95,8 +95,11 @@ def program(network: Network, keep_op: bool = False) -> ExportedProgram:
 def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[Path]:
     """Write a checkpoint's programs and their runtime into a new or empty folder. Raises CheckpointError."""
     model = _prepared(source, folder)
-    for name, network in networks(model).items():
-        save(program(network, keep_op), folder / f"{name}.pt2")
+    with warnings.catch_warnings():
+        # PyTorch warns that it shares the memory of tensors, which no user can change.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")
+        for name, network in networks(model).items():
+            save(program(network, keep_op), folder / f"{name}.pt2")
     _write_companions(model, folder)
     return sorted(folder.iterdir())
 

@@ -174,6 +174,16 @@ def test_a_job_that_lacks_what_its_recipe_needs_is_asked_about_before_it_is_subm
     assert not list(runs.glob("**/jobs.json"))
 
 
+def test_the_chains_that_start_from_another_wait_for_its_root(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued: list[ChainJob] = []
+    monkeypatch.setattr(LocalQueue, "run", lambda self, jobs: queued.extend(jobs) or [])
+    options = ["--recipe", str(FOLDER), "--runs", str(runs), "--lmbda", "0.013", "--lmbda", "0.05", "--from", "0.013"]
+    done = CliRunner().invoke(app, ["rd-curve", "phase1", *options, "--submit", "local"])
+    assert done.exit_code == 0, done.output
+    assert [job.title for job in queued] == ["0.013 baseline", "0.013", "0.05"]
+    assert [job.after for job in queued] == [(), (queued[0],), (queued[0],)]
+
+
 def test_what_slurm_says_of_a_job() -> None:
     job = JobRecord("slurm", "7_1")
     assert job.state({"7_1": "PENDING|Dependency"}) == ("queued", "Dependency")

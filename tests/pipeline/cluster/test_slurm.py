@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 180
+SECONDS = 240
 """Time of a chain's steps on this machine. A job with a limit of two minutes is told to save after 70 to 100 s."""
 POINTS = ["--lmbda", "0.013", "--lmbda", "0.05", "--seed", "0", "--seed", "1"]
 SLURM = ["--submit", "slurm", "--gpus", "0"]

@@ -95,7 +95,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     printed = capsys.readouterr()
     assert printed.out == ""
     first, *lines = [line.split() for line in printed.err.splitlines()]
-    assert " ".join(first) == "the training will take about 1 min, and evaluations some more"
+    assert " ".join(first) == "the training will take about 3 min, and evaluations some more"
     assert [line[1] for line in lines] == [f"{step}/100" for step in steps]
     assert "left: segment 0 s, stage 0 s, chain 1 min" in printed.err.splitlines()[-1]
 
@@ -112,7 +112,7 @@ def test_a_long_evaluation_is_seen_without_a_terminal(clock: list[float], capsys
 def test_a_line_leaves_no_bar_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = StringIO()
     for name in ("console", "errors"):
-        terminal = Console(file=screen, force_terminal=True, width=100)
+        terminal = Console(file=screen, force_terminal=True, width=100, highlight=False)
         for module in (display, progress):
             monkeypatch.setattr(module, name, terminal)
     with ProgressWatcher(TODO) as watcher:

@@ -83,8 +83,8 @@ def test_no_two_numbers_have_one_name() -> None:
 
 def test_a_dollar_in_a_label_is_a_dollar(tmp_path: Path) -> None:
     figure, (axes,) = new_figure(1)
-    axes.plot([0, 1], label="costs $5 and $^{")
-    axes.set_title("$\\frac{")
+    axes.plot([0, 1], label="costs $^{$")  # no formula: as one, it would be an error
+    axes.set_title("$\\frac{$")
     axes.legend()
     save(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

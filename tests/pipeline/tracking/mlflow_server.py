@@ -19,7 +19,7 @@ from pathlib import Path
 
 USER, PASSWORD = "admin", "a long password"
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-READY_SECONDS = 180
+READY_SECONDS = 300
 
 
 def missing() -> str:

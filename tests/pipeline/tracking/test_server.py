@@ -17,7 +17,7 @@ from pipeline.tracking.store import Run, Store
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}; `make test-server` installs the packages"),
 ]
 PART = 30
@@ -35,7 +35,7 @@ def log_part(runs: Sequence[Run], part: int) -> None:
 
 def wait_for_text(file: Path, text: str) -> None:
     """Wait until another process has written this."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not file.exists() or text not in file.read_text():
         assert time.monotonic() < end, f"{file} does not contain {text!r}"
         time.sleep(0.1)
