@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands import codec, evaluate, evidence, export
+from pipeline.commands import codec, evaluate, evidence, export, runs_folder
 from pipeline.commands.exits import plain_errors
 from pipeline.commands.options import (
     MIGRATE,
@@ -40,7 +40,7 @@ from pipeline.commands.options import (
     overrides_of,
     resources_of,
 )
-from pipeline.common.errors import Interrupted, UserError
+from pipeline.common.errors import Interrupted
 
 if TYPE_CHECKING:
     from pipeline.chain.request import ChainRequest
@@ -73,9 +73,6 @@ Scratch = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
-
-SYNC_PATIENCE = 120.0
-"""Seconds for which `hpcm sync` tries to send a chain's entries to MLflow."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -175,54 +172,6 @@ def run(
 
 
 @app.command(rich_help_panel=MIGRATE)
-def sync(runs: Runs = Path("runs")) -> None:
-    """Send the log entries that MLflow has not received yet; exits 1 if some are left or set aside."""
-    from pipeline.commands.display import console, print_above_bar
-    from pipeline.common.folder_lock import held
-    from pipeline.tracking.outbox import Outbox
-    from pipeline.tracking.store import Store
-
-    if not runs.is_dir():
-        raise typer.BadParameter(f"no such folder: {runs}", param_hint="--runs")
-    folders = sorted(path.parent for path in runs.glob("*/*/outbox/journal.jsonl"))
-    sent = []
-    for folder in folders:
-        try:
-            with held(folder.parent):
-                outbox = Outbox(folder, Store.default(runs), print_above_bar)
-                print_above_bar(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
-                sent.append(outbox.close(SYNC_PATIENCE) and not outbox.entries_set_aside)
-        except (UserError, OSError) as error:
-            console.print(str(error), soft_wrap=True)
-            sent.append(False)
-    if not folders:
-        console.print(f"no log entries to send in {runs}")
-    if not all(sent):
-        raise typer.Exit(1)
-
-
-@app.command(rich_help_panel=MIGRATE)
-def clean(
-    runs: Runs = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="Delete all of them without asking.")] = False,
-) -> None:
-    """List the interrupted trainings, and ask for each whether to delete it.
-
-    A training that is kept resumes when its recipe and images are used again.
-    """
-    from pipeline.chain.leftovers import leftovers
-    from pipeline.commands.display import console
-
-    found = list(leftovers(runs))
-    if not found:
-        console.print(f"no interrupted trainings in {runs}")
-    for leftover in found:
-        console.print(leftover.title, soft_wrap=True)
-        if yes or typer.confirm("Delete it?"):
-            leftover.delete()
-
-
-@app.command(rich_help_panel=MIGRATE)
 def plan(
     stage: StageName = "phase4",
     recipe: RecipeName = "tiny",
@@ -253,28 +202,6 @@ def plan(
         from pipeline.commands.measured_plan import show_measured
 
         show_measured({stage: found}, processes)
-
-
-@app.command(rich_help_panel=RESULTS)
-def ui(
-    runs: Runs = Path("runs"),
-    port: Annotated[
-        int | None, typer.Option(help="Port of the server [default: the first free one from 5000].")
-    ] = None,
-) -> None:
-    """Serve MLflow's pages on these runs, and print the address of the list of runs."""
-    from pipeline.commands.mlflow_pages import address, free_port, serve
-    from pipeline.tracking.store import Store
-
-    store = Store.default(runs)
-    if store.database is not None and not store.database.exists():
-        raise UserError(f"{runs}: this folder has no runs yet; name another one with --runs")
-    if store.uri.startswith("http"):
-        print(address(store, store.uri))
-        return
-    port = port or free_port()
-    print(f"runs: {address(store, f'http://127.0.0.1:{port}')}", flush=True)
-    serve(store, port)
 
 
 @bench.command("biwkv4")
@@ -313,6 +240,7 @@ def import_(
     console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
 
 
+runs_folder.register(app)
 codec.register(app, bench)
 evaluate.register(app)
 evidence.register(app)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.commands import main as cli
+from pipeline.commands import runs_folder
+from pipeline.commands.main import app
 from pipeline.common.files import FileError
 from pipeline.tracking import outbox as outbox_module
 from pipeline.tracking.outbox import Outbox
@@ -255,11 +256,11 @@ def test_what_the_store_does_not_show_is_sent_again(
 
 def test_sync_prints_no_password(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    monkeypatch.setattr(cli, "SYNC_PATIENCE", 1.0)
+    monkeypatch.setattr(runs_folder, "SYNC_PATIENCE", 1.0)
     folder = runs / "mini" / "lmbda-0.013" / "outbox"
     folder.mkdir(parents=True)
     (folder / "journal.jsonl").write_text(json.dumps(OPEN) + "\n")
-    done = CliRunner().invoke(cli.app, ["sync", "--runs", str(runs)])
+    done = CliRunner().invoke(app, ["sync", "--runs", str(runs)])
     assert done.exit_code == 1
     assert "1 log entries to send to http://***@127.0.0.1:9" in done.output
     assert "s3cret" not in done.output
@@ -270,6 +271,6 @@ def test_sync_exits_1_if_it_set_an_entry_aside(runs: Path) -> None:
     folder.mkdir(parents=True)
     for entries, exit_code in (([OPEN, artifact("4/gone")], 1), ([OPEN], 0)):
         (folder / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        done = CliRunner().invoke(cli.app, ["sync", "--runs", str(runs)])
+        done = CliRunner().invoke(app, ["sync", "--runs", str(runs)])
         assert done.exit_code == exit_code, done.output
         assert not (folder / "journal.jsonl").exists()
