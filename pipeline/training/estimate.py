@@ -22,6 +22,8 @@ class StepCost:
     process_bytes: int
     device_bytes: int | None
     """Memory that PyTorch reserved on the GPU; None on a CPU."""
+    warm_up_seconds: float = 0.0
+    """What the first steps take longer than the others, because caches, memory pools and kernels are set up in them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class SegmentEstimate:
         if self.cost is None:
             return None
         handed = self.cost.handover_seconds or 0.0
-        return handed * self.handover + self.cost.step_seconds * (self.steps - self.handover)
+        rest = self.steps - self.handover
+        return self.cost.warm_up_seconds + handed * self.handover + self.cost.step_seconds * rest
 
     def seconds_left(self, done: int = 0) -> float | None:
         """Seconds of the steps after the first `done`, with the loader; None if the segment does not fit."""
@@ -67,7 +70,8 @@ class SegmentEstimate:
             return None
         handed = max(self.handover - done, 0)
         rest = self.steps - done - handed
-        return handed * self._with_loader(self.cost.handover_seconds or 0.0) + rest * self.pace
+        handover = handed * self._with_loader(self.cost.handover_seconds or 0.0)
+        return self.cost.warm_up_seconds + handover + rest * self.pace
 
     @property
     def pace(self) -> float:

@@ -58,9 +58,10 @@ def try_segment(trial: Trial) -> tuple[str, StepCost]:
     accelerator = start_accelerator(trial.stage.precision)
     segment, crops = trial.stage.schedule[0], TrainingCrops(trial.photos, trial.stage.data.crop, trial.stage.seed)
     with ProcessGroup(accelerator) as processes:
-        handover = _step_seconds(trial, crops, processes, 0) if segment.handover else None
-        step = _step_seconds(trial, crops, processes, segment.handover)
-    cost = StepCost(step, handover, _batch_seconds(trial, crops), *_memory(accelerator.device))
+        begin, warm_up = _step_seconds(trial, crops, processes, 0)
+        step = _step_seconds(trial, crops, processes, segment.handover)[0] if segment.handover else begin
+    handover = begin if segment.handover else None
+    cost = StepCost(step, handover, _batch_seconds(trial, crops), *_memory(accelerator.device), warm_up)
     return machine(str(accelerator.device)), cost
 
 
@@ -115,8 +116,8 @@ class _Timing(Watcher):
             raise _Enough
 
 
-def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, first: int) -> float:
-    """Median time of a step, from step `first` of the segment."""
+def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, first: int) -> tuple[float, float]:
+    """Median time of a step, from step `first` of the segment, and what the first steps take longer than that."""
     child = HPCM(trial.config)
     parent = HPCM(trial.parent) if trial.parent else None
     new, components = frozenset(child.state_dict()), tuple[str, ...]()
@@ -130,7 +131,8 @@ def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, f
     with suppress(_Enough):
         trainer.train(StateFolder(Path(), {}), state)
     timed = [seconds for seconds in watcher.seconds[WARM_STEPS:] if seconds == seconds]
-    return median(timed or [float("nan")])
+    step = median(timed or [float("nan")])
+    return step, sum(max(0.0, seconds - step) for seconds in watcher.seconds[:WARM_STEPS])
 
 
 def _endless(stage: Stage) -> Stage:

@@ -26,6 +26,8 @@ def test_times_of_a_segment() -> None:
     assert segment(1.0, 2.0, 0.5).seconds == 60 * 1.0 + 40 * 2.0
     assert segment(1.0, 2.0, 0.5).seconds_left() == 60 * 1.5 + 40 * 2.5
     assert segment(1.0, 2.0, 0.5).seconds_left(50) == 50 * 1.5
+    warm = SegmentEstimate("phase1", "frozen", 100, 0, 8, 0, StepCost(1.0, None, 0.5, 10**9, None, 7.0))
+    assert (warm.seconds, warm.seconds_left(90)) == (107.0, 22.0)
     assert segment(1.0, None, 0.5, workers=2).pace == 1.0
     assert segment(1.0, None, 3.0, workers=2).pace == 3.0
     assert [segment(1.0, None, load).limit for load in (0.5, 3.0)] == ["device", "loader"]
