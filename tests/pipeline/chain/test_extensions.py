@@ -137,7 +137,7 @@ def test_a_chain_migrates_to_a_component_of_your_own(recipe: Path, runs: Path, t
     run_chain(cut)
     ours, theirs = (read(chain.tasks[-1].checkpoint).metadata for chain in (whole, cut))
     assert ours["digest"] == theirs["digest"]
-    assert any("fitted 1 modules" in line for line in notes.lines)
+    assert any("fitted 1 module:" in line for line in notes.lines)
     codec = load_codec(whole.tasks[-1].checkpoint)
     assert isinstance(codec.attn_s1, PoolingCell)
     quality, (_, run) = ours["quality"], runs_of(whole)

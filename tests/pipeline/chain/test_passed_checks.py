@@ -35,6 +35,6 @@ def test_a_chain_is_checked_again_when_what_is_checked_changes(
 
 def test_what_fails_is_not_remembered(checked: list[str], runs: Path) -> None:
     for _ in range(2):
-        with pytest.raises(StageError, match=r"g_x\.\* selects no|'g_x\.\*' selects no"):
+        with pytest.raises(StageError, match=r"lr\['g_x\.\*'\]: selects no"):
             mini_chain(runs, "baseline", ['baseline.schedule.0.lr={"g_x.*": 1.0e-3, default: 1.0e-3}']).plan()
     assert checked == ["baseline", "baseline"]

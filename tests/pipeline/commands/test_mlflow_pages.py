@@ -16,7 +16,7 @@ def test_the_page_is_that_of_the_experiment_by_name(runs: Path, monkeypatch: pyt
     store = Store.default(runs)
     client = MlflowClient(tracking_uri=store.uri)
     client.rename_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id, "somebody's")
-    wanted = client.create_experiment(EXPERIMENT)
+    wanted = store.client().get_experiment_by_name(EXPERIMENT).experiment_id  # a new one
     served = []
     monkeypatch.setattr(mlflow_pages, "serve", lambda store, port: served.append((store.uri, port)))
     done = CliRunner().invoke(app, ["ui", "--runs", str(runs), "--port", "5123"])
