@@ -36,7 +36,7 @@ def free_port() -> int:
 
 def serve(store: Store, port: int) -> NoReturn:
     """Replace this process by MLflow's server, for one person on this machine."""
-    # MLflow's default, four processes and a scheduler of jobs, takes four times as long to start.
+    # MLflow's default has four processes and a scheduler of jobs, which one person does not need.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     where = ["--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "mlflow", "server", *where])

@@ -18,7 +18,7 @@ STEPS_TIMED = 50
 STEPS_BEFORE_FORECAST = 5
 """Number of steps after which the time of the whole training is printed."""
 COST_OF_FROZEN_STEP = 0.4
-"""Time of a step with frozen parameters, relative to one that trains all: 0.35 to 0.4 for `tiny` on a CPU."""
+"""Time of a step with frozen parameters, relative to one that trains all: 0.4 to 0.6 for `tiny` on a CPU."""
 LINE_EVERY = 30.0
 """Seconds between two lines if there is no terminal."""
 

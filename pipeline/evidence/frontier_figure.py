@@ -1,6 +1,6 @@
 """A figure of rate against multiplications, for all codecs at one λ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from pipeline.common.figure_style import new_figure
-from pipeline.evidence.control_gains import Gain, Spread
+from pipeline.evidence.control_gains import Gain
 from pipeline.tracking.records import ChainRecord
 
 MARKERS = "o^sDvPX<>ph*"
@@ -17,20 +17,18 @@ MARKERS = "o^sDvPX<>ph*"
 def draw(chain: ChainRecord, found: Sequence[Gain]) -> Figure:
     """Rate at equal PSNR in per cent, and multiplications, of each stage of a chain relative to its control."""
     kmacs = {name: stage.metrics["model/kmacs_per_pixel"] for name, stage in chain.published.items()}
-    rates = {gain.stage: gain.rate_percent for gain in found if gain.rate_percent is not None}
-    return draw_points({gain.stage: kmacs[gain.stage] / kmacs[gain.reference] for gain in found}, rates)
-
-
-def draw_points(multiplications: Mapping[str, float], rates: Mapping[str, Spread]) -> Figure:
-    """As `draw`, from values by stage."""
+    points = sorted(
+        (kmacs[gain.stage] / kmacs[gain.reference], gain.stage, gain.rate_percent)
+        for gain in found
+        if gain.rate_percent is not None
+    )
     figure, (axis,) = new_figure(1, height=3.6)
     axis.axhline(0, color="0.3", linewidth=1, zorder=0)
     axis.plot(1, 0, "kD", markersize=6, label="control")
-    names = sorted(rates, key=lambda name: multiplications[name])
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    for number, (name, shade) in enumerate(zip(names, shades, strict=True)):
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(points)))
+    for number, ((multiplications, name, rate), shade) in enumerate(zip(points, shades, strict=True)):
         axis.errorbar(
-            multiplications[name], rates[name].mean, yerr=rates[name].deviation or np.nan,
+            multiplications, rate.mean, yerr=rate.deviation or np.nan,
             fmt=MARKERS[number % len(MARKERS)], markersize=7, capsize=3, color=shade, label=name,
         )  # fmt: skip
     axis.set_xscale("log", base=2)

@@ -39,13 +39,13 @@ class GraphedGradients:
         if self._graph is None:
             self._graph = self._capture(given)
         for static, tensor in zip(self._inputs, given, strict=True):
-            static.copy_(tensor, non_blocking=True)
+            static.copy_(tensor)
         self._graph.replay()
         return self._values
 
     def _capture(self, given: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
-        device = self._parameters[0].device
-        self._inputs = tuple(torch.empty_like(tensor, device=device).copy_(tensor) for tensor in given)
+        device = given[0].device
+        self._inputs = tuple(tensor.clone() for tensor in given)
         images, *noise = self._inputs
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -86,9 +86,9 @@ def _seconds_per_pixel(images: Sequence[NamedImage], measure: Callable[[NamedIma
     """Mean seconds per pixel, over as many images as ENOUGH_SECONDS allows. The first image is also a warm-up."""
     measure(images[0])
     began, pixels = time.perf_counter(), 0
-    for _, image in images:
-        measure((_, image))
-        pixels += image.shape[2] * image.shape[3]
+    for named in images:
+        measure(named)
+        pixels += named[1].shape[2] * named[1].shape[3]
         if time.perf_counter() - began > ENOUGH_SECONDS:
             break
     return (time.perf_counter() - began) / pixels
