@@ -105,15 +105,15 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
     are skipped. Raises DataError if no usable image is left.
     """
     if folder is None:
-        found = [(name, str(distribution(wheel).locate_file(name))) for wheel, name in PACKAGED[split]]
+        found = sorted((name, str(distribution(wheel).locate_file(name))) for wheel, name in PACKAGED[split])
         name, source = f"packaged-{split}", "photographs in the wheels of scikit-image and scikit-learn"
     else:
-        found = _names_below(folder, SUFFIXES, partial(_is_runs_folder, folder, runs))
+        found = sorted(_names_below(folder, SUFFIXES, partial(_is_runs_folder, folder, runs)))
         name, source = readable(folder.resolve().name), readable(str(folder.resolve()))
 
     index = ImageIndex(runs / FILE if runs and folder else None, folder.resolve() if folder else Path())
     with index.alone():
-        looked_at = _look(sorted(found), index)
+        looked_at = _look(found, index)
     digest, pixels = hashlib.sha256(), 0
     usable: list[tuple[str, str]] = []
     skipped: list[tuple[Path, str]] = []
@@ -163,7 +163,7 @@ def _look(found: list[tuple[str, str]], index: ImageIndex) -> list[tuple[str, st
 
 def check_folder(folder: Path, split: str) -> None:
     """Raise DataError if a folder does not exist or has no file with an image's suffix."""
-    if not _names_below(folder, SUFFIXES, None):
+    if next(_names_below(folder, SUFFIXES, None), None) is None:
         raise DataError(_nothing_usable(readable(str(folder.resolve())), split, []))
 
 
@@ -179,20 +179,18 @@ def files_below(
 
 def _names_below(
     folder: Path, suffixes: tuple[str, ...], left_out: Callable[[Path, list[str]], bool] | None
-) -> list[tuple[str, str]]:
-    """As `files_below`, with paths as text."""
+) -> Iterator[tuple[str, str]]:
+    """As `files_below`, one by one, with paths as text."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise DataError(f"{folder}: {what}; give a folder of images ({' '.join(suffixes)})")
-    found = []
     for root, folders, files in os.walk(folder, onerror=lambda problem: logger.warning("left out: %s", problem)):
         if left_out is not None and left_out(Path(root), files):
             folders.clear()
             continue
         below = Path(root).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
-        found += [(prefix + file, f"{root}/{file}") for file in files if file.lower().endswith(suffixes)]
-    return found
+        yield from ((prefix + file, f"{root}/{file}") for file in files if file.lower().endswith(suffixes))
 
 
 def _is_runs_folder(images: Path, runs: Path | None, folder: Path, files: list[str]) -> bool:
