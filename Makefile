@@ -39,7 +39,7 @@ $(READY): pyproject.toml
 install: $(READY) ## create .venv with all dependencies
 
 build: $(READY) ## compile the Bi-WKV4 kernel before its first use
-	$(BIN)/python -W ignore -m modules.biwkv4_build
+	$(BIN)/python -W ignore -m modules.biwkv4.build
 
 baseline: $(READY) ## train the Baseline, or use the one in BASELINE=
 	$(BIN)/hpcm run baseline $(CHAIN)

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules import coding
-from modules.coders import Estimator
-from modules.components import Checkpointed, Kind
+from modules.bitstream import coding
+from modules.bitstream.coders import Estimator
+from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.compressai_parts import CompressionModel, quantize_ste, register_model
 from modules.config import PRESETS, HPCMConfig, preset_config
-from modules.entropy import GeneralizedGaussian
-from modules.entropy import scale_table as default_scale_table
-from modules.file_format import EPSILON, check_epsilon
-from modules.hierarchy import Step, from_rows, hierarchy, to_rows
+from modules.context.coding_order import Step, from_rows, hierarchy, to_rows
+from modules.context.components import Checkpointed, Kind
 from modules.image_checks import check_form, check_range
-from modules.initialization import center_scales, has_values, initialize_convolutions, spread_latent
+from modules.layers.entropy import GeneralizedGaussian
+from modules.layers.entropy import scale_table as default_scale_table
+from modules.layers.initialization import center_scales, has_values, initialize_convolutions, spread_latent
+from modules.layers.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 from modules.pretrained import Pretrained
-from modules.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
 """Codes the rows of a step from their scales and means, each (B, R, M/8), and returns ŷ of these rows."""

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from modules.attention import CrossAttentionKind, NoAttentionKind
-from modules.components import GROUPS, SLOTS, Kind, kind_from, nearest, settings_of_kinds
 from modules.config_history import from_flat
-from modules.fusion import ConvFusionKind
-from modules.priors import DWConvPriorKind
-from modules.rwkv_components import RWKVContextKind, RWKVFusionKind, RWKVPriorKind
+from modules.context.attention import CrossAttentionKind, NoAttentionKind
+from modules.context.components import GROUPS, SLOTS, Kind, kind_from, nearest, settings_of_kinds
+from modules.context.fusion import ConvFusionKind
+from modules.context.priors import DWConvPriorKind
+from modules.context.rwkv_kinds import RWKVContextKind, RWKVFusionKind, RWKVPriorKind
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from modules import HPCM, preset_config
-from modules.attention import CrossAttentionCell
-from modules.fusion import PointwiseFusion
-from modules.layers import DWConvRB
-from modules.priors import DWConvSpatialPrior
-from modules.rwkv_components import (
+from modules.context.attention import CrossAttentionCell
+from modules.context.fusion import PointwiseFusion
+from modules.context.priors import DWConvSpatialPrior
+from modules.context.rwkv_kinds import (
     RWKVContextCell,
     RWKVFusionNet,
     RWKVSpatialPrior,
@@ -18,6 +17,7 @@ from modules.rwkv_components import (
     RWKVSpatialPrior_S3,
     RWKVSpatialPriorBlock,
 )
+from modules.layers.residual import DWConvRB
 
 BASELINE = {
     "attn_s1": CrossAttentionCell,

@@ -172,7 +172,7 @@ class StageTask:
         """The implementation of the Bi-WKV4 operator on a device; empty for a codec without it."""
         if not any(kind.name == "rwkv" for kind in self.config.components.values()):
             return ""
-        from modules.biwkv4_build import cpu_kernels, cuda_kernels
+        from modules.biwkv4.build import cpu_kernels, cuda_kernels
 
         kernels = cuda_kernels() if device.type == "cuda" else cpu_kernels()
         return "compiled" if kernels else "PyTorch reference"

@@ -16,7 +16,7 @@ from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
-    from modules.bitstream import ImageCodec
+    from modules.bitstream.image_codec import ImageCodec
     from pipeline.evaluation.conversions import Conversion
 
 Checkpoint = Annotated[
@@ -73,7 +73,7 @@ def compress(
     The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
     per channel are reduced to 8; a message says so.
     """
-    from modules.file_format import EPSILON, check_epsilon
+    from modules.bitstream.file_format import EPSILON, check_epsilon
     from pipeline.commands.display import console
     from pipeline.evaluation.conversions import COMPRESSION, plan
 
@@ -153,7 +153,7 @@ def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[
     The function raises DataError, which names the path, if a codec in `runs` made the file instead, and BitstreamError
     if the codec is not known.
     """
-    from modules.rans import BitstreamError
+    from modules.bitstream.rans import BitstreamError
     from pipeline.commands.checkpoint_info import known_models
     from pipeline.data.images import DataError
     from pipeline.weights.shipped import ShippedCodecs
@@ -246,7 +246,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 
 def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> ImageCodec:
     """The codec of a checkpoint, or the bundled codec of a quality."""
-    from modules.bitstream import ImageCodec
+    from modules.bitstream.image_codec import ImageCodec
     from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.weights.checkpoints import load_codec
     from pipeline.weights.shipped import of_quality

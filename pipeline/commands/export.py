@@ -26,7 +26,7 @@ def export(
         False
     ),
     keep_op: Annotated[
-        bool, typer.Option("--keep-op", help="Keep the operator hpcm::biwkv4; `import modules.biwkv4` registers it.")
+        bool, typer.Option("--keep-op", help="Keep the operator hpcm::biwkv4; `import modules.biwkv4.op` registers it.")
     ] = False,
 ) -> None:
     """Write a checkpoint for distribution, for CompressAI's tools, or as programs that run without this package.

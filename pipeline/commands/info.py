@@ -44,7 +44,7 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 
 def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
     """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
-    from modules.file_format import CodedImage
+    from modules.bitstream.file_format import CodedImage
     from pipeline.commands.checkpoint_info import FILE, known_models
     from pipeline.evaluation.conversions import SUFFIX, find
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from modules import HPCM
-from modules.bitstream import BitstreamError, CodedImage, ImageCodec
-from modules.coding import trace
-from modules.file_format import Summary
-from modules.guards import scale_error
-from modules.recovery import in_float64
+from modules.bitstream.coding import trace
+from modules.bitstream.file_format import Summary
+from modules.bitstream.guards import scale_error
+from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec
+from modules.bitstream.recovery import in_float64
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.evaluation.codec_files import to_8_bits

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from modules.biwkv4 import biwkv4, biwkv4_reference
+from modules.biwkv4.op import biwkv4, biwkv4_reference
 from pipeline.common.timing import machine, timed
 
 SIZES = ((1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from modules import HPCM
-from modules.determinism import coding_arithmetic
+from modules.bitstream.determinism import coding_arithmetic
 from pipeline.common.tables import Table
 from pipeline.common.timing import timed
 from pipeline.data.images import find_images, read_image

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from modules.components import SLOTS
+from modules.context.components import SLOTS
 from pipeline.weights.published import PublicationRecord, Quality
 
 NOTE = "mlflow.note.content"

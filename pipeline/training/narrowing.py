@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from modules import HPCM
-from modules.components import Component
-from modules.layers import LinearLayer, Narrowable
+from modules.context.components import Component
+from modules.layers.residual import LinearLayer, Narrowable
 from pipeline.training.least_squares import (
     Moments,
     Solution,

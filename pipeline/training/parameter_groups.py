@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from modules import HPCM
-from modules.components import kind_names
+from modules.context.components import kind_names
 from pipeline.recipes.yaml_source import Misfit, nearest
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules import HPCM
-from modules.components import Component
+from modules.context.components import Component
 from pipeline.recipes.schema import Transfer
 from pipeline.recipes.yaml_source import Misfit, nearest
 from pipeline.weights.checkpoints import codec_tensors, tensor_digest

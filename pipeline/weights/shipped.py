@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from modules.bitstream import ImageCodec
-from modules.rans import BitstreamError
+from modules.bitstream.image_codec import ImageCodec
+from modules.bitstream.rans import BitstreamError
 from pipeline.common.errors import UserError
 from pipeline.common.packaged import WEIGHTS
 from pipeline.weights.checkpoints import load_codec, read_metadata

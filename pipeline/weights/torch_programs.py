@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export, save
 
-import modules.hierarchy
+import modules.context.coding_order
 from modules import HPCM
-from modules.biwkv4_decomposed import biwkv4_decomposed
-from modules.hierarchy import hierarchy
+from modules.biwkv4.decomposed import biwkv4_decomposed
+from modules.context.coding_order import hierarchy
 from pipeline.common.files import replacing, write_json
 from pipeline.weights.checkpoints import CheckpointError, load_codec
 
@@ -81,7 +81,7 @@ def networks(model: HPCM) -> dict[str, Network]:
 
 
 def program(network: Network, keep_op: bool = False) -> ExportedProgram:
-    """A network as a program. With `keep_op` it calls `hpcm::biwkv4`, which `modules.biwkv4` registers."""
+    """A network as a program. With `keep_op` it calls `hpcm::biwkv4`, which `modules.biwkv4.op` registers."""
     # At least 2, because the tracer treats a single row of attention windows as a case that needs another program.
     h, w = (Dim(side, min=2, max=LARGEST_SIDE // 128) for side in "hw")
     shapes = tuple({2: m * h, 3: m * w} if m else None for m in network.multiples)
@@ -137,7 +137,7 @@ def _prepared(source: Path, folder: Path) -> HPCM:
 def _write_companions(model: HPCM, folder: Path) -> None:
     """Write the other files that a runtime needs: order of coding, coding tables, sizes."""
     shutil.copyfile(Path(__file__).with_name("exported_runtime.py"), folder / "runtime.py")
-    shutil.copyfile(modules.hierarchy.__file__, folder / "hierarchy.py")
+    shutil.copyfile(modules.context.coding_order.__file__, folder / "hierarchy.py")
     names = ("means_hyper", "scales_hyper", *HPCM.coding_table_names())
     with replacing(folder / "tables.pt") as partial:
         torch.save({name: getattr(model, name).detach().clone() for name in names}, partial)

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from modules import HPCM, HPCMConfig, biwkv4, coding
-from modules.bitstream import BitstreamError, CodedImage, ImageCodec
-from modules.coders import RecordingDecoder
-from modules.entropy import scale_table
-from modules.guards import scale_error, table_index
+from modules.bitstream.coders import RecordingDecoder
+from modules.bitstream.guards import scale_error, table_index
+from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec
+from modules.layers.entropy import scale_table
 
 
 def channels_first(model: HPCM) -> None:

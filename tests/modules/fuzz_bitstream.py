@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from modules import HPCM, coding, preset_config, recovery
-from modules.bitstream import BitstreamError, CodedImage, ImageCodec
-from modules.file_format import Summary
-from modules.guards import Guards, step_sizes
-from modules.rans import CodingTables, SymbolReader
+from modules.bitstream.file_format import Summary
+from modules.bitstream.guards import Guards, step_sizes
+from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec
+from modules.bitstream.rans import CodingTables, SymbolReader
 
 HEADROOM = 2**30
 """Bytes of memory that the fuzzed process may take in addition to those that it has at the start."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modules import HPCM, HPCMConfig
-from modules.bitstream import BitstreamError, CodedImage, ImageCodec, model_identity
+from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec, model_identity
 
 CODED = CodedImage(b"identity", 3, 5, z=b"the z", y=b"the y string", icc_profile=b"profile")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules import biwkv4 as module
-from modules.biwkv4 import biwkv4, biwkv4_reference
+from modules.biwkv4 import op as module
+from modules.biwkv4.op import biwkv4, biwkv4_reference
 
 NAMES = ("y", "dw", "du", "dk", "dv")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules import biwkv4_build
-from modules.biwkv4 import biwkv4, biwkv4_reference
+from modules.biwkv4 import build as biwkv4_build
+from modules.biwkv4.op import biwkv4, biwkv4_reference
 
 ROOT = Path(__file__).parents[2]
-CALL = "import torch; from modules.biwkv4 import biwkv4; x = torch.ones(1, 3, 2); w = torch.zeros(2); "
+CALL = "import torch; from modules.biwkv4.op import biwkv4; x = torch.ones(1, 3, 2); w = torch.zeros(2); "
 
 
 def run(code: str, **environment: str) -> subprocess.Popen[str]:
@@ -143,7 +143,7 @@ def test_each_header_compiles_alone(header: Path) -> None:
 
 
 def test_building_ahead_is_what_the_op_will_load() -> None:
-    process = run("import runpy; runpy.run_module('modules.biwkv4_build', run_name='__main__')")
+    process = run("import runpy; runpy.run_module('modules.biwkv4.build', run_name='__main__')")
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert out.splitlines()[0] == str(biwkv4_build.build_cpu())

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules import biwkv4, biwkv4_build
+from modules.biwkv4 import build as biwkv4_build
+from modules.biwkv4 import op as biwkv4
 from tests.modules.test_biwkv4 import BEYOND, KEYS, actual, assert_close, assert_within, draw, expected, extreme
 
 SOURCES = biwkv4_build.SOURCES

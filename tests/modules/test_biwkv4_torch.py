@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from modules.biwkv4 import biwkv4
+from modules.biwkv4.op import biwkv4
 
 
 def draw(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from modules import HPCM, HPCM_Phase4, HPCMConfig, Noise, preset_config
-from modules.attention import CrossAttentionCell, NoAttentionKind
-from modules.rwkv_components import RWKVContextKind
+from modules.context.attention import CrossAttentionCell, NoAttentionKind
+from modules.context.rwkv_kinds import RWKVContextKind
 
 PHASES = range(5)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import gennorm
 
-from modules.entropy import TAIL_MASS, GeneralizedGaussian, scale_table
+from modules.layers.entropy import TAIL_MASS, GeneralizedGaussian, scale_table
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.entropy import TAIL_MASS, GeneralizedGaussian, _standard_cdf, scale_table
-from modules.file_format import EPSILON, LEAST_EPSILON, MOST_EPSILON, Summary, check_epsilon
-from modules.guards import (
+from modules.bitstream.file_format import EPSILON, LEAST_EPSILON, MOST_EPSILON, Summary, check_epsilon
+from modules.bitstream.guards import (
     STEPS,
     UNMOVED,
     Guards,
@@ -20,8 +19,9 @@ from modules.guards import (
     step_sizes,
     table_index,
 )
-from modules.hierarchy import hierarchy
-from modules.rans import BitstreamError
+from modules.bitstream.rans import BitstreamError
+from modules.context.coding_order import hierarchy
+from modules.layers.entropy import TAIL_MASS, GeneralizedGaussian, _standard_cdf, scale_table
 
 TABLE = scale_table()
 SYMBOLS = 4096

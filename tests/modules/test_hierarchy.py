@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.hierarchy import EIGHTHS, from_rows, hierarchy, to_rows
+from modules.context.coding_order import EIGHTHS, from_rows, hierarchy, to_rows
 
 CPU = torch.device("cpu")
 OFFSETS = [(0, 0), (1, 1), (0, 1), (1, 0), (0, 0), (1, 1), (0, 1), (1, 0)]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from modules import HPCM, coding, preset_config, version1
-from modules.bitstream import CodedImage, ImageCodec
-from modules.coders import Decoder
-from modules.guards import nearest_boundary, step_sizes, table_index
-from modules.hierarchy import to_rows
-from modules.rans import BitstreamError, SymbolWriter
-from modules.recovery import RecoveringDecoder, in_float64
+from modules.bitstream.coders import Decoder
+from modules.bitstream.guards import nearest_boundary, step_sizes, table_index
+from modules.bitstream.image_codec import CodedImage, ImageCodec
+from modules.bitstream.rans import BitstreamError, SymbolWriter
+from modules.bitstream.recovery import RecoveringDecoder, in_float64
+from modules.context.coding_order import to_rows
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_what_cannot_be_recovered_is_refused_with_its_step(codec: ImageCodec, im
 def test_other_arithmetics_of_this_process(
     name: str, codec: ImageCodec, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modules.biwkv4._kernels", sys.modules["modules.biwkv4"]._kernels)  # put back
+    monkeypatch.setattr("modules.biwkv4.op._kernels", sys.modules["modules.biwkv4.op"]._kernels)  # put back
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
     threads = torch.get_num_threads()
     other = HPCM(codec.model.config).eval()

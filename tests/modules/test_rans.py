@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.entropy import GeneralizedGaussian, scale_table
-from modules.guards import table_index
-from modules.rans import (
+from modules.bitstream.guards import table_index
+from modules.bitstream.rans import (
     LIMIT,
     BitstreamError,
     CodingTables,
@@ -17,6 +16,7 @@ from modules.rans import (
     longest,
     split_check,
 )
+from modules.layers.entropy import GeneralizedGaussian, scale_table
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from modules import HPCM, preset_config
-from modules.determinism import coding_arithmetic
-from modules.rans import BitstreamError, CodingTables
-from modules.transforms import ImageTransform
+from modules.bitstream.determinism import coding_arithmetic
+from modules.bitstream.rans import BitstreamError, CodingTables
+from modules.layers.transforms import ImageTransform
 
 PHASES = range(5)
 

@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.biwkv4 import biwkv4_reference
-from modules.components import Checkpointed
-from modules.layers import DWConvRB
-from modules.rwkv import (
+from modules.biwkv4.op import biwkv4_reference
+from modules.context.components import Checkpointed
+from modules.context.rwkv_kinds import (
+    RWKVComponent,
+    RWKVContextCell,
+    RWKVFusionNet,
+    RWKVSpatialPrior,
+    RWKVSpatialPrior_S1_S2,
+    RWKVSpatialPrior_S3,
+)
+from modules.layers.residual import DWConvRB
+from modules.layers.rwkv import (
     ChannelMix,
     OmniShift,
     RWKVBlock,
@@ -19,14 +27,6 @@ from modules.rwkv import (
     TokenLinear,
     _image,
     _tokens,
-)
-from modules.rwkv_components import (
-    RWKVComponent,
-    RWKVContextCell,
-    RWKVFusionNet,
-    RWKVSpatialPrior,
-    RWKVSpatialPrior_S1_S2,
-    RWKVSpatialPrior_S3,
 )
 
 CHANNELS = 16

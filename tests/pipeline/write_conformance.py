@@ -4,7 +4,7 @@ import torch
 from skimage.data import chelsea, coffee
 from torch import Tensor
 
-from modules.file_format import EPSILON
+from modules.bitstream.file_format import EPSILON
 from pipeline.evaluation.conformance import STREAMS, write_suite
 from pipeline.weights.shipped import WEIGHTS
 

@@ -11,10 +11,10 @@ from mini import FOLDER, Notes, Stop, run_chain, runs_of
 from torch import Tensor, nn
 
 from modules import HPCM, HPCMConfig, Noise
-from modules import components as registry
-from modules.attention import CrossAttentionKind
-from modules.components import Checkpointed, Component, Kind, register
-from modules.layers import LinearLayer
+from modules.context import components as registry
+from modules.context.attention import CrossAttentionKind
+from modules.context.components import Checkpointed, Component, Kind, register
+from modules.layers.residual import LinearLayer
 from pipeline.chain.chain import Chain
 from pipeline.common.errors import Interrupted
 from pipeline.evaluation import metrics

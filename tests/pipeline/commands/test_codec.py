@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import get_sampling
 from skimage.data import coffee
 
-from modules.bitstream import CodedImage, Header, ImageCodec
+from modules.bitstream.image_codec import CodedImage, Header, ImageCodec
 from pipeline.chain.chain import Chain
 from pipeline.commands import display
 from pipeline.commands import main as cli

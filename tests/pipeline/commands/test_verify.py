@@ -10,11 +10,11 @@ import pytest
 import torch
 from mini import mini_codec
 
-from modules.bitstream import CodedImage, ImageCodec
-from modules.coding import Tables, trace
-from modules.file_format import EPSILON
-from modules.guards import table_index
-from modules.identity import model_identity
+from modules.bitstream.coding import Tables, trace
+from modules.bitstream.file_format import EPSILON
+from modules.bitstream.guards import table_index
+from modules.bitstream.identity import model_identity
+from modules.bitstream.image_codec import CodedImage, ImageCodec
 from pipeline.commands import codec
 from pipeline.commands import main as cli
 from pipeline.common.errors import UserError

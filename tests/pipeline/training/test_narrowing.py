@@ -10,8 +10,8 @@ from mini import Stop, mini_chain, mini_codec, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, preset_config
-from modules.layers import DWConvRB, Narrowable, PConvRB
-from modules.rwkv import ChannelMix, SpatialMix
+from modules.layers.residual import DWConvRB, Narrowable, PConvRB
+from modules.layers.rwkv import ChannelMix, SpatialMix
 from pipeline.common.errors import Interrupted
 from pipeline.recipes.schema import Transfer
 from pipeline.training.least_squares import Moments, choose_channels, rows_of, set_layer, solve_fit, solve_part

@@ -11,8 +11,8 @@ import torch
 from mini import ENVIRONMENT, mini_codec
 
 from modules import HPCM, preset_config
-from modules.biwkv4 import biwkv4_reference
-from modules.biwkv4_decomposed import biwkv4_decomposed
+from modules.biwkv4.decomposed import biwkv4_decomposed
+from modules.biwkv4.op import biwkv4_reference
 from pipeline.weights import torch_programs
 from pipeline.weights.checkpoints import CheckpointError
 from pipeline.weights.published import Lineage, publish

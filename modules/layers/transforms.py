@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modules.layers import PConvRB
+from modules.layers.residual import PConvRB
 
 
 def _blocks(channels: int, depth: int, hidden_rate: float = 4) -> list[nn.Module]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.file_format import GUARDS_HEAD, BitstreamError, Summary
+from modules.bitstream.file_format import GUARDS_HEAD, BitstreamError, Summary
 
 STEPS = 11
 

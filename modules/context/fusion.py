@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from modules.components import Component, Kind, register
+from modules.context.components import Component, Kind, register
 
 
 class PointwiseFusion(nn.Conv2d, Component):

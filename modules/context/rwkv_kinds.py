@@ -6,12 +6,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from modules.attention import CrossAttentionKind
-from modules.components import Component, Kind, check_setting, register
-from modules.fusion import ConvFusionKind
-from modules.layers import LinearLayer
-from modules.priors import DWConvPriorKind, PriorKind, SpatialPrior
-from modules.rwkv import RWKVBlock, RWKVConvBlock
+from modules.context.attention import CrossAttentionKind
+from modules.context.components import Component, Kind, check_setting, register
+from modules.context.fusion import ConvFusionKind
+from modules.context.priors import DWConvPriorKind, PriorKind, SpatialPrior
+from modules.layers.residual import LinearLayer
+from modules.layers.rwkv import RWKVBlock, RWKVConvBlock
 
 ChannelMixForm = Literal["rwkv", "conv"]
 

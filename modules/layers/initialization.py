@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modules.layers import InnerChannels
+from modules.layers.residual import InnerChannels
 
 _DAMPED_RESIDUAL = 0.25
 _DAMPED_HEAD = 0.3

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from modules import version1
-from modules.coders import Decoder, Encoder, RecordingDecoder, StepMismatch
-from modules.determinism import coding_arithmetic
-from modules.guards import Guards
-from modules.hierarchy import to_rows
-from modules.rans import CodingTables, RewindingReader, SymbolReader, SymbolWriter, split_check
-from modules.recovery import RecoveringDecoder, in_float64
+from modules.bitstream import version1
+from modules.bitstream.coders import Decoder, Encoder, RecordingDecoder, StepMismatch
+from modules.bitstream.determinism import coding_arithmetic
+from modules.bitstream.guards import Guards
+from modules.bitstream.rans import CodingTables, RewindingReader, SymbolReader, SymbolWriter, split_check
+from modules.bitstream.recovery import RecoveringDecoder, in_float64
+from modules.context.coding_order import to_rows
 
 if TYPE_CHECKING:
     from modules.codec import HPCM
@@ -50,7 +50,7 @@ class Decoded(NamedTuple):
 
 
 def encode(model: "HPCM", image: Tensor, tables: Tables, epsilon: float) -> tuple[bytes, bytes]:
-    """The strings of y and z of a padded image (1, 3, H, W) in [0, 1]. `modules.guards` explains ε."""
+    """The strings of y and z of a padded image (1, 3, H, W) in [0, 1]. `modules.bitstream.guards` explains ε."""
     with coding_arithmetic(image.device):
         y = model.g_a(image)
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.components import Component, Kind, check_setting, register
+from modules.context.components import Component, Kind, check_setting, register
 
 
 class PassThroughCell(Component):

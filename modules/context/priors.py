@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from modules.components import Component, Kind, check_setting, register
-from modules.layers import DWConvRB, LinearLayer
+from modules.context.components import Component, Kind, check_setting, register
+from modules.layers.residual import DWConvRB, LinearLayer
 
 
 class SpatialPrior(Component):

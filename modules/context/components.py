@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.layers import LinearLayer
+from modules.layers.residual import LinearLayer
 
 SLOTS = {
     "attn_s1": "attention",

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules.bitstream.file_format import BitstreamError
 from modules.compressai_parts import RansDecoder, RansEncoder
-from modules.file_format import BitstreamError
 
 LIMIT = 2**24
 """Symbols are below this magnitude, so float32 represents them exactly."""

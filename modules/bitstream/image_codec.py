@@ -1,12 +1,12 @@
-"""Codes images to files and back with a model. `modules.file_format` describes the file."""
+"""Codes images to files and back with a model. `modules.bitstream.file_format` describes the file."""
 
 from torch import Tensor
 
-from modules import version1
+from modules.bitstream import version1
+from modules.bitstream.coding import Decoded
+from modules.bitstream.file_format import EPSILON, BitstreamError, CodedImage, Header, check_dimensions
+from modules.bitstream.identity import earlier_identity, model_identity
 from modules.codec import HPCM
-from modules.coding import Decoded
-from modules.file_format import EPSILON, BitstreamError, CodedImage, Header, check_dimensions
-from modules.identity import earlier_identity, model_identity
 
 __all__ = ["BitstreamError", "CodedImage", "Header", "ImageCodec", "model_identity"]
 

@@ -14,7 +14,7 @@ All numbers are little-endian; those without a type are unsigned.
 | 38 | | ICC profile, z, y |
 | end | 4 | CRC-32 of the profile, z and y |
 
-z consists of the CRC-32 of its symbols and tables, followed by the range-coded bytes (`modules.rans`). y consists of:
+z consists of the CRC-32 of its symbols and tables, followed by the range-coded bytes (`rans.py`). y consists of:
 
 | at | bytes | what |
 |---|---|---|
@@ -29,7 +29,7 @@ z consists of the CRC-32 of its symbols and tables, followed by the range-coded 
 The guards have one entry for each of the eleven coding steps. An entry is a byte k, then one signed byte d for each
 run of 2^k symbols, in the order of coding. A step in which no boundary is moved has the single byte 255. The scale of
 each symbol of y is multiplied by exp(−5·ε·d) with the d of the symbol's run. The symbol is coded with the table whose
-scale is nearest to this product, by ratio (`modules.guards`). The official implementation takes the next larger table,
+scale is nearest to this product, by ratio (`guards.py`). The official implementation takes the next larger table,
 which gives longer files. The encoder chooses d so that no scale is within a relative 2ε of the moved boundary between
 two tables.
 
@@ -37,11 +37,11 @@ If the scales of the encoder and of the decoder are each within ε of the exact 
 symbols. Processor, device, number of threads and version of PyTorch do not matter. The decoder's picture may differ
 from the encoder's by rounding: few values differ, and by 1 of 255. If the scales differ by more, a check shows the
 first step with wrong symbols. The decoder then computes again in float64, and after that tries other tables for scales
-next to a boundary (`modules.recovery`). If neither helps, it refuses the file. It never returns noise. `PORTABILITY.md`
+next to a boundary (`recovery.py`). If neither helps, it refuses the file. It never returns noise. `PORTABILITY.md`
 beside this file has the measurements.
 
 Only the machine and build that wrote a file of version 1 are sure to decode it. Its y consists of the number of threads
-(1 byte), the CRC-32 of symbols and tables, and the range-coded bytes. No scale is multiplied. `modules.version1` still
+(1 byte), the CRC-32 of symbols and tables, and the range-coded bytes. No scale is multiplied. `version1.py` still
 reads it.
 """
 

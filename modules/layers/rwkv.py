@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.biwkv4 import biwkv4
-from modules.components import Checkpointed
-from modules.initialization import has_values
-from modules.layers import LinearLayer, Narrowable, depthwise, inner_width, pointwise_pair
+from modules.biwkv4.op import biwkv4
+from modules.context.components import Checkpointed
+from modules.layers.initialization import has_values
+from modules.layers.residual import LinearLayer, Narrowable, depthwise, inner_width, pointwise_pair
 
 _TOKENS_AT_ONCE = 4096
 """Layers that do not mix positions process this many at a time, which bounds the memory of their inner tensors."""

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.coders import Decoder, StepMismatch
-from modules.guards import STEPS, Guards, moved, nearest_boundary, table_index
-from modules.rans import RewindingReader
+from modules.bitstream.coders import Decoder, StepMismatch
+from modules.bitstream.guards import STEPS, Guards, moved, nearest_boundary, table_index
+from modules.bitstream.rans import RewindingReader
 
 SINGLES, PAIRED = 64, 16
 """Numbers of symbols, nearest to a boundary first, whose other table is tried: alone, and in pairs."""

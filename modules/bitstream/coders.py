@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from modules.bitstream.guards import STEPS, Guards, Offsets, choose_offsets, moved, shortened, table_index
+from modules.bitstream.rans import BitstreamError, SymbolReader, SymbolWriter
 from modules.compressai_parts import quantize_ste
-from modules.guards import STEPS, Guards, Offsets, choose_offsets, moved, shortened, table_index
-from modules.hierarchy import Step
-from modules.rans import BitstreamError, SymbolReader, SymbolWriter
+from modules.context.coding_order import Step
 
 
 class Estimator:

@@ -1,7 +1,7 @@
 """Build the Bi-WKV4 kernels of `cuda/` with ninja on first use, cache them, and load them.
 
 A change of the sources, the compiler, its flags, the processor or PyTorch leads to a new build.
-`python -m modules.biwkv4_build` builds the kernels for this machine ahead of time.
+`python -m modules.biwkv4.build` builds the kernels for this machine ahead of time.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from modules.kernel_sources import SOURCES
+from modules.biwkv4.sources import SOURCES
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 COMMON_FLAGS = ("-O3", "-std=c++17", "-shared")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from modules.determinism import MOST_THREADS
-from modules.entropy import SCALE_BOUND, GeneralizedGaussian
-from modules.guards import table_index
-from modules.hierarchy import Step
-from modules.rans import BitstreamError, CodingTables, SymbolReader, split_check
+from modules.bitstream.determinism import MOST_THREADS
+from modules.bitstream.guards import table_index
+from modules.bitstream.rans import BitstreamError, CodingTables, SymbolReader, split_check
+from modules.context.coding_order import Step
+from modules.layers.entropy import SCALE_BOUND, GeneralizedGaussian
 
 if TYPE_CHECKING:
     from modules.codec import HPCM

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from modules import biwkv4_build
-from modules.biwkv4_build import Call, Kernels
+from modules.biwkv4 import build as biwkv4_build
+from modules.biwkv4.build import Call, Kernels
 
 
 def biwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Coded images: range coder, guards, the ways to code a step, the file format."""

@@ -1,0 +1,1 @@
+"""The context model: components by slot and kind, and the order of coding."""

@@ -1,0 +1,1 @@
+"""Layers: residual blocks, transforms, RWKV mixes, initialization, the entropy model."""
