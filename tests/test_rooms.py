@@ -17,11 +17,12 @@ BELOW = {
     "data": "",
     "weights": "",
     "evaluation": "weights data recipes",
-    "tracking": "evaluation weights data",
-    "training": "tracking evaluation data weights recipes",
-    "chain": "training tracking evaluation weights data recipes",
-    "evidence": "training tracking evaluation weights data recipes",
-    "commands": "cluster evidence chain training tracking evaluation weights data recipes",
+    "records": "evaluation weights data",
+    "tracking": "records evaluation weights data",
+    "training": "tracking records evaluation data weights recipes",
+    "chain": "training tracking records evaluation weights data recipes",
+    "evidence": "training tracking records evaluation weights data recipes",
+    "commands": "cluster evidence chain training tracking records evaluation weights data recipes",
 }
 """The rooms that each room may import beside itself and `common`."""
 

@@ -11,7 +11,8 @@ from pipeline.chain.stage_task import CODE_VERSION, StageTask
 from pipeline.common import files
 from pipeline.common.contracts import contract_of
 from pipeline.common.fault_injection import fault
-from pipeline.evaluation.coding import Evaluation, macs_per_pixel
+from pipeline.evaluation.coding import macs_per_pixel
+from pipeline.evaluation.results import Evaluation
 from pipeline.tracking.descriptions import NOTE, results
 from pipeline.tracking.published_stage import PublishedStage, log_published
 from pipeline.tracking.store import Run

@@ -15,8 +15,8 @@ from pipeline.common.tables import Table, number, shortest
 
 if TYPE_CHECKING:
     from modules.bitstream.image_codec import ImageCodec
-    from pipeline.evaluation.coding import ImageResult
     from pipeline.evaluation.quality import NamedImage
+    from pipeline.evaluation.results import ImageResult
 
 Checkpoints = Annotated[
     list[Path] | None,
@@ -90,8 +90,9 @@ def _alone(
     from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.data.images import SUFFIXES
     from pipeline.evaluation.codec_files import read_to_code
-    from pipeline.evaluation.coding import Evaluation, code
+    from pipeline.evaluation.coding import code
     from pipeline.evaluation.conversions import find
+    from pipeline.evaluation.results import Evaluation
     from pipeline.weights.checkpoints import load_codec
     from pipeline.weights.published import Lineage
     from pipeline.weights.shipped import of_quality

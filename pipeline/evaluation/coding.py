@@ -2,11 +2,8 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,64 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from modules import HPCM, HPCMConfig
 from pipeline.common.figure_style import new_figure, save
 from pipeline.common.files import replacing
-from pipeline.evaluation.quality import NamedImage, bits_per_pixel, mean_quality, quality_of
+from pipeline.evaluation.quality import NamedImage, bits_per_pixel, quality_of
+from pipeline.evaluation.results import Evaluation, ImageResult, mean_quality
 from pipeline.weights.published import Quality
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """The result of coding one image; times in seconds. `estimated_bpp` is the rate that the likelihoods predict."""
-
-    name: str
-    quality: Quality
-    estimated_bpp: float
-    encode_seconds: float
-    decode_seconds: float
-
-    def to_compressai(self) -> dict[str, float | None]:
-        """The values by CompressAI's names."""
-        return {
-            "psnr-rgb": self.quality.psnr_db,
-            "ms-ssim-rgb": self.quality.ms_ssim,
-            "bpp": self.quality.bpp,
-            "encoding_time": self.encode_seconds,
-            "decoding_time": self.decode_seconds,
-        }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results per image and their mean."""
-
-    images: tuple[ImageResult, ...]
-
-    @property
-    def quality(self) -> Quality:
-        """The mean quality over images."""
-        return mean_quality([image.quality for image in self.images])
-
-    @property
-    def mean(self) -> ImageResult:
-        """The mean of every value over images."""
-        names = ("estimated_bpp", "encode_seconds", "decode_seconds")
-        means = {name: float(np.mean([getattr(image, name) for image in self.images])) for name in names}
-        return ImageResult("mean", self.quality, **means)
-
-    def to_json(self, name: str) -> dict[str, Any]:
-        """All values in the layout of `compressai.utils.eval_model`, which CompressAI's plotting tool reads.
-
-        `results` holds means as curves with one point, in bits per pixel, dB, and seconds per image.
-        """
-        means = self.mean.to_compressai()
-        return {
-            "name": name,
-            "description": "Inference (ans)",
-            "results": {key: [mean] for key, mean in means.items() if mean is not None},
-            "images": [
-                {"source": image.name, "estimated_bpp": image.estimated_bpp, **image.to_compressai()}
-                for image in self.images
-            ],
-        }
 
 
 @torch.no_grad()

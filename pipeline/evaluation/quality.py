@@ -1,8 +1,5 @@
 """Rate, distortion and rate–distortion loss of an image."""
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,24 +18,6 @@ class EvaluationError(UserError):
 def bits_per_pixel(likelihoods: dict[str, Tensor], pixels: int) -> Tensor:
     """Estimated rate in bits per pixel; `pixels` is the total of all images in `likelihoods`."""
     return sum((-likelihood.log2().sum() for likelihood in likelihoods.values()), torch.zeros(())) / pixels
-
-
-def mean_quality(qualities: Sequence[Quality]) -> Quality:
-    """The mean of each value over the images that have it."""
-    names = dict.fromkeys(name for quality in qualities for name in quality.others)
-    others = {name: _mean(quality.others.get(name) for quality in qualities) for name in names}
-    return Quality(
-        bpp=float(np.mean([quality.bpp for quality in qualities])),
-        psnr_db=float(np.mean([quality.psnr_db for quality in qualities])),
-        ms_ssim=_mean(quality.ms_ssim for quality in qualities),
-        rd_loss=float(np.mean([quality.rd_loss for quality in qualities])),
-        others={name: value for name, value in others.items() if value is not None},
-    )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 def quality_of(named: NamedImage, x_hat: Tensor, bpp: float, lmbda: float, metric: str) -> Quality:

@@ -12,7 +12,8 @@ from pipeline.common.figure_style import new_figure
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import to_8_bits
 from pipeline.evaluation.pillow_codecs import PillowCodec, PillowFiles
-from pipeline.evaluation.quality import NamedImage, mean_quality, quality_of
+from pipeline.evaluation.quality import NamedImage, quality_of
+from pipeline.evaluation.results import mean_quality
 from pipeline.evidence.rate_distortion import ms_ssim_db
 from pipeline.weights.published import Quality
 

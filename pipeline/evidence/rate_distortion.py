@@ -11,7 +11,7 @@ from scipy.interpolate import PchipInterpolator
 
 from pipeline.common.figure_style import codec_colors, new_figure
 from pipeline.common.tables import Table, number, shortest
-from pipeline.evaluation.quality import mean_quality
+from pipeline.evaluation.results import mean_quality
 from pipeline.tracking.records import ChainRecord, Records
 from pipeline.weights.published import Quality
 

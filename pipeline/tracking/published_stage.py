@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.tables import shortest
-from pipeline.evaluation.coding import Evaluation
+from pipeline.evaluation.results import Evaluation
 from pipeline.tracking import descriptions
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.store import Run

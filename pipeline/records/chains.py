@@ -1,0 +1,136 @@
+"""Reads the chains and stages of a folder of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pipeline.common.contracts import read_contract
+from pipeline.common.errors import UserError
+from pipeline.common.tables import shortest
+from pipeline.records.record import FILE, StageRecord
+
+CHAIN_FILE = "chain.json"
+Place = Literal["published", "training", "superseded", "abandoned"]
+_PLACES: dict[Place, str] = {
+    "published": f"*/{FILE}",
+    "training": f"training/*/*/{FILE}",
+    "superseded": f"superseded/*/{FILE}",
+    "abandoned": f"abandoned/*/*/{FILE}",
+}
+"""Where the records of a chain lie, relative to its folder."""
+
+
+class RecordsError(UserError):
+    """A folder of runs has no records, or not those that were asked for."""
+
+
+@dataclass(frozen=True)
+class ChainFacts:
+    """Contents of `chain.json` in the chain's folder."""
+
+    key: str
+    """Names the chain; MLflow's run of the chain is found by it."""
+    recipe: str
+    lmbda: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """A stage's record, and the folder in which it lies."""
+
+    folder: Path
+    place: Place
+    record: StageRecord
+
+
+@dataclass(frozen=True)
+class ChainRecord:
+    """One chain with all stages that were begun, oldest first, rebuilt and abandoned ones included."""
+
+    folder: Path
+    facts: ChainFacts
+    stages: tuple[StoredStage, ...]
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
+        return self.facts.recipe
+
+    @property
+    def lmbda(self) -> float:
+        """λ of all stages."""
+        return self.facts.lmbda
+
+    @property
+    def seed(self) -> int:
+        """Seed of the root."""
+        return self.facts.seed
+
+    @property
+    def title(self) -> str:
+        """Recipe, λ and seed."""
+        return f"{self.recipe}, λ = {shortest(self.lmbda)}, seed {self.seed}"
+
+    @cached_property
+    def published(self) -> dict[str, StoredStage]:
+        """The published stages, by name, parents before children."""
+        found = {stage.record.name: stage for stage in self.stages if stage.place == "published"}
+        ordered: dict[str, StoredStage] = {}
+
+        def place(name: str | None) -> None:
+            if name in found and name not in ordered:
+                place(found[name].record.parent)
+                ordered[name] = found[name]
+
+        for name in sorted(found):
+            place(name)
+        return ordered
+
+    def total_steps(self, name: str) -> int:
+        """Training steps of a published stage and all its ancestors."""
+        record = self.published[name].record
+        return record.steps + (self.total_steps(record.parent) if record.parent in self.published else 0)
+
+    def reference(self, name: str) -> str | None:
+        """Name of the stage to compare a stage with: the root's codec, trained for the same total number of steps.
+
+        Such a stage is a control. Without a control it is the root, which has fewer steps. None for a stage that has
+        the root's codec itself.
+        """
+        records = {name: stage.record for name, stage in self.published.items()}
+        codecs = [record.codec for record in records.values() if record.parent is None]
+        if records[name].codec in codecs:
+            return None
+        plain = [other for other, record in records.items() if record.codec in codecs]
+        equal = [other for other in plain if self.total_steps(other) == self.total_steps(name)]
+        roots = [other for other in plain if records[other].parent is None]
+        return next(iter(equal + roots), None)
+
+
+def read_chain(folder: Path) -> ChainRecord:
+    """Read a chain's folder. Raises FileError, naming the file, for a damaged record."""
+    facts = read_contract(ChainFacts, folder / CHAIN_FILE)
+    stages = [StoredStage(path.parent, place, StageRecord.read(path.parent)) for place, path in _records(folder)]
+    return ChainRecord(folder, facts, tuple(sorted(stages, key=lambda stage: stage.record.began)))
+
+
+def read_chains(runs: Path) -> list[ChainRecord]:
+    """All chains of a folder of runs with at least one stage, newest first.
+
+    Raises RecordsError if there is none, and FileError for a damaged record.
+    """
+    chains = [chain for path in sorted(runs.glob(f"*/*/{CHAIN_FILE}")) if (chain := read_chain(path.parent)).stages]
+    if not chains:
+        raise RecordsError(f"{runs}: nothing was run here yet; choose a folder with --runs")
+    return sorted(chains, key=lambda chain: chain.stages[0].record.began, reverse=True)
+
+
+def _records(folder: Path) -> Iterator[tuple[Place, Path]]:
+    for place, pattern in _PLACES.items():
+        for path in sorted(folder.glob(pattern)):
+            yield place, path

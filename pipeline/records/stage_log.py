@@ -1,0 +1,53 @@
+"""Writes a stage's record and metrics while it runs."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.records import metrics
+from pipeline.records.metrics import MetricsLog
+from pipeline.records.record import FILE, Attempt, Source, StageRecord
+
+
+class StageLog:
+    """The record and the metrics of a stage that runs. With `folder` None it writes nothing.
+
+    All processes have one, so that they need not ask which of them writes; only the first has a folder.
+    """
+
+    def __init__(self, folder: Path | None, record: StageRecord):
+        self.folder, self.record = folder, record
+        self.metrics = MetricsLog(folder / metrics.FILE if folder else None)
+
+    @classmethod
+    def begin(cls, folder: Path | None, record: StageRecord, how: str, source: Source) -> StageLog:
+        """Begin an attempt. Continues the record in the folder, with its key and its earlier attempts, if there is one.
+
+        Raises FileError for a damaged record.
+        """
+        earlier = StageRecord.read(folder) if folder and (folder / FILE).exists() else None
+        attempts = earlier.attempts if earlier else ()
+        kept = replace(earlier, lineage=record.lineage, val_images=record.val_images) if earlier else record
+        log = cls(folder, kept)
+        log.update(status="training", attempts=(*attempts, Attempt(int(1000 * time.time()), how, source)))
+        return log
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record, and write it. Raises FileError."""
+        self.record = replace(self.record, **changes)
+        if self.folder is not None:
+            self.record.write(self.folder)
+
+    def end(self, outcome: str, **changes: Any) -> None:
+        """End the attempt with its outcome, and change other fields of the record."""
+        last = replace(self.record.attempts[-1], ended=int(1000 * time.time()), outcome=outcome)
+        self.update(attempts=(*self.record.attempts[:-1], last), **changes)
+
+
+def fresh_key() -> str:
+    """A key for a new training."""
+    return uuid.uuid4().hex
