@@ -73,8 +73,8 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
 	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
 
-test-cluster: $(READY) ## run sweeps on a SLURM, and one run on two nodes, on this machine; needs root and slurm-wlm
-	$(BIN)/python -m pytest -s -m slow tests/pipeline/cluster
+test-cluster: $(READY) ## run jobs on a SLURM, and a run on two nodes, on this machine; needs root and slurm-wlm
+	$(BIN)/python -m pytest -s -m slow tests/stages
 
 test-server: $(READY) ## run chains against an MLflow server on PostgreSQL; needs root and Debian's postgresql
 	$(BIN)/pip install --quiet --disable-pip-version-check psycopg2-binary Flask-WTF

@@ -12,7 +12,6 @@ OUTSIDE = {"torch", "compressai", "einops", "numpy", "safetensors", "huggingface
 
 BELOW = {
     "common": "",
-    "cluster": "",
     "recipes": "",
     "data": "",
     "weights": "",
@@ -22,7 +21,7 @@ BELOW = {
     "training": "tracking records evaluation data weights recipes",
     "chain": "training tracking records evaluation weights data recipes",
     "evidence": "training tracking records evaluation weights data recipes",
-    "commands": "cluster evidence chain training tracking records evaluation weights data recipes",
+    "commands": "evidence chain training tracking records evaluation weights data recipes",
 }
 """The rooms that each room may import beside itself and `common`."""
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAPPED = {"modules": "modules", "pipeline": "pipeline", "stages": "pipeline/_stages", "cuda": "modules/_cuda"}
 """Folders of the source tree, and where a wheel has them."""
-SUFFIXES = {".py", ".html", ".yaml", ".h", ".cpp", ".cu"}
+SUFFIXES = {".py", ".html", ".yaml", ".h", ".cpp", ".cu", ".sbatch"}
 WEIGHTS = ROOT / "stages" / "evidence" / "weights"
 
 

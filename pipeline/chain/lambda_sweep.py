@@ -1,13 +1,11 @@
 """A sweep over λ and seeds, with chains for each pair. Every chain can be interrupted and resumed."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chain.chain import Chain, ChainError, PlannedStage
 from pipeline.chain.request import ChainRequest
-from pipeline.chain.step_count import steps_done
 from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 
@@ -29,18 +27,11 @@ class Point:
 
     title: str
     """`0.013`, or `0.013 seed 1`."""
-    requests: tuple[ChainRequest, ...]
-    starts_from: ChainRequest | None = None
-    """The chain whose root must be trained before the roots of this point. None without a starting point."""
-
-    @cached_property
-    def chains(self) -> list[Chain]:
-        """The point's chains. Raises RecipeError and ChainError."""
-        return [request.chain() for request in self.requests]
+    chains: list[Chain]
 
     def plan(self) -> dict[str, PlannedStage]:
         """The status of each stage, by name."""
-        return {planned.name: planned for chain in self.chains for planned in plan_of(chain)}
+        return {planned.name: planned for chain in self.chains for planned in _plan_of(chain)}
 
 
 @dataclass(frozen=True)
@@ -73,24 +64,17 @@ class Sweep:
             for seed in self.seeds or (None,):
                 yield self._point(lmbda, seed)
 
-    def chains(self) -> Iterator[tuple[str, list[Chain]]]:
-        """The title and the chains of every point. Raises RecipeError and ChainError."""
-        for point in self.points():
-            yield point.title, point.chains
-
     def _point(self, lmbda: float, seed: int | None) -> Point:
         title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
         overrides = [*self.overrides, f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])]
-        source, start = None, None
+        start = None
         if self.starting_point is not None and lmbda != self.starting_point.lmbda:
-            source = self._point(self.starting_point.lmbda, seed).requests[0]
-            root = source.chain().tasks[0]
-            source, start = replace(source, stage=root.stage.name), root.checkpoint
+            start = self._point(self.starting_point.lmbda, seed).chains[0].tasks[0].checkpoint
             overrides += self.starting_point.settings
         targets = self.targets or leaves(load_recipe(self.recipe, overrides))
         baseline = None if start else self.baseline
         requests = (ChainRequest(self.recipe, tuple(overrides), t, self.runs, baseline, start) for t in targets)
-        return Point(title, tuple(requests), source)
+        return Point(title, [request.chain() for request in requests])
 
     def table(self) -> Table:
         """The status of all stages: one row per stage, one column per λ and seed, in the order of running."""
@@ -99,8 +83,8 @@ class Sweep:
         table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *columns))
         for name in names:
             table.add(name, *(_cell(planned[name]) for planned in columns.values()))
-        counts = [steps_done(planned.values()) for planned in columns.values()]
-        table.add("steps left", *(f"{total - done:,}" if total > done else "–" for done, total in counts))
+        left = [_steps_left(planned.values()) for planned in columns.values()]
+        table.add("steps left", *(f"{steps:,}" if steps else "–" for steps in left))
         return table
 
 
@@ -117,7 +101,17 @@ def _cell(planned: PlannedStage) -> str:
     return "–" if planned.status == "missing" else planned.status
 
 
-def plan_of(chain: Chain) -> list[PlannedStage]:
+def _steps_left(plan: Iterable[PlannedStage]) -> int:
+    """Steps of the stages in a plan that are neither saved nor published."""
+    left = 0
+    for planned in plan:
+        if planned.status != "done" and planned.task.imported is None:
+            left += sum(segment.steps for segment in planned.task.stage.schedule)
+            left -= planned.progress.stage_step if planned.progress else 0
+    return left
+
+
+def _plan_of(chain: Chain) -> list[PlannedStage]:
     """The chain's plan. While its starting point is not trained, all stages are missing."""
     root = chain.tasks[0]
     if root.start is not None and not root.start.is_file():

@@ -1,4 +1,4 @@
-"""The options that select a chain on the command line. Another process can build the chain from them."""
+"""The options that select a chain on the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path

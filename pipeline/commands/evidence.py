@@ -19,24 +19,17 @@ from pipeline.commands.options import (
     Baseline,
     DataFolder,
     Device,
-    Gpus,
     Measure,
-    Nodes,
-    Partition,
     Processes,
     Quiet,
     RecipeName,
     Runs,
-    Sbatch,
     Settings,
-    Submit,
-    TimeLimit,
     ValFolder,
     Verbose,
     Yes,
     device_of,
     overrides_of,
-    resources_of,
     size_of,
 )
 
@@ -208,17 +201,10 @@ def rd_curve(
     yes: Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    submit: Submit = None,
-    gpus: Gpus = None,
-    nodes: Nodes = 1,
-    time: TimeLimit = None,
-    partition: Partition = None,
-    sbatch: Sbatch = None,
 ) -> None:
     """Run a recipe at several λ and plot rate–distortion curves from real bitstreams.
 
-    Each λ and seed has its own chain. Repeat the command to continue an interrupted run. `--submit` runs each chain as
-    a job, and `--plan` then shows the jobs.
+    Each λ and seed has its own chain. Repeat the command to continue an interrupted run.
     """
     from pipeline.chain import lambda_sweep as sweep
     from pipeline.commands.display import hush, show
@@ -238,18 +224,7 @@ def rd_curve(
 
         show_measured({point.title: list(point.plan().values()) for point in wanted.points()}, processes)
     elif plan:
-        from pipeline.commands.jobs import jobs_table
-
-        show(wanted.table(), *jobs_table({point.title: point.requests for point in wanted.points()}))
-    elif submit is not None:
-        from pipeline.commands.confirmation import confirm
-        from pipeline.commands.jobs import submit_sweep
-
-        submit_sweep(
-            wanted, submit, resources_of(gpus, nodes, time, partition, sbatch), accept_anyway, partial(confirm, yes)
-        )
-        if submit == "local":
-            _draw_curves(wanted)
+        show(wanted.table())
     else:
         _run_sweep(wanted, accept_anyway, yes, verbose)
 
@@ -259,17 +234,17 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> N
     from pipeline.commands.confirmation import confirm
     from pipeline.commands.display import console, show
 
-    todo = list(sweep.chains())
+    points = list(sweep.points())
     show(sweep.table())
 
     # These load PyTorch, so the table is shown first.
     from pipeline.commands.running import run_chain
     from pipeline.common.processes import start_accelerator
 
-    accelerator = start_accelerator(todo[0][1][0].precision)
-    for title, chains in todo:
-        for chain in chains:
-            console.print(f"λ = {title}, to {chain.tasks[-1].stage.name}")
+    accelerator = start_accelerator(points[0].chains[0].precision)
+    for point in points:
+        for chain in point.chains:
+            console.print(f"λ = {point.title}, to {chain.tasks[-1].stage.name}")
             run_chain(chain, accelerator, accept_anyway, Rebuild(confirm=partial(confirm, yes)), verbose)
         show(sweep.table())
     if accelerator.is_main_process:
@@ -283,7 +258,7 @@ def _draw_curves(sweep: Sweep) -> None:
     from pipeline.tracking.records import Records
 
     records = Records(sweep.runs)
-    wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for _, chains in sweep.chains() for chain in chains}
+    wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for point in sweep.points() for chain in point.chains}
     found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
     curves = rate_distortion.curves(found)
     show(

@@ -1,4 +1,4 @@
-"""Error messages and exit codes of the command line and of jobs."""
+"""Error messages and exit codes of the command line."""
 
 import os
 import sys

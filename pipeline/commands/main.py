@@ -20,25 +20,18 @@ from pipeline.commands.options import (
     Baseline,
     DataFolder,
     Device,
-    Gpus,
     Measure,
-    Nodes,
-    Partition,
     Processes,
     Quiet,
     RecipeName,
     Runs,
-    Sbatch,
     Settings,
     StageName,
-    Submit,
-    TimeLimit,
     ValFolder,
     Verbose,
     Yes,
     device_of,
     overrides_of,
-    resources_of,
 )
 from pipeline.common.errors import Interrupted
 
@@ -127,12 +120,6 @@ def run(
     yes: Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    submit: Submit = None,
-    gpus: Gpus = None,
-    nodes: Nodes = 1,
-    time: TimeLimit = None,
-    partition: Partition = None,
-    sbatch: Sbatch = None,
 ) -> None:
     """Build a stage and its ancestors. Stages that are current are skipped; an interrupted stage is resumed.
 
@@ -146,14 +133,6 @@ def run(
     if quiet:
         hush()
     request = _request(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
-    if submit is not None:
-        from pipeline.commands.jobs import submit_chains
-
-        if force or fresh:
-            raise typer.BadParameter("--force and --fresh cannot be used with --submit, because they move files first")
-        resources = resources_of(gpus, nodes, time, partition, sbatch)
-        submit_chains({stage: (request,)}, submit, resources, accept_anyway, partial(confirm, yes))
-        return
     chain = request.chain()
     show(plan_table(chain, chain.plan()))
 
@@ -189,7 +168,6 @@ def plan(
 ) -> None:
     """Show what `run` would do, and why. With `--measure`, show also how long it takes and whether it fits."""
     from pipeline.commands.display import plan_json, plan_table, show, show_json
-    from pipeline.commands.jobs import jobs_table
 
     request = _request(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
     chain = request.chain()
@@ -197,7 +175,7 @@ def plan(
     if as_json:
         show_json(plan_json(chain, found))
     else:
-        show(plan_table(chain, found), *jobs_table({stage: (request,)}))
+        show(plan_table(chain, found))
     if measure:
         from pipeline.commands.measured_plan import show_measured
 

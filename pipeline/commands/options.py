@@ -2,7 +2,6 @@
 
 import json
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +12,8 @@ from pipeline.common.packaged import recipe_names, stage_names
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.cluster.resources import Resources
 
-
-RECIPE, COST, JOBS = "Recipe and images", "Time and memory", "Jobs"
+RECIPE, COST = "Recipe and images", "Time and memory"
 """Panels of options in `--help`."""
 MIGRATE, USE, RESULTS = "Migrate a codec", "Use a codec", "Results and measurements"
 """Panels of commands in `--help`."""
@@ -88,49 +85,6 @@ Processes = Annotated[
         rich_help_panel=COST,
     ),
 ]
-
-
-class Engine(StrEnum):
-    """Where jobs run."""
-
-    SLURM = "slurm"
-    LOCAL = "local"
-
-
-Submit = Annotated[
-    Engine | None,
-    typer.Option(
-        help="Run each chain as a job: on a SLURM cluster, or on this machine, as many at a time as its GPUs allow. "
-        "Needs `pip install 'hpcm-rwkv[cluster]'`.",
-        rich_help_panel=JOBS,
-    ),
-]
-Gpus = Annotated[
-    int | None,
-    typer.Option(min=0, help="GPUs per node of a job; each has one process [default: 1].", rich_help_panel=JOBS),
-]
-Nodes = Annotated[int, typer.Option(min=1, help="Nodes per job, with SLURM.", rich_help_panel=JOBS)]
-TimeLimit = Annotated[
-    str | None,
-    typer.Option(
-        help="Time limit of a job, hours:minutes. The job saves before it, and is then queued again.",
-        rich_help_panel=JOBS,
-    ),
-]
-Partition = Annotated[str | None, typer.Option(help="SLURM's partition.", rich_help_panel=JOBS)]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option(help="Another option of sbatch, as in `account=vision`; repeatable.", rich_help_panel=JOBS),
-]
-
-
-def resources_of(
-    gpus: int | None, nodes: int, time: str | None, partition: str | None, sbatch: list[str] | None
-) -> "Resources":
-    """The options of a job. Raises ClusterError for a time that cannot be read."""
-    from pipeline.cluster.resources import Resources, minutes_of
-
-    return Resources(gpus, nodes, minutes_of(time) if time else None, partition, tuple(sbatch or ()))
 
 
 def overrides_of(data: str | None, val: str | None, lmbda: float | None, settings: list[str] | None) -> list[str]:

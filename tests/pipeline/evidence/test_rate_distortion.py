@@ -150,7 +150,9 @@ def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None
     assert "done" in CliRunner().invoke(app, [*command, "--plan"]).output
     file = runs / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
     taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, StartingPoint(0.05), file)
-    assert [(chain.tasks[0].imported, chain.tasks[0].start is None) for _, (chain,) in taken.chains()] == [
+    assert [
+        (chain.tasks[0].imported, chain.tasks[0].start is None) for point in taken.points() for chain in point.chains
+    ] == [
         (file, True),
         (None, False),
     ]

@@ -21,12 +21,12 @@ pytestmark = [
     pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2"),
 ]
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 NODES = ("hpcm-node0", "hpcm-node1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PATIENCE = 900.0
 """Seconds that a part of the run may take on a busy machine."""
-PATHS = (Path(__file__).parent, Path(__file__).parents[1], ROOT)
+PATHS = (Path(__file__).parent, ROOT / "tests" / "pipeline", ROOT)
 SETTINGS = ["log_every=1", "checkpoint_every=2", "data.batch_size=4", "baseline.schedule.scratch.steps=12"]
 
 
