@@ -1,35 +1,7 @@
 """Acceptance of a stage's result, compared with its parent."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from pipeline.common.contracts import read_contract
-from pipeline.common.files import FileError, write_json
 from pipeline.recipes.schema import Accept
 from pipeline.weights.published import Quality
-
-REFUSAL = "refusal.json"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """The qualities of a refused result and of its parent. They are stored in a file beside the training states."""
-
-    quality: Quality
-    parent: Quality
-
-    def write(self, states: Path) -> None:
-        """Write the file to the folder of the states. Raises FileError."""
-        write_json(states / REFUSAL, asdict(self))
-
-
-def refusal_reasons(states: Path, limits: Accept) -> list[str]:
-    """Why the trained result in a folder of states was refused; empty if it was not, or if new limits allow it."""
-    try:
-        refusal = read_contract(Refusal, states / REFUSAL)
-    except FileError:
-        return []
-    return judge(limits, refusal.quality, refusal.parent)
 
 
 def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipeline.chain.chain import PlannedStage
+from pipeline.chain.plan import PlannedStage
 from pipeline.common.fresh_process import in_fresh_process
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate

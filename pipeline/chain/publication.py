@@ -1,118 +1,73 @@
-"""Publishes a trained stage: its files, its entries in MLflow, and last the record that marks it as done."""
+"""Publishes a trained stage: its files, its record, and then one rename that puts its folder in place."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cached_property
+import hashlib
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from modules import HPCM
-from pipeline.chain.stage_task import CODE_VERSION, StageTask
+from pipeline.chain.stage_task import StageTask
 from pipeline.common import files
-from pipeline.common.contracts import contract_of
 from pipeline.common.fault_injection import fault
-from pipeline.evaluation.coding import macs_per_pixel
-from pipeline.evaluation.results import Evaluation
-from pipeline.tracking.descriptions import NOTE, results
-from pipeline.tracking.published_stage import PublishedStage, log_published
-from pipeline.tracking.store import Run
-from pipeline.tracking.tags import ChainTags, StageTags
+from pipeline.evaluation.coding import comparison_name, plot_rate_distortion, save_comparison
+from pipeline.evaluation.quality import NamedImage
+from pipeline.records.record import CHECKPOINT, FILE, Result
+from pipeline.records.stage_log import StageLog
 from pipeline.weights.metadata import read_digest
-from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
+from pipeline.weights.published import Lineage, Quality, publish
 from pipeline.weights.training_state import TrainingState
 
-LOGGED = ("stage.yaml", "ledger.json", "evaluation.json", "rate-distortion.png", "checkpoint.safetensors")
-"""Files of a stage's folder that MLflow keeps as artifacts, besides the reconstructions."""
+
+def save_pictures(folder: Path, images: Sequence[NamedImage], reconstructions: Sequence[Tensor]) -> None:
+    """Write the first images beside their reconstructions, (1, 3, H, W) each."""
+    shutil.rmtree(folder, ignore_errors=True)  # An attempt that was killed here may have had other images.
+    for (name, image), x_hat in zip(images, reconstructions, strict=False):
+        save_comparison(folder / f"{comparison_name(name)}.png", image, x_hat)
 
 
-@dataclass(frozen=True)
-class Publication:
-    """A trained codec, what it achieves, and what is said about it."""
+def publish_stage(task: StageTask, log: StageLog, codec: HPCM, state: TrainingState, lineage: Lineage) -> None:
+    """Complete the working folder of a trained stage, and move it into its place."""
+    folder, record, stage = task.states.folder, log.record, task.stage
+    assert record.result is not None
+    files.write_text(folder / "stage.yaml", stage.to_yaml())
+    files.write_json(folder / "ledger.json", state.facts.get("ledger", []))
+    files.write_json(folder / "evaluation.json", record.result.evaluation.to_json(stage.name))
+    plot_rate_distortion(folder / "rate-distortion.png", _points(record.result, stage.name))
+    publish(folder / CHECKPOINT, codec, lineage)
+    fault("publish.checkpoint")
+    task.states.forget()
+    digest = read_digest(folder / CHECKPOINT)
+    log.end("finished", status="done", lineage=lineage, digest=digest, files=_digests(folder))
+    fault("publish.record")
+    move_into_place(task)
 
-    task: StageTask
-    inputs: dict[str, str]
-    """Digests of the inputs of the training."""
-    codec: HPCM
-    state: TrainingState
-    """The training's last state."""
-    evaluation: Evaluation
-    validation: Validation
-    parent_quality: Quality | None
-    description: str
-    """What the stage changes, for the page of its run."""
 
-    @property
-    def parameters(self) -> int:
-        """The number of the codec's parameters."""
-        return sum(parameter.numel() for parameter in self.codec.parameters())
+def move_into_place(task: StageTask) -> None:
+    """Supersede what is published, then publish the complete working folder with one rename."""
+    working = task.states.folder
+    if task.folder.exists():
+        earlier = task.record_of(task.folder)
+        digest = earlier.digest if earlier and earlier.digest else "damaged"
+        files.free_name(task.folder.parent / "superseded" / f"{task.stage.name}-{digest[:12]}", task.folder.rename)
+        fault("publish.superseded")
+    working.rename(task.folder)
+    files.flush(task.folder.parent)
+    fault("publish.renamed")
+    for folder in (working.parent, working.parent.parent):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
-    @cached_property
-    def kmacs(self) -> float:
-        """Thousands of multiplications per pixel."""
-        return macs_per_pixel(self.task.config) / 1000
 
-    def write(self, run: Run, runs: Path) -> None:
-        """Write the stage's files, log them to its run, and write its record. `runs` is the folder of runs."""
-        task, folder, stage = self.task, self.task.folder, self.task.stage
-        files.write_text(folder / "stage.yaml", stage.to_yaml())
-        files.write_json(folder / "ledger.json", self.state.facts.get("ledger", []))
-        files.write_json(folder / "evaluation.json", self.evaluation.to_json(stage.name))
-        lineage = Lineage(
-            name=stage.name,
-            stage=stage.to_yaml(),
-            code=CODE_VERSION,
-            inputs=self.inputs,
-            quality=self.evaluation.quality,
-            validation=self.validation,
-        )
-        publish(task.checkpoint, self.codec, lineage)
-        fault("publish.checkpoint")
-        digest = read_digest(task.checkpoint)
-        self._log(run, digest, task.checkpoint.relative_to(runs).as_posix())
-        # Last: a stage with a record counts as done.
-        self._record(run.key, digest).write(task.record)
-        fault("publish.record")
+def _points(result: Result, name: str) -> dict[str, Quality]:
+    return {**({"parent": result.parent} if result.parent else {}), name: result.quality}
 
-    def _log(self, run: Run, digest: str, checkpoint: str) -> None:
-        folder, quality, step = self.task.folder, self.evaluation.quality, self.state.progress.stage_step
-        run.metrics(quality.metrics("final"), step)
-        run.metrics({"model/parameters": self.parameters, "model/kmacs_per_pixel": self.kmacs}, step)
-        run.tags(StageTags(checkpoint=checkpoint, checkpoint_digest=digest).to_tags())
-        for name in LOGGED:
-            run.artifact(folder / name)
-        if (folder / "reconstructions").is_dir():
-            run.artifact(folder / "reconstructions", "reconstructions")
-        achieved = results(quality, self.parent_quality, self.parameters, self.kmacs, step)
-        run.tags({NOTE: f"{self.description}\n\n{achieved}"})
-        log_published(run, self._published(digest))
-        run.end("FINISHED")
 
-    def _published(self, digest: str) -> PublishedStage:
-        stage = self.task.stage
-        return PublishedStage(
-            name=stage.name,
-            folder=self.task.folder,
-            preset=stage.model.preset,
-            chain=ChainTags(self.task.folder.parents[1].name, stage.lmbda, stage.seed),
-            digest=digest,
-            inputs=self.inputs,
-            evaluation=self.evaluation,
-            validation=self.validation,
-            data_name=self.task.val_photos.name,
-            step=self.state.progress.stage_step,
-        )
-
-    def _record(self, key: str | None, digest: str) -> PublicationRecord:
-        progress = self.state.progress
-        return PublicationRecord(
-            digest=digest,
-            inputs=self.inputs,
-            mlflow_key=key,
-            parameters=self.parameters,
-            kmacs_per_pixel=self.kmacs,
-            quality=self.evaluation.quality,
-            training_seconds=progress.seconds,
-            steps=progress.stage_step,
-            skipped_steps=progress.bad_steps,
-            facts=contract_of(StartFacts, self.state.facts, "training state"),
-        )
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path in the folder, except the record itself."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

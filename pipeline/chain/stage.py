@@ -1,9 +1,8 @@
-"""Runs a stage: transfer, schedule, evaluation, acceptance, publication."""
+"""Runs a stage: begin, train, evaluate, accept, publish."""
 
-import shutil
-import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,30 +10,28 @@ import numpy as np
 import torch
 
 from modules import HPCM, HPCMConfig
-from pipeline.chain.acceptance import Refusal, judge
+from pipeline.chain.acceptance import judge
+from pipeline.chain.context import RunContext
 from pipeline.chain.precheck import StageError
-from pipeline.chain.publication import Publication
-from pipeline.chain.stage_task import RunContext, StageTask
+from pipeline.chain.publication import move_into_place, publish_stage, save_pictures
+from pipeline.chain.stage_task import CODE_VERSION, StageTask
 from pipeline.common.fault_injection import fault
+from pipeline.common.files import FileError
 from pipeline.common.processes import environment_of
 from pipeline.data.crops import TrainingCrops, validation_images
-from pipeline.data.images import DataError, find_images
-from pipeline.evaluation.coding import (
-    comparison_name,
-    estimate,
-    evaluate,
-    plot_rate_distortion,
-    save_comparison,
-)
+from pipeline.data.images import DataError, Photos, find_images
+from pipeline.evaluation.coding import estimate, evaluate, macs_per_pixel
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Segment, Transfer
-from pipeline.tracking.descriptions import NOTE, changes
-from pipeline.tracking.provenance import source_tags
-from pipeline.tracking.store import Run
-from pipeline.tracking.tags import StageTags
+from pipeline.records import record as records
+from pipeline.records.chains import ChainFacts
+from pipeline.records.record import DataSet, Result, SegmentResult, StageRecord, Trained
+from pipeline.records.source import source_of
+from pipeline.records.stage_log import StageLog, fresh_key
 from pipeline.training.initial_weights import Start, start_child
-from pipeline.training.trainer import Migration, Reporting, Trainer
+from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Ledger, new_components, transfer_weights
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors
@@ -46,14 +43,73 @@ from pipeline.weights.training_state import Progress, TrainingState
 class StageRun:
     """One attempt at a stage. It continues where the previous attempt stopped."""
 
-    def __init__(self, task: StageTask, context: RunContext, run: Run):
-        self.task, self.context, self.run = task, context, run
+    def __init__(self, task: StageTask, context: RunContext, chain: ChainFacts):
+        self.task, self.context, self.chain = task, context, chain
         self.stage = task.stage
-        self._attempt, self._began = "started", int(1000 * time.time())
         self.inputs = task.inputs()
         self.train_photos, self.val_photos = task.train_photos, task.val_photos
         self.states = task.states
+        self.processes, self.watcher = context.processes, context.watcher
         self.device = context.processes.accelerator.device
+
+    def run(self) -> None:
+        """Begin, train, evaluate, accept, publish."""
+        record = self.task.record_of(self.states.folder)
+        if record is not None and record.status == "done":  # The last attempt was killed while it published.
+            self.processes.on_main_process(lambda: move_into_place(self.task))
+            return
+        state, passed_over = self.states.newest()
+        self.log = self._begin(state)
+        for line in passed_over:
+            self.watcher.note(line)
+        try:
+            with self._sampling():
+                child, state = self._import_file() if self.task.imported else self._train(state)
+                child = child.to(self.device).eval().requires_grad_(False)
+                self.processes.on_main_process(lambda: self._evaluate(child))
+            self.processes.on_main_process(lambda: self._publish(child, state))
+        except BaseException as error:
+            with suppress(FileError):
+                self.log.end((str(error) or type(error).__name__).splitlines()[0])
+            raise
+
+    def _begin(self, state: TrainingState | None) -> StageLog:
+        """Begin an attempt in the record, and cut the metrics to the state from which it continues."""
+        for photos in (self.train_photos, self.val_photos):
+            for path, reason in photos.skipped:
+                self.watcher.note(f"skipped {path}: {reason}")
+        how, progress = "started", state.progress if state else Progress()
+        if progress.stage_step or progress.segment:
+            how = f"resumed in {self.task.position(progress)}"
+            self.watcher.note(how)
+        folder = self.states.folder if self.context.is_main else None
+        log = StageLog.begin(folder, self._record(), how, source_of(self.device))
+        log.metrics.cut(progress.lines)
+        log.update(segments=log.record.segments[: progress.segment], result=None)
+        return log
+
+    def _record(self) -> StageRecord:
+        """The record of a training that begins."""
+        parent = read_metadata(self.task.parent)["config"] if self.task.parent else None
+        return StageRecord(
+            key=fresh_key(),
+            recipe=self.chain.recipe,
+            lmbda=self.chain.lmbda,
+            seed=self.chain.seed,
+            name=self.stage.name,
+            parent=self.stage.parent,
+            status="training",
+            lineage=Lineage(name=self.stage.name, stage=self.stage.to_yaml(), code=CODE_VERSION, inputs=self.inputs),
+            codec=self.task.config.to_dict(),
+            parent_codec=HPCMConfig.from_dict(parent).to_dict() if parent else None,
+            train_images=_data_set(self.train_photos),
+            val_images=_data_set(self.val_photos),
+        )
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        with self.context.sample(self.states.folder) if self.context.is_main else nullcontext():
+            yield
 
     @cached_property
     def parent(self) -> HPCM | None:
@@ -80,9 +136,9 @@ class StageRun:
                 check_size(sketch, *image.shape[2:])
                 found.append((name, image))
             except DataError as error:
-                self.context.watcher.note(f"left out of validation: {name}: {error}")
+                self.watcher.note(f"left out of validation: {name}: {error}")
         folder = self.stage.data.val
-        if folder and find_images(Path(folder), "val", 1, self.context.runs).digest != self.val_photos.digest:
+        if folder and find_images(Path(folder), "val", 1, self.task.runs).digest != self.val_photos.digest:
             raise DataError(
                 f"{self.val_photos.source}: the validation images changed during the run; run the same command again"
             )
@@ -90,40 +146,9 @@ class StageRun:
             raise DataError(f"{self.val_photos.source}: all images are too large for validation; give smaller ones")
         return found
 
-    def execute(self) -> None:
-        """Run the stage and publish its result."""
-        self._describe()
-        if self.task.imported is not None:
-            child, state = self._import(self.task.imported), TrainingState(Progress(), {}, {}, {})
-        else:
-            child, state = self._train()
-        child = child.to(self.device).eval().requires_grad_(False)
-        self.context.on_main_process(lambda: self._finish(child, state))
-
-    def note_end(self, error: BaseException) -> None:
-        """Record the error that ended the attempt."""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        self._tag(StageTags(attempts={self._began: f"{self._attempt}; {reason}"}))
-
-    def _tag(self, tags: StageTags) -> None:
-        self.run.tags(tags.to_tags())
-
-    def _describe(self) -> None:
-        self.run.tags({**source_tags(self.device), NOTE: self._description()})
-        self.run.parameters({**self.stage.model_dump(mode="json"), "codec": self.task.config.to_dict()})
-        self.run.dataset(self.train_photos, "training")
-        self.run.dataset(self.val_photos, "validation")
-        self._tag(StageTags(inputs=self.inputs))
-        for photos in (self.train_photos, self.val_photos):
-            for path, reason in photos.skipped:
-                self.context.watcher.note(f"skipped {path}: {reason}")
-
-    def _description(self) -> str:
-        """What the stage changes, for the page of its run."""
-        before = read_metadata(self.task.parent)["config"] if self.task.parent else None
-        changed = changes(HPCMConfig.from_dict(before).to_dict() if before else None, self.task.config.to_dict())
-        begin = f" It begins from `{self.stage.parent}`." if self.stage.parent else ""
-        return f"Stage `{self.stage.name}` at λ = {self.stage.lmbda:g}.{begin} {changed}"
+    def _import_file(self) -> tuple[HPCM, TrainingState]:
+        assert self.task.imported is not None
+        return self._import(self.task.imported), TrainingState(Progress(), {}, {}, {})
 
     def _import(self, path: Path) -> HPCM:
         model = checkpoints.load_codec(path) if path.suffix == ".safetensors" else checkpoints.import_official(path)
@@ -138,32 +163,29 @@ class StageRun:
             )
         return model
 
-    def _train(self) -> tuple[HPCM, TrainingState]:
+    def _train(self, state: TrainingState | None) -> tuple[HPCM, TrainingState]:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
         child = HPCM(self.task.config)
         crops = TrainingCrops(self.train_photos, self.stage.data.crop, seed)
-        state, passed_over = self.states.newest()
-        for line in passed_over:
-            self.context.watcher.note(line)
-        self.context.wait_for_everyone()
+        components = tuple(new_components(self.parent, child)) if self.parent else ()
         if state is None:
-            state = self._begin(child, crops)
+            state = self._transfer(child, crops)
         ledger = Ledger.from_json(state.facts["ledger"])
         self._note_start(state, ledger)
         self._note_environment(state)
-        components = tuple(new_components(self.parent, child)) if self.parent else ()
-        migration = Migration(child, self.parent, components, ledger.new)
         reporting = Reporting(
-            self.run,
-            self.context.watcher,
-            lambda segment, progress: self._validate(child, segment, progress),
-            lambda: self._estimate(child),
+            self.log.metrics,
+            self.watcher,
+            measure=lambda: self._estimate(child),
+            saved=self._saved,
+            segment_ended=self._segment_ended,
         )
-        trainer = Trainer(self.stage, migration, crops, self.context.processes, reporting)
+        migration = Migration(child, self.parent, components, ledger.new)
+        trainer = Trainer(self.stage, migration, crops, self.processes, reporting)
         return child, trainer.train(self.states, state)
 
-    def _begin(self, child: HPCM, crops: TrainingCrops) -> TrainingState:
+    def _transfer(self, child: HPCM, crops: TrainingCrops) -> TrainingState:
         """Transfer weights, and compare child and parent before the first step."""
         child.to(self.device)
         if self.task.start is not None:
@@ -176,45 +198,55 @@ class StageRun:
         state = TrainingState(Progress(), codec_tensors(child), {}, facts)
 
         def compare_and_save() -> None:
+            first = records.Start(tensors=start.ledger.counts())
             if self.parent is not None:
                 before, after = self._estimate(self.parent), self._estimate(child)
                 gap = after.rd_loss - before.rd_loss
-                facts.update(parent=asdict(before), step0=asdict(after), step0_gap=gap)
-                self.run.metrics(before.metrics("val/parent"), 0)
-                self.run.metrics({**after.metrics("val"), "val/step0_gap": gap}, 0)
-            self.states.save(state)
+                first = replace(first, parent=before, step0=after, step0_gap=gap)
+                self.log.metrics.append(before.metrics("val/parent"), 0)
+                self.log.metrics.append({**after.metrics("val"), "val/step0_gap": gap}, 0)
+            self.log.update(start=first)
+            progress = replace(state.progress, lines=self.log.metrics.lines)
+            self.states.save(replace(state, progress=progress))
+            self._saved(progress)
 
-        self.context.on_main_process(compare_and_save)
+        self.processes.on_main_process(compare_and_save)
         return state
+
+    def _saved(self, progress: Progress) -> None:
+        """Note in the record how far the training has come."""
+        self.log.update(
+            trained=Trained(
+                progress.stage_step, progress.bad_steps, progress.exploded_steps, progress.seconds, progress.lines
+            )
+        )
+
+    def _segment_ended(self, segment: Segment, progress: Progress, quality: Quality) -> None:
+        before = sum(result.seconds for result in self.log.record.segments)
+        result = SegmentResult(segment.name, segment.steps, progress.seconds - before, quality)
+        self.log.update(segments=(*self.log.record.segments[: progress.segment], result))
 
     def _note_start(self, state: TrainingState, ledger: Ledger) -> None:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(ledger.counts().items()))
-        self.context.watcher.note(f"transfer: {counts}")
-        self._tag(StageTags(ledger=counts))
+        self.watcher.note(f"transfer: {counts}")
         for what in ("narrowed", "fitted"):
             if errors := [site["error"] for site in state.facts.get(what, ())]:
                 modules = f"{len(errors)} module{'s' if len(errors) > 1 else ''}"
-                self.context.watcher.note(f"{what} {modules}: at most {max(errors):.1%} of the variance unexplained")
-        if "step0_gap" in state.facts:
-            self._tag(StageTags(step0_loss=state.facts["step0"]["rd_loss"]))
-            self.context.watcher.note(
-                f"step 0: estimated validation loss {state.facts['step0']['rd_loss']:.4f}, "
-                f"{state.facts['step0_gap']:+z.4f} relative to the parent"
+                self.watcher.note(f"{what} {modules}: at most {max(errors):.1%} of the variance unexplained")
+        start = self.log.record.start
+        if start.step0 is not None and start.step0_gap is not None:
+            self.watcher.note(
+                f"step 0: estimated validation loss {start.step0.rd_loss:.4f}, "
+                f"{start.step0_gap:+z.4f} relative to the parent"
             )
-        progress = state.progress
-        if progress.stage_step or progress.segment:
-            at = [segment.name for segment in self.stage.schedule] + ["evaluation"]
-            self._attempt = f"resumed in {at[progress.segment]} at step {progress.step}"
-            self.context.watcher.note(self._attempt)
-        self._tag(StageTags(attempts={self._began: self._attempt}))
 
     def _note_environment(self, state: TrainingState) -> None:
         """Record the environment, and report changes since the last state that can change the trained bytes."""
-        now = {**environment_of(self.context.processes.accelerator), "Bi-WKV4": self.task.kernel(self.device)}
+        now = {**environment_of(self.processes.accelerator), "Bi-WKV4": self.task.kernel(self.device)}
         now["micro-batches"] = str(self.stage.data.accumulate)
         for name, before in state.facts.get("environment", now).items():
             if now.get(name) != before:
-                self.context.watcher.note(
+                self.watcher.note(
                     f"{name}: {before} before, {now.get(name)} now; the result will be as good as that of an "
                     "uninterrupted run, but not bit for bit the same"
                 )
@@ -226,57 +258,45 @@ class StageRun:
     def _interruptible(self, images: list[NamedImage]) -> Iterator[NamedImage]:
         """Yields the images. A signal stops the work between two images."""
         for done, image in enumerate(images):
-            self.context.processes.stop_if_asked()
+            self.processes.stop_if_asked()
             fault("evaluation")
-            self.context.watcher.image(done, len(images))
+            self.watcher.image(done, len(images))
             yield image
-        self.context.processes.stop_if_asked()
+        self.processes.stop_if_asked()
 
-    def _validate(self, child: HPCM, segment: Segment, progress: Progress) -> None:
-        def measure() -> None:
-            quality = self._estimate(child)
-            self.run.metrics(quality.metrics("val"), progress.stage_step)
-            similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
-            self.context.watcher.note(
-                f"after {segment.name}: validation loss {quality.rd_loss:.4f}, estimated {quality.bpp:.4f} bpp, "
-                f"{quality.psnr_db:.2f} dB{similarity}"
-            )
-
-        self.context.on_main_process(measure)
-
-    def _finish(self, child: HPCM, state: TrainingState) -> None:
-        """Evaluate with real bitstreams, check the limits, publish."""
+    def _evaluate(self, child: HPCM) -> None:
+        """Code the validation images with real bitstreams. Raises StageError if the limits are exceeded."""
         kept = self.stage.evaluation.reconstructions
         images = self._interruptible(self.images)
         evaluation, reconstructions = evaluate(child, images, self.stage.lmbda, self.stage.metric, kept)
-        quality = evaluation.quality
-        parent_quality = self._parent_quality()
-        refusal = judge(self.stage.accept, quality, parent_quality)
-        verdict = "accepted" if not refusal else "accepted anyway" if self.context.accept_anyway else "refused"
-        self._tag(StageTags(acceptance="; ".join([verdict, *refusal])))
-        change = f", {quality.rd_loss - parent_quality.rd_loss:+z.4f} relative to the parent" if parent_quality else ""
-        self.context.watcher.note(
+        quality, parent = evaluation.quality, self._parent_quality()
+        reasons = judge(self.stage.accept, quality, parent)
+        verdict = "accepted" if not reasons else "accepted anyway" if self.context.accept_anyway else "refused"
+        parameters, kmacs = sum(p.numel() for p in child.parameters()), macs_per_pixel(self.task.config) / 1000
+        change = f", {quality.rd_loss - parent.rd_loss:+z.4f} relative to the parent" if parent else ""
+        self.watcher.note(
             f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
         )
+        result = Result(evaluation, parent, verdict, tuple(reasons), parameters, kmacs)
         if verdict == "refused":
-            assert parent_quality is not None  # without a parent nothing is refused
-            Refusal(quality, parent_quality).write(self.states.folder)
+            self.log.update(result=result, status="refused")
             raise StageError(
-                f"{self.stage.name}: not accepted, compared with its parent: {'; '.join(refusal)}.\n"
+                f"{self.stage.name}: not accepted, compared with its parent: {'; '.join(reasons)}.\n"
                 "  The trained state is kept. Relax `accept` in the recipe (or with --set "
                 f"{self.stage.name}.accept.…=), or publish the result with --accept-anyway. "
                 "A longer schedule trains the stage again from its parent."
             )
-        pictures = self.task.folder / "reconstructions"
-        shutil.rmtree(pictures, ignore_errors=True)  # An attempt that was killed here may have had other images.
-        for (name, image), x_hat in zip(self.images, reconstructions, strict=False):
-            save_comparison(pictures / f"{comparison_name(name)}.png", image, x_hat)
-        points = {"parent": parent_quality} if parent_quality else {}
-        plot_rate_distortion(self.task.folder / "rate-distortion.png", {**points, self.stage.name: quality})
-        Publication(
-            self.task, self.inputs, child, state, evaluation, self._validation(), parent_quality, self._description()
-        ).write(self.run, self.context.runs)
-        self.states.forget()
+        step = self.log.record.trained.steps
+        self.log.metrics.append(quality.metrics("final"), step)
+        self.log.metrics.append({"model/parameters": parameters, "model/kmacs_per_pixel": kmacs}, step)
+        self.log.update(result=result)
+        save_pictures(self.states.folder / "reconstructions", self.images, reconstructions)
+
+    def _publish(self, child: HPCM, state: TrainingState) -> None:
+        assert self.log.record.result is not None
+        quality = self.log.record.result.quality
+        lineage = replace(self.log.record.lineage, quality=quality, validation=self._validation())
+        publish_stage(self.task, self.log, child, state, lineage)
 
     def _parent_quality(self) -> Quality | None:
         if self.parent is None or self.task.parent is None:
@@ -290,3 +310,7 @@ class StageRun:
     def _validation(self) -> Validation:
         images = tuple(name for name, _ in self.images)
         return Validation(self.val_photos.digest, images, self.stage.lmbda, self.stage.metric)
+
+
+def _data_set(photos: Photos) -> DataSet:
+    return DataSet(photos.name, photos.source, photos.digest, len(photos.paths), photos.pixels)

@@ -5,69 +5,29 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.common import files
+from pipeline.common.files import FileError
 from pipeline.data.images import Photos, check_folder, find_images
 from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import ModelChoice, Stage
 from pipeline.recipes.yaml_source import Misfit, YamlNode, dotted
-from pipeline.training.watcher import Watcher
+from pipeline.records.record import CHECKPOINT, StageRecord
+from pipeline.records.record import FILE as RECORD
 from pipeline.weights.metadata import check_file, read_digest
-from pipeline.weights.training_state import StateFolder
+from pipeline.weights.training_state import Progress, StateFolder
 
 if TYPE_CHECKING:
     import torch
 
     from modules.config import HPCMConfig
-    from pipeline.common.processes import ProcessGroup
 
 CODE_VERSION = "1"
 """Increased when the same recipe gives different weights, beyond rounding. Stages built before are then stale."""
-
-
-@dataclass(frozen=True)
-class Rebuild:
-    """Stages to rebuild on request, and the question that confirms it."""
-
-    force: bool = False
-    """Rebuild the chain's last stage even if it is current."""
-    fresh: bool = False
-    """Restart interrupted trainings from step 0."""
-    confirm: Callable[[list[str]], None] = lambda consequences: None
-    """Raises an error that stops the run if the person does not agree."""
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What the stages of a chain share: the chain's folder, processes, watcher and options."""
-
-    folder: Path
-    processes: ProcessGroup
-    watcher: Watcher = field(default_factory=Watcher)
-    accept_anyway: bool = False
-    rebuild: Rebuild = field(default_factory=Rebuild)
-
-    @property
-    def runs(self) -> Path:
-        """The folder of runs, which contains the chain's folder."""
-        return self.folder.parents[1]
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process evaluates, publishes and logs to MLflow."""
-        return self.processes.accelerator.is_main_process
-
-    def wait_for_everyone(self) -> None:
-        """Wait for all processes, so that none reads a file before another has written it."""
-        self.processes.accelerator.wait_for_everyone()
-
-    def on_main_process(self, work: Callable[[], None]) -> None:
-        """Do work in the first process while the others wait. If it raises, all processes stop."""
-        self.processes.on_main_process(work)
 
 
 @dataclass(frozen=True)
@@ -90,12 +50,25 @@ class StageTask:
     @property
     def checkpoint(self) -> Path:
         """The published checkpoint."""
-        return self.folder / "checkpoint.safetensors"
+        return self.folder / CHECKPOINT
 
     @property
-    def record(self) -> Path:
-        """The published stage's record: quality, times, digests, key of its MLflow run."""
-        return self.folder / "record.json"
+    def runs(self) -> Path:
+        """The folder of runs, which contains the chain's folder."""
+        return self.folder.parents[2]
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the stage has a record and a checkpoint in its place."""
+        return (self.folder / RECORD).is_file() and self.checkpoint.is_file()
+
+    @staticmethod
+    def record_of(folder: Path) -> StageRecord | None:
+        """The record in a published or working folder; None if it is missing or damaged."""
+        try:
+            return StageRecord.read(folder)
+        except FileError:
+            return None
 
     @cached_property
     def config(self) -> HPCMConfig:
@@ -122,25 +95,27 @@ class StageTask:
 
     @property
     def states(self) -> StateFolder:
-        """The folder of the stage's training states. The parent must be published."""
-        return self.states_of(self.inputs())
+        """The working folder of the training with the present inputs. The parent must be published."""
+        return StateFolder(self._trainings, self.inputs())
 
-    def states_of(self, inputs: dict[str, str]) -> StateFolder:
-        """The folder of the training states for these inputs.
-
-        It is not in the stage's own folder, which is moved away as a whole when the stage is rebuilt.
-        """
-        return StateFolder(self.folder.parent / "states" / self.stage.name, inputs)
+    @property
+    def _trainings(self) -> Path:
+        # Not in the stage's own folder, which is replaced as a whole.
+        return self.folder.parent / "training" / self.stage.name
 
     @property
     def is_begun(self) -> bool:
-        """Whether an interrupted training of the stage exists, with any inputs."""
-        return not self.record.is_file() and any((self.folder.parent / "states" / self.stage.name).glob("*/*"))
+        """Whether an unfinished training of the stage exists, with any inputs."""
+        return any(self._trainings.glob("*/*"))
 
-    def abandon_states(self) -> None:
-        """Move all training states of the stage to `abandoned/`, in one rename."""
-        states = self.folder.parent / "states" / self.stage.name
-        files.free_name(self.folder.parent / "abandoned" / self.stage.name, states.rename)
+    def abandon(self) -> None:
+        """Move all unfinished trainings of the stage to `abandoned/`, in one rename."""
+        files.free_name(self.folder.parent / "abandoned" / self.stage.name, self._trainings.rename)
+
+    def position(self, progress: Progress) -> str:
+        """Where a training stands, such as `frozen at step 300`."""
+        names = [*(segment.name for segment in self.stage.schedule), "evaluation"]
+        return f"{names[progress.segment]} at step {progress.step}"
 
     @cached_property
     def train_photos(self) -> Photos:

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from pipeline.common.packaged import label
 from pipeline.common.tables import Table, number, shortest
-from pipeline.weights.published import PublicationRecord
+from pipeline.records.record import StageRecord
 
 if TYPE_CHECKING:
-    from pipeline.chain.chain import Chain, PlannedStage
+    from pipeline.chain.chain import Chain
+    from pipeline.chain.plan import PlannedStage
 
 # Only the first of the processes that `accelerate launch` starts prints.
 _SILENT = os.environ.get("RANK", "0") != "0"
@@ -87,20 +88,21 @@ def closing_table(chain: "Chain") -> Table:
     columns = ("stage", "params", "kMAC/px", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
     table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
     for task in chain.tasks:
-        if task.record.is_file():
-            table.add(task.stage.name, *_record_row(PublicationRecord.read(task.record)))
+        if task.is_published:
+            table.add(task.stage.name, *_record_row(StageRecord.read(task.folder)))
     return table
 
 
-def _record_row(record: PublicationRecord) -> list[str]:
-    quality = record.quality
+def _record_row(record: StageRecord) -> list[str]:
+    assert record.result is not None  # a published stage was evaluated
+    result, quality = record.result, record.result.quality
     return [
-        f"{record.parameters / 1e6:.2f}M",
-        f"{record.kmacs_per_pixel:.1f}",
+        f"{result.parameters / 1e6:.2f}M",
+        f"{result.kmacs_per_pixel:.1f}",
         f"{quality.bpp:.4f}",
         f"{quality.psnr_db:.2f}",
         number(quality.ms_ssim),
         f"{quality.rd_loss:.4f}",
-        number(record.facts.step0_gap, "+z.4f"),
-        f"{record.training_seconds / 60:.1f}" if record.steps else "–",
+        number(record.start.step0_gap, "+z.4f"),
+        f"{record.trained.seconds / 60:.1f}" if record.steps else "–",
     ]

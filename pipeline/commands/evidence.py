@@ -230,7 +230,7 @@ def rd_curve(
 
 
 def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> None:
-    from pipeline.chain.stage_task import Rebuild
+    from pipeline.chain.context import Rebuild
     from pipeline.commands.confirmation import confirm
     from pipeline.commands.display import console, show
 
@@ -238,14 +238,14 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> N
     show(sweep.table())
 
     # These load PyTorch, so the table is shown first.
-    from pipeline.commands.running import run_chain
+    from pipeline.commands.running import run_planned
     from pipeline.common.processes import start_accelerator
 
     accelerator = start_accelerator(points[0].chains[0].precision)
     for point in points:
         for chain in point.chains:
             console.print(f"λ = {point.title}, to {chain.tasks[-1].stage.name}")
-            run_chain(chain, accelerator, accept_anyway, Rebuild(confirm=partial(confirm, yes)), verbose)
+            run_planned(chain, accelerator, accept_anyway, Rebuild(confirm=partial(confirm, yes)), verbose)
         show(sweep.table())
     if accelerator.is_main_process:
         _draw_curves(sweep)

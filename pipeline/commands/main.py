@@ -126,7 +126,7 @@ def run(
     Ctrl-C and SIGTERM save and exit. Repeat the command to continue.
     For several processes: `accelerate launch --num_processes 2 -m pipeline run phase4`.
     """
-    from pipeline.chain.stage_task import Rebuild
+    from pipeline.chain.context import Rebuild
     from pipeline.commands.confirmation import confirm
     from pipeline.commands.display import closing_table, console, hush, plan_table, show
 
@@ -137,11 +137,11 @@ def run(
     show(plan_table(chain, chain.plan()))
 
     # These load PyTorch, so the plan is shown first.
-    from pipeline.commands.running import run_chain
+    from pipeline.commands.running import run_planned
     from pipeline.common.processes import start_accelerator
 
     accelerator = start_accelerator(chain.precision)
-    run_chain(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(confirm, yes)), verbose)
+    run_planned(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(confirm, yes)), verbose)
     show(closing_table(chain))
     if accelerator.is_main_process:
         pictures = chain.tasks[-1].folder / "reconstructions"

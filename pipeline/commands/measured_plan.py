@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pipeline.chain.chain import PlannedStage
 from pipeline.chain.measuring import evaluation_seconds_left, measure, seconds_left
+from pipeline.chain.plan import PlannedStage
 from pipeline.commands.display import errors, show
 from pipeline.commands.progress import duration
 from pipeline.common.errors import UserError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from pipeline.chain.chain import PlannedStage
+from pipeline.chain.plan import PlannedStage
 from pipeline.commands.display import console, errors, print_above_bar
 from pipeline.recipes.schema import Segment
 from pipeline.training.watcher import Watcher

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from accelerate import Accelerator
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.stage_task import Rebuild, RunContext
+from pipeline.chain.context import Rebuild, RunContext
+from pipeline.chain.run import run_chain
 from pipeline.commands.display import console
 from pipeline.commands.progress import ProgressWatcher, to_train
 from pipeline.common.processes import ProcessGroup
@@ -13,17 +14,17 @@ from pipeline.common.timing import machine
 from pipeline.training.watcher import Watcher
 
 
-def run_chain(
+def run_planned(
     chain: Chain, accelerator: Accelerator, accept_anyway: bool, rebuild: Rebuild | None = None, verbose: bool = False
 ) -> None:
-    """Run a chain on the processes of `accelerator`; raises what `Chain.run` raises."""
-    rebuild = rebuild or Rebuild()
+    """Run a chain on the processes of `accelerator`; raises what `run_chain` raises."""
+    rebuild, plan = rebuild or Rebuild(), chain.plan()
     watching: AbstractContextManager[Watcher] = nullcontext(Watcher())
     if accelerator.is_main_process:
         console.print(_images_and_device(chain, accelerator), soft_wrap=True)
-        watching = ProgressWatcher(to_train(chain.plan(), rebuild.force), verbose)
+        watching = ProgressWatcher(to_train(plan, rebuild.force), verbose)
     with ProcessGroup(accelerator) as processes, watching as watcher:
-        chain.run(RunContext(chain.folder, processes, watcher, accept_anyway, rebuild))
+        run_chain(chain, plan, RunContext(processes, watcher, accept_anyway, rebuild))
 
 
 def _images_and_device(chain: Chain, accelerator: Accelerator) -> str:

@@ -1,24 +1,19 @@
 """Validation within a segment, and the choice of the weights with which it ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.common.processes import ProcessGroup
 from pipeline.recipes.schema import Segment, Stage
+from pipeline.training.reporting import Reporting
 from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.published import Quality
 from pipeline.weights.training_state import Progress
-
-if TYPE_CHECKING:
-    from pipeline.training.trainer import Reporting
 
 
 class SegmentValidation:
@@ -46,11 +41,7 @@ class SegmentValidation:
             if self.stage.keep == "best" and _is_better(quality, progress):
                 progress = replace(progress, best_loss=quality.rd_loss, best_step=progress.step)
                 self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.reporting.run.metrics(quality.metrics("val"), progress.stage_step)
-        self.reporting.watcher.note(
-            f"{self.segment.name}, step {progress.step}: validation loss {quality.rd_loss:.4f}, "
-            f"estimated {quality.bpp:.4f} bpp, {quality.psnr_db:.2f} dB"
-        )
+        self.reporting.validated(f"{self.segment.name}, step {progress.step}", quality, progress.stage_step)
         return progress
 
     @torch.no_grad()
@@ -66,8 +57,8 @@ class SegmentValidation:
         )
 
     def _measure(self) -> Quality:
-        assert self.reporting.validate is not None  # a stage has validation images
-        return self.processes.of_main_process(self.reporting.validate)
+        assert self.reporting.measure is not None  # a stage has validation images
+        return self.processes.of_main_process(self.reporting.measure)
 
 
 def _is_better(quality: Quality, progress: Progress) -> bool:

@@ -1,16 +1,15 @@
 """Trains a stage through the segments of its schedule, with Accelerate."""
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from modules import HPCM, Noise
+from modules import Noise
 from pipeline.common.errors import Interrupted, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import ProcessGroup
@@ -18,16 +17,14 @@ from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
 from pipeline.evaluation.metrics import metric_named
 from pipeline.recipes.registered import OBJECTIVES
 from pipeline.recipes.schema import Segment, Stage
-from pipeline.tracking.store import Run
 from pipeline.training.cuda_graph import Compute, GraphedGradients
 from pipeline.training.learning_rate import schedule_factor
 from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names, with_weight_decay
+from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.segment_validation import SegmentValidation
-from pipeline.training.watcher import Watcher
 from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.checkpoints import codec_tensors, load_weights
-from pipeline.weights.published import Quality
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
 
 LOSSES_KEPT = 32
@@ -38,30 +35,6 @@ EXPLODED = 10.0
 
 class TrainingError(UserError):
     """Training cannot continue. The last good state is kept."""
-
-
-@dataclass(frozen=True)
-class Migration:
-    """A child and its parent (None for a root stage)."""
-
-    child: HPCM
-    parent: HPCM | None
-    components: tuple[str, ...]
-    """Components of the child that differ from the parent's."""
-    new: frozenset[str]
-    """Names of the tensors that a frozen segment trains."""
-
-
-@dataclass(frozen=True)
-class Reporting:
-    """Receivers of progress: an MLflow run, a watcher, and functions that validate the child."""
-
-    run: Run = field(default_factory=Run)
-    watcher: Watcher = field(default_factory=Watcher)
-    on_segment_end: Callable[[Segment, Progress], None] = lambda segment, progress: None
-    """Validates the child at the end of each segment."""
-    validate: Callable[[], Quality] | None = None
-    """Measures the child on the validation images for `validate_every`. Only the first process calls it."""
 
 
 class Trainer:
@@ -91,7 +64,7 @@ class Trainer:
         while state.progress.segment < len(self.stage.schedule):
             segment = self.stage.schedule[state.progress.segment]
             progress = _SegmentRun(self, segment, states, state).train()
-            self.reporting.on_segment_end(segment, progress)
+            self._validate(segment, progress)
             state = replace(
                 state,
                 progress=progress.next_segment(),
@@ -100,9 +73,22 @@ class Trainer:
                 average={},
                 best={},
             )
-            self.processes.on_main_process(partial(states.save, state))
+            self.processes.on_main_process(partial(self.save, states, state))
             fault("segment")
         return state
+
+    def save(self, states: StateFolder, state: TrainingState) -> None:
+        """Save a state, with the number of lines of the metrics that precede it. Only the first process calls it."""
+        state = replace(state, progress=replace(state.progress, lines=self.reporting.metrics.lines))
+        states.save(state)
+        self.reporting.saved(state.progress)
+
+    def _validate(self, segment: Segment, progress: Progress) -> None:
+        if self.reporting.measure is None:
+            return
+        quality = self.processes.of_main_process(self.reporting.measure)
+        self.reporting.validated(f"after {segment.name}", quality, progress.stage_step)
+        self.reporting.segment_ended(segment, progress, quality)
 
 
 class _SegmentRun:
@@ -287,7 +273,7 @@ class _SegmentRun:
             f"{prefix}/exploded_steps": float(self.progress.exploded_steps),
         }
         named = {f"{prefix}/{key}": value for key, value in values.items()}
-        self.trainer.reporting.run.metrics({**named, **rates, **counts}, self.progress.stage_step)
+        self.trainer.reporting.metrics.append({**named, **rates, **counts}, self.progress.stage_step)
         return values
 
     def _save_if_due(self) -> None:
@@ -303,7 +289,8 @@ class _SegmentRun:
     def _save(self) -> None:
         average = self.average.values if self.average is not None else {}
         tensors = codec_tensors(self.child), optimizer_tensors(self.optimizer)
-        self.states.save(TrainingState(self.progress, *tensors, self.facts, average, self.validation.best))
+        state = TrainingState(self.progress, *tensors, self.facts, average, self.validation.best)
+        self.trainer.save(self.states, state)
 
     def _validation_is_due(self) -> bool:
         # During a handover the parent's components contribute, so the child alone is not the codec that is trained.

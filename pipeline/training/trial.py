@@ -21,7 +21,8 @@ from pipeline.evaluation.coding import code, estimate
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Stage
 from pipeline.training.estimate import EvaluationCost, StepCost
-from pipeline.training.trainer import Migration, Reporting, Trainer
+from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import new_components, new_tensors, tensors_to_copy
 from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors

@@ -1,13 +1,12 @@
-"""Records of a published stage: `Lineage` in its checkpoint, and `PublicationRecord` in a file beside it."""
+"""The quality of a codec, and the lineage that its checkpoint carries."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.common.contracts import contract_of, read_contract, to_values
-from pipeline.common.files import write_json
+from pipeline.common.contracts import contract_of, to_values
 from pipeline.weights.metadata import CheckpointError, read_metadata
 
 if TYPE_CHECKING:
@@ -77,41 +76,3 @@ def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
 
     known = {"config": model.config.to_dict(), "identity": model_identity(model).hex()}
     write(path, codec_tensors(model), {**to_values(lineage), **known})
-
-
-@dataclass(frozen=True)
-class StartFacts:
-    """Estimated quality on the validation images before the first step of a stage with a parent."""
-
-    parent: Quality | None = None
-    step0: Quality | None = None
-    """The child's quality at step 0."""
-    step0_gap: float | None = None
-    """R-D loss of the child minus that of its parent."""
-
-
-@dataclass(frozen=True)
-class PublicationRecord:
-    """`record.json` beside a published checkpoint. Its existence marks the stage as done."""
-
-    digest: str
-    """Digest of the weights."""
-    inputs: dict[str, str]
-    mlflow_key: str | None
-    """Key of the stage's MLflow run."""
-    parameters: int
-    kmacs_per_pixel: float
-    quality: Quality
-    training_seconds: float
-    steps: int
-    skipped_steps: int
-    facts: StartFacts
-
-    @classmethod
-    def read(cls, path: Path) -> PublicationRecord:
-        """Read a record; raises FileError, naming the file, if it is missing or damaged."""
-        return read_contract(cls, path)
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically; raises FileError."""
-        write_json(path, asdict(self))

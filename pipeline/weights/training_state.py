@@ -5,15 +5,12 @@ All randomness of a step is drawn from (seed, step), so a state stores no random
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.common.contracts import contract_of, read_contract
-from pipeline.common.files import write_json
+from pipeline.common.contracts import contract_of
 from pipeline.weights.metadata import CheckpointError, inputs_digest, read_metadata
 
 if TYPE_CHECKING:
@@ -41,6 +38,8 @@ class Progress:
     """Steps of the stage with an exploded loss."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, and their `count`, so that a resumed run logs the same values."""
+    lines: int = 0
+    """Lines of the stage's metrics that precede this state. A resume cuts the others."""
     best_loss: float | None = None
     """The segment's lowest validation loss, if it keeps the best weights; None before its first validation."""
     best_step: int = 0
@@ -65,13 +64,6 @@ class TrainingState:
     """The moving average of the segment's trainable parameters, by name; empty without `ema`."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The segment's trainable parameters at the lowest validation loss, by name; empty without `keep: best`."""
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """The content of `run.json` beside the states."""
-
-    key: str
 
 
 class StateFolder:
@@ -118,21 +110,12 @@ class StateFolder:
                 return contract_of(Progress, read_metadata(path).get("progress"), path, CheckpointError)
         return None
 
-    def run_key(self) -> str:
-        """The key of this training's MLflow run. It is created with the first call and deleted with the states."""
-        path = self.folder / "run.json"
-        if not path.exists():
-            write_json(path, asdict(TrainingRun(uuid.uuid4().hex)))
-        return read_contract(TrainingRun, path, CheckpointError).key
-
     def forget(self) -> None:
-        """Delete the states once the stage is published."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # Not empty if other inputs or stages have states.
-            self.root.rmdir()
-            self.root.parent.rmdir()
+        """Delete the states, when the stage is about to be published. Other files stay."""
+        for path in [*self._files(), *self.folder.glob("*.partial")]:
+            path.unlink()
 
-    def other_form(self) -> dict[str, str] | None:
+    def other_inputs(self) -> dict[str, str] | None:
         """Inputs of an unfinished training of the stage that differ from these, or None."""
         for path in self.root.glob("*/segment-*.safetensors"):
             if path.parent != self.folder:

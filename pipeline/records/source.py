@@ -1,32 +1,31 @@
-"""The origin of a run as MLflow's tags: command, commit, versions and device."""
+"""The origin of an attempt: command, user, commit, device and versions."""
 
 import getpass
 import subprocess
 import sys
 from functools import cache
 from importlib import metadata
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 
+from pipeline.records.record import Source
+
 ROOT = Path(__file__).parents[2]
 
 
-def source_tags(device: torch.device) -> dict[str, str]:
-    """MLflow's own tags of a run's source, and the versions of the software."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    # MLflow's pages show only what follows the last slash of a source's name.
-    command = list(takewhile(lambda word: not word.startswith("-") and "/" not in word, words))
-    tags = {"mlflow.source.name": " ".join(command), "mlflow.source.type": "LOCAL"}
-    tags["hpcm.command"] = " ".join(words)[:500]
-    tags["mlflow.user"] = _user()
-    if commit := _commit():
-        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
-        tags["hpcm.source_changed"] = str(commit.endswith("-dirty")).lower()
-    tags["hpcm.device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def source_of(device: torch.device) -> Source:
+    """The origin of what this process computes on a device."""
     versions = {"torch": torch.__version__, "compressai": metadata.version("compressai"), "cuda": torch.version.cuda}
-    return tags | {f"hpcm.version.{name}": version for name, version in versions.items() if version}
+    commit = _commit()
+    return Source(
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500],
+        user=_user(),
+        commit=commit.removesuffix("-dirty"),
+        changed=commit.endswith("-dirty"),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        versions={name: version for name, version in versions.items() if version},
+    )
 
 
 @cache

@@ -1,0 +1,48 @@
+"""What the stages of a chain share while it runs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.common.processes import ProcessGroup
+from pipeline.training.watcher import Watcher
+
+Beside = Callable[[Path], AbstractContextManager[object]]
+"""Makes a context that works on a folder beside the run, such as a thread that mirrors it to MLflow."""
+
+
+def nothing(folder: Path) -> AbstractContextManager[object]:
+    """Do nothing beside the run."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Stages to rebuild on request, and the question that confirms it."""
+
+    force: bool = False
+    """Rebuild the chain's last stage even if it is current."""
+    fresh: bool = False
+    """Restart interrupted trainings from step 0."""
+    confirm: Callable[[list[str]], None] = lambda consequences: None
+    """Raises an error that stops the run if the person does not agree."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Processes, watcher and options of a run."""
+
+    processes: ProcessGroup
+    watcher: Watcher = field(default_factory=Watcher)
+    accept_anyway: bool = False
+    rebuild: Rebuild = field(default_factory=Rebuild)
+    mirror: Beside = nothing
+    """Works beside the run on the chain's folder, in the first process."""
+    sample: Beside = nothing
+    """Works beside the training on the stage's folder, in the first process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process evaluates, publishes and writes records."""
+        return self.processes.accelerator.is_main_process

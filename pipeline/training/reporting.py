@@ -1,0 +1,45 @@
+"""What a training migrates, and what receives its progress."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from modules import HPCM
+from pipeline.recipes.schema import Segment
+from pipeline.records.metrics import MetricsLog
+from pipeline.training.watcher import Watcher
+from pipeline.weights.published import Quality
+from pipeline.weights.training_state import Progress
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A child and its parent (None for a root stage)."""
+
+    child: HPCM
+    parent: HPCM | None
+    components: tuple[str, ...]
+    """Components of the child that differ from the parent's."""
+    new: frozenset[str]
+    """Names of the tensors that a frozen segment trains."""
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Receivers of progress, and the function that measures the child on the validation images."""
+
+    metrics: MetricsLog = field(default_factory=MetricsLog)
+    watcher: Watcher = field(default_factory=Watcher)
+    measure: Callable[[], Quality] | None = None
+    """Only the first process calls it. Without it nothing is validated."""
+    saved: Callable[[Progress], None] = lambda progress: None
+    """A state was saved."""
+    segment_ended: Callable[[Segment, Progress, Quality], None] = lambda segment, progress, quality: None
+
+    def validated(self, title: str, quality: Quality, step: int) -> None:
+        """Log a validation at a step of the stage."""
+        self.metrics.append(quality.metrics("val"), step)
+        similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
+        self.watcher.note(
+            f"{title}: validation loss {quality.rd_loss:.4f}, estimated {quality.bpp:.4f} bpp, "
+            f"{quality.psnr_db:.2f} dB{similarity}"
+        )
