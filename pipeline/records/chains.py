@@ -10,6 +10,7 @@ from typing import Literal
 
 from pipeline.common.contracts import read_contract
 from pipeline.common.errors import UserError
+from pipeline.common.files import FileError
 from pipeline.common.tables import shortest
 from pipeline.records.record import FILE, StageRecord
 
@@ -96,26 +97,43 @@ class ChainRecord:
         record = self.published[name].record
         return record.steps + (self.total_steps(record.parent) if record.parent in self.published else 0)
 
-    def reference(self, name: str) -> str | None:
-        """Name of the stage to compare a stage with: the root's codec, trained for the same total number of steps.
+    def control(self, name: str) -> str | None:
+        """Name of the control of a published stage; None if there is none, or if the stage has the root's codec.
 
-        Such a stage is a control. Without a control it is the root, which has fewer steps. None for a stage that has
-        the root's codec itself.
+        The control has the root's codec. It was trained for as many steps in all, and on the same training and
+        validation images in batches of the same size. So a difference from it is due to the codec.
         """
         records = {name: stage.record for name, stage in self.published.items()}
-        codecs = [record.codec for record in records.values() if record.parent is None]
-        if records[name].codec in codecs:
+        plain = [record.codec for record in records.values() if record.parent is None]
+        if records[name].codec in plain:
             return None
-        plain = [other for other, record in records.items() if record.codec in codecs]
-        equal = [other for other in plain if self.total_steps(other) == self.total_steps(name)]
-        roots = [other for other in plain if records[other].parent is None]
-        return next(iter(equal + roots), None)
+        wanted = self._conditions(name)
+        others = (other for other in records if records[other].codec in plain and self._conditions(other) == wanted)
+        return next(others, None)
+
+    def _conditions(self, name: str) -> tuple[object, ...]:
+        """What must be equal so that the results of two stages can be compared."""
+        record = self.published[name].record
+        data = record.settings["data"]
+        images = record.train_images.digest, record.lineage.validation
+        return self.total_steps(name), *images, data["batch_size"], data["crop"]
 
 
-def read_chain(folder: Path) -> ChainRecord:
-    """Read a chain's folder. Raises FileError, naming the file, for a damaged record."""
+def read_chain(folder: Path, damaged: list[str] | None = None) -> ChainRecord:
+    """Read a chain's folder. Raises FileError, naming the file, for a damaged record.
+
+    If the list `damaged` is given, the messages about damaged records are added to it instead, and the records left
+    out.
+    """
     facts = read_contract(ChainFacts, folder / CHAIN_FILE)
-    stages = [StoredStage(path.parent, place, StageRecord.read(path.parent)) for place, path in _records(folder)]
+    stages = []
+    for place, path in _records(folder):
+        try:
+            stages.append(StoredStage(path.parent, place, StageRecord.read(path.parent)))
+        except FileError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
     return ChainRecord(folder, facts, tuple(sorted(stages, key=lambda stage: stage.record.began)))
 
 

@@ -6,6 +6,7 @@ segment, and with its result. A folder of runs can be moved and copied; the reco
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ import yaml
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import FileError, write_json
 from pipeline.evaluation.results import Evaluation
+from pipeline.weights.metadata import seal
 from pipeline.weights.published import Lineage, Quality
 
 FILE = "record.json"
@@ -191,12 +193,20 @@ class StageRecord:
 
     @classmethod
     def read(cls, folder: Path) -> StageRecord:
-        """Read a stage's record. Raises FileError, naming the file, if it is missing, damaged or of a later version."""
-        record = read_contract(cls, folder / FILE)
+        """Read a stage's record.
+
+        Raises FileError, naming the file, if it is missing, damaged, of a later version, or changed since `write`.
+        """
+        path = folder / FILE
+        record = read_contract(cls, path)
         if record.version > VERSION:
-            raise FileError(f"{folder / FILE}: version {record.version}; this program reads up to {VERSION}: update it")
+            raise FileError(f"{path}: version {record.version}; this program reads up to {VERSION}: update it")
+        fields = json.loads(path.read_bytes())
+        if fields.pop("seal", None) != seal(fields):
+            raise FileError(f"{path}: damaged: it was changed after it was written")
         return record
 
     def write(self, folder: Path) -> None:
-        """Write the record atomically. Raises FileError."""
-        write_json(folder / FILE, asdict(self))
+        """Write the record atomically, with a digest of its fields. Raises FileError."""
+        fields = asdict(self)
+        write_json(folder / FILE, {**fields, "seal": seal(fields)})

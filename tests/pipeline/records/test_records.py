@@ -23,7 +23,8 @@ QUALITY = Quality(0.25, 30.0, None, 1.5, {"mine": 2.0})
 
 def record(name: str, parent: str | None, steps: int = 4, codec: str = "rwkv") -> StageRecord:
     """A record of a stage that has just begun."""
-    lineage = Lineage(name=name, stage=f"schedule: [{{name: all, steps: {steps}}}]\n", inputs={"recipe": "1"})
+    settings = f"data: {{batch_size: 2, crop: 128}}\nschedule: [{{name: all, steps: {steps}}}]\n"
+    lineage = Lineage(name=name, stage=settings, inputs={"recipe": "1"})
     return StageRecord(
         f"key of {name}", "mini", 0.013, 0, name, parent, "training", lineage, {"attn_s3": codec}, None, IMAGES, IMAGES
     )
@@ -63,6 +64,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"version": 99}, "version 99"),
         ({"lmbda": "high"}, "lmbda"),
         ({"status": "lost"}, "status"),
+        ({"lmbda": 0.05}, "changed after it was written"),
     ],
 )
 def test_a_damaged_record_is_an_error_that_names_file_and_field(
@@ -122,5 +124,5 @@ def test_chains_are_read_from_folders(tmp_path: Path) -> None:
     )
     assert list(read.published) == ["baseline", "control", "phase1"]
     assert read.total_steps("phase1") == 8
-    assert read.reference("phase1") == "control"
-    assert read.reference("control") is None
+    assert read.control("phase1") == "control"
+    assert read.control("control") is None
