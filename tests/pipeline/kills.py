@@ -13,17 +13,11 @@ from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import torch
-from mini import FOLDER
-from mlflow import MlflowClient
-from mlflow.entities import Run
+from mini import FOLDER, history, record_of
 
 from modules import Noise
 from pipeline.chain.chain import Chain
-from pipeline.tracking.outbox import Outbox
-from pipeline.tracking.store import EXPERIMENT, Store
-from pipeline.tracking.tags import KEY
 from pipeline.training.objectives import RateDistortion
-from pipeline.weights.published import PublicationRecord
 
 KILLED = -9
 
@@ -59,18 +53,6 @@ def attempts(
         attempt(runs, stage, settings, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment})
         for rank, environment in enumerate(environments)
     ]
-
-
-def delivery(outbox: Path, runs: Path, environment: Mapping[str, str]) -> Process:
-    """Start a process that sends an outbox's entries to the store of a folder of runs."""
-    process = _forkserver().Process(target=_deliver, args=(outbox, runs, dict(environment)))
-    process.start()
-    return process
-
-
-def _deliver(outbox: Path, runs: Path, environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)
-    Outbox(outbox, Store.default(runs)).close(60)
 
 
 def _forkserver() -> ForkServerContext:
@@ -126,49 +108,28 @@ def _poison(step: int) -> None:
     RateDistortion.forward = spoilt  # type: ignore[method-assign]
 
 
-def stage_runs(chain: Chain) -> tuple[MlflowClient, dict[str, list[Run]]]:
-    """A client of the chain's store, and the runs of each stage."""
-    client = Store.default(chain.runs).client()
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    found: dict[str, list[Run]] = {}
-    for run in client.search_runs([experiment.experiment_id]):
-        if "hpcm.stage" in run.data.tags:
-            found.setdefault(run.data.tags["hpcm.stage"], []).append(run)
-    return client, found
-
-
-def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of each metric, in the order of their steps. A step that was logged twice is listed twice."""
-    return {
-        key: sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
-        for key in run.data.metrics
-        if not key.endswith("seconds") and not key.startswith("system/")
-    }
-
-
-def differences(chain: Chain, reference: Chain, rebuilt: bool = False) -> list[str]:
-    """The differences of a chain from an uninterrupted one: bytes, number of runs, metrics, leftovers.
-
-    Of a chain that was partly `rebuilt` each stage may have several runs; that of what is published counts.
-    """
+def differences(chain: Chain, reference: Chain) -> list[str]:
+    """The differences of a chain from an uninterrupted one: bytes, records, metrics, files, leftovers."""
     found: list[str] = []
-    (client, runs), (other_client, other_runs) = stage_runs(chain), stage_runs(reference)
     for task, other in zip(chain.tasks, reference.tasks, strict=False):
         name = task.stage.name
         if task.checkpoint.read_bytes() != other.checkpoint.read_bytes():
             found.append(f"{name}: other bytes")
-        key = PublicationRecord.read(task.record).mlflow_key
-        own = [run for run in runs[name] if run.data.tags[KEY] == key]
-        counted = own if rebuilt else runs[name]
-        if len(counted) != 1 or counted[0].info.status != "FINISHED":
-            found.append(f"{name}: runs {[run.info.status for run in counted]}")
-        elif history(client, counted[0]) != history(other_client, other_runs[name][0]):
+        record, expected = record_of(chain, name), record_of(reference, name)
+        if (record.status, record.attempts[-1].outcome) != ("done", "finished"):
+            found.append(f"{name}: {record.status}, {record.attempts[-1].outcome}")
+        if [segment.quality for segment in record.segments] != [segment.quality for segment in expected.segments]:
+            found.append(f"{name}: other results of segments")
+        if history(task.folder) != history(other.folder):
             found.append(f"{name}: other metrics")
-        versions = client.search_model_versions(f"run_id = '{counted[0].info.run_id}'") if counted else []
-        if [version.tags.get("hpcm.stage") for version in versions] != [name]:
-            found.append(f"{name}: {len(versions)} registered versions")
-        if {path.name for path in task.folder.iterdir()} != {path.name for path in other.folder.iterdir()}:
+        if files_of(task.folder) != files_of(other.folder):
             found.append(f"{name}: other files")
-    if (chain.folder / "outbox").exists():
-        found.append("outbox not empty")
+        if task.states.folder.exists():
+            found.append(f"{name}: the working folder is left")
     return found
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files of a stage, but for that of the system metrics, which a short run may not have."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return found - {"system.jsonl"}

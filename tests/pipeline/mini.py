@@ -2,25 +2,25 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
-from pipeline.chain.stage_task import RunContext
+from pipeline.chain.context import Rebuild, RunContext
+from pipeline.chain.run import run_chain as run_planned
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import TrainingCrops
 from pipeline.data.images import find_images
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Segment, Stage
-from pipeline.tracking import store
-from pipeline.tracking.store import EXPERIMENT, Store
-from pipeline.training.trainer import Migration, Reporting, Trainer
+from pipeline.records.metrics import History, MetricsLog, read_history
+from pipeline.records.record import StageRecord
+from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Ledger
 from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors
@@ -61,36 +61,39 @@ def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: P
     return Chain(recipe.name, recipe.chain(stage), runs, baseline, sources=recipe.sources)
 
 
-def run_chain(chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True) -> None:
-    """Run a chain in this process."""
+def run_chain(
+    chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True, rebuild: Rebuild | None = None
+) -> None:
+    """Run a chain in this process, without MLflow."""
     with ProcessGroup(Accelerator(cpu=True)) as processes:
-        chain.run(RunContext(chain.folder, processes, watcher or Watcher(), accept_anyway))
+        context = RunContext(processes, watcher or Watcher(), accept_anyway, rebuild or Rebuild())
+        run_planned(chain, chain.plan(), context)
 
 
-def runs_of(chain: Chain) -> tuple[MlflowClient, list[Run]]:
-    """A client and all runs of the chain's store, oldest first."""
-    client = Store.default(chain.runs).client()
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    return client, client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+def record_of(chain: Chain, stage: str) -> StageRecord:
+    """The record of a published stage."""
+    return StageRecord.read(chain.folder / stage)
 
 
-def steps_of(client: MlflowClient, run: Run) -> dict[str, list[int]]:
-    """The steps at which each metric was logged, in the order of logging."""
-    return {
-        key: [
-            metric.step for metric in sorted(client.get_metric_history(run.info.run_id, key), key=lambda m: m.timestamp)
-        ]
-        for key in run.data.metrics
-    }
+def begun(chain: Chain, stage: str) -> StageRecord:
+    """The record of the only training of a stage that is not published."""
+    (path,) = (chain.folder / "training" / stage).glob("*/record.json")
+    return StageRecord.read(path.parent)
 
 
-class Metrics(store.Run):
-    """Keeps the values that would be logged."""
+def history(folder: Path) -> dict[str, History]:
+    """The metrics in a stage's folder, without times. A step that was logged twice is listed twice."""
+    return {key: values for key, values in read_history(folder).items() if not key.endswith("seconds")}
+
+
+class Metrics(MetricsLog):
+    """Keeps the values that would be written, by step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.logged: dict[int, dict[str, float]] = {}
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
+    def append(self, values: Mapping[str, float], step: int) -> None:
         self.logged[step] = dict(values)
 
 

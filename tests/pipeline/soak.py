@@ -28,7 +28,7 @@ from pipeline.evidence.audit import audit
 
 PLACES = {
     "step": 6, "write.partial": 6, "write.renamed": 6, "segment": 2, "stage": 1, "evaluation": 3,
-    "publish.checkpoint": 1, "publish.record": 1, "outbox": 15, "set-aside": 1, "abandon": 1,
+    "publish.checkpoint": 1, "publish.record": 1, "publish.superseded": 1, "publish.renamed": 1, "abandon": 1,
 }  # fmt: skip
 """The places at which to kill, each with the largest number of passes before the kill."""
 
@@ -36,7 +36,7 @@ EVENTS = ("force", "fresh", "recipe", "move", "copy")
 """What may be changed before an attempt. About every other attempt changes nothing."""
 GIVING_WORK = ("force", "recipe", "recipe")
 """What is changed before an attempt at a finished chain, which would have nothing to do."""
-OF_EVENT = {"force": "set-aside", "fresh": "abandon"}
+OF_EVENT = {"force": "publish.superseded", "fresh": "abandon"}
 """The place that only this event passes. Every other of its attempts is killed there."""
 OTHER_RECIPE = "optimizer.clip_norm=0.5"
 
@@ -68,9 +68,7 @@ class Soak:
             goal = min(kills, sum(self.kills.values()) + kills // 4 + 1)
             runs, code = self._one_chain(self.folder / f"chain-{self.chains}", [f"data.workers={workers}"], goal, end)
             reference = references[self.chains % len(WORKERS)]
-            found = (
-                [f"exit code {code}"] if code else differences(mini_chain(runs, self.stage), reference, rebuilt=True)
-            )
+            found = [f"exit code {code}"] if code else differences(mini_chain(runs, self.stage), reference)
             found += [line for chain in audit(runs) for stage in chain.stages for line in stage.problems]
             self.different += [f"chain {self.chains}: {line}" for line in found]
             self.chains += 1
