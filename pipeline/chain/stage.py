@@ -15,6 +15,7 @@ from pipeline.chain.context import RunContext
 from pipeline.chain.precheck import StageError
 from pipeline.chain.publication import move_into_place, publish_stage, save_pictures
 from pipeline.chain.stage_task import CODE_VERSION, StageTask
+from pipeline.common.errors import Interrupted, MainProcessStopped
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import FileError
 from pipeline.common.processes import environment_of
@@ -69,8 +70,10 @@ class StageRun:
                 self.processes.on_main_process(lambda: self._evaluate(child))
             self.processes.on_main_process(lambda: self._publish(child, state))
         except BaseException as error:
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped)
             with suppress(FileError):
-                self.log.end((str(error) or type(error).__name__).splitlines()[0])
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self.log.end("interrupted" if stopped else "failed", reason)
             raise
 
     def _begin(self, state: TrainingState | None) -> StageLog:

@@ -1,6 +1,7 @@
 """Running a chain from the command line. Only the first process shows progress."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from accelerate import Accelerator
 
@@ -11,6 +12,9 @@ from pipeline.commands.display import console
 from pipeline.commands.progress import ProgressWatcher, to_train
 from pipeline.common.processes import ProcessGroup
 from pipeline.common.timing import machine
+from pipeline.tracking.live import LiveMirror
+from pipeline.tracking.store import Store
+from pipeline.tracking.system_metrics import sampling
 from pipeline.training.watcher import Watcher
 
 
@@ -24,7 +28,8 @@ def run_planned(
         console.print(_images_and_device(chain, accelerator), soft_wrap=True)
         watching = ProgressWatcher(to_train(plan, rebuild.force), verbose)
     with ProcessGroup(accelerator) as processes, watching as watcher:
-        run_chain(chain, plan, RunContext(processes, watcher, accept_anyway, rebuild))
+        mirror = partial(LiveMirror, Store.default(chain.runs), watcher.note)
+        run_chain(chain, plan, RunContext(processes, watcher, accept_anyway, rebuild, mirror, sampling))
 
 
 def _images_and_device(chain: Chain, accelerator: Accelerator) -> str:

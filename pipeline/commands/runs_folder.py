@@ -7,34 +7,30 @@ import typer
 
 from pipeline.commands.options import MIGRATE, RESULTS, Runs
 from pipeline.common.errors import UserError
-
-SYNC_PATIENCE = 120.0
-"""Seconds for which `hpcm sync` tries to send a chain's entries to MLflow."""
+from pipeline.common.folder_lock import is_held
 
 
 def sync(runs: Runs = Path("runs")) -> None:
-    """Send the log entries that MLflow has not received yet; exits 1 if some are left or set aside."""
+    """Bring MLflow up to these runs; exits 1 if it lacks something afterwards.
+
+    It adds what is missing, to the store in the folder or to the server in MLFLOW_TRACKING_URI, and may be repeated.
+    """
     from pipeline.commands.display import console, print_above_bar
-    from pipeline.common.folder_lock import held
-    from pipeline.tracking.outbox import Outbox
-    from pipeline.tracking.store import Store
+    from pipeline.records.chains import CHAIN_FILE
+    from pipeline.tracking.mirror import Mirror
+    from pipeline.tracking.store import Store, brief
 
     if not runs.is_dir():
         raise typer.BadParameter(f"no such folder: {runs}", param_hint="--runs")
-    folders = sorted(path.parent for path in runs.glob("*/*/outbox/journal.jsonl"))
-    sent = []
-    for folder in folders:
+    mirror, failed = Mirror(Store.default(runs)), False
+    for path in sorted(runs.glob(f"*/*/{CHAIN_FILE}")):
         try:
-            with held(folder.parent):
-                outbox = Outbox(folder, Store.default(runs), print_above_bar)
-                print_above_bar(f"{folder.parent}: {outbox.waiting} log entries to send to {outbox.store.shown}")
-                sent.append(outbox.close(SYNC_PATIENCE) and not outbox.entries_set_aside)
-        except (UserError, OSError) as error:
-            console.print(str(error), soft_wrap=True)
-            sent.append(False)
-    if not folders:
-        console.print(f"no log entries to send in {runs}")
-    if not all(sent):
+            mirror.chain(path.parent, running=is_held(path.parent))
+            print_above_bar(f"{path.parent}: {mirror.store.shown} is up to date")
+        except Exception as error:  # MLflow passes on the errors of its backends.
+            console.print(f"{path.parent}: {error if isinstance(error, UserError) else brief(error)}", soft_wrap=True)
+            failed = True
+    if failed:
         raise typer.Exit(1)
 
 

@@ -45,6 +45,15 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process uses the folder."""
+    try:
+        with held(folder):
+            return False
+    except FolderInUse:
+        return True
+
+
 @contextmanager
 def alone_at(path: Path) -> Iterator[None]:
     """Wait until no other process or thread holds the lock file `path`, then hold it; raises FileError."""

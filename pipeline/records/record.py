@@ -60,10 +60,12 @@ class Attempt:
     how: str
     """`started`, or `resumed in <segment> at step <n>`."""
     source: Source
+    state: Literal["running", "finished", "interrupted", "failed"] = "running"
+    """`running` also if the attempt was killed."""
     ended: int | None = None
     """None while the attempt runs, and if it was killed."""
-    outcome: str = ""
-    """`finished`, or the first line of the error that ended it."""
+    reason: str = ""
+    """The first line of the error that ended it."""
 
 
 @dataclass(frozen=True)

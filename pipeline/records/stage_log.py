@@ -6,7 +6,7 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
@@ -42,9 +42,9 @@ class StageLog:
         if self.folder is not None:
             self.record.write(self.folder)
 
-    def end(self, outcome: str, **changes: Any) -> None:
-        """End the attempt with its outcome, and change other fields of the record."""
-        last = replace(self.record.attempts[-1], ended=int(1000 * time.time()), outcome=outcome)
+    def end(self, state: Literal["finished", "interrupted", "failed"], reason: str = "", **changes: Any) -> None:
+        """End the attempt, and change other fields of the record."""
+        last = replace(self.record.attempts[-1], state=state, ended=int(1000 * time.time()), reason=reason)
         self.update(attempts=(*self.record.attempts[:-1], last), **changes)
 
 

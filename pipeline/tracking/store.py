@@ -9,25 +9,23 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
-    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from sqlalchemy.engine import make_url
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
 from pipeline.common.folder_lock import alone_at
-from pipeline.data.images import Photos
-from pipeline.tracking.model_facts import ModelFacts
-from pipeline.tracking.tags import KEY
 
 EXPERIMENT = "hpcm"
 DATABASE = "mlflow.db"
@@ -36,55 +34,12 @@ _MODEL_ADDRESSES = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-EndState = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class Run:
-    """A run that logs nothing. All processes except the first use it."""
-
-    key: str | None = None
-    """Value of the tag by which the run is found."""
-
-    def parameters(self, values: Mapping[str, Any]) -> None:
-        """Log parameters, once; nested mappings become dotted names."""
-
-    def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags; existing values are replaced."""
-
-    def dataset(self, photos: Photos, context: str) -> None:
-        """Log a set of images as an input. `context` is `training` or `validation`."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics at a step of the stage. Metrics already logged at this or a later step are left out."""
-
-    def samples(self, values: Mapping[str, float]) -> None:
-        """Log metrics, each at the step after its last."""
-
-    def results(self, values: Mapping[str, float]) -> None:
-        """Log metrics, each at the step after its last, except those whose last value is the same."""
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file or a folder as it is now."""
-
-    def image(self, path: Path, key: str, step: int) -> None:
-        """Log a picture for MLflow's page of images. It is left out if the run has one with this key and step."""
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table as the artifact `name`, a JSON file. An earlier table of this name is replaced."""
-
-    def model(self, facts: ModelFacts, build: Callable[[Path], None]) -> None:
-        """Log and register a model. `build` writes it in MLflow's format to the folder that it is given."""
-
-    def end(self, state: EndState) -> None:
-        """Close the run."""
+KEY = "hpcm.key"
+"""Tag by which a run is found."""
 
 
 class StoreError(UserError):
     """The store is not an MLflow store, or does not accept entries."""
-
-
-class EntryError(UserError):
-    """A log entry that no store can accept."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +66,7 @@ class Store:
         """The address without passwords."""
         return str(self.database) if self.database else without_password(self.uri)
 
-    def client(self) -> "MlflowClient":
+    def client(self) -> MlflowClient:
         """A client. Creates the store and the experiment if they are missing.
 
         Raises StoreError if the experiment is in MLflow's trash or if the address is not an MLflow server's.
@@ -119,11 +74,9 @@ class Store:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # It prints two addresses for each run that ends, between the lines of a chain's progress.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # The outbox does its own retries, after it has checked what the store already has.
+        # The mirror is repeated as a whole, after it has seen what the store has.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        from mlflow import MlflowClient
-
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.runs is None:
@@ -139,31 +92,29 @@ class Store:
         experiment_id(client)
         return client
 
-    def artifacts(self, client: "MlflowClient", run_id: str) -> "ArtifactRepository":
-        """The repository of a run's artifacts. Raises EntryError if a link lies in its folder."""
+    def artifacts(self, client: MlflowClient, run_id: str) -> ArtifactRepository:
+        """The repository of a run's artifacts. Raises StoreError if a link lies in its folder."""
         if self.runs is None:
             return self._artifacts_at(client.get_run(run_id).info.artifact_uri)
         return self._artifacts_at(self._own_artifacts(run_id))
 
-    def model_artifacts(self, model: "LoggedModel") -> "ArtifactRepository":
-        """The repository of a LoggedModel's files. Raises EntryError if a link lies in its folder."""
+    def model_artifacts(self, model: LoggedModel) -> ArtifactRepository:
+        """The repository of a LoggedModel's files. Raises StoreError if a link lies in its folder."""
         if self.runs is None:
             return self._artifacts_at(model.artifact_location)
         return self._artifacts_at(self._own_artifacts(f"models/{model.model_id}"))
 
-    def _artifacts_at(self, address: str) -> "ArtifactRepository":
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
+    def _artifacts_at(self, address: str) -> ArtifactRepository:
         return get_artifact_repository(address, tracking_uri=self.uri)
 
     def _own_artifacts(self, name: str) -> str:
         """The address of the artifacts of a run or model in the folder of runs, whatever its database says."""
         if not re.fullmatch("[0-9a-f]{32}|models/m-[0-9a-f]{32}", name):
-            raise EntryError(f"{self.shown}: {name!r} is not an id of MLflow")
+            raise StoreError(f"{self.shown}: {name!r} is not an id of MLflow")
         folder = self._artifact_folder / name / "artifacts"
         for place in (folder.parent, folder, *folder.rglob("*")):
             if place.is_symlink():
-                raise EntryError(f"{place}: this is a link, and links are not followed; remove it")
+                raise StoreError(f"{place}: this is a link, and links are not followed; remove it")
         return folder.as_uri()
 
     @contextmanager
@@ -183,7 +134,7 @@ class Store:
         assert self.runs is not None
         return self.runs / "mlartifacts"
 
-    def _point_artifacts_here(self, client: "MlflowClient") -> None:
+    def _point_artifacts_here(self, client: MlflowClient) -> None:
         """Update the addresses of artifacts in a moved or copied database, for MLflow's own web pages."""
         experiment = client.get_experiment_by_name(EXPERIMENT)
         here = self._artifact_folder.as_uri()
@@ -218,8 +169,6 @@ def make_database(path: Path) -> None:
     """Make an empty MLflow database if there is none. The caller must hold the lock."""
     if path.exists():
         return
-    from mlflow import MlflowClient
-
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first: a database that a kill left half made cannot be repaired.
     partial = path.with_name("mlflow.db.partial")
@@ -239,8 +188,6 @@ def _sqlite_address(path: Path) -> str:
     if not set("?#%") & set(str(path)):
         return f"sqlite:///{path}"
     address = f"sqlite:///{quote(str(path), safe='/ +')}"
-    from sqlalchemy.engine import make_url
-
     if make_url(address).database != str(path):
         raise StoreError(f"{path.parent}: rename it: this version of SQLAlchemy cannot open paths with ?, # or %")
     return address
@@ -250,9 +197,7 @@ def _is_in_a_folder_of_runs(address: str) -> bool:
     return address.startswith("file:") and "/mlartifacts" in address
 
 
-def _create_experiment(client: "MlflowClient", artifacts: str | None) -> None:
-    from mlflow.exceptions import MlflowException
-
+def _create_experiment(client: MlflowClient, artifacts: str | None) -> None:
     if client.get_experiment_by_name(EXPERIMENT) is None:
         try:
             client.create_experiment(EXPERIMENT, artifact_location=artifacts)
@@ -261,7 +206,7 @@ def _create_experiment(client: "MlflowClient", artifacts: str | None) -> None:
                 raise
 
 
-def experiment_id(client: "MlflowClient") -> str:
+def experiment_id(client: MlflowClient) -> str:
     """Id of the experiment. Raises StoreError if it accepts no entries."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None and experiment.lifecycle_stage == "deleted":
@@ -274,7 +219,7 @@ def experiment_id(client: "MlflowClient") -> str:
     return str(experiment.experiment_id)
 
 
-def find_run(client: "MlflowClient", key: str) -> str | None:
+def find_run(client: MlflowClient, key: str) -> str | None:
     """Id of the run with this key, or None."""
     found = client.search_runs(
         [experiment_id(client)], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]

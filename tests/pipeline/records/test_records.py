@@ -42,11 +42,11 @@ def test_a_record_reads_back_as_written(tmp_path: Path) -> None:
 
 
 def test_an_attempt_continues_the_record_and_its_key(tmp_path: Path) -> None:
-    StageLog.begin(tmp_path, record("phase1", "baseline"), "started", SOURCE).end("SIGTERM")
+    StageLog.begin(tmp_path, record("phase1", "baseline"), "started", SOURCE).end("interrupted", "SIGTERM")
     again = replace(record("phase1", "baseline"), key="another")
     log = StageLog.begin(tmp_path, again, "resumed in all at step 2", SOURCE)
     assert log.record.key == "key of phase1"
-    assert [attempt.outcome for attempt in log.record.attempts] == ["SIGTERM", ""]
+    assert [attempt.reason for attempt in log.record.attempts] == ["SIGTERM", ""]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
