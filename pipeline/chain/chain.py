@@ -1,16 +1,11 @@
 """A chain of stages: its folder, its tasks and their plan."""
 
-from __future__ import annotations
-
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
-from pipeline.chain import plan as planning
-from pipeline.chain.passed_checks import check_unless_passed
-from pipeline.chain.plan import ChainError, PlannedStage
+from pipeline.chain.plan import ChainError, PlannedStage, plan_stages
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import FileError, write_json
@@ -20,6 +15,7 @@ from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import YamlNode
 from pipeline.records.chains import CHAIN_FILE, ChainFacts
 from pipeline.records.record import CHECKPOINT
+from pipeline.records.stage_log import fresh_key
 
 
 class Chain:
@@ -54,17 +50,19 @@ class Chain:
                     raise ChainError(f"{file}: this is the chain's own {stage.name}; do not give it as an option")
             self.tasks.append(task)
 
-    def plan(self) -> list[PlannedStage]:
-        """The status of every stage, root first. Raises the errors of the checks and of reading the inputs."""
-        check_unless_passed(self.tasks)
+    def plan(self, force: bool = False) -> list[PlannedStage]:
+        """The status of every stage, root first. With `force` the last one is rebuilt even if it is current.
+
+        Raises ChainError, DataError, and CheckpointError for a file that cannot be read.
+        """
         self.tasks[-1].check_folders()
-        return planning.plan(self.tasks)
+        return plan_stages(self.tasks, force)
 
     def facts(self) -> ChainFacts:
         """The contents of `chain.json`, which is written with the first call. Raises ChainError if it is damaged."""
         path = self.folder / CHAIN_FILE
         if not path.exists():
-            write_json(path, asdict(ChainFacts(uuid.uuid4().hex, self.recipe, self.lmbda, self.seed)))
+            write_json(path, asdict(ChainFacts(fresh_key(), self.recipe, self.lmbda, self.seed)))
         try:
             return read_contract(ChainFacts, path)
         except FileError as error:

@@ -1,27 +1,26 @@
 """The settings that changed since a stage was published, by key."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import RecipeError, read_text, shown
-from pipeline.weights.metadata import CheckpointError
-from pipeline.weights.published import Lineage
 
 MOST = 4
 """Most changed settings that a message lists."""
 _ABSENT = object()
 
 
-def recipe_changes(checkpoint: Path, stage: Stage) -> str:
-    """The settings that make a published stage stale, as in `data.batch_size: 8 → 4`; empty if they are not known."""
+def recipe_changes(text: str, stage: Stage) -> str:
+    """The settings that make a published stage stale, as in `data.batch_size: 8 → 4`; empty if they are not known.
+
+    `text` is the published stage's YAML.
+    """
     try:
-        text = Lineage.read(checkpoint).stage
-        published = Stage.model_validate(read_text(text or "", str(checkpoint)).plain())
-    except (CheckpointError, RecipeError, ValidationError):  # Published by a version with other settings.
+        published = Stage.model_validate(read_text(text, "stage.yaml").plain())
+    except (RecipeError, ValidationError):  # Published by a version with other settings.
         return ""
     found = list(_differences(_by_name(published), _by_name(stage), ""))
     more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []

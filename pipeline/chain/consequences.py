@@ -1,48 +1,40 @@
 """What a person must agree to before a chain runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
-from pipeline.chain.chain import Chain
-from pipeline.chain.plan import PlannedStage
+from pipeline.chain.plan import FORCED, PlannedStage
 from pipeline.chain.stage_task import StageTask
 
 
-def consequences(
-    chain: Chain, plan: Sequence[PlannedStage], forced: StageTask | None, restarted: Sequence[StageTask], device: str
-) -> list[str]:
+def consequences(recipe: str, plan: Sequence[PlannedStage], restarted: Sequence[StageTask], device: str) -> list[str]:
     """One sentence for each need that is not met, each finished stage to rebuild and each training to restart.
 
-    `forced` is the finished stage to rebuild on request. `restarted` are the interrupted trainings to restart. `device`
-    is the type of the device that trains.
+    `restarted` are the stages whose interrupted trainings restart. `device` is the type of the device that trains.
     """
-    superseded, abandoned = chain.folder / "superseded", chain.folder / "abandoned"
-    todo = [planned for planned in plan if planned.status != "done" or planned.task is forced]
+    todo = [planned for planned in plan if planned.status != "done"]
     resumed = bool(todo) and todo[0].progress is not None  # The question was asked when it began.
     return [
-        *_unmet_needs(chain.recipe, [] if resumed else [planned.task for planned in todo], device),
+        *([] if resumed else _unmet_needs(recipe, [planned.task for planned in todo if planned.trains], device)),
+        *(_replacement(planned) for planned in todo if planned.progress is None and planned.task.is_published),
         *(
-            f"{planned.name}: {_why(planned)}the published stage moves to {superseded}"
-            for planned in todo
-            if planned.progress is None and (planned.status == "stale" or planned.task is forced)
+            f"{task.stage.name}: the interrupted training moves to {task.chain_folder / 'abandoned'}"
+            for task in restarted
         ),
-        *(f"{task.stage.name}: the interrupted training moves to {abandoned}" for task in restarted),
     ]
 
 
-def _why(planned: PlannedStage) -> str:
-    """Why a finished stage is rebuilt; empty if that was requested."""
-    if planned.status != "stale":
-        return ""
+def _replacement(planned: PlannedStage) -> str:
+    """A sentence about a finished stage that is replaced."""
+    moves = f"the published stage moves to {planned.task.chain_folder / 'superseded'}"
+    if planned.reason == FORCED:
+        return f"{planned.name}: {moves}"
     if planned.reason.startswith("waits for"):
-        return f"if {planned.task.stage.parent} changes, it is rebuilt, and "
-    return f"{planned.reason}; it is rebuilt, and "
+        return f"{planned.name}: if {planned.task.stage.parent} changes, it is rebuilt, and {moves}"
+    return f"{planned.name}: {planned.reason}{'; it is rebuilt' if planned.status == 'stale' else ''}, and {moves}"
 
 
-def _unmet_needs(recipe: str, tasks: Sequence[StageTask], device: str) -> list[str]:
+def _unmet_needs(recipe: str, trained: Sequence[StageTask], device: str) -> list[str]:
     """One sentence for each need that the stages to train have and a run on this type of device does not meet."""
-    trained = [task for task in tasks if task.imported is None]
     lacking = []
     if device == "cpu" and any("gpu" in task.stage.needs for task in trained):
         lacking.append(f"{recipe} is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long")

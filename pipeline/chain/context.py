@@ -41,8 +41,3 @@ class RunContext:
     """Works beside the run on the chain's folder, in the first process."""
     sample: Beside = nothing
     """Works beside the training on the stage's folder, in the first process."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process evaluates, publishes and writes records."""
-        return self.processes.accelerator.is_main_process

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.chain.chain import Chain, ChainError, PlannedStage
+from pipeline.chain.chain import Chain
+from pipeline.chain.plan import ChainError, PlannedStage
 from pipeline.chain.request import ChainRequest
 from pipeline.common.tables import Table, shortest
 from pipeline.recipes.loading import Recipe, load_recipe
@@ -96,8 +97,8 @@ def leaves(recipe: Recipe) -> list[str]:
 
 def _cell(planned: PlannedStage) -> str:
     """`done`, `–`, `stale`, or the segment and step of an interruption."""
-    if planned.status == "cut off":
-        return planned.reason.removeprefix("cut off in ").replace(" at step ", " ")
+    if planned.status == "interrupted":
+        return planned.reason.removeprefix("interrupted in ").replace(" at step ", " ")
     return "–" if planned.status == "missing" else planned.status
 
 
@@ -105,7 +106,7 @@ def _steps_left(plan: Iterable[PlannedStage]) -> int:
     """Steps of the stages in a plan that are neither saved nor published."""
     left = 0
     for planned in plan:
-        if planned.status != "done" and planned.task.imported is None:
+        if planned.trains:
             left += sum(segment.steps for segment in planned.task.stage.schedule)
             left -= planned.progress.stage_step if planned.progress else 0
     return left

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipeline.chain.plan import PlannedStage
+from pipeline.chain.stage_codec import codec_config
 from pipeline.common.fresh_process import in_fresh_process
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate
@@ -28,22 +29,17 @@ def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], 
         segments.append(SegmentEstimate(stage.name, name, steps, handover, data.batch_size, data.workers, cost, remedy))
     evaluations: dict[str, EvaluationCost | None] = {}
     for planned in plan:
-        if _is_left(planned):
+        if planned.trains:
             note(f"{planned.name}: measuring the evaluation")
-            trial = Trial(planned.task.stage, planned.task.config, None, planned.task.val_photos)
+            trial = Trial(planned.task.stage, codec_config(planned.task), None, planned.task.val_photos)
             evaluations[planned.name] = in_fresh_process(try_evaluation, trial)
     return Estimate(device, processes, tuple(segments), evaluations)
-
-
-def _is_left(planned: PlannedStage) -> bool:
-    """Whether there is something to train in a stage."""
-    return planned.status != "done" and planned.task.imported is None
 
 
 def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, Segment, int]]:
     """The segments that are not finished, each with its stage and the steps done in it."""
     for planned in plan:
-        if not _is_left(planned):
+        if not planned.trains:
             continue
         progress = planned.progress
         for number, segment in enumerate(planned.task.stage.schedule):
@@ -54,7 +50,7 @@ def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, 
 def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, float | None]:
     """Seconds of training and evaluation left in each stage of a plan, by name; None if something does not fit."""
     found: dict[str, float | None] = {
-        planned.name: evaluation_seconds_left(planned, estimate) for planned in plan if _is_left(planned)
+        planned.name: evaluation_seconds_left(planned, estimate) for planned in plan if planned.trains
     }
     for planned, segment, done in segments_left(plan):
         cost = estimate.find(planned.name, segment.name, segment.steps, segment.handover)
@@ -85,10 +81,10 @@ def evaluation_seconds_left(planned: PlannedStage, estimate: Estimate) -> float 
 
 def _try(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, stage: Stage, processes: int) -> Any:
     """The device, and the cost of a step of `stage` with this segment alone; None if it does not fit."""
-    parents = [other.task.config for other in plan if other.name == stage.parent]
+    parents = [codec_config(other.task) for other in plan if other.name == stage.parent]
     data = stage.data.model_copy(update={"batch_size": max(1, stage.data.batch_size // processes)})
     alone = stage.model_copy(update={"schedule": (segment,), "data": data})
-    trial = Trial(alone, planned.task.config, parents[0] if parents else None, planned.task.train_photos)
+    trial = Trial(alone, codec_config(planned.task), parents[0] if parents else None, planned.task.train_photos)
     return in_fresh_process(try_segment, trial)
 
 

@@ -1,25 +1,49 @@
-"""The status of a chain's stages: what is done, stale, interrupted, refused or missing, and why."""
+"""The status of the stages of a chain: what `run` will do with each, and why."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pipeline.chain.acceptance import judge
 from pipeline.chain.changes import recipe_changes
-from pipeline.chain.stage_task import StageTask
+from pipeline.chain.stage_task import StageTask, record_in
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
-from pipeline.records.record import StageRecord
+from pipeline.recipes.segment import Segment
+from pipeline.records.record import FILE, StageRecord
 from pipeline.weights.metadata import CheckpointError, read_digest
-from pipeline.weights.training_state import Progress
 
-Status = Literal["done", "interrupted", "refused", "stale", "missing"]
+Status = Literal["done", "interrupted", "refused", "superseded", "stale", "missing"]
+FORCED = "--force rebuilds it"
 
 
 class ChainError(UserError):
     """The stages or their source files cannot be used together."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a schedule: the segment (its index), steps done in it and in the stage."""
+
+    segment: int
+    step: int
+    stage_step: int
+
+    @classmethod
+    def after(cls, steps: int, schedule: Sequence[Segment]) -> "Position":
+        """The place after this number of steps of the stage. After the last segment comes the evaluation."""
+        left = steps
+        for number, segment in enumerate(schedule):
+            if left < segment.steps:
+                return cls(number, left, steps)
+            left -= segment.steps
+        return cls(len(schedule), 0, steps)
+
+    def named(self, schedule: Sequence[Segment]) -> str:
+        """The place in words, such as `frozen at step 300`."""
+        names = [*(segment.name for segment in schedule), "evaluation"]
+        return f"{names[self.segment]} at step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -29,74 +53,83 @@ class PlannedStage:
     task: StageTask
     status: Status
     reason: str
-    progress: Progress | None = None
-    """The progress of the training that `run` would continue; None if it would begin one, or train nothing."""
+    progress: Position | None = None
+    """Where the training continues; None if `run` would begin one, or train nothing."""
+    complete: Path | None = None
+    """The folder of a complete stage that only has to be moved into its place."""
 
     @property
     def name(self) -> str:
         """The stage's name."""
         return self.task.stage.name
 
+    @property
+    def trains(self) -> bool:
+        """Whether something is left to train or to evaluate."""
+        return self.status != "done" and self.complete is None and self.task.imported is None
 
-def plan(tasks: Sequence[StageTask]) -> list[PlannedStage]:
-    """The status of every stage, root first. Raises the errors of reading the inputs."""
+
+def plan_stages(tasks: Sequence[StageTask], force: bool = False) -> list[PlannedStage]:
+    """The status of every stage, root first. With `force` the last stage is rebuilt even if it is current."""
     planned: list[PlannedStage] = []
     for task in tasks:
-        before = planned[-1] if planned else None
-        if before is not None and before.status != "done":
-            status: Status = "stale" if task.is_published else "missing"
-            planned.append(PlannedStage(task, status, f"waits for {before.name}"))
-        else:
-            planned.append(status_of(task))
+        planned.append(status_of(task, planned[-1] if planned else None, force and task is tasks[-1]))
     return planned
 
 
-def status_of(task: StageTask) -> PlannedStage:
-    """A stage's status. Its parent must be published."""
+def status_of(task: StageTask, before: PlannedStage | None = None, force: bool = False) -> PlannedStage:
+    """A stage's status. `before` is its parent's plan; None for a root, or if the parent is published.
+
+    With `force` a current stage is stale. Raises ChainError and the errors of reading the inputs.
+    """
+    if before is not None and before.status != "done":
+        return PlannedStage(task, "stale" if task.is_published else "missing", f"waits for {before.name}")
     inputs = task.inputs()
     if task.is_published:
         _check_source(task)
-    begun = _begun(task)
-    if not task.is_published:
-        if begun is not None:
-            return begun
-        other = task.states.other_inputs()
-        kept = f"; an interrupted training with other inputs is kept: {_differences(other, inputs)}" if other else ""
-        return PlannedStage(task, "missing", f"not built yet{kept}")
-    changed = _changes(task, inputs)
-    if not changed:  # A training with the same inputs rebuilds the stage on request.
-        return begun or PlannedStage(task, "done", "current")
-    if begun is None:
+    working = task.working(inputs)
+    if (working / FILE).exists():
+        return _begun(task, working)
+    changed = _changes(task, inputs) if task.is_published else ""
+    if task.is_published and not changed:
+        return PlannedStage(task, "stale", FORCED) if force else PlannedStage(task, "done", "current")
+    if superseded := task.superseded(inputs):
+        reason = f"{changed or 'not built yet'}; {superseded.name} in superseded/ has the same inputs and moves back"
+        return PlannedStage(task, "superseded", reason, complete=superseded)
+    if changed:
         return PlannedStage(task, "stale", f"stale: {changed}")
-    if begun.status == "refused":
-        return begun
-    return PlannedStage(task, "stale", f"stale: {changed}; its rebuilding was {begun.reason}", begun.progress)
+    return PlannedStage(task, "missing", f"not built yet{_other_training(task, inputs)}")
 
 
-def _begun(task: StageTask) -> PlannedStage | None:
-    """The status of the unfinished training with the present inputs; None if there is none."""
-    progress = task.states.progress()
-    record = task.record_of(task.states.folder)
-    if record is not None and record.status == "done":
-        return PlannedStage(task, "interrupted", "interrupted in its publication", progress)
-    if progress is None:
-        return None
-    trained = progress.segment == len(task.stage.schedule)
-    if trained and record is not None and record.status == "refused" and record.result is not None:
-        reasons = judge(task.stage.accept, record.result.quality, record.result.parent)
-        if reasons:
-            return PlannedStage(
-                task, "refused", f"refused: {'; '.join(reasons)}; --accept-anyway publishes it", progress
-            )
-    at = task.position(progress)
-    return PlannedStage(task, "interrupted", f"interrupted in {at}", progress)
+def _begun(task: StageTask, working: Path) -> PlannedStage:
+    """The status of a stage whose training has begun. Raises ChainError for a damaged record."""
+    try:
+        record = StageRecord.read(working)
+    except FileError as error:
+        raise ChainError(f"{error}.\n  Restore the file, or delete the training with `hpcm clean`.") from error
+    if record.status == "done":
+        return PlannedStage(task, "interrupted", "interrupted in publication", complete=working)
+    at = Position.after(record.trained.steps, task.stage.schedule)
+    refused = record.result if record.status == "refused" else None
+    if refused and (reasons := judge(task.stage.accept, refused.quality, refused.parent)):
+        return PlannedStage(task, "refused", f"refused: {'; '.join(reasons)}; --accept-anyway publishes it", at)
+    return PlannedStage(task, "interrupted", f"interrupted in {at.named(task.stage.schedule)}", at)
+
+
+def _other_training(task: StageTask, inputs: dict[str, str]) -> str:
+    """Mentions an interrupted training of the stage with other inputs."""
+    for path in sorted(task.trainings.glob(f"*/{FILE}")):
+        if record := record_in(path.parent):
+            differences = _differences(record.lineage.inputs, inputs)
+            return f"; an interrupted training with other inputs is kept: {differences}"
+    return ""
 
 
 def _check_source(task: StageTask) -> None:
     """Raise ChainError if a root came from a file and none is given: the option was probably forgotten."""
     if task.imported or task.start:
         return
-    record = task.record_of(task.folder)
+    record = record_in(task.folder)
     for option, make in (("baseline", " (with make: BASELINE=)"), ("start", "")):
         if record and option in record.lineage.inputs:
             raise ChainError(
@@ -105,7 +138,7 @@ def _check_source(task: StageTask) -> None:
             )
 
 
-def _changes(task: StageTask, inputs: Mapping[str, str]) -> str:
+def _changes(task: StageTask, inputs: dict[str, str]) -> str:
     """Why a published stage is not current, or an empty string."""
     try:
         record = StageRecord.read(task.folder)
@@ -115,12 +148,12 @@ def _changes(task: StageTask, inputs: Mapping[str, str]) -> str:
     if digest != record.digest:
         return "the checkpoint differs from the recorded one"
     changed = _differences(record.lineage.inputs, inputs)
-    if "recipe changed" in changed and (by_key := recipe_changes(task.checkpoint, task.stage)):
+    if "recipe changed" in changed and (by_key := recipe_changes(record.lineage.stage or "", task.stage)):
         changed = changed.replace("recipe changed", f"recipe changed ({by_key})")
     return changed
 
 
-def _differences(known: Mapping[str, str], inputs: Mapping[str, str]) -> str:
+def _differences(known: dict[str, str], inputs: dict[str, str]) -> str:
     return ", ".join(
         f"{name} changed" if name in known and name in inputs else f"{name} is {'new' if name in inputs else 'gone'}"
         for name in sorted(known.keys() | inputs.keys())

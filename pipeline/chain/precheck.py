@@ -5,15 +5,11 @@ from contextlib import contextmanager
 from functools import cache
 
 from modules import HPCM, HPCMConfig
+from pipeline.chain.stage_codec import StageError, codec_config
 from pipeline.chain.stage_task import StageTask
-from pipeline.common.errors import UserError
 from pipeline.recipes.yaml_source import Misfit
 from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
 from pipeline.training.transfer import new_tensors, tensors_to_copy
-
-
-class StageError(UserError):
-    """A stage cannot begin, or its result is not accepted."""
 
 
 def check_stages(tasks: Sequence[StageTask]) -> None:
@@ -23,7 +19,7 @@ def check_stages(tasks: Sequence[StageTask]) -> None:
     """
     parent: HPCM | None = None
     for task in tasks:
-        child = _sketch(task.config)
+        child = _sketch(codec_config(task))
         _check(task, parent, child)
         parent = child
 

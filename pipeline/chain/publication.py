@@ -8,16 +8,17 @@ from pathlib import Path
 from torch import Tensor
 
 from modules import HPCM
-from pipeline.chain.stage_task import StageTask
+from pipeline.chain.stage_task import StageTask, record_in
 from pipeline.common import files
 from pipeline.common.fault_injection import fault
 from pipeline.evaluation.coding import comparison_name, plot_rate_distortion, save_comparison
 from pipeline.evaluation.quality import NamedImage
-from pipeline.records.record import CHECKPOINT, FILE, Result
+from pipeline.records.record import CHECKPOINT, FILE
 from pipeline.records.stage_log import StageLog
+from pipeline.weights.checkpoints import publish
 from pipeline.weights.metadata import read_digest
-from pipeline.weights.published import Lineage, Quality, publish
-from pipeline.weights.training_state import TrainingState
+from pipeline.weights.published import Lineage
+from pipeline.weights.training_state import STATES, StateFolder
 
 
 def save_pictures(folder: Path, images: Sequence[NamedImage], reconstructions: Sequence[Tensor]) -> None:
@@ -27,47 +28,49 @@ def save_pictures(folder: Path, images: Sequence[NamedImage], reconstructions: S
         save_comparison(folder / f"{comparison_name(name)}.png", image, x_hat)
 
 
-def publish_stage(task: StageTask, log: StageLog, codec: HPCM, state: TrainingState, lineage: Lineage) -> None:
-    """Complete the working folder of a trained stage, and move it into its place."""
-    folder, record, stage = task.states.folder, log.record, task.stage
-    assert record.result is not None
+def publish_stage(task: StageTask, folder: Path, log: StageLog, codec: HPCM, lineage: Lineage) -> None:
+    """Complete the working folder of a trained stage, and move it into its place. Raises FileError.
+
+    A kill loses nothing: once the record says `done`, the next run moves the folder.
+    """
+    result, stage = log.record.result, task.stage
+    assert result is not None
     files.write_text(folder / "stage.yaml", stage.to_yaml())
-    files.write_json(folder / "ledger.json", state.facts.get("ledger", []))
-    files.write_json(folder / "evaluation.json", record.result.evaluation.to_json(stage.name))
-    plot_rate_distortion(folder / "rate-distortion.png", _points(record.result, stage.name))
+    files.write_json(folder / "evaluation.json", result.evaluation.to_json(stage.name))
+    points = {"parent": result.parent} if result.parent else {}
+    plot_rate_distortion(folder / "rate-distortion.png", {**points, stage.name: result.quality})
     publish(folder / CHECKPOINT, codec, lineage)
     fault("publish.checkpoint")
-    task.states.forget()
     digest = read_digest(folder / CHECKPOINT)
     log.end("finished", status="done", lineage=lineage, digest=digest, files=_digests(folder))
     fault("publish.record")
-    move_into_place(task)
+    move_into_place(folder, task)
 
 
-def move_into_place(task: StageTask) -> None:
-    """Supersede what is published, then publish the complete working folder with one rename."""
-    working = task.states.folder
+def move_into_place(folder: Path, task: StageTask) -> None:
+    """Supersede what is published, then publish a complete folder with one rename."""
+    StateFolder(folder).forget()
     if task.folder.exists():
-        earlier = task.record_of(task.folder)
+        earlier = record_in(task.folder)
         digest = earlier.digest if earlier and earlier.digest else "damaged"
-        files.free_name(task.folder.parent / "superseded" / f"{task.stage.name}-{digest[:12]}", task.folder.rename)
+        superseded = task.chain_folder / "superseded" / f"{task.stage.name}-{digest[:12]}"
+        files.free_name(superseded, task.folder.rename)
         fault("publish.superseded")
-    working.rename(task.folder)
-    files.flush(task.folder.parent)
+    folder.rename(task.folder)
+    files.flush(task.chain_folder)
     fault("publish.renamed")
-    for folder in (working.parent, working.parent.parent):
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _points(result: Result, name: str) -> dict[str, Quality]:
-    return {**({"parent": result.parent} if result.parent else {}), name: result.quality}
+    for parent in (folder.parent, folder.parents[1]):
+        if parent != task.chain_folder and not any(parent.iterdir()):
+            parent.rmdir()
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, by its path in the folder, except the record itself."""
+    """SHA-256 of every file that is published, by its path in the folder, except the record itself."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE):
+    states = {*folder.glob(STATES), *folder.glob("*.partial")}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path in states or path == folder / FILE:
+            continue
         with path.open("rb") as file:
             found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

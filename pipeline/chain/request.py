@@ -1,11 +1,16 @@
 """The options that select a chain on the command line."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from pipeline.chain.chain import Chain
-from pipeline.chain.root_weights import root_weights
-from pipeline.recipes.loading import load_recipe
+from pipeline.recipes.loading import Recipe, load_recipe
+from pipeline.recipes.schema import Stage
+from pipeline.weights.metadata import CheckpointError
+from pipeline.weights.published import Lineage
 
 
 @dataclass(frozen=True)
@@ -29,5 +34,20 @@ class ChainRequest:
         stages = recipe.chain(self.stage)
         baseline = self.baseline
         if not (baseline or self.start or self.scratch):
-            baseline = root_weights(recipe, stages)
+            baseline = _root_weights(recipe, stages)
         return Chain(recipe.name, stages, self.runs, baseline, self.start, recipe.sources)
+
+
+def _root_weights(recipe: Recipe, stages: Sequence[Stage]) -> Path | None:
+    """The file named by `weights` of the root stage; None without it, or if it was trained for another λ or metric.
+
+    Raises CheckpointError if the file is not a checkpoint.
+    """
+    root = stages[0]
+    if root.weights is None:
+        return None
+    path = (recipe.folder / root.weights).resolve()
+    trained = yaml.safe_load(Lineage.read(path).stage or "") or {}
+    if not {"lmbda", "metric"} <= trained.keys():
+        raise CheckpointError(f"{path}: its metadata lack the λ or metric it was trained for; give it with --baseline")
+    return path if (trained["lmbda"], trained["metric"]) == (root.lmbda, root.metric) else None

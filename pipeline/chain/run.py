@@ -1,4 +1,4 @@
-"""Runs a chain: plan, ask, then each stage that is not done."""
+"""Runs a chain: ask, then each stage that is not done."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,9 +11,11 @@ from pipeline.chain.consequences import consequences
 from pipeline.chain.context import RunContext
 from pipeline.chain.plan import PlannedStage, status_of
 from pipeline.chain.precheck import check_stages
-from pipeline.chain.stage import StageRun
-from pipeline.common.errors import Interrupted
+from pipeline.chain.publication import move_into_place
+from pipeline.chain.stage import run_stage
+from pipeline.chain.stage_codec import kernel
 from pipeline.common.fault_injection import fault
+from pipeline.common.files import free_name, text_digest
 from pipeline.common.folder_lock import held
 from pipeline.data.crops import noticing_lost_workers
 
@@ -29,38 +31,38 @@ def run_chain(chain: Chain, plan: Sequence[PlannedStage], context: RunContext) -
         processes.on_main_process(lambda: _prepare(chain, plan, context, exits))
         facts = chain.facts()
         for task in chain.tasks:
-            if signum := processes.agreed_signal():
-                raise Interrupted(signum)
-            planned = status_of(task)
+            processes.stop_together()
+            # The parent is published now, so the stage's status is known.
+            planned = status_of(task, force=context.rebuild.force and task is chain.tasks[-1])
             processes.agree_on(partial(_facts_of, planned, processes.accelerator.device))
             processes.accelerator.wait_for_everyone()  # No process changes a file before all have seen it.
-            forced = context.rebuild.force and task is chain.tasks[-1]
-            if planned.status == "done" and not forced:
-                context.watcher.note(f"{planned.name}: done")
-                continue
-            context.watcher.note(f"{planned.name}: {'forced' if planned.status == 'done' else planned.reason}")
+            context.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
             fault("stage")
-            StageRun(task, context, facts).run()
-        # The chain is finished, but the signal must also stop the command that runs it.
-        if signum := processes.agreed_signal():
-            raise Interrupted(signum)
+            if planned.complete is not None:
+                processes.on_main_process(partial(move_into_place, planned.complete, task))
+            elif planned.status != "done":
+                run_stage(task, context, facts)
+        processes.stop_together()  # The chain is finished, but the signal must also stop the command that runs it.
 
 
 def _prepare(chain: Chain, plan: Sequence[PlannedStage], context: RunContext, exits: ExitStack) -> None:
     """Lock the folder, ask what must be asked, move away trainings to restart, and begin what works beside the run."""
     exits.enter_context(held(chain.folder))
-    target, rebuild = plan[-1], context.rebuild
-    forced = target.task if rebuild.force and target.task.is_published else None
-    restarted = [task for task in chain.tasks if rebuild.fresh and task.is_begun]
-    device = context.processes.accelerator.device.type
-    if found := consequences(chain, plan, forced, restarted, device):
-        rebuild.confirm(found)
+    unfinished = [planned.task for planned in plan if planned.status != "done"]
+    restarted = [task for task in unfinished if context.rebuild.fresh and any(task.trainings.glob("*/*"))]
+    if found := consequences(chain.recipe, plan, restarted, context.processes.accelerator.device.type):
+        context.rebuild.confirm(found)
     for task in restarted:
-        task.abandon()
+        free_name(chain.folder / "abandoned" / task.stage.name, task.trainings.rename)
         fault("abandon")
     chain.facts()
     exits.enter_context(context.mirror(chain.folder))
 
 
 def _facts_of(planned: PlannedStage, device: torch.device) -> dict[str, str]:
-    return {"status": planned.status, **planned.task.facts(device)}
+    """What all processes must agree on before they train together, as short strings by name."""
+    task = planned.task
+    settings = task.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
+    found = {"status": planned.status, **{name: digest[:16] for name, digest in task.inputs().items()}}
+    found |= {"validation images": task.val_photos.digest[:16], "settings": text_digest(settings)[:16]}
+    return {**found, "PyTorch": torch.__version__, "device": device.type, "Bi-WKV4": kernel(task, device)}

@@ -1,30 +1,18 @@
 """A stage's settings, folders, parent and input digests."""
 
-from __future__ import annotations
-
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pipeline.common import files
 from pipeline.common.files import FileError
 from pipeline.data.images import Photos, check_folder, find_images
-from pipeline.recipes.loading import RecipeError
-from pipeline.recipes.schema import ModelChoice, Stage
+from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import Misfit, YamlNode, dotted
-from pipeline.records.record import CHECKPOINT, StageRecord
-from pipeline.records.record import FILE as RECORD
-from pipeline.weights.metadata import check_file, read_digest
-from pipeline.weights.training_state import Progress, StateFolder
-
-if TYPE_CHECKING:
-    import torch
-
-    from modules.config import HPCMConfig
+from pipeline.records.record import CHECKPOINT, FILE, StageRecord
+from pipeline.weights.metadata import check_file, inputs_digest, read_digest
 
 CODE_VERSION = "1"
 """Increased when the same recipe gives different weights, beyond rounding. Stages built before are then stale."""
@@ -39,6 +27,7 @@ class StageTask:
 
     stage: Stage
     folder: Path
+    """The folder of the published stage, in the chain's folder."""
     parent: Path | None
     imported: Path | None = None
     start: Path | None = None
@@ -48,38 +37,36 @@ class StageTask:
     """The stage's YAML, for messages."""
 
     @property
+    def chain_folder(self) -> Path:
+        """The folder of the chain."""
+        return self.folder.parent
+
+    @property
     def checkpoint(self) -> Path:
         """The published checkpoint."""
         return self.folder / CHECKPOINT
 
     @property
-    def runs(self) -> Path:
-        """The folder of runs, which contains the chain's folder."""
-        return self.folder.parents[2]
+    def is_published(self) -> bool:
+        """Whether a published stage is in the folder, current or not."""
+        return (self.folder / FILE).is_file() and self.checkpoint.is_file()
 
     @property
-    def is_published(self) -> bool:
-        """Whether the stage has a record and a checkpoint in its place."""
-        return (self.folder / RECORD).is_file() and self.checkpoint.is_file()
+    def trainings(self) -> Path:
+        """The folder of the stage's trainings, each in a folder that is named after its inputs."""
+        return self.chain_folder / "training" / self.stage.name
 
-    @staticmethod
-    def record_of(folder: Path) -> StageRecord | None:
-        """The record in a published or working folder; None if it is missing or damaged."""
-        try:
-            return StageRecord.read(folder)
-        except FileError:
-            return None
+    def working(self, inputs: dict[str, str]) -> Path:
+        """The folder in which the stage is trained from these inputs. Publication renames it to `folder`."""
+        return self.trainings / inputs_digest(inputs)
 
-    @cached_property
-    def config(self) -> HPCMConfig:
-        """The codec's configuration. Raises RecipeError for invalid settings."""
-        from modules.config import preset_config
-
-        choice = self.stage.model
-        try:
-            return preset_config(choice.preset, choice.phase, **choice.overrides)
-        except ValueError as error:
-            raise RecipeError(self.located(_misfit(choice, str(error)))) from error
+    def superseded(self, inputs: dict[str, str]) -> Path | None:
+        """The folder of an earlier published stage with these inputs; None if there is none."""
+        for folder in sorted((self.chain_folder / "superseded").glob(f"{self.stage.name}-*")):
+            record = record_in(folder)
+            if record and record.name == self.stage.name and record.lineage.inputs == inputs:
+                return folder
+        return None
 
     def located(self, misfit: Misfit, *prefix: str | int) -> str:
         """A message that names the file and line of a value that does not fit, or the stage if they are not known."""
@@ -92,30 +79,6 @@ class StageTask:
         for folder, split in ((self.stage.data.train, "train"), (self.stage.data.val, "val")):
             if folder:
                 check_folder(Path(folder), split)
-
-    @property
-    def states(self) -> StateFolder:
-        """The working folder of the training with the present inputs. The parent must be published."""
-        return StateFolder(self._trainings, self.inputs())
-
-    @property
-    def _trainings(self) -> Path:
-        # Not in the stage's own folder, which is replaced as a whole.
-        return self.folder.parent / "training" / self.stage.name
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether an unfinished training of the stage exists, with any inputs."""
-        return any(self._trainings.glob("*/*"))
-
-    def abandon(self) -> None:
-        """Move all unfinished trainings of the stage to `abandoned/`, in one rename."""
-        files.free_name(self.folder.parent / "abandoned" / self.stage.name, self._trainings.rename)
-
-    def position(self, progress: Progress) -> str:
-        """Where a training stands, such as `frozen at step 300`."""
-        names = [*(segment.name for segment in self.stage.schedule), "evaluation"]
-        return f"{names[progress.segment]} at step {progress.step}"
 
     @cached_property
     def train_photos(self) -> Photos:
@@ -143,24 +106,6 @@ class StageTask:
             found["validation images"] = self.val_photos.digest
         return found
 
-    def kernel(self, device: torch.device) -> str:
-        """The implementation of the Bi-WKV4 operator on a device; empty for a codec without it."""
-        if not any(kind.name == "rwkv" for kind in self.config.components.values()):
-            return ""
-        from modules.biwkv4.build import cpu_kernels, cuda_kernels
-
-        kernels = cuda_kernels() if device.type == "cuda" else cpu_kernels()
-        return "compiled" if kernels else "PyTorch reference"
-
-    def facts(self, device: torch.device) -> dict[str, str]:
-        """What all processes must agree on before they train together, as short strings by name."""
-        import torch
-
-        settings = self.stage.model_dump_json(exclude={"data": {"train", "val"}})  # Paths may differ; images may not.
-        found = {name: digest[:16] for name, digest in self.inputs().items()}
-        found |= {"validation images": self.val_photos.digest[:16], "settings": files.text_digest(settings)[:16]}
-        return {**found, "PyTorch": torch.__version__, "device": device.type, "Bi-WKV4": self.kernel(device)}
-
     @cached_property
     def _file_digest(self) -> str:
         """SHA-256 of the file `imported` or `start`, hexadecimal."""
@@ -171,12 +116,9 @@ class StageTask:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _misfit(model: ModelChoice, problem: str) -> Misfit:
-    """The problem of a codec's configuration, with the key that it names."""
-    from modules.config import PRESETS
-
-    if model.preset not in PRESETS:
-        return Misfit(problem, "model", "preset")
-    named = [key for key in model.overrides if re.search(rf"\b{re.escape(key)}\b", problem)]
-    path = ("overrides", named[0]) if named else ()
-    return Misfit(problem.removeprefix(f"{named[0]}: ") if named else problem, "model", *path)
+def record_in(folder: Path) -> StageRecord | None:
+    """The record of a stage in a folder; None if there is none or it is damaged."""
+    try:
+        return StageRecord.read(folder)
+    except FileError:
+        return None

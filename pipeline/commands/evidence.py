@@ -238,14 +238,19 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> N
     show(sweep.table())
 
     # These load PyTorch, so the table is shown first.
+    from pipeline.chain.precheck import check_stages
     from pipeline.commands.running import run_planned
     from pipeline.common.processes import start_accelerator
 
+    for point in points:
+        for chain in point.chains:
+            check_stages(chain.tasks)
     accelerator = start_accelerator(points[0].chains[0].precision)
     for point in points:
         for chain in point.chains:
             console.print(f"λ = {point.title}, to {chain.tasks[-1].stage.name}")
-            run_planned(chain, accelerator, accept_anyway, Rebuild(confirm=partial(confirm, yes)), verbose)
+            rebuild = Rebuild(confirm=partial(confirm, yes))
+            run_planned(chain, chain.plan(), accelerator, accept_anyway, rebuild, verbose)
         show(sweep.table())
     if accelerator.is_main_process:
         _draw_curves(sweep)

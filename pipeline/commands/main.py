@@ -134,14 +134,15 @@ def run(
         hush()
     request = _request(stage, recipe, overrides_of(data, val, lmbda, settings), (baseline, start), scratch, runs)
     chain = request.chain()
-    show(plan_table(chain, chain.plan()))
+    planned = chain.plan(force)
+    show(plan_table(chain, planned))
 
     # These load PyTorch, so the plan is shown first.
     from pipeline.commands.running import run_planned
     from pipeline.common.processes import start_accelerator
 
     accelerator = start_accelerator(chain.precision)
-    run_planned(chain, accelerator, accept_anyway, Rebuild(force, fresh, partial(confirm, yes)), verbose)
+    run_planned(chain, planned, accelerator, accept_anyway, Rebuild(force, fresh, partial(confirm, yes)), verbose)
     show(closing_table(chain))
     if accelerator.is_main_process:
         pictures = chain.tasks[-1].folder / "reconstructions"
@@ -176,6 +177,11 @@ def plan(
         show_json(plan_json(chain, found))
     else:
         show(plan_table(chain, found))
+    if any(planned.trains for planned in found):
+        # PyTorch checks names and shapes, so the plan is shown first.
+        from pipeline.chain.precheck import check_stages
+
+        check_stages(chain.tasks)
     if measure:
         from pipeline.commands.measured_plan import show_measured
 
@@ -207,8 +213,8 @@ def import_(
     """Convert an official `.pth.tar` checkpoint to safetensors. The preset is recognized from the tensors."""
     from modules.config import preset_of
     from pipeline.commands.display import console
-    from pipeline.weights.checkpoints import check_target, import_official
-    from pipeline.weights.published import Lineage, publish
+    from pipeline.weights.checkpoints import check_target, import_official, publish
+    from pipeline.weights.published import Lineage
 
     check_target(source, target, overwrite)
     model = import_official(source)

@@ -104,14 +104,9 @@ def _sort(segment: Segment) -> tuple[str, str]:
     return segment.objective, str(segment.train)
 
 
-def to_train(plan: Sequence[PlannedStage], force: bool = False) -> list[tuple[str, Segment]]:
-    """Segments of the stages to train, each with its stage's name. `force` adds the last one even if it is done."""
-    return [
-        (planned.name, segment)
-        for planned in plan
-        if (planned.status != "done" or (force and planned is plan[-1])) and planned.task.imported is None
-        for segment in planned.task.stage.schedule
-    ]
+def to_train(plan: Sequence[PlannedStage]) -> list[tuple[str, Segment]]:
+    """Segments of the stages to train, each with its stage's name."""
+    return [(planned.name, segment) for planned in plan if planned.trains for segment in planned.task.stage.schedule]
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Running a chain from the command line. Only the first process shows progress."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -7,6 +8,7 @@ from accelerate import Accelerator
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.context import Rebuild, RunContext
+from pipeline.chain.plan import PlannedStage
 from pipeline.chain.run import run_chain
 from pipeline.commands.display import console
 from pipeline.commands.progress import ProgressWatcher, to_train
@@ -19,14 +21,18 @@ from pipeline.training.watcher import Watcher
 
 
 def run_planned(
-    chain: Chain, accelerator: Accelerator, accept_anyway: bool, rebuild: Rebuild | None = None, verbose: bool = False
+    chain: Chain,
+    plan: Sequence[PlannedStage],
+    accelerator: Accelerator,
+    accept_anyway: bool,
+    rebuild: Rebuild,
+    verbose: bool = False,
 ) -> None:
     """Run a chain on the processes of `accelerator`; raises what `run_chain` raises."""
-    rebuild, plan = rebuild or Rebuild(), chain.plan()
     watching: AbstractContextManager[Watcher] = nullcontext(Watcher())
     if accelerator.is_main_process:
         console.print(_images_and_device(chain, accelerator), soft_wrap=True)
-        watching = ProgressWatcher(to_train(plan, rebuild.force), verbose)
+        watching = ProgressWatcher(to_train(plan), verbose)
     with ProcessGroup(accelerator) as processes, watching as watcher:
         mirror = partial(LiveMirror, Store.default(chain.runs), watcher.note)
         run_chain(chain, plan, RunContext(processes, watcher, accept_anyway, rebuild, mirror, sampling))

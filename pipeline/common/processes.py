@@ -48,12 +48,22 @@ class ProcessGroup:
         self.signum = 0
         self._previous: dict[int, Any] = {}
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which evaluates, publishes and writes records."""
+        return self.accelerator.is_main_process
+
     def agreed_signal(self) -> int:
         """A signal that any process received, or 0. All processes must call this; all get the same answer."""
         if self.accelerator.num_processes == 1:
             return self.signum
         mine = torch.tensor([self.signum], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
+
+    def stop_together(self) -> None:
+        """Raise Interrupted in all processes if any of them received a signal. All processes must call this."""
+        if signum := self.agreed_signal():
+            raise Interrupted(signum)
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted if this process received a signal. Use it in work that one process does alone."""
@@ -69,10 +79,10 @@ class ProcessGroup:
             except BaseException as problem:
                 error = problem
         if self.accelerator.num_processes > 1:
-            told = [getattr(error, "exit_code", 1) if error else 0]
-            broadcast_object_list(told)
-            if told[0] and error is None:
-                raise MainProcessStopped(told[0])
+            exit_code = [getattr(error, "exit_code", 1) if error else 0]
+            broadcast_object_list(exit_code)
+            if exit_code[0] and error is None:
+                raise MainProcessStopped(exit_code[0])
         if error is not None:
             raise error
 
@@ -108,7 +118,7 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:  # NCCL raises a subclass, DistBackendError; Gloo raises RuntimeError itself.
-            if self.accelerator.num_processes == 1 or not _tells_of_a_lost_process(error):
+            if self.accelerator.num_processes == 1 or not _means_lost_process(error):
                 raise
             index, count = self.accelerator.process_index, self.accelerator.num_processes
             raise LostProcess(
@@ -134,7 +144,7 @@ class ProcessGroup:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+def _means_lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(
         sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
     )

@@ -25,7 +25,7 @@ from pipeline.recipes.yaml_source import (
 )
 
 MOST_LINES = 10
-CHAIN_NAMES = ("outbox", "superseded", "states", "abandoned", "lock", "logs")
+CHAIN_NAMES = ("training", "superseded", "abandoned", "lock", "logs")
 """Names in a chain's folder that are not stages."""
 RUNS_NAMES = ("mlartifacts", "comparisons", "report", "mlflow.db", "mlflow.lock", "images.db", "images.lock")
 """Names in a folder of runs that are not recipes."""

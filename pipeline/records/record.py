@@ -50,6 +50,8 @@ class Source:
     """Whether the source differs from the commit."""
     device: str
     versions: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What affects rounding in a step: device, threads, processes, … A change between attempts is reported."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import getpass
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +15,8 @@ from pipeline.records.record import Source
 ROOT = Path(__file__).parents[2]
 
 
-def source_of(device: torch.device) -> Source:
-    """The origin of what this process computes on a device."""
+def source_of(device: torch.device, environment: Mapping[str, str]) -> Source:
+    """The origin of what this process computes on a device. `environment` is what affects rounding."""
     versions = {"torch": torch.__version__, "compressai": metadata.version("compressai"), "cuda": torch.version.cuda}
     commit = _commit()
     return Source(
@@ -25,6 +26,7 @@ def source_of(device: torch.device) -> Source:
         changed=commit.endswith("-dirty"),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         versions={name: version for name, version in versions.items() if version},
+        environment=environment,
     )
 
 

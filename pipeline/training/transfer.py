@@ -4,18 +4,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from modules import HPCM
 from modules.context.components import Component
+from pipeline.common.contracts import read_contract
+from pipeline.common.files import write_json
 from pipeline.recipes.schema import Transfer
 from pipeline.recipes.yaml_source import Misfit, nearest
 from pipeline.weights.checkpoints import codec_tensors, tensor_digest
 
-Class = Literal["copied", "renamed", "narrowed", "fitted", "initialized", "dropped"]
+LEDGER = "ledger.json"
+"""The ledger's file in a stage's folder."""
+Origin = Literal["copied", "renamed", "narrowed", "fitted", "initialized", "dropped"]
 
 
 class TransferError(Misfit):
@@ -32,7 +37,7 @@ class Entry:
     name: str
     source: str | None
     shape: tuple[int, ...]
-    kind: Class
+    kind: Origin
     new: bool
     digest: str
 
@@ -49,7 +54,7 @@ class Ledger:
         return frozenset(entry.name for entry in self.entries if entry.new)
 
     def counts(self) -> dict[str, int]:
-        """Number of tensors per class."""
+        """Number of tensors per origin."""
         return dict(Counter(entry.kind for entry in self.entries))
 
     @classmethod
@@ -62,14 +67,14 @@ class Ledger:
             )
         )
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Entries as JSON-able mappings."""
-        return [asdict(entry) for entry in self.entries]
+    def write(self, folder: Path) -> None:
+        """Write the ledger to a stage's folder. Raises FileError."""
+        write_json(folder / LEDGER, [asdict(entry) for entry in self.entries])
 
     @classmethod
-    def from_json(cls, entries: list[dict[str, Any]]) -> "Ledger":
-        """Read a ledger from the output of `to_json`."""
-        return cls(tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries))
+    def read(cls, folder: Path) -> "Ledger":
+        """Read the ledger in a stage's folder. Raises FileError, naming the file, if it is missing or damaged."""
+        return cls(read_contract(tuple[Entry, ...], folder / LEDGER))
 
 
 def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
@@ -95,7 +100,7 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
 
 
 def ledger_of(
-    parent: HPCM, child: HPCM, sources: Mapping[str, str], solved: Mapping[str, tuple[Class, str | None]] | None = None
+    parent: HPCM, child: HPCM, sources: Mapping[str, str], solved: Mapping[str, tuple[Origin, str | None]] | None = None
 ) -> Ledger:
     """The ledger of a filled child.
 
@@ -108,7 +113,7 @@ def ledger_of(
     entries = []
     for name, tensor in ours.items():
         origin = sources.get(name)
-        kind: Class = "initialized" if origin is None else "copied" if origin == name else "renamed"
+        kind: Origin = "initialized" if origin is None else "copied" if origin == name else "renamed"
         if name in solved:
             kind, origin = solved[name]
         entries.append(Entry(name, origin, tuple(tensor.shape), kind, name in new, tensor_digest(tensor)))

@@ -127,10 +127,11 @@ def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, f
         components = tuple(new_components(parent, child))
     watcher = _Timing()
     migration = Migration(child, parent, components, new)
-    trainer = Trainer(_endless(trial.stage), migration, crops, processes, Reporting(watcher=watcher))
-    state = TrainingState(Progress(step=first, stage_step=first), codec_tensors(child), {}, {})
+    states, reporting = StateFolder(Path()), Reporting(watcher=watcher)
+    trainer = Trainer(_endless(trial.stage), migration, crops, processes, states, reporting)
+    state = TrainingState(Progress(step=first, stage_step=first), codec_tensors(child))
     with suppress(_Enough):
-        trainer.train(StateFolder(Path(), {}), state)
+        trainer.train(state)
     timed = [seconds for seconds in watcher.seconds[WARM_STEPS:] if seconds == seconds]
     step = median(timed or [float("nan")])
     return step, sum(max(0.0, seconds - step) for seconds in watcher.seconds[:WARM_STEPS])

@@ -1,27 +1,26 @@
 """Checkpoint files. They are written atomically, checked by digest, and never executed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modules import HPCM
+from modules.bitstream.image_codec import model_identity
 from modules.loading import build, check_fit
 from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
+from pipeline.common.contracts import to_values
 from pipeline.common.files import replacing
 from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
-
-if TYPE_CHECKING:
-    from modules import HPCM
+from pipeline.weights.published import Lineage
 
 MOST_INFLATED = 2
 """Largest ratio of an archive's content to its size; PyTorch stores weights uncompressed."""
@@ -94,13 +93,18 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, metadata)
 
 
+def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
+    """Write a codec's checkpoint, which `load_codec` can load without any other file; raises FileError."""
+    known = {"config": model.config.to_dict(), "identity": model_identity(model).hex()}
+    write(path, codec_tensors(model), {**to_values(lineage), **known})
+
+
 def load_codec(path: Path | str) -> HPCM:
     """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
     `path` may be an address in MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises
     CheckpointError, naming the tensors, if they do not fit the configuration.
     """
-    from modules import HPCM
     from pipeline.weights.mlflow_model import SCHEME, load_from_mlflow
 
     if str(path).startswith(SCHEME):
@@ -128,8 +132,6 @@ def import_official(source: Path) -> HPCM:
 
     Raises CheckpointError for a pickle that holds more than tensors, and if no preset fits.
     """
-    from modules import HPCM
-
     check_file(source)
     _check_inflation(source)
     try:

@@ -1,16 +1,10 @@
 """The quality of a codec, and the lineage that its checkpoint carries."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.common.contracts import contract_of, to_values
+from pipeline.common.contracts import contract_of
 from pipeline.weights.metadata import CheckpointError, read_metadata
-
-if TYPE_CHECKING:
-    from modules import HPCM
 
 
 @dataclass(frozen=True)
@@ -64,15 +58,6 @@ class Lineage:
     """Digest of the weights before they were rounded."""
 
     @classmethod
-    def read(cls, path: Path) -> Lineage:
+    def read(cls, path: Path) -> "Lineage":
         """Read the lineage in a checkpoint's metadata; raises CheckpointError, naming the file."""
         return contract_of(cls, read_metadata(path), path, CheckpointError)
-
-
-def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
-    """Write a codec's checkpoint, which `load_codec` can load without any other file; raises FileError."""
-    from modules.bitstream.image_codec import model_identity
-    from pipeline.weights.checkpoints import codec_tensors, write
-
-    known = {"config": model.config.to_dict(), "identity": model_identity(model).hex()}
-    write(path, codec_tensors(model), {**to_values(lineage), **known})

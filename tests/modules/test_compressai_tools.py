@@ -14,9 +14,9 @@ from PIL import Image
 
 from modules import HPCM
 from modules.compressai_tools import main
-from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.export import export_compressai
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.published import Lineage
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from mini import mini_codec
 
 from modules import HPCM
 from modules import pretrained as pretrained_module
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.checkpoints import publish
+from pipeline.weights.published import Lineage
 
 
 @pytest.fixture(scope="module")

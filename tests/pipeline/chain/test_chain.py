@@ -20,8 +20,8 @@ from pipeline.common.errors import Interrupted
 from pipeline.data.images import DataError, Photos, find_images
 from pipeline.evaluation import limits
 from pipeline.recipes.schema import Segment
-from pipeline.weights.checkpoints import CheckpointError, load_codec, read, read_metadata
-from pipeline.weights.published import Lineage, PublicationRecord, publish
+from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
+from pipeline.weights.published import Lineage, PublicationRecord
 
 
 def test_every_stage_is_published_with_its_lineage(finished: tuple[Chain, Notes]) -> None:

@@ -7,7 +7,8 @@ from mini import FOLDER, mini_codec
 
 from pipeline.chain.changes import recipe_changes
 from pipeline.recipes.loading import load_recipe
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.checkpoints import publish
+from pipeline.weights.published import Lineage
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from pipeline.commands import main as cli
 from pipeline.common import memory
 from pipeline.evaluation.limits import coding_bytes, padded_pixels
 from pipeline.evidence.bench_codec import Products, bench_codec, results_table
-from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.published import Lineage
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

@@ -21,9 +21,9 @@ from pipeline.common.errors import UserError
 from pipeline.evaluation import conformance
 from pipeline.evaluation.conformance import REFERENCE, STREAMS, Outcome, Reference
 from pipeline.weights import shipped
-from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.metadata import read_metadata
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.published import Lineage
 
 CASES = {"guards", "noise", "odd", "pixel"}
 

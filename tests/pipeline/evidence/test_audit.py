@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mini import STAGES, Notes, Stop, mini_chain, run_chain
+from pipeline.tracking.records import Records
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
@@ -14,9 +15,8 @@ from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.evidence.audit import ChainAudit, audit
 from pipeline.evidence.audit_display import segment_text, tables, to_json
-from pipeline.tracking.records import Records
-from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.published import Lineage
 
 
 @pytest.fixture

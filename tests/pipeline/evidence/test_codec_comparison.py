@@ -14,7 +14,8 @@ from pipeline.commands.main import app
 from pipeline.common.errors import UserError
 from pipeline.evaluation.pillow_codecs import CODECS, PillowFiles, codecs_named, nearest_quality
 from pipeline.evidence.codec_comparison import CodecComparison, OperatingPoint, draw
-from pipeline.weights.published import Lineage, Quality, publish
+from pipeline.weights.checkpoints import publish
+from pipeline.weights.published import Lineage, Quality
 
 THERE = {name: codec for name, codec in CODECS.items() if not codec.feature or features.check(codec.feature)}
 

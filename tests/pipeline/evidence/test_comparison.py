@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from mini import Notes, mini_codec
+from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.records import Records
 from typer.testing import CliRunner
 
 from modules import preset_config
@@ -20,11 +22,9 @@ from pipeline.evidence.comparison import Comparison, ComparisonError, Contender,
 from pipeline.evidence.comparison_display import tables
 from pipeline.evidence.measurement import Subject, measure_memory, photograph, within_memory
 from pipeline.recipes.loading import load_recipe
-from pipeline.tracking.outbox import Outbox
-from pipeline.tracking.records import Records
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, write
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, publish, write
 from pipeline.weights.metadata import read_digest
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.published import Lineage
 
 
 def contenders(*phases: int) -> list[Contender]:

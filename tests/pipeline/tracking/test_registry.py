@@ -11,16 +11,16 @@ from mini import Notes, mini_codec, runs_of
 from mlflow.entities import Run
 from pandas import DataFrame
 from PIL import Image
-
-from pipeline.chain.chain import Chain
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.provenance import source_tags
+
+from pipeline.chain.chain import Chain
 from pipeline.tracking.store import Store, find_run
 from pipeline.tracking.system_metrics import sampling
-from pipeline.weights.checkpoints import CheckpointError, load_codec
+from pipeline.weights.checkpoints import CheckpointError, load_codec, publish
 from pipeline.weights.mlflow_model import save_mlflow_model
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.published import Lineage
 
 NAME = "hpcm-tiny-lmbda-0.013"
 

@@ -18,8 +18,16 @@ from torch import Tensor
 from modules import HPCM
 from pipeline.common.files import FileError
 from pipeline.weights import checkpoints
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec, read, write
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.checkpoints import (
+    CheckpointError,
+    codec_tensors,
+    import_official,
+    load_codec,
+    publish,
+    read,
+    write,
+)
+from pipeline.weights.published import Lineage
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 

@@ -13,9 +13,9 @@ from pipeline.commands import main as cli
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import read_text
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, read_metadata, write
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, publish, read_metadata, write
 from pipeline.weights.export import export_half
-from pipeline.weights.published import Lineage, Quality, publish
+from pipeline.weights.published import Lineage, Quality
 
 
 def test_exported_weights_are_the_originals_rounded(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from mini import mini_codec
 
 from modules.bitstream.image_codec import model_identity
 from pipeline.common.files import FileError
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, write
-from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
+from pipeline.weights.checkpoints import CheckpointError, codec_tensors, publish, write
+from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation
 
 QUALITY = Quality(0.5, 30.0, None, 1.25)
 

@@ -14,8 +14,8 @@ from modules import HPCM, preset_config
 from modules.biwkv4.decomposed import biwkv4_decomposed
 from modules.biwkv4.op import biwkv4_reference
 from pipeline.weights import torch_programs
-from pipeline.weights.checkpoints import CheckpointError
-from pipeline.weights.published import Lineage, publish
+from pipeline.weights.checkpoints import CheckpointError, publish
+from pipeline.weights.published import Lineage
 
 ELSEWHERE = """
 import json, sys, torch

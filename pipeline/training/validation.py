@@ -1,4 +1,4 @@
-"""Validation within a segment, and the choice of the weights with which it ends."""
+"""Validation during and after a segment, and the choice of the weights with which it ends."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ from pipeline.weights.training_state import Progress
 
 
 class SegmentValidation:
-    """Validates a model every `validate_every` steps of a segment. With `keep: best` it keeps the best weights."""
+    """Validates a model every `validate_every` steps of a segment and at its end.
+
+    With `keep: best` it keeps the best weights.
+    """
 
     def __init__(self, model: nn.Module, stage: Stage, segment: Segment, processes: ProcessGroup, reporting: Reporting):
         self.stage, self.segment, self.processes, self.reporting = stage, segment, processes, reporting
@@ -30,9 +33,10 @@ class SegmentValidation:
         self.best = {name: value.to(self.parameters[name].device, copy=True) for name, value in best.items()}
 
     def is_due(self, step: int) -> bool:
-        """Whether to validate after this step. False at the end of the segment, which is always validated."""
+        """Whether to validate after this step of the segment. Its end is validated by `end`."""
         every = self.stage.validate_every
-        return bool(every and 0 < step < self.segment.steps and step % every == 0)
+        # During a handover the parent's components contribute, so the child alone is not the codec that is trained.
+        return bool(every and self.segment.handover <= step < self.segment.steps and step and step % every == 0)
 
     def validate(self, progress: Progress, average: WeightAverage | None) -> Progress:
         """Validate the weights with which the segment would end now. Returns progress with the best loss so far."""
@@ -46,15 +50,23 @@ class SegmentValidation:
 
     @torch.no_grad()
     def end(self, progress: Progress) -> None:
-        """End the segment with its best weights if they are better than the present ones."""
-        if not self.best or _is_better(self._measure(), progress):
+        """End the segment with its best weights if they are better than the present ones. Validate what it ends with.
+
+        Without images to validate on, do nothing.
+        """
+        if self.reporting.measure is None:
             return
-        for name, value in self.best.items():
-            self.parameters[name].copy_(value)
-        self.reporting.watcher.note(
-            f"{self.segment.name} ends with the weights of step {progress.best_step}: their validation loss, "
-            f"{progress.best_loss:.4f}, is the lowest"
-        )
+        quality = self._measure()
+        if self.best and not _is_better(quality, progress):
+            for name, value in self.best.items():
+                self.parameters[name].copy_(value)
+            self.reporting.watcher.note(
+                f"{self.segment.name} ends with the weights of step {progress.best_step}: their validation loss, "
+                f"{progress.best_loss:.4f}, is the lowest"
+            )
+            quality = self._measure()
+        self.reporting.validated(f"after {self.segment.name}", quality, progress.stage_step)
+        self.reporting.segment_ended(self.segment, progress, quality)
 
     def _measure(self) -> Quality:
         assert self.reporting.measure is not None  # a stage has validation images

@@ -1,0 +1,73 @@
+"""The validation images of a stage, and what a codec achieves on them."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from modules import HPCM
+from pipeline.chain.context import RunContext
+from pipeline.chain.stage_codec import codec_config
+from pipeline.chain.stage_task import StageTask
+from pipeline.common.fault_injection import fault
+from pipeline.data.crops import validation_images
+from pipeline.data.images import DataError, find_images
+from pipeline.evaluation.coding import estimate, evaluate
+from pipeline.evaluation.limits import check_size
+from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.results import Evaluation
+from pipeline.weights.published import Quality, Validation
+
+
+class ValidationImages:
+    """Measures codecs on a stage's validation images. A signal stops the work between two images."""
+
+    def __init__(self, task: StageTask, context: RunContext):
+        self.task, self.stage, self.photos = task, task.stage, task.val_photos
+        self.processes, self.watcher = context.processes, context.watcher
+
+    @cached_property
+    def images(self) -> list[NamedImage]:
+        """The images, in memory. Images too large for the codec are left out.
+
+        Raises DataError if they are no longer those of which the digest was taken.
+        """
+        sketch = HPCM.on_meta(codec_config(self.task))
+        found = []
+        for name, image in validation_images(self.photos, self.stage.evaluation.images):
+            try:
+                check_size(sketch, *image.shape[2:])
+                found.append((name, image))
+            except DataError as error:
+                self.watcher.note(f"left out of validation: {name}: {error}")
+        folder, runs = self.stage.data.val, self.task.chain_folder.parents[1]
+        if folder and find_images(Path(folder), "val", 1, runs).digest != self.photos.digest:
+            raise DataError(
+                f"{self.photos.source}: the validation images changed during the run; run the same command again"
+            )
+        if not found:
+            raise DataError(f"{self.photos.source}: all images are too large for validation; give smaller ones")
+        return found
+
+    @property
+    def conditions(self) -> Validation:
+        """The conditions of the measurements. Qualities under equal conditions can be compared."""
+        images = tuple(name for name, _ in self.images)
+        return Validation(self.photos.digest, images, self.stage.lmbda, self.stage.metric)
+
+    def estimate(self, codec: HPCM) -> Quality:
+        """The mean quality from the codec's likelihoods, without bitstreams."""
+        return estimate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric)
+
+    def evaluate(self, codec: HPCM, keep: int = 0) -> tuple[Evaluation, list[Tensor]]:
+        """The results with real bitstreams, and the first `keep` reconstructions, (1, 3, H, W) each."""
+        return evaluate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric, keep)
+
+    def _interruptible(self) -> Iterator[NamedImage]:
+        for done, image in enumerate(self.images):
+            self.processes.stop_if_asked()
+            fault("evaluation")
+            self.watcher.image(done, len(self.images))
+            yield image
+        self.processes.stop_if_asked()

@@ -1,0 +1,95 @@
+"""The gradients of a training step: micro-batches, noise, handover and CUDA graph."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from modules import Noise
+from pipeline.recipes.schema import Segment, Stage
+from pipeline.training.cuda_graph import Compute, GraphedGradients
+from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
+from pipeline.training.reporting import Migration
+
+
+class Gradients:
+    """Computes the gradients of a segment's objective, until `end` is called.
+
+    Create it after `requires_grad` is set for the child. `parameters` are the trainable ones.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        segment: Segment,
+        migration: Migration,
+        parameters: Sequence[Tensor],
+        accelerator: Accelerator,
+    ):
+        self.segment, self.migration, self.accelerator = segment, migration, accelerator
+        self.parts, self._parameters = stage.data.accumulate, parameters
+        self._handover: Handover | None = None
+        child, parent = migration.child, migration.parent
+        if parent is not None:
+            parent.requires_grad_(False).to(accelerator.device)
+        context = ObjectiveContext(child, parent, migration.components, stage.lmbda, stage.metric)
+        objective = build_objective(segment.objective, context)
+        if stage.compile:
+            objective.compile()
+        self._objective = accelerator.prepare(objective)
+        # Several processes exchange gradients in the backward pass, and MS-SSIM copies its window from the CPU.
+        capturable = accelerator.num_processes == 1 and stage.metric == "mse" and not stage.compile
+        self.graphed = stage.cuda_graph and capturable and accelerator.device.type == "cuda"
+        """Whether a CUDA graph computes the gradients. Before each call they must be zero; otherwise, None will do."""
+        self._compute = self._computation()
+
+    def __call__(self, step: int, images: Tensor, samples: Sequence[int], seed: int) -> dict[str, Tensor]:
+        """Add the gradients of a step of the segment. Returns the means of the objective's values.
+
+        `images` (B, 3, H, W) are the `samples` of this process. The noise depends only on them and the seed.
+        """
+        if step < self.segment.handover:
+            self._blend(step / self.segment.handover)
+        size = len(samples) // self.parts
+        means: dict[str, Tensor] = {}
+        for part in range(self.parts):
+            chosen = slice(part * size, (part + 1) * size)
+            crops, device = images[chosen], self.accelerator.device
+            noise = training_noise(self.migration.child, (*crops.shape[2:],), seed, samples[chosen])
+            # The processes exchange gradients once per step.
+            alone = self.accelerator.no_sync(self._objective) if part < self.parts - 1 else nullcontext()
+            with alone:
+                values = self._compute(crops.to(device), Noise(*(tensor.to(device) for tensor in noise)))
+            for name, value in values.items():
+                means[name] = means.get(name, 0) + value / self.parts
+        if step + 1 >= self.segment.handover:
+            self._end_handover()
+        return means
+
+    def end(self) -> None:
+        """Take the parent's components out of the child, and release memory."""
+        self._end_handover()
+        self.accelerator.free_memory()
+
+    def _blend(self, share: float) -> None:
+        """Set the share of the child's components in their outputs; the parent's have the rest."""
+        if self._handover is None:
+            assert self.migration.parent is not None  # checked by the recipe's schema
+            self._handover = Handover(self.migration.child, self.migration.parent, self.migration.components)
+        self._handover.share.fill_(share)
+
+    def _end_handover(self) -> None:
+        if self._handover is not None:
+            self._handover.end()
+            self._handover = None
+            self._compute = self._computation()  # A graph with the parent's components is of no more use.
+
+    def _computation(self) -> Compute:
+        return GraphedGradients(self._backward, self._parameters) if self.graphed else self._backward
+
+    def _backward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch's share of the loss. Returns the objective's values."""
+        values = self._objective(images, noise)
+        self.accelerator.backward(values["loss"] / self.parts)
+        return {name: value.detach() for name, value in values.items()}
