@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
@@ -17,6 +18,8 @@ from mini import FOLDER, history, record_of
 
 from modules import Noise
 from pipeline.chain.chain import Chain
+from pipeline.commands import running
+from pipeline.commands.main import main
 from pipeline.training.objectives import RateDistortion
 
 KILLED = -9
@@ -32,7 +35,7 @@ def attempt(
     """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
 
     What it prints goes to the file that LOG names; it works in the folder FOLDER; with DOUBLE it computes in float64,
-    with POISON a loss is NaN.
+    with POISON a loss is NaN. Without MIRROR nothing is sent to MLflow.
     """
     command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", "--yes", *options]
     command += [part for setting in settings for part in ("--set", setting)]
@@ -72,8 +75,8 @@ def exit_code(process: Process, timeout: float = 240) -> int:
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> None:
-    from pipeline.commands.main import main
-
+    if "MIRROR" not in environment:  # A database for each folder would take longer than the attempts.
+        running.LiveMirror = lambda *arguments: nullcontext()  # type: ignore[misc,assignment]
     os.environ.update({"ACCELERATE_USE_CPU": "true", "LOG": os.devnull, **environment})
     log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -116,15 +119,15 @@ def differences(chain: Chain, reference: Chain) -> list[str]:
         if task.checkpoint.read_bytes() != other.checkpoint.read_bytes():
             found.append(f"{name}: other bytes")
         record, expected = record_of(chain, name), record_of(reference, name)
-        if (record.status, record.attempts[-1].outcome) != ("done", "finished"):
-            found.append(f"{name}: {record.status}, {record.attempts[-1].outcome}")
+        if (record.status, record.attempts[-1].state) != ("done", "finished"):
+            found.append(f"{name}: {record.status}, {record.attempts[-1].state}")
         if [segment.quality for segment in record.segments] != [segment.quality for segment in expected.segments]:
             found.append(f"{name}: other results of segments")
         if history(task.folder) != history(other.folder):
             found.append(f"{name}: other metrics")
         if files_of(task.folder) != files_of(other.folder):
             found.append(f"{name}: other files")
-        if task.states.folder.exists():
+        if task.working(task.inputs()).exists():
             found.append(f"{name}: the working folder is left")
     return found
 

@@ -24,7 +24,7 @@ from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Ledger
 from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors
-from pipeline.weights.training_state import Progress, TrainingState
+from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"
 STAGES = ["baseline", "phase1", "phase2", "phase3", "phase4"]
@@ -97,15 +97,19 @@ class Metrics(MetricsLog):
         self.logged[step] = dict(values)
 
 
-def trainer_of(stage: Stage, precision: str = "no", watcher: Watcher | None = None) -> tuple[Trainer, TrainingState]:
-    """A trainer of an untrained mini Baseline, and the state from which it starts."""
+def trainer_of(
+    stage: Stage, states: Path, precision: str = "no", watcher: Watcher | None = None
+) -> tuple[Trainer, TrainingState]:
+    """A trainer of an untrained mini Baseline that saves states in a folder, and the state from which it starts."""
+    states.mkdir(exist_ok=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     model = mini_codec(0)
     crops = TrainingCrops(find_images(None, "train", 128), 128, seed=0)
     processes = ProcessGroup(Accelerator(cpu=True, mixed_precision=precision))
     migration = Migration(model, None, (), Ledger.of_root(model).new)
-    trainer = Trainer(stage, migration, crops, processes, Reporting(Metrics(), watcher or Watcher()))
-    return trainer, TrainingState(Progress(), codec_tensors(model), {}, {"ledger": []})
+    reporting = Reporting(Metrics(), watcher or Watcher())
+    trainer = Trainer(stage, migration, crops, processes, StateFolder(states), reporting)
+    return trainer, TrainingState(Progress(), codec_tensors(model))
 
 
 class Stop(Notes):

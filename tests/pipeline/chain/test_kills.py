@@ -53,7 +53,7 @@ def test_a_signal_is_heard_wherever_it_comes(
     assert exit_code(attempt(runs, "baseline", [], asked)) == code
     assert f"stopped by {signal.Signals(signum).name}" in log.read_text()
     chain = mini_chain(runs, "baseline")
-    assert begun(chain, "baseline").attempts[-1].outcome == f"stopped by {signal.Signals(signum).name}"
+    assert begun(chain, "baseline").attempts[-1].reason == f"stopped by {signal.Signals(signum).name}"
     assert exit_code(attempt(runs, "baseline")) == 0
     assert differences(chain, finished[0]) == []
 
