@@ -221,7 +221,7 @@ def _other_contents(run: StoredRun, view: RunView) -> list[str]:
     with TemporaryDirectory(prefix="hpcm-") as folder:
         for artifact in view.artifacts:
             if artifact.path not in lacking:
-                made = Path(folder, "made")
+                made = Path(folder, artifact.path.name)
                 artifact.make(made)
                 if Path(run.artifacts.download_artifacts(str(artifact.path))).read_bytes() != made.read_bytes():
                     found.append(f"another content of {artifact.path}")
