@@ -16,7 +16,7 @@ from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 
 if TYPE_CHECKING:
-    from modules.bitstream.image_codec import ImageCodec
+    from modules.image_codec import ImageCodec
     from pipeline.evaluation.conversions import Conversion
 
 Checkpoint = Annotated[
@@ -153,7 +153,7 @@ def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[
     The function raises DataError, which names the path, if a codec in `runs` made the file instead, and BitstreamError
     if the codec is not known.
     """
-    from modules.bitstream.rans import BitstreamError
+    from modules.bitstream.file_format import BitstreamError
     from pipeline.commands.checkpoint_info import known_models
     from pipeline.data.images import DataError
     from pipeline.weights.shipped import ShippedCodecs
@@ -162,7 +162,7 @@ def _codec_finder(checkpoint: Path | None, device: str, runs: Path) -> Callable[
     shipped = ShippedCodecs(str(device_of(device)))
 
     def find(identity: bytes) -> ImageCodec:
-        if given is not None and identity in given.identities:
+        if given is not None and identity == given.identity:
             return given
         try:
             if given is None:
@@ -246,7 +246,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 
 def _codec(checkpoint: Path | None, device: str, quality: int | None = None) -> ImageCodec:
     """The codec of a checkpoint, or the bundled codec of a quality."""
-    from modules.bitstream.image_codec import ImageCodec
+    from modules.image_codec import ImageCodec
     from pipeline.commands.checkpoint_info import checkpoint_file
     from pipeline.weights.checkpoints import load_codec
     from pipeline.weights.shipped import of_quality

@@ -14,7 +14,7 @@ from pipeline.commands.options import USE, AsJson, Device, Quiet, device_of
 from pipeline.common.tables import Table, number, shortest
 
 if TYPE_CHECKING:
-    from modules.bitstream.image_codec import ImageCodec
+    from modules.image_codec import ImageCodec
     from pipeline.evaluation.quality import NamedImage
     from pipeline.evaluation.results import ImageResult
 
@@ -136,7 +136,7 @@ def _against(
     pictures: list[Path], checkpoints: Sequence[Path], names: str, plot: Path | None, limits: tuple[str, int | None]
 ) -> tuple[dict[str, object], Table, bool]:
     """Compare codecs with Pillow's. `limits`: device, and largest number of pixels. Returns what `_alone` returns."""
-    from modules.bitstream.image_codec import ImageCodec
+    from modules.image_codec import ImageCodec
     from pipeline.commands.display import errors
     from pipeline.common.figure_style import save
     from pipeline.evaluation.pillow_codecs import codecs_named

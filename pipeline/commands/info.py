@@ -58,12 +58,19 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
         size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
         bpp = 8 * size / (coded.width * coded.height)
         lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
-        guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
         codec = names[identity].removesuffix(f"/{FILE}") if identity in names else f"unknown: {identity}"
-        table.add(name, codec, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded)
+        table.add(
+            name,
+            codec,
+            f"{coded.width}×{coded.height}",
+            f"{bpp:.4f}",
+            *map(str, lengths.values()),
+            f"{guards.epsilon:.1g}",
+            str(guards.guard_bytes),
+        )
         sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
-        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
+        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes}
         found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
-        return () if guards else ["format version 1: only the machine that wrote it is sure to decode it"]
+        return ()
 
     return table, each_file([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)

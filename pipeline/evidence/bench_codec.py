@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from modules import HPCM
-from modules.bitstream.determinism import coding_arithmetic
+from modules.bitstream.determinism import deterministic_float32
 from pipeline.common.tables import Table
 from pipeline.common.timing import timed
 from pipeline.data.images import find_images, read_image
@@ -68,7 +68,7 @@ class Products(TorchDispatchMode):
 
     def replay(self) -> None:
         """Run the products with the codec's settings, on tensors of the same layouts, one tensor per layout."""
-        with torch.no_grad(), coding_arithmetic(self.device, torch.get_num_threads()):
+        with torch.no_grad(), deterministic_float32(self.device):
             for func, args, kwargs in self.calls:
                 args, kwargs = tree_map(self._tensor, (args, kwargs))
                 func(*args, **kwargs)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.loading import build, check_fit
+from modules.loading import check_fit, nearest_config
 from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
 from pipeline.common.files import replacing
 from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
@@ -109,7 +109,7 @@ def load_codec(path: Path | str) -> HPCM:
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
     try:
-        return build(HPCM, checkpoint.metadata["config"], checkpoint.tensors)
+        return HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -148,7 +148,7 @@ def import_official(source: Path) -> HPCM:
         raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}
-    model = HPCM(HPCM.nearest_config({name: tuple(value.shape) for name, value in tensors.items()}))
+    model = HPCM(nearest_config(tensors))
     load_weights(model, tensors, source)
     return model
 

@@ -72,7 +72,7 @@ class Lineage:
 
 def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
     """Write a codec's checkpoint, which `load_codec` can load without any other file; raises FileError."""
-    from modules.bitstream.image_codec import model_identity
+    from modules.bitstream.identity import model_identity
     from pipeline.weights.checkpoints import codec_tensors, write
 
     known = {"config": model.config.to_dict(), "identity": model_identity(model).hex()}

@@ -10,11 +10,10 @@ import pytest
 import torch
 from mini import mini_codec
 
-from modules.bitstream.coding import Tables, trace
-from modules.bitstream.file_format import EPSILON
+from modules.bitstream.file_format import EPSILON, CodedImage
 from modules.bitstream.guards import table_index
 from modules.bitstream.identity import model_identity
-from modules.bitstream.image_codec import CodedImage, ImageCodec
+from modules.image_codec import ImageCodec
 from pipeline.commands import codec
 from pipeline.commands import main as cli
 from pipeline.common.errors import UserError
@@ -69,9 +68,8 @@ def test_this_machine_reads_the_streams_and_says_where_symbols_differ(suite: Pat
 def test_the_noisy_stream_has_residuals_beyond_its_tables() -> None:
     model = load_codec(shipped.of_quality(None))
     coded = CodedImage.read(STREAMS / "control-0.0067-noise.hpcm")
-    walk = trace(model, coded.y, coded.z, (coded.height, coded.width))
-    reach = Tables.of(model).y.reach[table_index(walk.scales, model.scale_table)]
-    assert (walk.symbols.abs() > reach).any()
+    trace, tables = model.trace(coded.y, coded.z, (coded.height, coded.width)), model.coding_tables
+    assert (trace.symbols.abs() > tables.y.reach[table_index(trace.scales, tables.scales)]).any()
 
 
 def test_without_a_suite_there_is_nothing_to_say(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mini import mini_codec
 
-from modules.bitstream.image_codec import model_identity
+from modules.bitstream.identity import model_identity
 from pipeline.common.files import FileError
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, write
 from pipeline.weights.published import Lineage, PublicationRecord, Quality, StartFacts, Validation, publish
