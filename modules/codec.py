@@ -1,5 +1,6 @@
 """The codec: networks and coding tables, `compress` and `decompress`, as a `CompressionModel` of CompressAI."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -12,8 +13,10 @@ from modules.bitstream.tables import BUFFERS, Tables, built_tables
 from modules.compressai_parts import CompressionModel, register_model
 from modules.config import HPCMConfig
 from modules.layers.entropy import scale_table as default_scale_table
-from modules.loading import checked_config, nearest_config
+from modules.loading import STEP_VECTORS, bare_names, checked_config, lacks_step_vectors, nearest_config
 from modules.pretrained import Pretrained
+
+_logger = logging.getLogger(__name__)
 
 
 @register_model("hpcm")
@@ -22,6 +25,9 @@ class HPCM(Pretrained, CompressionModel):
 
     A phase is a choice of components in `config`. Parameters and buffers have the names of the published checkpoints.
     """
+
+    filled_with_ones: str | None = None
+    """Name of the vectors that the loaded file lacked, as official files of 2025 do; None if it lacked none."""
 
     def __init__(self, config: HPCMConfig | None = None):
         super().__init__(config)
@@ -105,22 +111,33 @@ class HPCM(Pretrained, CompressionModel):
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> Self:
         """Build the codec of these weights. The optional entry `config` holds the output of `HPCMConfig.to_dict`.
 
-        Without it, the names and shapes of the tensors show the preset and phase. Call `update` before coding. Raises
-        RuntimeError, which names the tensors, if no preset and phase fit.
+        Without it, the names and shapes of the tensors show the preset and phase. The names may begin with `module.`.
+        Call `update` before coding. Raises RuntimeError, which names the tensors, if no preset and phase fit.
         """
-        tensors = {name: value for name, value in state_dict.items() if name != "config"}
-        known = state_dict.get("config")
+        tensors = bare_names(state_dict)
+        known = tensors.pop("config", None)
         model = cls(HPCMConfig.from_dict(known) if known else nearest_config(tensors))
         model.load_state_dict(tensors)
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights. Coding tables take the size that `state_dict` gives them; absent ones become empty."""
+        """Load weights. Coding tables take the size that `state_dict` gives them; absent ones become empty.
+
+        With `strict`, step vectors that are all absent become ones, and a message of `logging` says so.
+        """
         tables = {name: self.get_buffer(name).new_empty(0) for name in BUFFERS}
         state = {**tables, **state_dict}
+        self.filled_with_ones = None
+        if strict and lacks_step_vectors(state):
+            ones = {name: torch.ones_like(vector) for name, vector in self.adaptive_params_list.named_parameters()}
+            state |= {f"{STEP_VECTORS}.{name}": vector for name, vector in ones.items()}
+            self.filled_with_ones = STEP_VECTORS
         for name in BUFFERS:
             setattr(self, name, tables[name].new_empty(state[name].shape))
-        return nn.Module.load_state_dict(self, state, strict=strict, assign=assign)
+        loaded = nn.Module.load_state_dict(self, state, strict=strict, assign=assign)
+        if self.filled_with_ones:
+            _logger.warning("%s is absent, as in official files of 2025: its ten vectors are ones", STEP_VECTORS)
+        return loaded
 
 
 def _named(name: str, phase: int) -> Callable[..., HPCM]:

@@ -11,6 +11,9 @@ from modules.bitstream.tables import BUFFERS
 from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.network import HPCMNetwork
 
+STEP_VECTORS = "adaptive_params_list"
+"""The ten vectors of the priors. The official files of 2025 lack them: the official code neither saved nor trained them
+then, so they are ones."""
 LARGEST_FACTOR = 1024
 """Largest padding multiple of a codec, in pixels. It needs a limit, because no tensor shape shows the window size."""
 
@@ -18,6 +21,16 @@ LARGEST_FACTOR = 1024
 def codec_tensors(model: HPCMNetwork) -> dict[str, Tensor]:
     """The tensors that a file stores: all except the coding tables, which are built from the weights."""
     return {name: tensor for name, tensor in model.state_dict().items() if name not in BUFFERS}
+
+
+def bare_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state dict without the prefix that DataParallel adds to their names."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def lacks_step_vectors(tensors: Mapping[str, Any]) -> bool:
+    """Whether a state dict has none of the ten step vectors."""
+    return not any(name.startswith(f"{STEP_VECTORS}.") for name in tensors)
 
 
 def nearest_config(tensors: Mapping[str, Tensor]) -> HPCMConfig:
@@ -55,8 +68,13 @@ def checked_config(values: Any, tensors: Mapping[str, Tensor]) -> HPCMConfig:
 
 
 def check_fit(model: HPCMNetwork, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, which lists missing, unexpected and unusable tensors."""
+    """Raise ValueError, which lists missing, unexpected and unusable tensors.
+
+    All step vectors may be missing, as `HPCM.load_state_dict` sets them to ones.
+    """
     expected = codec_tensors(model)
+    if lacks_step_vectors(tensors):
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith(STEP_VECTORS)}
     problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:

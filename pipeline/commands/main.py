@@ -213,7 +213,8 @@ def import_(
     check_target(source, target, overwrite)
     model = import_official(source)
     preset, phase = preset_of(model.config)
-    publish(target, model, Lineage(name="baseline", imported_from=source.name))
+    lineage = Lineage(name="baseline", imported_from=source.name, filled_with_ones=model.filled_with_ones)
+    publish(target, model, lineage)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
 

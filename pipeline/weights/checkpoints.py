@@ -15,10 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.loading import check_fit, nearest_config
+from modules.loading import bare_names, check_fit, nearest_config
 from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
 from pipeline.common.files import replacing
-from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
+from pipeline.weights.metadata import (
+    FORMAT,
+    METADATA_KEY,
+    CheckpointError,
+    check_file,
+    is_official,
+    read_metadata,
+    seal,
+)
 
 if TYPE_CHECKING:
     from modules import HPCM
@@ -97,14 +105,17 @@ def read(path: Path) -> Checkpoint:
 def load_codec(path: Path | str) -> HPCM:
     """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
-    `path` may be an address in MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises
-    CheckpointError, naming the tensors, if they do not fit the configuration.
+    `path` may also be an official `.pth.tar`, or an address in MLflow's registry, such as
+    `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises CheckpointError, naming the tensors, if they do not fit the
+    configuration.
     """
     from modules import HPCM
     from pipeline.weights.mlflow_model import SCHEME, load_from_mlflow
 
     if str(path).startswith(SCHEME):
         return load_from_mlflow(str(path))
+    if is_official(Path(path)):
+        return import_official(Path(path))
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
@@ -146,11 +157,12 @@ def import_official(source: Path) -> HPCM:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}
-    model = HPCM(nearest_config(tensors))
-    load_weights(model, tensors, source)
-    return model
+    tables = HPCM.coding_table_names()
+    tensors = {name: value for name, value in bare_names(state).items() if name not in tables}
+    try:
+        return HPCM.from_tensors(nearest_config(tensors).to_dict(), tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _check_inflation(source: Path) -> None:
