@@ -14,7 +14,7 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server fuzz \
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server bench fuzz \
 	soak conformance portability check clean
 
 help: ## list the targets and variables
@@ -70,8 +70,12 @@ test-all: $(READY) ## run the slow tests too
 
 test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
-	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
+	$(BIN)/python tests/benchmarks/biwkv4.py --device cuda --dtype float32
+	$(BIN)/python tests/benchmarks/biwkv4.py --device cuda --dtype bfloat16
+
+bench: $(READY) ## measure the speed of the kernel and of coding; ARGS='--device cuda'
+	$(BIN)/python tests/benchmarks/biwkv4.py $(ARGS)
+	$(BIN)/python tests/benchmarks/codec.py $(ARGS)
 
 test-cluster: $(READY) ## run jobs on a SLURM, and a run on two nodes, on this machine; needs root and slurm-wlm
 	$(BIN)/python -m pytest -s -m slow tests/stages

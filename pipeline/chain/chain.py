@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.chain.acceptance import refusal_reasons
 from pipeline.chain.changes import recipe_changes
 from pipeline.chain.consequences import consequences
-from pipeline.chain.passed_checks import check_unless_passed
 from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.contracts import read_contract
 from pipeline.common.errors import Interrupted, MainProcessStopped, UserError
@@ -106,8 +105,7 @@ class Chain:
         self.outbox: Outbox | None = None
 
     def plan(self) -> list[PlannedStage]:
-        """The status of every stage, root first. Raises the errors of the checks and of reading the inputs."""
-        check_unless_passed(self.tasks)
+        """The status of every stage, root first. Raises the errors of reading the inputs."""
         self.tasks[-1].check_folders()
         planned: list[PlannedStage] = []
         for task in self.tasks:
@@ -120,8 +118,10 @@ class Chain:
 
         The stage's last saved state is kept. Raises FolderInUse if another process runs a chain in the same folder.
         """
-        from pipeline.data.crops import noticing_lost_workers  # imports PyTorch, which a plan does not need
+        from pipeline.chain.precheck import check_stages  # imports PyTorch, which a plan does not need
+        from pipeline.data.crops import noticing_lost_workers
 
+        check_stages(self.tasks)
         with context.processes.noticing_lost_processes(), noticing_lost_workers(), ExitStack() as exits:
             context.on_main_process(lambda: self._enter(context, exits))
             try:
@@ -142,11 +142,9 @@ class Chain:
         self.outbox = Outbox(self.folder / "outbox", Store.default(self.runs), context.watcher.note)
 
     def _run_stages(self, context: RunContext) -> None:
-        from pipeline.chain.precheck import check_stages
         from pipeline.tracking.provenance import source_tags
         from pipeline.tracking.published_stage import log_chain
 
-        check_stages(self.tasks)
         plan = self.plan()
         context.wait_for_everyone()
         chain_run = self._chain_run()

@@ -1,6 +1,6 @@
 """A sweep over λ and seeds, with chains for each pair. Every chain can be interrupted and resumed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class Sweep:
         table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *columns))
         for name in names:
             table.add(name, *(_cell(planned[name]) for planned in columns.values()))
-        left = [_steps_left(planned.values()) for planned in columns.values()]
+        left = [steps_left(list(planned.values())) for planned in columns.values()]
         table.add("steps left", *(f"{steps:,}" if steps else "–" for steps in left))
         return table
 
@@ -101,11 +101,11 @@ def _cell(planned: PlannedStage) -> str:
     return "–" if planned.status == "missing" else planned.status
 
 
-def _steps_left(plan: Iterable[PlannedStage]) -> int:
-    """Steps of the stages in a plan that are neither saved nor published."""
+def steps_left(plan: Sequence[PlannedStage], force: bool = False) -> int:
+    """Steps of the stages in a plan that are neither saved nor published. `force` trains the last one again."""
     left = 0
     for planned in plan:
-        if planned.status != "done" and planned.task.imported is None:
+        if (planned.status != "done" or (force and planned is plan[-1])) and planned.task.imported is None:
             left += sum(segment.steps for segment in planned.task.stage.schedule)
             left -= planned.progress.stage_step if planned.progress else 0
     return left

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.commands import runs_folder
+from pipeline.commands import sync
 from pipeline.commands.main import app
 from pipeline.common.files import FileError
 from pipeline.tracking import outbox as outbox_module
@@ -263,7 +263,7 @@ def test_what_the_store_does_not_show_is_sent_again(
 
 def test_sync_prints_no_password(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    monkeypatch.setattr(runs_folder, "SYNC_PATIENCE", 1.0)
+    monkeypatch.setattr(sync, "PATIENCE", 1.0)
     folder = runs / "mini" / "lmbda-0.013" / "outbox"
     folder.mkdir(parents=True)
     (folder / "journal.jsonl").write_text(json.dumps(OPEN) + "\n")
