@@ -1,4 +1,4 @@
-"""Compile the Bi-WKV4 kernels of `cuda/` on first use, cache them, and load them.
+"""Build the Bi-WKV4 kernels of `cuda/` with ninja on first use, cache them, and load them.
 
 A change of the sources, the compiler, its flags or the processor leads to a new build. `python -m modules.biwkv4.build`
 builds the kernels for this machine ahead of time.
@@ -18,6 +18,8 @@ import re
 import shutil
 import stat
 import subprocess
+import sysconfig
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,14 +178,18 @@ def _cached(cache: Path, name: str) -> Path | None:
 
 
 def _compile(source: str, command: Sequence[str], cache: Path, name: str) -> Path:
-    """Build beside the cached libraries, then rename, so that an incomplete library is never loaded."""
-    partial = cache / f"{name}.partial"
-    partial.unlink(missing_ok=True)
-    _run([*command, str(SOURCES / source), "-o", str(partial)])
-    partial.chmod(0o755)
-    for damaged in cache.glob(f"{name}_*.so"):
-        damaged.unlink()
-    return partial.rename(cache / f"{name}_{_digest(partial)}.so")
+    """Run ninja in a temporary folder of the cache, then rename, so that an incomplete library is never loaded."""
+    # The environment's scripts come first: ninja is installed there, and the environment may not be activated.
+    ninja = _first_of(f"{sysconfig.get_path('scripts')}/ninja", "ninja")
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}_") as folder:
+        built, escaped = Path(folder, "built.so"), re.sub(r"([$ :])", r"$\1", str(SOURCES / source))
+        rule = f"rule library\n  command = {' '.join(command)} $in -o $out\n"
+        Path(folder, "build.ninja").write_text(f"{rule}build {built.name}: library {escaped}\n")
+        _run([ninja, "-C", folder])
+        built.chmod(0o755)
+        for damaged in cache.glob(f"{name}_*.so"):
+            damaged.unlink()
+        return built.rename(cache / f"{name}_{_digest(built)}.so")
 
 
 def _digest(path: Path) -> str:
