@@ -14,8 +14,8 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server fuzz \
-	soak conformance arithmetics check clean
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server bench fuzz \
+	soak conformance portability check clean
 
 help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,8 +70,12 @@ test-all: $(READY) ## run the slow tests too
 
 test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/hpcm bench biwkv4 --device cuda --dtype float32
-	$(BIN)/hpcm bench biwkv4 --device cuda --dtype bfloat16
+	$(BIN)/python tests/benchmarks/biwkv4.py --device cuda --dtype float32
+	$(BIN)/python tests/benchmarks/biwkv4.py --device cuda --dtype bfloat16
+
+bench: $(READY) ## measure the speed of the kernel and of coding; ARGS='--device cuda'
+	$(BIN)/python tests/benchmarks/biwkv4.py $(ARGS)
+	$(BIN)/python tests/benchmarks/codec.py $(ARGS)
 
 test-cluster: $(READY) ## run jobs on a SLURM, and a run on two nodes, on this machine; needs root and slurm-wlm
 	$(BIN)/python -m pytest -s -m slow tests/stages
@@ -89,8 +93,8 @@ fuzz: $(READY) ## decode 100 000 damaged files and streams under a memory limit
 conformance: $(READY) ## write the streams of `hpcm verify` again, after the bundled weights changed
 	$(BIN)/python tests/pipeline/write_conformance.py
 
-arithmetics: $(READY) ## encode a photograph under thirteen settings of arithmetic, decode each under all others
-	$(BIN)/python tests/modules/arithmetics.py runs/arithmetics
+portability: $(READY) ## encode a photograph under thirteen floating-point configurations, decode each under all
+	$(BIN)/python tests/modules/float_configurations.py runs/portability
 
 check: $(READY) ## lint, check format and types; with nvcc, compile the CUDA source for three architectures
 	$(BIN)/ruff check .

@@ -1,63 +1,22 @@
-"""The codec: transforms around a hierarchical progressive context model (HPCM, ICCV 2025), in five phases."""
+"""The codec: networks and coding tables, `compress` and `decompress`, as a `CompressionModel` of CompressAI."""
 
-import math
+import logging
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.bitstream import coding
-from modules.bitstream.coders import Estimator
+from modules.bitstream.coding import Trace, decode, encode, trace
 from modules.bitstream.file_format import EPSILON, check_epsilon
-from modules.compressai_parts import CompressionModel, quantize_ste, register_model
-from modules.config import PRESETS, HPCMConfig, preset_config
-from modules.context.coding_order import Step, from_rows, hierarchy, to_rows
-from modules.context.components import Checkpointed, Kind
-from modules.image_checks import check_form, check_range
-from modules.layers.entropy import GeneralizedGaussian
+from modules.bitstream.tables import BUFFERS, Tables, built_tables
+from modules.compressai_parts import CompressionModel, register_model
+from modules.config import HPCMConfig
 from modules.layers.entropy import scale_table as default_scale_table
-from modules.layers.initialization import center_scales, has_values, initialize_convolutions, spread_latent
-from modules.layers.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
+from modules.loading import STEP_VECTORS, bare_names, checked_config, lacks_step_vectors, nearest_config
 from modules.pretrained import Pretrained
 
-CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
-"""Codes the rows of a step from their scales and means, each (B, R, M/8), and returns ŷ of these rows."""
-
-_TABLES = (
-    "scale_table",
-    "quantized_cdf_z",
-    "cdf_length_z",
-    "offset_z",
-    "quantized_cdf_y",
-    "cdf_length_y",
-    "offset_y",
-)
-
-
-_GRID_SHIFTS = (
-    ("attn_s1", 2),
-    ("attn_s2", 1),
-    ("attn_s3", 0),
-    ("context_net", 1),
-    ("y_spatial_prior_s1_s2", 2),
-    ("y_spatial_prior_s3", 0),
-)
-"""For each slot, how many times the latent's sides are halved to give the coarsest grid that the slot works on."""
-
-
-class Noise(NamedTuple):
-    """Additive noise of one training step, uniform in (−½, ½): `y` (B, M, h, w) and `z` (B, N, h/4, w/4)."""
-
-    y: Tensor
-    z: Tensor
-
-
-@cache
-def _shapes(config: HPCMConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in HPCM.on_meta(config).state_dict().items()}
+_logger = logging.getLogger(__name__)
 
 
 @register_model("hpcm")
@@ -67,208 +26,24 @@ class HPCM(Pretrained, CompressionModel):
     A phase is a choice of components in `config`. Parameters and buffers have the names of the published checkpoints.
     """
 
-    saved_config: Mapping[str, Any] | None = None
-    """The configuration in the loaded checkpoint, if it has an earlier form."""
-
-    scale_table: Tensor
-    quantized_cdf_z: Tensor
-    cdf_length_z: Tensor
-    offset_z: Tensor
-    quantized_cdf_y: Tensor
-    cdf_length_y: Tensor
-    offset_y: Tensor
+    filled_with_ones: str | None = None
+    """Name of the vectors that the loaded file lacked, as official files of 2025 do; None if it lacked none."""
 
     def __init__(self, config: HPCMConfig | None = None):
-        super().__init__()
-        self.config = config = config or HPCMConfig()
-        M, N = config.M, config.N
-        self.means_hyper = nn.Parameter(torch.zeros(1, N, 1, 1))
-        self.scales_hyper = nn.Parameter(torch.ones(1, N, 1, 1))
-        for name in _TABLES:
+        super().__init__(config)
+        for name in BUFFERS:
             dtype = torch.float32 if name == "scale_table" else torch.int32
             self.register_buffer(name, torch.empty(0, dtype=dtype))
-        self.entropy_estimation = GeneralizedGaussian()
-
-        self.g_a = AnalysisTransform(M, config.widths, config.depths, config.transform_hidden_rate)
-        self.g_s = SynthesisTransform(M, config.widths, config.depths, config.transform_hidden_rate)
-        self.h_a = HyperAnalysis(M, N)
-        self.h_s = HyperSynthesis(M, N)
-
-        self.y_spatial_prior_adaptor_list_s1 = self._adaptors(1)
-        self.y_spatial_prior_adaptor_list_s2 = self._adaptors(3)
-        self.y_spatial_prior_adaptor_list_s3 = self._adaptors(6)
-        self.y_spatial_prior_s1_s2 = config.y_spatial_prior_s1_s2.build(M)
-        self.y_spatial_prior_s3 = config.y_spatial_prior_s3.build(M)
-        self.adaptive_params_list = nn.ParameterList(torch.ones(1, 3 * M, 1, 1) for _ in range(10))
-        self.attn_s1, self.attn_s2, self.attn_s3 = (
-            kind.build(M) for kind in (config.attn_s1, config.attn_s2, config.attn_s3)
-        )
-        self.context_net = nn.ModuleList(config.context_net.build(M) for _ in range(2))
-        if has_values(self.means_hyper):
-            self._initialize()
-        self.to(memory_format=torch.channels_last)
-
-    @classmethod
-    def from_preset(cls, name: str, phase: int = 0, **overrides: Any) -> "HPCM":
-        """Build preset `base`, `large`, `phi-context` or `tiny` at phase 0 (Baseline) to 4, untrained.
-
-        The new components are as wide as in the original design. The recipes in `stages/` narrow them by `overrides`:
-        `tiny` at Phase 4 has 4.13 M parameters here, and 2.37 M in the recipe `tiny`.
-        """
-        return cls(preset_config(name, phase, **overrides))
-
-    @classmethod
-    def on_meta(cls, config: HPCMConfig) -> "HPCM":
-        """Build the codec on the meta device: its tensors have shapes, but no values and no memory."""
-        with torch.device("meta"):
-            return cls(config).to("meta")  # CompressAI's LowerBound ignores the default device.
-
-    @staticmethod
-    def nearest_config(shapes: Mapping[str, tuple[int, ...]]) -> HPCMConfig:
-        """The preset and phase whose tensors match most of `shapes` by name and shape."""
-
-        def agreement(config: HPCMConfig) -> tuple[int, int]:
-            expected = _shapes(config)
-            return sum(expected.get(name) == shape for name, shape in shapes.items()), -len(expected)
-
-        return max((preset_config(name, phase) for name in PRESETS for phase in range(5)), key=agreement)
-
-    def _initialize(self) -> None:
-        initialize_convolutions(self)
-        priors = self.y_spatial_prior_s1_s2, self.y_spatial_prior_s3
-        # h_s ends in a residual block that adds to its input, so the transposed convolution before it is the head.
-        center_scales([self.h_s.branch[:-1], *priors], self.config.M)
-        spread_latent(self.g_a, self.g_s)
-
-    def _adaptors(self, count: int) -> nn.ModuleList:
-        channels = 3 * self.config.M
-        return nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(count))
 
     @staticmethod
     def coding_table_names() -> tuple[str, ...]:
         """Names of the buffers that `update` builds from the weights. They are never transferred."""
-        return _TABLES
+        return BUFFERS
 
     @property
-    def downsampling_factor(self) -> int:
-        """Height and width are padded to multiples of this: 128 pixels, or more if attention windows need it."""
-        multiples = {slot: kind.grid_multiple for slot, kind in self.config.components.items()}
-        needed = (multiples[slot] << shift for slot, shift in _GRID_SHIFTS)
-        return 16 * math.lcm(8, *needed)
-
-    def components(self) -> dict[str, Kind]:
-        """The kind of each context component, by the name of its module."""
-        kinds = self.config.components
-        fusions = {f"context_net.{number}": kinds["context_net"] for number in range(len(self.context_net))}
-        return {**{slot: kind for slot, kind in kinds.items() if slot != "context_net"}, **fusions}
-
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Choose whether the components' blocks recompute their activations in the backward pass."""
-        for module in self.modules():
-            if isinstance(module, Checkpointed):
-                module.use_checkpoint = on
-
-    def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, after padding."""
-        factor = self.downsampling_factor
-        h, w = (-(-size // factor) * factor // 16 for size in (height, width))
-        return (self.config.M, h, w), (self.config.N, h // 4, w // 4)
-
-    def check_images(self, images: Tensor, wait: bool = False) -> None:
-        """Raise TypeError or ValueError unless images are (B, 3, H, W) in [0, 1], in the type of the weights.
-
-        The values of images on a GPU are checked only with `wait`, so that a training step need not wait for them.
-        """
-        check_form(images, self.means_hyper.dtype)
-        if wait or (images.device.type == "cpu" and not torch.compiler.is_compiling()):
-            check_range(images)
-
-    def forward(
-        self,
-        images: Tensor,
-        training: bool | None = None,
-        noise: Noise | None = None,
-        reconstruct: bool = True,
-    ) -> dict[str, Any]:
-        """Reconstruct `images` (B, 3, H, W) in [0, 1], of any H and W, and estimate the likelihoods of their symbols.
-
-        `training` (default: the module's mode) selects straight-through rounding for the latents and additive noise
-        for the likelihoods. `noise` fixes that noise. Returns `x_hat` (B, 3, H, W), unclipped (None unless
-        `reconstruct`), `y_hat` and `scales` (B, M, h, w), and `likelihoods` with `y` (B, M, h, w) and
-        `z` (B, N, h/4, w/4). Raises what `check_images` raises.
-        """
-        self.check_images(images)
-        training = self.training if training is None else training
-        padded = self._pad(images)
-        y = self.g_a(padded).to(images.dtype)
-        z_residual = self.h_a(y).to(images.dtype) - self.means_hyper
-        z_hat = (quantize_ste(z_residual) if training else z_residual.round()) + self.means_hyper
-        hyper = self.h_s(z_hat).to(images.dtype)
-
-        estimator = Estimator(to_rows(y, self.config.M // 8), training)
-        y_hat = self.walk(hyper, estimator)
-        residual, scales = (
-            from_rows(rows, *y.shape[2:]) for rows in estimator.collected(hierarchy(*y.shape[2:], y.device).restore)
-        )
-        if training:
-            if noise is None:
-                noise = Noise(torch.rand_like(residual) - 0.5, torch.rand_like(z_residual) - 0.5)
-            residual, z_residual = residual + noise.y, z_residual + noise.z
-        else:
-            residual, z_residual = residual.round(), z_residual.round()
-        likelihoods = {
-            "y": self.entropy_estimation(residual, scales),
-            "z": self.entropy_estimation(z_residual, self.scales_hyper),
-        }
-        x_hat = self._crop(self.g_s(y_hat), images.shape[2:]) if reconstruct else None
-        return {"x_hat": x_hat, "y_hat": y_hat, "scales": scales, "likelihoods": likelihoods}
-
-    def _pad(self, images: Tensor) -> Tensor:
-        factor = self.downsampling_factor
-        bottom, right = (-size % factor for size in images.shape[2:])
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        return images.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def _crop(x: Tensor, size: torch.Size) -> Tensor:
-        return x[:, :, : size[0], : size[1]]
-
-    def walk(self, hyper: Tensor, code: CodeStep) -> Tensor:
-        """Run `code` on each step of the hierarchy in order. Maps hyper (B, 2M, h, w) to ŷ (B, M, h, w)."""
-        eighth = self.config.M // 8
-        hyper_rows = to_rows(hyper, eighth)
-        context_rows = y_rows = hyper_rows[:, :0]
-        adaptive = iter(self.adaptive_params_list)
-        scales = hierarchy(*hyper.shape[2:], hyper.device).scales
-        last = scales[-1].steps[-1]  # No later step needs the context after this one.
-        for number, scale in enumerate(scales):
-            size = scale.height, scale.width
-            adaptors, prior, attention = self.scale_components(number)
-            context = from_rows(torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size)
-            if number > 0:
-                context = self.context_net[number - 1](context).to(hyper.dtype)
-            empty = hyper.new_zeros(len(hyper), size[0] * size[1] * 8, eighth)
-            y_rows = empty.index_copy(1, scale.coarser, y_rows)
-            parameters = context
-            for step in scale.steps:
-                if step.adaptor is not None:
-                    decoded = torch.cat((context, from_rows(y_rows, *size)), dim=1)
-                    parameters = prior(adaptors[step.adaptor](decoded), next(adaptive)).to(hyper.dtype)
-                    if step is not last:
-                        context = attention(parameters, context).to(hyper.dtype)
-                step_scales, means = to_rows(parameters, eighth).index_select(1, step.parameters).chunk(2, dim=1)
-                y_rows = y_rows.index_copy(1, step.local, code(step, step_scales, means))
-            context_rows = to_rows(context, eighth)
-        return from_rows(y_rows, *size)
-
-    def scale_components(self, scale: int) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
-        """The adaptors, the prior and the attention cell of a scale, 0 (coarsest) to 2."""
-        return (
-            (self.y_spatial_prior_adaptor_list_s1, self.y_spatial_prior_s1_s2, self.attn_s1),
-            (self.y_spatial_prior_adaptor_list_s2, self.y_spatial_prior_s1_s2, self.attn_s2),
-            (self.y_spatial_prior_adaptor_list_s3, self.y_spatial_prior_s3, self.attn_s3),
-        )[scale]
+    def coding_tables(self) -> Tables:
+        """The coding tables. Raises RuntimeError if they have not been built."""
+        return Tables.from_buffers(dict(self.named_buffers(recurse=False)))
 
     def update(self, scale_table: Tensor | None = None, force: bool = False, update_quantiles: bool = False) -> bool:
         """Build the coding tables from the weights. Returns whether any were built.
@@ -276,12 +51,12 @@ class HPCM(Pretrained, CompressionModel):
         Call it once after loading or training. The parameters are those of `CompressionModel.update`;
         `update_quantiles` is ignored.
         """
-        if len(self.scale_table) and not force:
+        if self.get_buffer("scale_table").numel() and not force:
             return False
-        table = default_scale_table() if scale_table is None else scale_table
-        built = [table, *self.entropy_estimation.tables(self.scales_hyper.detach().flatten().cpu())]
-        built += self.entropy_estimation.tables(table.cpu())
-        for name, value in zip(_TABLES, built, strict=True):
+        scales_of_z, scales_of_y = self.scales_hyper.detach().flatten(), scale_table
+        if scales_of_y is None:
+            scales_of_y = default_scale_table()
+        for name, value in built_tables(self.entropy_estimation, scales_of_z, scales_of_y).items():
             setattr(self, name, value.to(self.means_hyper.device))
         return True
 
@@ -294,9 +69,9 @@ class HPCM(Pretrained, CompressionModel):
         large to code, ValueError if ε is out of range, and what `check_images` raises.
         """
         self.check_images(x, wait=True)
-        tables, epsilon = coding.Tables.of(self), check_epsilon(epsilon)
+        tables, epsilon = self.coding_tables, check_epsilon(epsilon)
         # One image at a time: rounding may depend on the batch, which a decoder does not know.
-        coded = [coding.encode(self, self._pad(image), tables, epsilon) for image in x.split(1)]
+        coded = [encode(self, self.padded(image), tables, epsilon) for image in x.split(1)]
         strings_y, strings_z = (list(strings) for strings in zip(*coded, strict=True))
         return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
 
@@ -304,35 +79,65 @@ class HPCM(Pretrained, CompressionModel):
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Any]:
         """Decode the output of `compress`: `x_hat` (B, 3, H, W), clipped to [0, 1], and a `recovery` for each image.
 
-        `recovery` is "" if this machine's arithmetic was within the encoder's ε; otherwise it says how the image was
+        `recovery` is "" if this machine's rounding was within the encoder's ε; otherwise it says how the image was
         recovered. Raises BitstreamError for damaged strings, for those of another model, and if no recovery succeeds.
         """
-        tables = coding.Tables.of(self)
-        decoded = [coding.decode(self, y, z, shape, tables) for y, z in zip(*strings, strict=True)]
+        tables = self.coding_tables
+        decoded = [decode(self, y, z, shape, tables) for y, z in zip(*strings, strict=True)]
         x_hat, recovery = zip(*decoded, strict=True)
         return {"x_hat": torch.cat(x_hat), "recovery": list(recovery)}
 
+    @torch.no_grad()
+    def trace(self, y: bytes, z: bytes, shape: tuple[int, int]) -> Trace:
+        """Decode one image, and return the scales and symbols with it. Raises BitstreamError instead of recovering.
+
+        `in_float64(model).trace(…)` gives the reference to which the scales of other machines are compared.
+        """
+        return trace(self, y, z, shape, self.coding_tables)
+
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "HPCM":
+    def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor]) -> Self:
+        """Build the codec of these weights and of the configuration that `HPCMConfig.to_dict` wrote.
+
+        It is in evaluation mode, and its coding tables are built. Raises ValueError for a configuration that is not
+        valid and for tensors that do not fit it. Nothing of the codec's size is allocated before that.
+        """
+        model = cls(checked_config(values, tensors))
+        model.load_state_dict(tensors)
+        model.update()
+        return model.eval()
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> Self:
         """Build the codec of these weights. The optional entry `config` holds the output of `HPCMConfig.to_dict`.
 
-        Without it, the names and shapes of the tensors show the preset and phase. Call `update` before coding. Raises
-        RuntimeError, which names the tensors, if no preset and phase fit.
+        Without it, the names and shapes of the tensors show the preset and phase. The names may begin with `module.`.
+        Call `update` before coding. Raises RuntimeError, which names the tensors, if no preset and phase fit.
         """
-        tensors = {name: value for name, value in state_dict.items() if name != "config"}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        known = state_dict.get("config")
-        model = cls(HPCMConfig.from_dict(known) if known else cls.nearest_config(shapes))
+        tensors = bare_names(state_dict)
+        known = tensors.pop("config", None)
+        model = cls(HPCMConfig.from_dict(known) if known else nearest_config(tensors))
         model.load_state_dict(tensors)
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights. Coding tables take the size that `state_dict` gives them; absent ones become empty."""
-        tables = {name: getattr(self, name).new_empty(0) for name in _TABLES}
+        """Load weights. Coding tables take the size that `state_dict` gives them; absent ones become empty.
+
+        With `strict`, step vectors that are all absent become ones, and a message of `logging` says so.
+        """
+        tables = {name: self.get_buffer(name).new_empty(0) for name in BUFFERS}
         state = {**tables, **state_dict}
-        for name in _TABLES:
+        self.filled_with_ones = None
+        if strict and lacks_step_vectors(state):
+            ones = {name: torch.ones_like(vector) for name, vector in self.adaptive_params_list.named_parameters()}
+            state |= {f"{STEP_VECTORS}.{name}": vector for name, vector in ones.items()}
+            self.filled_with_ones = STEP_VECTORS
+        for name in BUFFERS:
             setattr(self, name, tables[name].new_empty(state[name].shape))
-        return nn.Module.load_state_dict(self, state, strict=strict, assign=assign)
+        loaded = nn.Module.load_state_dict(self, state, strict=strict, assign=assign)
+        if self.filled_with_ones:
+            _logger.warning("%s is absent, as in official files of 2025: its ten vectors are ones", STEP_VECTORS)
+        return loaded
 
 
 def _named(name: str, phase: int) -> Callable[..., HPCM]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from modules.config_history import from_flat
 from modules.context.attention import CrossAttentionKind, NoAttentionKind
 from modules.context.components import GROUPS, SLOTS, Kind, kind_from, nearest, settings_of_kinds
 from modules.context.fusion import ConvFusionKind
@@ -67,8 +66,8 @@ class HPCMConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HPCMConfig":
-        """Read the output of `to_dict`, in its current form or an earlier one. Raises ValueError for an unknown key."""
-        return cls().changed(**from_flat(values))
+        """Read the output of `to_dict`. Raises ValueError for an unknown key."""
+        return cls().changed(**values)
 
     def changed(self, **changes: Any) -> "HPCMConfig":
         """Return this configuration with some fields replaced.

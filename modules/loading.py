@@ -1,44 +1,80 @@
-"""Loads weights from a file into a codec, and names those that do not fit. A file may come from anyone."""
+"""Checks weights from a file, which may come from anyone, and names those that do not fit a codec."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modules.config import HPCMConfig
-from modules.config_history import is_first_form
+from modules.bitstream.tables import BUFFERS
+from modules.config import PRESETS, HPCMConfig, preset_config
+from modules.network import HPCMNetwork
 
-if TYPE_CHECKING:
-    from modules.codec import HPCM
-
+STEP_VECTORS = "adaptive_params_list"
+"""The ten vectors of the priors. The official files of 2025 lack them: the official code neither saved nor trained them
+then, so they are ones."""
 LARGEST_FACTOR = 1024
 """Largest padding multiple of a codec, in pixels. It needs a limit, because no tensor shape shows the window size."""
 
 
-def codec_tensors(model: "HPCM") -> dict[str, Tensor]:
+def codec_tensors(model: HPCMNetwork) -> dict[str, Tensor]:
     """The tensors that a file stores: all except the coding tables, which are built from the weights."""
-    return {name: t for name, t in model.state_dict().items() if name not in model.coding_table_names()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in BUFFERS}
 
 
-def build(codec: "type[HPCM]", values: Any, tensors: Mapping[str, Tensor]) -> "HPCM":
-    """The codec of a configuration, as `HPCMConfig.from_dict` reads it, with these weights.
+def bare_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state dict without the prefix that DataParallel adds to their names."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
-    It is in evaluation mode, and its coding tables are built. Raises ValueError for a configuration that is not valid
-    and for tensors that do not fit it. Nothing of the codec's size is allocated before that.
+
+def lacks_step_vectors(tensors: Mapping[str, Any]) -> bool:
+    """Whether a state dict has none of the ten step vectors."""
+    return not any(name.startswith(f"{STEP_VECTORS}.") for name in tensors)
+
+
+def nearest_config(tensors: Mapping[str, Tensor]) -> HPCMConfig:
+    """The preset and phase that have most of these tensors, by name and shape."""
+
+    def agreement(config: HPCMConfig) -> tuple[int, int]:
+        expected = _shapes(config)
+        return sum(expected.get(name) == tensor.shape for name, tensor in tensors.items()), -len(expected)
+
+    return max((preset_config(name, phase) for name in PRESETS for phase in range(5)), key=agreement)
+
+
+@cache
+def _shapes(config: HPCMConfig) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in HPCMNetwork.on_meta(config).state_dict().items()}
+
+
+def checked_config(values: Any, tensors: Mapping[str, Tensor]) -> HPCMConfig:
+    """The configuration that `HPCMConfig.to_dict` wrote, if these tensors fit it; raises ValueError otherwise.
+
+    So a file cannot describe a codec that is larger than its own tensors. Nothing of the codec's size is allocated.
     """
-    config = _checked_config(codec, values, tensors)
-    model = codec(config)
-    model.load_state_dict(tensors)
-    if is_first_form(values):
-        model.saved_config = values
-    model.update()
-    return model.eval()
+    try:
+        config = HPCMConfig.from_dict(values)
+        blocks = [*config.depths, *(kind.num_blocks for kind in config.components.values())]
+        if max(blocks) > len(tensors):
+            raise ValueError("more blocks than the file has tensors")
+        sketch = HPCMNetwork.on_meta(config)
+        if sketch.downsampling_factor > LARGEST_FACTOR:
+            raise ValueError(f"its attention windows pad images to multiples of {sketch.downsampling_factor} pixels")
+    except Exception as error:  # Invalid values can raise almost any class.
+        raise ValueError(f"its configuration is not valid ({error})") from error
+    check_fit(sketch, tensors)
+    return config
 
 
-def check_fit(model: "HPCM", tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, which lists missing, unexpected and unusable tensors."""
+def check_fit(model: HPCMNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, which lists missing, unexpected and unusable tensors.
+
+    All step vectors may be missing, as `HPCM.load_state_dict` sets them to ones.
+    """
     expected = codec_tensors(model)
+    if lacks_step_vectors(tensors):
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith(STEP_VECTORS)}
     problems = [f"missing    {name} {list(t.shape)}" for name, t in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:
@@ -52,19 +88,3 @@ def check_fit(model: "HPCM", tensors: Mapping[str, Tensor]) -> None:
     if problems:
         more = [f"… and {len(problems) - 12} more"] if len(problems) > 12 else []
         raise ValueError("\n  ".join([f"{len(problems)} tensors do not fit the codec:", *problems[:12], *more]))
-
-
-def _checked_config(codec: "type[HPCM]", values: Any, tensors: Mapping[str, Tensor]) -> HPCMConfig:
-    """The checked configuration. The check prevents a file from describing a codec larger than its own tensors."""
-    try:
-        config = HPCMConfig.from_dict(values)
-        blocks = [*config.depths, *(kind.num_blocks for kind in config.components.values())]
-        if max(blocks) > len(tensors):
-            raise ValueError("more blocks than the file has tensors")
-        sketch = codec.on_meta(config)
-        if sketch.downsampling_factor > LARGEST_FACTOR:
-            raise ValueError(f"its attention windows pad images to multiples of {sketch.downsampling_factor} pixels")
-    except Exception as error:  # Invalid values can raise almost any class.
-        raise ValueError(f"its configuration is not valid ({error})") from error
-    check_fit(sketch, tensors)
-    return config

@@ -2,19 +2,18 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from modules.config import HPCMConfig
-from modules.loading import build, codec_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from modules.loading import codec_tensors
+from modules.network import HPCMNetwork
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
@@ -47,6 +46,7 @@ The codec is a `CompressionModel` of CompressAI. Only these weights can decode w
 
 class Pretrained(
     ModelHubMixin,
+    HPCMNetwork,
     model_card_template=_CARD,
     paper_url="https://arxiv.org/abs/2507.19125",
     library_name="hpcm-rwkv",
@@ -55,11 +55,14 @@ class Pretrained(
 ):
     """Saves and loads a codec with Hugging Face's mixin. The coding tables are not saved."""
 
-    config: HPCMConfig
-
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         """Make an instance, without the mixin's record of the arguments. `_save_pretrained` saves the configuration."""
         return object.__new__(cls)
+
+    @classmethod
+    def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor]) -> Self:
+        """Build the codec that is saved. Raises ValueError if configuration and weights do not fit each other."""
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -110,21 +113,21 @@ class Pretrained(
         return cls._built(weights, values, _read(weights)[0])
 
     @classmethod
-    def _built(cls, source: Path, values: Any, tensors: "dict[str, Tensor]") -> Self:
+    def _built(cls, source: Path, values: Any, tensors: Mapping[str, Tensor]) -> Self:
         try:
-            return build(cls, values, tensors)  # type: ignore[arg-type]
+            return cls.from_tensors(values, tensors)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = codec_tensors(self)  # type: ignore[arg-type]
+        tensors = codec_tensors(self)
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         save_file(kept, save_directory / WEIGHTS, {"format": "pt"})
         (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
     def generate_model_card(self, *arguments: Any, **options: Any) -> ModelCard:
         """The model card: number of parameters, components, and how to load the codec."""
-        count = sum(parameter.numel() for parameter in self.parameters())  # type: ignore[attr-defined]
+        count = sum(parameter.numel() for parameter in self.parameters())
         rows = []
         for slot, kind in self.config.components.items():
             settings = ", ".join(f"{name} {value}" for name, value in asdict(kind).items())
@@ -133,7 +136,7 @@ class Pretrained(
         return super().generate_model_card(*arguments, **{**facts, **options})
 
 
-def _read(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises ValueError for any other file."""
     try:
         with safe_open(path, "pt") as file:

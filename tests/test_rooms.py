@@ -1,7 +1,8 @@
-"""Imports: the codec imports nothing of the pipeline, and each room of the pipeline only the rooms allowed to it."""
+"""Imports: which rooms and packages each room may import, and that files do not import each other in a circle."""
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"torch", "compressai", "einops", "numpy", "safetensors", "huggingface_hub"}
 """Packages that `modules/` may use. The last two save and load codecs (`modules/pretrained.py`)."""
+
+MODULES = (
+    "compressai_parts.py",
+    "image_checks.py",
+    "biwkv4",
+    "layers",
+    "context",
+    "config.py",
+    "network.py",
+    "bitstream",
+    "loading.py",
+    "pretrained.py",
+    "codec.py",
+    "image_codec.py",
+    "compressai_tools.py",
+)
+"""The rooms of `modules/`. Each imports only itself and those before it."""
+
+STRICT = ("modules",)
+"""The packages without circles, with all imports at the top of their files."""
 
 BELOW = {
     "common": "",
@@ -23,7 +44,7 @@ BELOW = {
     "evidence": "training tracking records evaluation weights data recipes",
     "commands": "evidence chain training tracking records evaluation weights data recipes",
 }
-"""The rooms that each room may import beside itself and `common`."""
+"""The rooms of `pipeline/` that each of them may import beside itself and `common`."""
 
 
 def imported(path: Path) -> set[str]:
@@ -48,9 +69,53 @@ def rooms(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported(path) if name.startswith("pipeline.")}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "modules").rglob("*.py")), ids=lambda path: path.name)
-def test_modules_know_nothing_of_the_pipeline(path: Path) -> None:
-    assert packages(path) <= OUTSIDE | {"modules"}
+def files_of(package: str) -> list[Path]:
+    """The files of a package, but not its own `__init__.py`."""
+    top = ROOT / package
+    return [path for path in sorted(top.rglob("*.py")) if path != top / "__init__.py"]
+
+
+def file_of(name: str) -> Path | None:
+    """The file of this project that a dotted name is imported from."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:length])
+        for path in (place.with_suffix(".py"), place / "__init__.py"):
+            if path.is_file():
+                return path
+    return None
+
+
+def test_modules_import_neither_the_pipeline_nor_other_packages() -> None:
+    assert {path.name: extra for path in files_of("modules") if (extra := packages(path) - OUTSIDE - {"modules"})} == {}
+
+
+def test_each_room_of_modules_imports_only_the_rooms_before_it() -> None:
+    for path in files_of("modules"):
+        rank = MODULES.index(path.relative_to(ROOT / "modules").parts[0])
+        for name in imported(path):
+            if name.split(".")[0] == "modules":
+                target = file_of(name)
+                assert target is not None, f"{path}: {name}"
+                room = target.relative_to(ROOT / "modules").parts[0]
+                assert room in MODULES[: rank + 1], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", STRICT)
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    arrows = {path: {file for name in imported(path) if (file := file_of(name))} - {path} for path in files_of(package)}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(str(path.relative_to(ROOT)) for path in error.args[1]))
+
+
+@pytest.mark.parametrize("package", STRICT)
+def test_imports_stand_at_the_top_of_their_file(package: str) -> None:
+    for path in files_of(package):
+        tree = ast.parse(path.read_text())
+        inner = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert [node.lineno for node in inner if node not in tree.body] == [], path
 
 
 @pytest.mark.parametrize("room", BELOW)

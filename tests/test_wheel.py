@@ -68,7 +68,7 @@ def run(folder: Path, python: str, *arguments: str, **environment: str) -> str:
 
 def test_an_installed_package_finds_recipes_weights_and_kernel_sources(unpacked: Path, tmp_path: Path) -> None:
     code = """if True:
-        from modules.biwkv4.sources import SOURCES
+        from modules.biwkv4.build import SOURCES
         from pipeline.weights.shipped import of_quality
         from pipeline.common.packaged import label, recipe_names
         from pipeline.recipes.loading import STAGES, load_recipe

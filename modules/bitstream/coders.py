@@ -1,32 +1,12 @@
-"""The three ways to code one step of the hierarchy: estimate its likelihoods, encode it, decode it."""
+"""The ways to code one step of the hierarchy with the range coder: encode it, or decode it."""
 
 import torch
 from torch import Tensor
 
+from modules.bitstream.file_format import BitstreamError
 from modules.bitstream.guards import STEPS, Guards, Offsets, choose_offsets, moved, shortened, table_index
-from modules.bitstream.rans import BitstreamError, SymbolReader, SymbolWriter
-from modules.compressai_parts import quantize_ste
+from modules.bitstream.rans import SymbolReader, SymbolWriter
 from modules.context.coding_order import Step
-
-
-class Estimator:
-    """Rounds each step's residual. Keeps the residual and its scales for the likelihoods."""
-
-    def __init__(self, y_rows: Tensor, training: bool):
-        self.y_rows, self.round = y_rows, quantize_ste if training else torch.round
-        self.residuals: list[Tensor] = []
-        self.scales: list[Tensor] = []
-
-    def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Round the step's rows, (B, R, M/8); returns ŷ of these rows."""
-        residual = self.y_rows.index_select(1, step.rows) - means
-        self.residuals.append(residual)
-        self.scales.append(scales)
-        return self.round(residual) + means
-
-    def collected(self, restore: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals (before rounding) and scales of all steps as rows of y."""
-        return tuple(torch.cat(rows, dim=1).index_select(1, restore) for rows in (self.residuals, self.scales))  # type: ignore[return-value]
 
 
 class Encoder:
@@ -44,7 +24,7 @@ class Encoder:
         indexes = table_index(moved(scales, offsets, self.epsilon), self.scale_table)
         y_hat = self.writer.put(symbols, indexes) + means
         self.offsets.append(offsets)
-        self.checks.append(shortened(len(self.checks), self.writer.check))
+        self.checks.append(shortened(step.number, self.writer.check))
         return y_hat
 
     @property
@@ -69,26 +49,19 @@ class Decoder:
 
     def __init__(self, scale_table: Tensor, reader: SymbolReader, guards: Guards):
         self.scale_table, self.reader, self.guards = scale_table, reader, guards
-        self.step = -1
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
         """Decode the step's rows, (1, R, M/8); returns ŷ of these rows."""
-        self.step += 1
-        symbols = self._symbols(scales)
-        if symbols is None:
-            raise StepMismatch(self.step)
-        return symbols + means
+        return self._symbols(step, scales) + means
 
-    def _symbols(self, scales: Tensor) -> Tensor | None:
-        return self._read(self.guards.index(self.step, scales, self.scale_table))
-
-    def _read(self, indexes: Tensor) -> Tensor | None:
-        """Read the symbols with these tables. Returns None if they are not the encoder's."""
+    def _symbols(self, step: Step, scales: Tensor) -> Tensor:
         try:
-            symbols = self.reader.take(indexes)
-        except BitstreamError:  # The code of a large value does not end, because of wrong tables or damage.
-            return None
-        return symbols if self.guards.matches(self.step, self.reader.check) else None
+            symbols = self.reader.take(self.guards.index(step.number, scales, self.scale_table))
+        except BitstreamError as error:  # The code of a large value does not end, because of wrong tables or damage.
+            raise StepMismatch(step.number) from error
+        if not self.guards.matches(step.number, self.reader.check):
+            raise StepMismatch(step.number)
+        return symbols
 
 
 class RecordingDecoder(Decoder):
@@ -99,9 +72,13 @@ class RecordingDecoder(Decoder):
         self.scales: list[Tensor] = []
         self.symbols: list[Tensor] = []
 
-    def _symbols(self, scales: Tensor) -> Tensor | None:
-        symbols = super()._symbols(scales)
-        if symbols is not None:
-            self.scales.append(scales.flatten())
-            self.symbols.append(symbols.flatten())
+    def _symbols(self, step: Step, scales: Tensor) -> Tensor:
+        symbols = super()._symbols(step, scales)
+        self.scales.append(scales.flatten())
+        self.symbols.append(symbols.flatten())
         return symbols
+
+    @property
+    def recorded(self) -> tuple[Tensor, Tensor]:
+        """Scales and symbols of all steps, both (symbols,), in coding order."""
+        return torch.cat(self.scales), torch.cat(self.symbols)

@@ -1,45 +1,21 @@
 """Codes one image to the strings of y and z, and back. Decoding finds differences between machines and recovers."""
 
+import copy
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modules.bitstream import version1
 from modules.bitstream.coders import Decoder, Encoder, RecordingDecoder, StepMismatch
-from modules.bitstream.determinism import coding_arithmetic
-from modules.bitstream.guards import Guards
-from modules.bitstream.rans import CodingTables, RewindingReader, SymbolReader, SymbolWriter, split_check
-from modules.bitstream.recovery import RecoveringDecoder, in_float64
+from modules.bitstream.determinism import deterministic_float32
+from modules.bitstream.guards import STEPS, Guards
+from modules.bitstream.rans import SymbolReader, SymbolWriter, split_check
+from modules.bitstream.tables import CodingTables, Tables
 from modules.context.coding_order import to_rows
+from modules.network import HPCMNetwork
 
-if TYPE_CHECKING:
-    from modules.codec import HPCM
-
-
-class Tables(NamedTuple):
-    """The range coder's tables."""
-
-    y: CodingTables
-    z: CodingTables
-
-    @classmethod
-    def of(cls, model: "HPCM") -> "Tables":
-        """The tables of a model. Raises RuntimeError if it has not built them."""
-        if not len(model.scale_table):
-            raise RuntimeError("the coding tables are not built: call update() after loading or training")
-        return cls(
-            CodingTables.from_buffers(model.quantized_cdf_y, model.cdf_length_y, model.offset_y),
-            CodingTables.from_buffers(model.quantized_cdf_z, model.cdf_length_z, model.offset_z),
-        )
-
-
-class Walk(NamedTuple):
-    """The scales that a decoder computes for y and the symbols that it reads, both (symbols,), in coding order."""
-
-    scales: Tensor
-    symbols: Tensor
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Decoded(NamedTuple):
@@ -49,67 +25,95 @@ class Decoded(NamedTuple):
     recovery: str
 
 
-def encode(model: "HPCM", image: Tensor, tables: Tables, epsilon: float) -> tuple[bytes, bytes]:
+class Trace(NamedTuple):
+    """What a decoder computes and reads: the scales and symbols of y in coding order, and the image.
+
+    Scales and symbols are (symbols,). The image is (1, 3, H, W) in [0, 1].
+    """
+
+    scales: Tensor
+    symbols: Tensor
+    x_hat: Tensor
+
+
+def encode(network: HPCMNetwork, image: Tensor, tables: Tables, epsilon: float) -> tuple[bytes, bytes]:
     """The strings of y and z of a padded image (1, 3, H, W) in [0, 1]. `modules.bitstream.guards` explains ε."""
-    with coding_arithmetic(image.device):
-        y = model.g_a(image)
+    with deterministic_float32(image.device):
+        y = network.g_a(image)
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)
-        z = model.h_a(y)
-        z_hat = z_writer.put((z - model.means_hyper).round(), _z_indexes(z)) + model.means_hyper
-        encoder = Encoder(to_rows(y, model.config.M // 8), model.scale_table, y_writer, epsilon)
-        model.walk(model.h_s(z_hat), encoder)
+        z = network.h_a(y)
+        z_hat = z_writer.put((z - network.means_hyper).round(), _z_indexes(z)) + network.means_hyper
+        encoder = Encoder(to_rows(y, network.config.M // 8), tables.scales, y_writer, epsilon)
+        network.walk(network.h_s(z_hat), encoder)
     return encoder.guards.pack() + y_writer.coded(), z_writer.string()
 
 
-def decode(model: "HPCM", y: bytes, z: bytes, shape: tuple[int, int], tables: Tables) -> Decoded:
-    """The image of this shape. Raises BitstreamError for strings of another model, and if recovery fails."""
-    recovery = ""
-    with coding_arithmetic(model.means_hyper.device, version1.threads(y)):
-        z_hat = _decode_z(model, z, shape, tables.z)
-        if version1.wrote(y):
-            y_hat = version1.decode_y(model, y, z_hat)
-        else:
-            y_hat, recovery = _decode_y(model, y, z_hat, tables.y)
-        x_hat = model.g_s(y_hat)[:, :, : shape[0], : shape[1]].clamp(0, 1)
-    return Decoded(x_hat, recovery)
+def decode(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tables: Tables) -> Decoded:
+    """The image of this shape. If this machine reads other symbols than the encoder wrote, it decodes in float64.
 
-
-def _decode_y(model: "HPCM", y: bytes, z_hat: Tensor, tables: CodingTables) -> tuple[Tensor, str]:
-    symbols = model.config.M * 16 * z_hat.shape[2] * z_hat.shape[3]
-    guards, coded = Guards.parse(y, symbols)
-    decoder = Decoder(model.scale_table, SymbolReader(coded, tables, symbols), guards)
-    try:
-        return model.walk(model.h_s(z_hat), decoder), ""
-    except StepMismatch as mismatch:
-        step = mismatch.step
-    reader = RewindingReader(coded, tables, symbols)
-    recovering, exact = RecoveringDecoder(model.scale_table.cpu(), reader, guards), in_float64(model)
-    y_hat = exact.walk(exact.h_s(z_hat.to("cpu", torch.float64)), recovering)
-    return y_hat.to(z_hat), recovering.note(step)
-
-
-@torch.no_grad()
-def trace(model: "HPCM", y: bytes, z: bytes, shape: tuple[int, int]) -> Walk:
-    """The scales and symbols of a coded image, in the model's own dtype. Raises StepMismatch instead of recovering.
-
-    `trace` of `in_float64(model)` gives the reference to which other scales are compared.
+    Raises BitstreamError for damaged strings, for strings of another model, and if float64 does not help.
     """
-    tables = Tables.of(model)
-    with coding_arithmetic(model.means_hyper.device):
-        z_hat = _decode_z(model, z, shape, tables.z)
-        symbols = model.config.M * 16 * z_hat.shape[2] * z_hat.shape[3]
-        guards, coded = Guards.parse(y, symbols)
-        decoder = RecordingDecoder(model.scale_table, SymbolReader(coded, tables.y, symbols), guards)
-        model.walk(model.h_s(z_hat), decoder)
-    return Walk(torch.cat(decoder.scales), torch.cat(decoder.symbols))
+    with deterministic_float32(network.means_hyper.device):
+        z_hat = _decode_z(network, z, shape, tables.z)
+        guards, reader = _start(network, y, z_hat, tables.y)
+        try:
+            y_hat, recovery = network.walk(network.h_s(z_hat), Decoder(tables.scales, reader, guards)), ""
+        except StepMismatch as mismatch:
+            y_hat = _decode_in_float64(network, y, z_hat, tables)
+            recovery = (
+                f"decoded in float64: at coding step {mismatch.step + 1} of {STEPS}, float32 on this machine was off "
+                f"by more than the file's ε = {guards.epsilon:.1g}"
+            )
+        return Decoded(_image(network, y_hat, shape), recovery)
 
 
-def _decode_z(model: "HPCM", z: bytes, shape: tuple[int, int], tables: CodingTables) -> Tensor:
+def _decode_in_float64(network: HPCMNetwork, y: bytes, z_hat: Tensor, tables: Tables) -> Tensor:
+    exact = in_float64(network)
+    guards, reader = _start(network, y, z_hat, tables.y)
+    try:
+        hyper = exact.h_s(z_hat.to("cpu", torch.float64))
+        return exact.walk(hyper, Decoder(tables.scales.cpu(), reader, guards)).to(z_hat)
+    except StepMismatch as mismatch:
+        raise StepMismatch(
+            mismatch.step,
+            f" by more than the file's ε = {guards.epsilon:.1g}. Decoding in float64 did not help. If the cause is "
+            "rounding, encode the image again with a larger `--epsilon`",
+        ) from mismatch
+
+
+def trace(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tables: Tables) -> Trace:
+    """Decode an image in the network's own dtype. Raises StepMismatch instead of recovering."""
+    with deterministic_float32(network.means_hyper.device):
+        z_hat = _decode_z(network, z, shape, tables.z)
+        guards, reader = _start(network, y, z_hat, tables.y)
+        decoder = RecordingDecoder(tables.scales, reader, guards)
+        y_hat = network.walk(network.h_s(z_hat), decoder)
+        return Trace(*decoder.recorded, _image(network, y_hat, shape))
+
+
+def in_float64(network: Network) -> Network:
+    """A copy of the network in float64 on the CPU. There every layer has a float64 kernel."""
+    return copy.deepcopy(network).to("cpu", torch.float64)
+
+
+def _start(network: HPCMNetwork, y: bytes, z_hat: Tensor, tables: CodingTables) -> tuple[Guards, SymbolReader]:
+    """The guards of y, and a reader at its first symbol."""
+    symbols = network.config.M * 16 * z_hat.shape[2] * z_hat.shape[3]
+    guards, coded = Guards.parse(y, symbols)
+    return guards, SymbolReader(coded, tables, symbols)
+
+
+def _image(network: HPCMNetwork, y_hat: Tensor, shape: tuple[int, int]) -> Tensor:
+    x_hat: Tensor = network.g_s(y_hat)[:, :, : shape[0], : shape[1]].clamp(0, 1)
+    return x_hat
+
+
+def _decode_z(network: HPCMNetwork, z: bytes, shape: tuple[int, int], tables: CodingTables) -> Tensor:
     """ẑ (1, N, h/4, w/4), channels-last. Its tables depend on the weights alone, so it is the same on every machine."""
-    z_shape = model.latent_shapes(*shape)[1]
+    z_shape = network.latent_shapes(*shape)[1]
     check, coded = split_check(z)
     reader = SymbolReader(coded, tables, math.prod(z_shape))
-    z_hat = reader.take(_z_indexes(model.means_hyper.expand(1, *z_shape))) + model.means_hyper
+    z_hat = reader.take(_z_indexes(network.means_hyper.expand(1, *z_shape))) + network.means_hyper
     reader.finish(check)
     return z_hat.contiguous(memory_format=torch.channels_last)
 

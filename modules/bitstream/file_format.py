@@ -1,4 +1,4 @@
-"""The file that holds one coded image, `photo.hpcm`: version 2 of the format.
+"""The file that holds one coded image, `photo.hpcm`.
 
 All numbers are little-endian; those without a type are unsigned.
 
@@ -18,7 +18,7 @@ z consists of the CRC-32 of its symbols and tables, followed by the range-coded 
 
 | at | bytes | what |
 |---|---|---|
-| 0 | 1 | 0; version 1 has the number of threads here |
+| 0 | 1 | 0 |
 | 1 | 4 | ε, float32: 0, or 1e-6 to 5e-3 |
 | 5 | 4 | g, the length of the guards |
 | 9 | 10 × 2 | for each step but the last: lower half of the CRC-32 of y's symbols and tables (int32) up to this step |
@@ -36,13 +36,8 @@ two tables.
 If the scales of the encoder and of the decoder are each within ε of the exact ones, the decoder reads the encoder's
 symbols. Processor, device, number of threads and version of PyTorch do not matter. The decoder's picture may differ
 from the encoder's by rounding: few values differ, and by 1 of 255. If the scales differ by more, a check shows the
-first step with wrong symbols. The decoder then computes again in float64, and after that tries other tables for scales
-next to a boundary (`recovery.py`). If neither helps, it refuses the file. It never returns noise. `PORTABILITY.md`
-beside this file has the measurements.
-
-Only the machine and build that wrote a file of version 1 are sure to decode it. Its y consists of the number of threads
-(1 byte), the CRC-32 of symbols and tables, and the range-coded bytes. No scale is multiplied. `version1.py` still
-reads it.
+first step with wrong symbols. The decoder then decodes the whole image again in float64. If that fails as well, it
+refuses the file. It never returns noise. `modules/PORTABILITY.md` has the measurements.
 """
 
 import io
@@ -61,7 +56,6 @@ class BitstreamError(ValueError):
 
 MAGIC = b"HPCM"
 VERSION = 2
-READABLE = 1, 2
 RGB = 0
 MAX_PIXELS = 2**26
 """Most pixels of an image, with padding, that are written or read. The limit bounds the memory for a forged size."""
@@ -102,14 +96,14 @@ def _is_epsilon(epsilon: float) -> bool:
     return epsilon == 0 or 0.999 * LEAST_EPSILON <= epsilon <= 1.001 * MOST_EPSILON
 
 
-class Summary(NamedTuple):
+class LatentHeader(NamedTuple):
     """ε and the size of the guards in a coded latent. They can be read without the model."""
 
     epsilon: float
     guard_bytes: int
 
     @classmethod
-    def of(cls, string: bytes) -> "Summary":
+    def of(cls, string: bytes) -> "LatentHeader":
         """Read the start of a coded latent. Raises BitstreamError if the bytes cannot be one."""
         if len(string) < GUARDS_HEAD.size or string[0] != 0:
             raise BitstreamError(
@@ -136,12 +130,10 @@ class Header:
     icc_length: int
     z_length: int
     y_length: int
-    version: int = VERSION
 
     def pack(self) -> bytes:
         """The header's bytes, checksum included."""
-        *values, version = astuple(self)
-        fields = _HEADER.pack(MAGIC, version, RGB, *values)
+        fields = _HEADER.pack(MAGIC, VERSION, RGB, *astuple(self))
         return fields + _CHECK.pack(zlib.crc32(fields))
 
     @classmethod
@@ -149,15 +141,15 @@ class Header:
         """Read the first `HEADER_BYTES` of a file. Raises BitstreamError, which says what is wrong."""
         if data[:4] != MAGIC[: len(data)]:
             raise BitstreamError("not an HPCM file: it does not begin with HPCM")
-        if len(data) > 4 and data[4] not in READABLE:
-            raise BitstreamError(f"format version {data[4]}; this program reads versions 1 and {VERSION}")
+        if len(data) > 4 and data[4] != VERSION:
+            raise BitstreamError(f"format version {data[4]}; this program reads version {VERSION}")
         if len(data) < HEADER_BYTES:
             raise BitstreamError(f"truncated: {len(data)} bytes; the header alone has {HEADER_BYTES}")
         fields = data[: _HEADER.size]
         if _CHECK.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(fields),):
             raise BitstreamError("damaged: the header does not match its checksum")
-        _, version, color, *values = _HEADER.unpack(fields)
-        header = cls(*(*values, version))
+        _, _, color, *values = _HEADER.unpack(fields)
+        header = cls(*values)
         if color != RGB:
             raise BitstreamError(f"color format {color}; this program reads {RGB} (RGB, 8 bits a channel)")
         check_dimensions(header.height, header.width)
@@ -172,10 +164,7 @@ class Header:
 
 @dataclass(frozen=True)
 class CodedImage:
-    """The contents of a file: identity of the model, size in pixels, strings of z and y, ICC profile or b"".
-
-    `version` is the version of the format. New files have the newest version.
-    """
+    """The contents of a file: identity of the model, size in pixels, strings of z and y, ICC profile or b""."""
 
     identity: bytes
     height: int
@@ -183,18 +172,17 @@ class CodedImage:
     z: bytes
     y: bytes
     icc_profile: bytes = b""
-    version: int = VERSION
 
     @property
-    def guards(self) -> Summary | None:
-        """ε and the size of the guards; None in version 1. Raises BitstreamError if they are damaged."""
-        return None if self.version == 1 else Summary.of(self.y)
+    def guards(self) -> LatentHeader:
+        """ε and the size of the guards. Raises BitstreamError if they are damaged."""
+        return LatentHeader.of(self.y)
 
     def pack(self) -> bytes:
         """The file's bytes."""
         lengths = len(self.icc_profile), len(self.z), len(self.y)
         body = self.icc_profile + self.z + self.y
-        header = Header(self.identity, self.height, self.width, *lengths, self.version)
+        header = Header(self.identity, self.height, self.width, *lengths)
         return header.pack() + body + _CHECK.pack(zlib.crc32(body))
 
     @classmethod
@@ -221,7 +209,7 @@ class CodedImage:
         if file.read() != _CHECK.pack(zlib.crc32(b"".join(parts))):
             raise BitstreamError("damaged: the coded image does not match its checksum")
         icc_profile, z, y = parts
-        return cls(header.identity, header.height, header.width, z, y, icc_profile, header.version)
+        return cls(header.identity, header.height, header.width, z, y, icc_profile)
 
 
 def check_dimensions(height: int, width: int) -> None:

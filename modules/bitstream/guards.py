@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.bitstream.file_format import GUARDS_HEAD, BitstreamError, Summary
+from modules.bitstream.file_format import GUARDS_HEAD, BitstreamError, LatentHeader
 
 STEPS = 11
 
@@ -67,7 +67,7 @@ class Guards:
 
         Raises BitstreamError, before anything is allocated, if the list of offsets does not fit this latent.
         """
-        summary = Summary.of(string)
+        header = LatentHeader.of(string)
         _, _, length, *checks = GUARDS_HEAD.unpack_from(string)
         packed = string[GUARDS_HEAD.size : GUARDS_HEAD.size + length]
         offsets: list[Offsets] = []
@@ -82,7 +82,7 @@ class Guards:
             at += 1 + runs
         if at != length:
             raise BitstreamError("damaged: bytes follow the table offsets")
-        guards = cls(summary.epsilon, tuple(offsets) or (UNMOVED,) * STEPS, tuple(checks))
+        guards = cls(header.epsilon, tuple(offsets) or (UNMOVED,) * STEPS, tuple(checks))
         return guards, string[GUARDS_HEAD.size + length :]
 
     def matches(self, step: int, check: int) -> bool:

@@ -7,19 +7,18 @@ bytes that any stream can make the decoder read. The reader appends that many ze
 """
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modules.bitstream.file_format import BitstreamError
+from modules.bitstream.tables import CodingTables
 from modules.compressai_parts import RansDecoder, RansEncoder
 
 LIMIT = 2**24
 """Symbols are below this magnitude, so float32 represents them exactly."""
 
-_TOTAL = 2**16
 _EXCESS_BYTES = 4
 _LOWEST_STATE = 2**31
 _CHECK_BYTES = 4
@@ -28,31 +27,6 @@ _MISMATCH = (
     "the symbols do not match their check value: the stream is damaged, was written with other "
     "weights, or comes from a machine that rounds differently (another processor, device or version of PyTorch)"
 )
-
-
-@dataclass(frozen=True)
-class CodingTables:
-    """The range coder's tables of a set of distributions. The last table is the uniform one for bytes."""
-
-    cdfs: list[list[int]]
-    lengths: list[int]
-    offsets: list[int]
-    reach: Tensor
-    """(n,) the largest magnitude that each table covers."""
-
-    @classmethod
-    def from_buffers(cls, cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> "CodingTables":
-        """Tables from the model's buffers (n, longest), (n,) and (n,)."""
-        rows = [row[:length] for row, length in zip(cdfs.tolist(), lengths.tolist(), strict=True)]
-        rows.append([*range(0, _TOTAL + 1, _TOTAL // 256)])
-        # The coder takes the last symbol of a table as its own escape. This one has no mass, so it never occurs.
-        rows = [[*row, _TOTAL] for row in rows]
-        return cls(rows, [len(row) for row in rows], [*offsets.tolist(), 0], -offsets)
-
-    @property
-    def byte(self) -> int:
-        """Index of the uniform table of bytes."""
-        return len(self.offsets) - 1
 
 
 class SymbolWriter:
@@ -112,9 +86,8 @@ class SymbolReader:
         if len(coded) < _STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
             raise BitstreamError("damaged: this is not a range coder's stream")
         self.tables, self.check = tables, 0
-        self.stream = coded + bytes(longest(count))
         self.decoder = RansDecoder()
-        self.decoder.set_stream(self.stream)
+        self.decoder.set_stream(coded + bytes(longest(count)))
 
     def take(self, indexes: Tensor) -> Tensor:
         """Read the next symbols, int32, in the shape of `indexes`."""
@@ -149,33 +122,6 @@ class SymbolReader:
         """Raise BitstreamError unless the symbols read and their tables have the writer's check value."""
         if self.check != check:
             raise BitstreamError(_MISMATCH)
-
-
-class RewindingReader(SymbolReader):
-    """A reader that can go back. The range coder cannot, so earlier symbols are read again from the start."""
-
-    def __init__(self, coded: bytes, tables: CodingTables, count: int):
-        super().__init__(coded, tables, count)
-        self.read: list[Tensor] = []
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """The current position, for `rewind`."""
-        return len(self.read), self.check
-
-    def rewind(self, place: tuple[int, int]) -> int:
-        """Go back to `place`; returns how many symbols were read again."""
-        count, self.check = place
-        del self.read[count:]
-        before = torch.cat([torch.empty(0, dtype=torch.int32), *self.read])
-        self.decoder = RansDecoder()
-        self.decoder.set_stream(self.stream)
-        super()._decode(before)
-        return len(before)
-
-    def _decode(self, indexes: Tensor) -> Tensor:
-        self.read.append(indexes.int().cpu())
-        return super()._decode(indexes)
 
 
 def split_check(string: bytes) -> tuple[int, bytes]:

@@ -1,7 +1,11 @@
 """Build the Bi-WKV4 kernels of `cuda/` with ninja on first use, cache them, and load them.
 
-A change of the sources, the compiler, its flags, the processor or PyTorch leads to a new build.
-`python -m modules.biwkv4.build` builds the kernels for this machine ahead of time.
+A change of the sources, the compiler, its flags or the processor leads to a new build. `python -m modules.biwkv4.build`
+builds the kernels for this machine ahead of time.
+
+`torch.utils.cpp_extension.load` is not used. It would load a damaged library, one that another user could have written,
+and one that was compiled for another processor. In PyTorch 2.11 it waits forever if an earlier build was killed
+(github.com/pytorch/pytorch/issues/189245).
 """
 
 import ctypes
@@ -24,8 +28,8 @@ from typing import Any
 
 import torch
 
-from modules.biwkv4.sources import SOURCES
-
+_INSTALLED = Path(__file__).resolve().parents[1] / "_cuda"  # a wheel's copy of cuda/
+SOURCES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "cuda"
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 COMMON_FLAGS = ("-O3", "-std=c++17", "-shared")
 CPU_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -82,22 +86,21 @@ def build_cpu() -> Path:
 
 def build_cuda() -> Path:
     """Return the CUDA library's path; build it, for `TORCH_CUDA_ARCH_LIST` or the GPUs present, unless cached."""
-    roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    nvcc = _first_of("nvcc", folders=[f"{root}/bin" for root in [*roots, "/usr/local/cuda"] if root])
+    roots = os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"
+    nvcc = _first_of(*(f"{root}/bin/nvcc" for root in roots if root), "nvcc")
     return _build("cuda", "gpu/biwkv4.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
 
 
 def cuda_architectures() -> list[str]:
     """nvcc's flags for the architectures to build for."""
-    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        wanted = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", listed)
-        if not wanted:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} has no architecture of the form 8.0 or 9.0+PTX")
-    else:
-        devices = range(torch.cuda.device_count())
-        wanted = sorted({(*map(str, torch.cuda.get_device_capability(i)), "") for i in devices})
-        if not wanted:
-            raise BuildError("no GPU was found; to build for one, set TORCH_CUDA_ARCH_LIST, for example to 9.0")
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    present = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    names = listed or " ".join(f"{major}.{minor}" for major, minor in sorted(present))
+    wanted = re.findall(r"(\d+)\.(\d+[af]?)(\+PTX)?", names)
+    if not wanted and listed:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} has no architecture of the form 8.0 or 9.0+PTX")
+    if not wanted:
+        raise BuildError("no GPU was found; to build for one, set TORCH_CUDA_ARCH_LIST, for example to 9.0")
     flags = []
     for major, minor, ptx in wanted:
         codes = [f"sm_{major}{minor}"] + ([f"compute_{major}{minor}"] if ptx else [])
@@ -153,15 +156,14 @@ def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Pat
     texts = [path.read_bytes() for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")]
     if not texts:
         raise BuildError(f"there are no kernel sources in {SOURCES}; reinstall the package")
-    version = _run([command[0], "--version"])
-    facts = [*command, version, identity, torch.__version__]
+    facts = [*command, _run([command[0], "--version"]), identity]
     key = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in facts)])).hexdigest()[:16]
     cache, name = _private(_cache()), f"biwkv4_{kind}_{key}"
     found = _cached(cache, name)
     if found is None:
         with (cache / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _cached(cache, name) or _run_ninja(source, command, cache, name)
+            found = _cached(cache, name) or _compile(source, command, cache, name)
     return found
 
 
@@ -175,8 +177,29 @@ def _cached(cache: Path, name: str) -> Path | None:
     return None
 
 
+def _compile(source: str, command: Sequence[str], cache: Path, name: str) -> Path:
+    """Run ninja in a temporary folder of the cache, then rename, so that an incomplete library is never loaded."""
+    # The environment's scripts come first: ninja is installed there, and the environment may not be activated.
+    ninja = _first_of(f"{sysconfig.get_path('scripts')}/ninja", "ninja")
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}_") as folder:
+        built, escaped = Path(folder, "built.so"), re.sub(r"([$ :])", r"$\1", str(SOURCES / source))
+        rule = f"rule library\n  command = {' '.join(command)} $in -o $out\n"
+        Path(folder, "build.ninja").write_text(f"{rule}build {built.name}: library {escaped}\n")
+        _run([ninja, "-C", folder])
+        built.chmod(0o755)
+        for damaged in cache.glob(f"{name}_*.so"):
+            damaged.unlink()
+        return built.rename(cache / f"{name}_{_digest(built)}.so")
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _cache() -> Path:
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(folder) / "hpcm_biwkv4"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcm_biwkv4"
 
 
 def _private(folder: Path) -> Path:
@@ -190,23 +213,6 @@ def _private(folder: Path) -> Path:
     return folder
 
 
-def _run_ninja(source: str, command: Sequence[str], cache: Path, name: str) -> Path:
-    """Build in a temporary folder of the cache, then rename, so that an incomplete library is never loaded."""
-    ninja = _first_of("ninja")
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}_") as folder:
-        escaped = re.sub(r"([$ :])", r"$\1", str(SOURCES / source))
-        rule = f"rule library\n  command = {' '.join(command)} $in -o $out\n"
-        (Path(folder) / "build.ninja").write_text(f"{rule}build {name}.so: library {escaped}\n")
-        _run([ninja, "-C", folder])
-        built = Path(folder) / f"{name}.so"
-        with built.open("rb") as file:
-            os.fsync(file.fileno())
-        built.chmod(0o755)
-        for damaged in cache.glob(f"{name}_*.so"):
-            damaged.unlink()
-        return built.rename(cache / f"{name}_{_digest(built)}.so")
-
-
 def _run(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -217,19 +223,11 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _first_of(*programs: str, folders: Sequence[str] = ()) -> str:
-    # Search the environment's scripts as well: ninja is installed there, and the environment may not be activated.
-    path = os.pathsep.join([*folders, sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    found = next((where for program in programs if (where := shutil.which(program, path=path))), None)
+def _first_of(*programs: str) -> str:
+    found = next((path for program in programs if (path := shutil.which(program))), None)
     if found is None:
-        raise BuildError(f"{' or '.join(programs)} was not found on PATH; install it")
+        raise BuildError(f"{' or '.join(programs)} was not found; install it")
     return found
-
-
-def _cache() -> Path:
-    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(folder) / "hpcm_biwkv4"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcm_biwkv4"
 
 
 def _cpu_identity() -> str:

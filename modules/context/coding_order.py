@@ -1,12 +1,16 @@
-"""The coding order of the latent, as row indices: three scales, eleven steps (HPCM, ICCV 2025, section 3.2).
+"""The order in which the latent is coded: three scales, eleven steps (HPCM, ICCV 2025, section 3.2).
 
 In channels-last layout a latent (B, M, H, W) is a list of *rows*: row p·8 + e holds eighth e of the channels at
 position p (reading order). The scales' grids, the steps' masks and the change from one scale to the next all move
 whole rows, so each is one precomputed index. A tensor of 2M channels (scales, then means) has rows p·16 + half·8 + e.
+
+This file needs nothing but PyTorch. `hpcm export` copies it into a folder of exported programs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +28,11 @@ _S2_STEPS = (((3, 2), (1, 0)), ((2, 3), (0, 1)), ((1, 0), (3, 2)))
 
 # s3 codes in 4×4 cells: the pattern that each position belongs to, and the pattern of each eighth in each step.
 _S3_PATTERNS = ((0, 4, 1, 5), (6, 2, 7, 3), (1, 5, 0, 4), (7, 3, 6, 2))
-_S3_STEPS = (
-    (2, 4, 6, 0, 3, 5, 7, 1),
-    (3, 5, 7, 1, 2, 4, 6, 0),
-    (4, 6, 0, 2, 5, 7, 1, 3),
-    (5, 7, 1, 3, 4, 6, 0, 2),
-    (6, 0, 2, 4, 7, 1, 3, 5),
-    (7, 1, 3, 5, 6, 0, 2, 4),
+_S3_EIGHTHS = ("24603571", "35712460", "46025713", "57134602", "60247135", "71356024")
+_S3_STEPS = tuple(
+    tuple(tuple(eighths.index(str(pattern)) for pattern in line) for line in _S3_PATTERNS) for eighths in _S3_EIGHTHS
 )
+_STEPS = (_S1_STEPS, _S2_STEPS, _S3_STEPS)
 
 # The published weights were trained with these adaptors in this order.
 _ADAPTORS = ((None, 0), (2, 0, 1), (5, 0, 1, 2, 3, 4))
@@ -47,8 +48,12 @@ class Step:
     """(R,) the same rows on the step's own grid."""
     parameters: Tensor
     """(2R,) the rows of the step's scales, then of its means, in a 2M-channel tensor of its grid."""
+    number: int
+    """0 to 10."""
+    scale: int
+    """The scale that the step belongs to, 0 (coarsest) to 2."""
     adaptor: int | None
-    """Index into the scale's adaptors. None if the hyper-prior gives the scales and means directly."""
+    """Index into the scale's adaptors. None in step 0, whose scales and means come from the hyper-prior directly."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,46 @@ class Hierarchy:
     scales: tuple[Scale, Scale, Scale]
     restore: Tensor
     """(8·H·W,) the index that brings the concatenated rows of all steps into the order of y."""
+
+
+CodeStep = Callable[[Step, Tensor, Tensor], Tensor]
+"""Codes the rows of a step from their scales and means, each (B, R, M/8), and returns ŷ of these rows."""
+
+
+class ContextModel(Protocol):
+    """Predicts the scales and means of each step from everything that is coded before it."""
+
+    def fuse(self, scale: int, context: Tensor) -> Tensor:
+        """The first context of scale 1 or 2 from the coarser context and the hyper-prior, both (B, 2M, h, w)."""
+
+    def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and means of a step that has an adaptor, and the context of the next step, both (B, 2M, h, w).
+
+        `context` is (B, 2M, h, w). `y_hat` (B, M, h, w) holds what is coded on this grid, and 0 elsewhere. The context
+        after the last step is not used, so any tensor may be returned for it.
+        """
+
+
+def walk(model: ContextModel, hyper: Tensor, code: CodeStep) -> Tensor:
+    """Run `code` on each step in order. Maps hyper (B, 2M, h, w), from h_s, to ŷ (B, M, h, w)."""
+    eighth = hyper.shape[1] // (2 * EIGHTHS)
+    hyper_rows = to_rows(hyper, eighth)
+    context_rows = y_rows = hyper_rows[:, :0]
+    for number, scale in enumerate(hierarchy(*hyper.shape[2:], hyper.device).scales):
+        size = scale.height, scale.width
+        context = from_rows(torch.cat((context_rows, hyper_rows), dim=1).index_select(1, scale.context), *size)
+        if number > 0:
+            context = model.fuse(number, context)
+        empty = hyper.new_zeros(len(hyper), size[0] * size[1] * EIGHTHS, eighth)
+        y_rows = empty.index_copy(1, scale.coarser, y_rows)
+        parameters = context
+        for step in scale.steps:
+            if step.adaptor is not None:
+                parameters, context = model.predict(step, context, from_rows(y_rows, *size))
+            scales, means = to_rows(parameters, eighth).index_select(1, step.parameters).chunk(2, dim=1)
+            y_rows = y_rows.index_copy(1, step.local, code(step, scales, means))
+        context_rows = to_rows(context, eighth)
+    return from_rows(y_rows, *size)
 
 
 def to_rows(x: Tensor, channels: int) -> Tensor:
@@ -102,21 +147,21 @@ def _build(height: int, width: int, device: torch.device) -> Hierarchy:
         _misplaced_hyper_rows(*sizes[1]),
         _kept_hyper_rows(len(rows_in_y[2]), s2_in_y),
     )
-    s3_groups = _s3_step_groups()
-    groups = (_S1_STEPS, _S2_STEPS, s3_groups)
 
-    scales = []
+    scales: list[Scale] = []
     for index, (h, w) in enumerate(sizes):
         source, destination = hyper_fill[index]
-        steps = tuple(
-            _step(_tile(cell, h, w), max(map(max, cell)) + 1, rows_in_y[index], adaptor, device)
-            for cell, adaptor in zip(groups[index], _ADAPTORS[index], strict=True)
-        )
+        first = sum(len(scale.steps) for scale in scales)
+        steps = []
+        for number, (cell, adaptor) in enumerate(zip(_STEPS[index], _ADAPTORS[index], strict=True), start=first):
+            local, parameters = _rows_of_step(_tile(cell, h, w), max(map(max, cell)) + 1)
+            rows, local, parameters = (x.to(device) for x in (rows_in_y[index][local], local, parameters))
+            steps.append(Step(rows, local, parameters, number, index, adaptor))
         context = torch.full((len(rows_in_y[index]) * 2,), -1, dtype=torch.long)
         coded = _both_halves(coarser[index])
         context[coded] = torch.arange(len(coded))
         context[_both_halves(destination)] = len(coded) + _both_halves(rows_in_y[index][source])
-        scales.append(Scale(h, w, context.to(device), coarser[index].to(device), steps))
+        scales.append(Scale(h, w, context.to(device), coarser[index].to(device), tuple(steps)))
 
     order = torch.cat([step.rows for scale in scales for step in scale.steps])
     return Hierarchy((scales[0], scales[1], scales[2]), torch.argsort(order))
@@ -160,12 +205,6 @@ def _misplaced_hyper_rows(h: int, w: int) -> tuple[Tensor, Tensor]:
     return torch.cat(sources), torch.cat(destinations)
 
 
-def _s3_step_groups() -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return tuple(
-        tuple(tuple(patterns.index(pattern) for pattern in line) for line in _S3_PATTERNS) for patterns in _S3_STEPS
-    )
-
-
 def _tile(cell: tuple[tuple[int, ...], ...], h: int, w: int) -> Tensor:
     """The channel group that each position codes, (h·w,)."""
     pattern = torch.tensor(cell)
@@ -173,10 +212,10 @@ def _tile(cell: tuple[tuple[int, ...], ...], h: int, w: int) -> Tensor:
     return pattern[torch.arange(h)[:, None] % side, torch.arange(w) % side].flatten()
 
 
-def _step(group: Tensor, groups: int, rows_in_y: Tensor, adaptor: int | None, device: torch.device) -> Step:
+def _rows_of_step(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Rows of the positions' channel groups on their grid, (R,), and of their scales and means, (2R,)."""
     eighths = EIGHTHS // groups
     first = torch.arange(len(group)) * EIGHTHS + group * eighths
     local = (first[:, None] + torch.arange(eighths)).flatten()
     scales = local // EIGHTHS * (2 * EIGHTHS) + local % EIGHTHS
-    parameters = torch.cat((scales, scales + EIGHTHS))
-    return Step(rows_in_y[local].to(device), local.to(device), parameters.to(device), adaptor)
+    return local, torch.cat((scales, scales + EIGHTHS))

@@ -10,11 +10,9 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from modules.layers.residual import LinearLayer
+from modules.layers.blocks import LinearLayer
 
 SLOTS = {
     "attn_s1": "attention",
@@ -41,21 +39,6 @@ class Component(nn.Module):
     def last_linear(self) -> LinearLayer | None:
         """The linear layer or 1×1 convolution that produces the output, or None."""
         return None
-
-
-class Checkpointed(nn.Module):
-    """A block of a component. With `use_checkpoint` it recomputes its activations in the backward pass."""
-
-    use_checkpoint = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, use_reentrant=False, preserve_rng_state=False)
-        return self._compute(x)
-
-    def _compute(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from modules.context.components import Component, Kind, check_setting, register
-from modules.layers.residual import DWConvRB, LinearLayer
+from modules.layers.blocks import LinearLayer
+from modules.layers.residual import DWConvRB
 
 
 class SpatialPrior(Component):

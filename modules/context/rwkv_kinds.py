@@ -10,7 +10,7 @@ from modules.context.attention import CrossAttentionKind
 from modules.context.components import Component, Kind, check_setting, register
 from modules.context.fusion import ConvFusionKind
 from modules.context.priors import DWConvPriorKind, PriorKind, SpatialPrior
-from modules.layers.residual import LinearLayer
+from modules.layers.blocks import LinearLayer
 from modules.layers.rwkv import RWKVBlock, RWKVConvBlock
 
 ChannelMixForm = Literal["rwkv", "conv"]

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-LinearLayer = nn.Linear | nn.Conv2d
-"""A linear layer, or a 1×1 convolution used as one."""
+from modules.layers.blocks import LinearLayer, Narrowable, inner_width
 
 
 class PConv(nn.Module):
@@ -42,24 +41,6 @@ def pointwise_pair(spatial: nn.Module, channels: int, hidden_rate: float) -> "In
         nn.LeakyReLU(0.01, inplace=True),
         nn.Conv2d(width, channels, 1),
     )
-
-
-def inner_width(rate: float, channels: int) -> int:
-    """Inner channels: `rate` times `channels`, rounded, at least 1."""
-    return max(1, round(rate * channels))
-
-
-class Narrowable(nn.Module):
-    """A module with inner channels. A narrower copy can keep some of them."""
-
-    @property
-    def last_linear(self) -> LinearLayer:
-        """The linear layer or 1×1 convolution whose inputs are the inner channels."""
-        raise NotImplementedError
-
-    def keep_channels(self, wider: "Narrowable", index: Tensor) -> None:
-        """Copy what computes the inner channels `index` (width,) of `wider`: all but the last linear layer."""
-        raise NotImplementedError
 
 
 class InnerChannels(Narrowable, nn.Sequential):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.biwkv4.op import biwkv4
-from modules.context.components import Checkpointed
+from modules.layers.blocks import Checkpointed, LinearLayer, Narrowable, inner_width
 from modules.layers.initialization import has_values
-from modules.layers.residual import LinearLayer, Narrowable, depthwise, inner_width, pointwise_pair
+from modules.layers.residual import depthwise, pointwise_pair
 
 _TOKENS_AT_ONCE = 4096
 """Layers that do not mix positions process this many at a time, which bounds the memory of their inner tensors."""

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.chain.request import Rebuild
 from pipeline.common.processes import ProcessGroup
 from pipeline.training.watcher import Watcher
 
@@ -15,18 +16,6 @@ Beside = Callable[[Path], AbstractContextManager[object]]
 def nothing(folder: Path) -> AbstractContextManager[object]:
     """Do nothing beside the run."""
     return nullcontext()
-
-
-@dataclass(frozen=True)
-class Rebuild:
-    """Stages to rebuild on request, and the question that confirms it."""
-
-    force: bool = False
-    """Rebuild the chain's last stage even if it is current."""
-    fresh: bool = False
-    """Restart interrupted trainings from step 0."""
-    confirm: Callable[[list[str]], None] = lambda consequences: None
-    """Raises an error that stops the run if the person does not agree."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Sweep:
         table = Table(f"{Path(self.recipe).name}, λ by λ", ("stage", *columns))
         for name in names:
             table.add(name, *(_cell(planned[name]) for planned in columns.values()))
-        left = [_steps_left(planned.values()) for planned in columns.values()]
+        left = [steps_left(list(planned.values())) for planned in columns.values()]
         table.add("steps left", *(f"{steps:,}" if steps else "–" for steps in left))
         return table
 
@@ -102,7 +102,7 @@ def _cell(planned: PlannedStage) -> str:
     return "–" if planned.status == "missing" else planned.status
 
 
-def _steps_left(plan: Iterable[PlannedStage]) -> int:
+def steps_left(plan: Iterable[PlannedStage]) -> int:
     """Steps of the stages in a plan that are neither saved nor published."""
     left = 0
     for planned in plan:

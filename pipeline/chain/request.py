@@ -1,6 +1,6 @@
-"""The options that select a chain on the command line."""
+"""What a command asks for: a chain, and which of its stages to build again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,18 @@ from pipeline.recipes.loading import Recipe, load_recipe
 from pipeline.recipes.schema import Stage
 from pipeline.weights.metadata import CheckpointError
 from pipeline.weights.published import Lineage
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Stages to rebuild on request, and the question that confirms it."""
+
+    force: bool = False
+    """Rebuild the chain's last stage even if it is current."""
+    fresh: bool = False
+    """Restart interrupted trainings from step 0."""
+    confirm: Callable[[list[str]], None] = lambda consequences: None
+    """Raises an error that stops the run if the person does not agree."""
 
 
 @dataclass(frozen=True)

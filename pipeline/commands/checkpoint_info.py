@@ -61,6 +61,7 @@ class CheckpointInfo:
             "digest": self.metadata["digest"],
             "imported_from": self.metadata.get("imported_from"),
             "exported_from": self.metadata.get("exported_from"),
+            "filled_with_ones": self.metadata.get("filled_with_ones"),
         }
 
     def table(self) -> Table:
@@ -69,6 +70,7 @@ class CheckpointInfo:
         source = [
             f"imported from {values['imported_from']}" if values["imported_from"] else "",
             f"exported from {values['exported_from'][:12]}" if values["exported_from"] else "",
+            f"{values['filled_with_ones']} set to ones" if values["filled_with_ones"] else "",
         ]
         rows = {
             "stage": values["stage"],

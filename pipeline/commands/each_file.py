@@ -5,6 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.commands.display import console, errors, print_above_bar, show
+from pipeline.common.tables import Table
+from pipeline.evaluation.conversions import Conversion
+
 Item = TypeVar("Item")
 
 
@@ -14,10 +21,6 @@ def each_file(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterabl
     Each item has a path, which starts its messages. An error is printed and the next item follows. Returns whether all
     items succeeded.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from pipeline.commands.display import console, errors, print_above_bar
-
     complete = True
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     shown = errors.is_terminal and not errors.quiet
@@ -39,3 +42,14 @@ def each_file(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterabl
                 print(f"error: {path}: {reason}", file=sys.stderr)
             bar.advance(task)
     return complete
+
+
+def convert_each(
+    conversions: Sequence[Conversion], convert: Callable[[Conversion], Iterable[str]], table: Table
+) -> None:
+    """Do every conversion, and show the table that they filled. Exits 1 if one failed."""
+    complete = each_file([(conversion.source, conversion) for conversion in conversions], convert)
+    if table.rows:
+        show(table)
+    if not complete:
+        raise typer.Exit(1)

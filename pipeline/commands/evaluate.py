@@ -1,44 +1,75 @@
 """`hpcm evaluate`: the rate and quality of codecs on images, alone or against JPEG, WebP and AVIF."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline.commands.codec import MaxPixels, Pictures
+from modules import HPCM
+from modules.image_codec import ImageCodec
+from pipeline.commands.checkpoint_info import checkpoint_file
+from pipeline.commands.codec_options import MaxPixels, Pictures
+from pipeline.commands.devices import device_of
+from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.each_file import each_file
-from pipeline.commands.options import USE, AsJson, Device, Quiet, device_of
+from pipeline.commands.options import AsJson, Device, Quiet
+from pipeline.common.figure_style import save
+from pipeline.common.files import write_json
 from pipeline.common.tables import Table, number, shortest
+from pipeline.data.images import SUFFIXES
+from pipeline.evaluation.codec_files import read_to_code
+from pipeline.evaluation.coding import code
+from pipeline.evaluation.conversions import find
+from pipeline.evaluation.pillow_codecs import codecs_named
+from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.results import Evaluation, ImageResult
+from pipeline.evidence import codec_comparison
+from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.published import Lineage
+from pipeline.weights.shipped import of_quality, qualities
 
-if TYPE_CHECKING:
-    from modules.bitstream.image_codec import ImageCodec
-    from pipeline.evaluation.quality import NamedImage
-    from pipeline.evaluation.results import ImageResult
+Outcome = tuple[dict[str, object], Table, bool]
+"""The values for JSON, the table, and whether all images succeeded."""
 
-Checkpoints = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--checkpoint",
-        "-c",
-        help="The codec: a stage's checkpoint.safetensors or the stage's folder; with --against, repeatable [default: "
-        "the bundled codec of middle quality; with --against, those of all qualities].",
-    ),
-]
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The codecs, and where they compute."""
+
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="The codec: a stage's checkpoint.safetensors or the stage's folder; with --against, repeatable "
+            "[default: the bundled codec of middle quality; with --against, those of all qualities].",
+        ),
+    ] = None
+    against: Annotated[
+        str | None, typer.Option(help="Compare with these codecs at equal file sizes: `jpeg,webp,avif`.")
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="With --against: draw rate–distortion curves to this PNG.")] = None
+    device: Device = "cpu"
+    max_pixels: MaxPixels = None
+
+    def check(self) -> None:
+        """Raise BadParameter for options that cannot be used together."""
+        if self.plot and not self.against:
+            raise typer.BadParameter("--plot draws curves of several codecs: give --against as well")
+        if not self.against and len(self.checkpoint or ()) > 1:
+            raise typer.BadParameter("several checkpoints are compared only with --against")
+
+    def load(self, file: Path) -> HPCM:
+        """Load a codec on the chosen device."""
+        return load_codec(file).to(device_of(self.device))
 
 
 def evaluate(
     pictures: Pictures,
-    checkpoint: Checkpoints = None,
-    against: Annotated[
-        str | None, typer.Option(help="Compare with these codecs at equal file sizes: `jpeg,webp,avif`.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="With --against: draw rate–distortion curves to this PNG.")] = None,
+    options: EvaluationOptions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
-    device: Device = "cpu",
-    max_pixels: MaxPixels = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,61 +82,32 @@ def evaluate(
     With --against, the bits are those of whole files. Pillow encodes each image at the quality that gives the file
     nearest in size to our codec's file.
     """
-    if quiet:
-        from pipeline.commands.display import hush
-
-        hush()
-    if plot and not against:
-        raise typer.BadParameter("--plot draws curves of several codecs: give --against as well")
-    if not against and len(checkpoint or ()) > 1:
-        raise typer.BadParameter("several checkpoints are compared only with --against")
-    for path in filter(None, (output, plot)):
+    options.check()
+    for path in filter(None, (output, options.plot)):
         if path.is_dir():
             raise typer.BadParameter(f"{path} is a folder; give the file to write")
         path.parent.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
-    if against:
-        values, shown, complete = _against(pictures, checkpoint or (), against, plot, (device, max_pixels))
-    else:
-        values, shown, complete = _alone(pictures, checkpoint[0] if checkpoint else None, device, max_pixels)
+    values, table, complete = (_against if options.against else _alone)(pictures, options)
     if output and values:
-        from pipeline.common.files import write_json
-
         write_json(output, values)
     if as_json and values:
-        from pipeline.commands.display import show_json
-
         show_json(values)
-    elif shown.rows:
-        from pipeline.commands.display import show
-
-        show(shown)
+    elif table.rows:
+        show(table)
     if not complete:
         raise typer.Exit(1)
 
 
-def _alone(
-    pictures: list[Path], checkpoint: Path | None, device: str, max_pixels: int | None
-) -> tuple[dict[str, object], Table, bool]:
-    """Evaluate one codec. Returns the values for JSON, the table, and whether all images succeeded."""
-    from pipeline.commands.checkpoint_info import checkpoint_file
-    from pipeline.data.images import SUFFIXES
-    from pipeline.evaluation.codec_files import read_to_code
-    from pipeline.evaluation.coding import code
-    from pipeline.evaluation.conversions import find
-    from pipeline.evaluation.results import Evaluation
-    from pipeline.weights.checkpoints import load_codec
-    from pipeline.weights.published import Lineage
-    from pipeline.weights.shipped import of_quality
-
-    file = checkpoint_file(checkpoint) if checkpoint else of_quality(None)
+def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
+    """Evaluate one codec."""
+    file = checkpoint_file(options.checkpoint[0]) if options.checkpoint else of_quality(None)
     found = find(pictures, SUFFIXES)
-    model = load_codec(file).to(device_of(device)).eval()
-    model.update()
+    model = options.load(file)
     results: list[ImageResult] = []
 
     def measure(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
-        picture, image = read_to_code(path, max_pixels, model)
+        picture, image = read_to_code(path, options.max_pixels, model)
         results.append(code(model, name, image, lmbda=0.0, metric="mse")[0])
         return picture.changes
 
@@ -132,37 +134,23 @@ def _cells(result: ImageResult) -> list[str]:
     ]
 
 
-def _against(
-    pictures: list[Path], checkpoints: Sequence[Path], names: str, plot: Path | None, limits: tuple[str, int | None]
-) -> tuple[dict[str, object], Table, bool]:
-    """Compare codecs with Pillow's. `limits`: device, and largest number of pixels. Returns what `_alone` returns."""
-    from modules.bitstream.image_codec import ImageCodec
-    from pipeline.commands.display import errors
-    from pipeline.common.figure_style import save
-    from pipeline.evaluation.pillow_codecs import codecs_named
-    from pipeline.evidence import codec_comparison
-    from pipeline.weights.checkpoints import load_codec
-
-    device, max_pixels = limits
-    against, named = codecs_named(names), _named_codecs(checkpoints)
-    ours = [(name, ImageCodec(load_codec(file).to(device_of(device)))) for name, file in named]
-    images, complete = _images(pictures, [codec for _, codec in ours], max_pixels)
+def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
+    """Compare codecs with Pillow's."""
+    others, named = codecs_named(options.against or ""), _named_codecs(options.checkpoint or ())
+    ours = [(name, ImageCodec(options.load(file))) for name, file in named]
+    images, complete = _images(pictures, [codec for _, codec in ours], options.max_pixels)
     if not images:
         return {}, Table("", ()), False
-    comparer = codec_comparison.CodecComparer(images, against, lambda line: errors.print(f"  {line}", soft_wrap=True))
-    found = comparer.compare([comparer.point(*codec) for codec in ours], curves=plot is not None)
-    if plot is not None:
-        save(codec_comparison.draw(found), plot)
-        errors.print(f"curves: {plot}", soft_wrap=True)
+    comparer = codec_comparison.CodecComparer(images, others, lambda line: errors.print(f"  {line}", soft_wrap=True))
+    found = comparer.compare([comparer.point(*codec) for codec in ours], curves=options.plot is not None)
+    if options.plot is not None:
+        save(codec_comparison.draw(found), options.plot)
+        errors.print(f"curves: {options.plot}", soft_wrap=True)
     return found.to_json(), codec_comparison.table(found), complete
 
 
 def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:
     """The given checkpoints, or the bundled ones of all qualities, each with the name that tables show."""
-    from pipeline.commands.checkpoint_info import checkpoint_file
-    from pipeline.weights.published import Lineage
-    from pipeline.weights.shipped import qualities
-
     if not checkpoints:
         return [
             (f"hpcm quality {place}, λ = {shortest(lmbda)}", path)
@@ -182,10 +170,6 @@ def _images(
     pictures: list[Path], codecs: Sequence[ImageCodec], max_pixels: int | None
 ) -> tuple[list[NamedImage], bool]:
     """The images, read into memory, and whether all could be read and are small enough for the codecs."""
-    from pipeline.data.images import SUFFIXES
-    from pipeline.evaluation.codec_files import read_to_code
-    from pipeline.evaluation.conversions import find
-
     images: list[NamedImage] = []
 
     def read(item: tuple[str, Path]) -> Iterable[str]:
@@ -196,8 +180,3 @@ def _images(
 
     complete = each_file([(path, (name, path)) for name, path in find(pictures, SUFFIXES)], read)
     return images, complete
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command(rich_help_panel=USE)(evaluate)

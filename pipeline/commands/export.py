@@ -1,12 +1,14 @@
-"""The command `hpcm export`: a checkpoint in other forms."""
+"""`hpcm export`: a checkpoint in other forms."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.codec import Overwrite
-from pipeline.commands.options import USE
+from pipeline.commands.checkpoint_info import checkpoint_file
+from pipeline.commands.display import console
+from pipeline.weights.export import export_compressai, export_half
+from pipeline.weights.torch_programs import export_onnx, export_programs
 
 
 def export(
@@ -18,7 +20,7 @@ def export(
             "or the folder for --torch and --onnx."
         ),
     ],
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_programs: Annotated[
         bool, typer.Option("--torch", help="Write the networks as torch.export programs, with a runtime.")
     ] = False,
@@ -35,37 +37,18 @@ def export(
     each network: g_a, h_a, h_s, g_s, the context model's step at each scale, and the fusions. These files do not
     contain the entropy coding.
     """
-    from pipeline.commands.checkpoint_info import checkpoint_file
-    from pipeline.commands.display import console
-
     source = checkpoint_file(source)
     if (as_programs and as_onnx) or (keep_op and not as_programs):
         raise typer.BadParameter("give --torch or --onnx, not both; --keep-op belongs to --torch")
-    if as_programs or as_onnx:
-        _export_networks(source, target, as_onnx, keep_op)
-        return
-
-    from pipeline.weights.export import export_compressai, export_half
-
-    (export_compressai if target.name.endswith(".pth.tar") else export_half)(source, target, overwrite)
-    console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")
-
-
-def _export_networks(source: Path, target: Path, as_onnx: bool, keep_op: bool) -> None:
-    from pipeline.commands.display import console
-    from pipeline.weights.torch_programs import export_onnx, export_programs
-
-    if not as_onnx:
+    if as_programs:
         export_programs(source, target, keep_op)
         console.print(f"{target}: {', '.join(sorted(path.stem for path in target.glob('*.pt2')))}; see runtime.py")
-        return
-    outcomes = export_onnx(source, target)
-    for name, problem in sorted(outcomes.items()):
-        console.print(f"{name}: {problem or f'{name}.onnx'}", soft_wrap=True)
-    if any(outcomes.values()):
-        raise typer.Exit(1)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command(rich_help_panel=USE)(export)
+    elif as_onnx:
+        outcomes = export_onnx(source, target)
+        for name, problem in sorted(outcomes.items()):
+            console.print(f"{name}: {problem or f'{name}.onnx'}", soft_wrap=True)
+        if any(outcomes.values()):
+            raise typer.Exit(1)
+    else:
+        (export_compressai if target.name.endswith(".pth.tar") else export_half)(source, target, overwrite)
+        console.print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source.stat().st_size / 1e6:.1f} MB")

@@ -6,9 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from modules.bitstream.file_format import CodedImage
+from pipeline.commands.checkpoint_info import FILE, CheckpointInfo, is_checkpoint, known_models
+from pipeline.commands.display import show, show_json
 from pipeline.commands.each_file import each_file
 from pipeline.commands.options import AsJson, Runs
 from pipeline.common.tables import Table
+from pipeline.evaluation.conversions import SUFFIX, find
 
 Inspected = Annotated[
     list[Path], typer.Argument(help="`.hpcm` files and folders of them, checkpoints, folders of stages.")
@@ -20,9 +24,6 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 
     The codec of an `.hpcm` file is named if it is bundled or in --runs.
     """
-    from pipeline.commands.checkpoint_info import CheckpointInfo, is_checkpoint
-    from pipeline.commands.display import show, show_json
-
     found: list[dict[str, Any]] = []
     checkpoints = [path for path in files if is_checkpoint(path)]
     coded = [path for path in files if path not in checkpoints]
@@ -44,10 +45,6 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
 
 def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> tuple[Table, bool]:
     """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
-    from modules.bitstream.file_format import CodedImage
-    from pipeline.commands.checkpoint_info import FILE, known_models
-    from pipeline.evaluation.conversions import SUFFIX, find
-
     columns = ("file", "codec", "W×H", "file bpp", "y", "z", "ICC", "ε", "guards")
     table = Table("in bytes: y, z, ICC profile, guards", columns, left=2)
     names = known_models(runs)
@@ -58,12 +55,19 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
         size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
         bpp = 8 * size / (coded.width * coded.height)
         lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
-        guarded = (f"{guards.epsilon:.1g}", str(guards.guard_bytes)) if guards else ("–", "–")
         codec = names[identity].removesuffix(f"/{FILE}") if identity in names else f"unknown: {identity}"
-        table.add(name, codec, f"{coded.width}×{coded.height}", f"{bpp:.4f}", *map(str, lengths.values()), *guarded)
+        table.add(
+            name,
+            codec,
+            f"{coded.width}×{coded.height}",
+            f"{bpp:.4f}",
+            *map(str, lengths.values()),
+            f"{guards.epsilon:.1g}",
+            str(guards.guard_bytes),
+        )
         sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
-        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes} if guards else {"epsilon": None}
+        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes}
         found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
-        return () if guards else ["format version 1: only the machine that wrote it is sure to decode it"]
+        return ()
 
     return table, each_file([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)

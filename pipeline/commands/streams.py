@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from pipeline.commands.display import console
+
 STREAM = Path("-")
 
 
@@ -56,8 +58,6 @@ def _through_files(command: Callable[..., None], options: dict[str, Any], source
 
 @contextmanager
 def _tables_on_standard_error() -> Iterator[None]:
-    from pipeline.commands.display import console
-
     console.stderr = True
     try:
         yield

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from modules import HPCM
-from modules.bitstream.file_format import EPSILON
-from modules.bitstream.image_codec import CodedImage, ImageCodec
+from modules.bitstream.file_format import EPSILON, CodedImage
+from modules.image_codec import ImageCodec
 from pipeline.common.files import replacing
 from pipeline.data.images import SUFFIXES, DataError, Picture, read_picture
 from pipeline.evaluation.conversions import Conversion

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from modules import HPCM
-from modules.bitstream.coding import trace
-from modules.bitstream.file_format import Summary
+from modules.bitstream.coding import in_float64
+from modules.bitstream.file_format import BitstreamError, CodedImage, LatentHeader
 from modules.bitstream.guards import scale_error
-from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec
-from modules.bitstream.recovery import in_float64
+from modules.image_codec import ImageCodec
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.evaluation.codec_files import to_8_bits
@@ -65,24 +64,20 @@ def verify(device: torch.device, folder: Path = STREAMS, weights: Path = WEIGHTS
 
 def _read(codec: ImageCodec, name: str, reference: Reference, path: Path) -> Outcome:
     coded = CodedImage.read(path)
-    size, guards = (coded.height, coded.width), Summary.of(coded.y)
+    size, guards = (coded.height, coded.width), LatentHeader.of(coded.y)
     error, pixels, fault = None, None, ""
     try:
-        decoded = codec.decode(coded)
-        fault = decoded.recovery
+        codec.check_identity(coded)
         if tables_digest(codec.model) != reference.tables:
-            fault = "the coding tables of this model differ from the reference"
-        if not fault:
-            walk = trace(codec.model, coded.y, coded.z, size)
-            exact = in_float64(codec.model)
-            exact_walk = trace(exact, coded.y, coded.z, size)
-            error = float(scale_error(walk.scales, exact_walk.scales, codec.model.scale_table.cpu()).max())
-            fault = "" if symbols_digest(walk.symbols) == reference.symbols else "the symbols differ from the reference"
-            expected = exact.decompress([[coded.y], [coded.z]], size)["x_hat"]
-            difference = (to_8_bits(decoded.x_hat.cpu().double()) - to_8_bits(expected)).abs()
-            pixels = int((difference > 0).sum())
-            if difference.max() > 1:
-                fault = fault or f"the picture differs by {int(difference.max())} of 255"
+            raise BitstreamError("the coding tables of this model differ from the reference")
+        here, exact = (model.trace(coded.y, coded.z, size) for model in (codec.model, in_float64(codec.model)))
+        error = float(scale_error(here.scales, exact.scales, codec.model.coding_tables.scales.cpu()).max())
+        difference = (to_8_bits(here.x_hat.cpu().double()) - to_8_bits(exact.x_hat)).abs()
+        pixels = int((difference > 0).sum())
+        if symbols_digest(here.symbols) != reference.symbols:
+            fault = "the symbols differ from the reference"
+        elif difference.max() > 1:
+            fault = f"the picture differs by {int(difference.max())} of 255"
     except BitstreamError as refusal:
         fault = str(refusal)
     return Outcome(name, reference.model, size, *guards, error, pixels, fault)
@@ -99,8 +94,8 @@ def write_suite(images: dict[str, tuple[Tensor, float]], models: Sequence[Path],
             coded = codec.encode(image, epsilon=epsilon)
             name = f"{model.stem}-{image_name}{SUFFIX}"
             (folder / name).write_bytes(coded.pack())
-            walk = trace(exact, coded.y, coded.z, (coded.height, coded.width))
-            references[name] = asdict(Reference(model.name, tables_digest(codec.model), symbols_digest(walk.symbols)))
+            symbols = exact.trace(coded.y, coded.z, (coded.height, coded.width)).symbols
+            references[name] = asdict(Reference(model.name, tables_digest(codec.model), symbols_digest(symbols)))
     write_json(folder / REFERENCE, references)
 
 

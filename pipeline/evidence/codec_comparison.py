@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from modules.bitstream.image_codec import CodedImage, ImageCodec
+from modules.bitstream.file_format import CodedImage
+from modules.image_codec import ImageCodec
 from pipeline.common.figure_style import new_figure
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import to_8_bits

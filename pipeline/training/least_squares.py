@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.layers.residual import LinearLayer
+from modules.layers.blocks import LinearLayer
 
 RIDGE = 1e-6
 """Added to the diagonal of a covariance, as a fraction of the mean diagonal. A constant channel gets no weight."""

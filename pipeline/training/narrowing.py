@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modules import HPCM
 from modules.context.components import Component
-from modules.layers.residual import LinearLayer, Narrowable
+from modules.layers.blocks import LinearLayer, Narrowable
 from pipeline.training.least_squares import (
     Moments,
     Solution,

@@ -14,12 +14,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM
-from modules.bitstream.image_codec import model_identity
-from modules.loading import build, check_fit
+from modules.bitstream.identity import model_identity
+from modules.loading import bare_names, check_fit, nearest_config
 from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
 from pipeline.common.contracts import to_values
 from pipeline.common.files import replacing
-from pipeline.weights.metadata import FORMAT, METADATA_KEY, CheckpointError, check_file, read_metadata, seal
+from pipeline.weights.metadata import (
+    FORMAT,
+    METADATA_KEY,
+    CheckpointError,
+    check_file,
+    is_official,
+    read_metadata,
+    seal,
+)
 from pipeline.weights.published import Lineage
 
 MOST_INFLATED = 2
@@ -102,18 +110,21 @@ def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
 def load_codec(path: Path | str) -> HPCM:
     """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
-    `path` may be an address in MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises
-    CheckpointError, naming the tensors, if they do not fit the configuration.
+    `path` may also be an official `.pth.tar`, or an address in MLflow's registry, such as
+    `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises CheckpointError, naming the tensors, if they do not fit the
+    configuration.
     """
     from pipeline.weights.mlflow_model import SCHEME, load_from_mlflow
 
     if str(path).startswith(SCHEME):
         return load_from_mlflow(str(path))
+    if is_official(Path(path)):
+        return import_official(Path(path))
     checkpoint = read(Path(path))
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
     try:
-        return build(HPCM, checkpoint.metadata["config"], checkpoint.tensors)
+        return HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -148,11 +159,12 @@ def import_official(source: Path) -> HPCM:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    tensors = {name: value for name, value in state.items() if name not in HPCM.coding_table_names()}
-    model = HPCM(HPCM.nearest_config({name: tuple(value.shape) for name, value in tensors.items()}))
-    load_weights(model, tensors, source)
-    return model
+    tables = HPCM.coding_table_names()
+    tensors = {name: value for name, value in bare_names(state).items() if name not in tables}
+    try:
+        return HPCM.from_tensors(nearest_config(tensors).to_dict(), tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _check_inflation(source: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from modules.bitstream.image_codec import model_identity
+from modules.bitstream.identity import model_identity
 from pipeline.common.contracts import to_values
 from pipeline.common.files import replacing
 from pipeline.weights.checkpoints import CheckpointError, check_target, codec_tensors, load_codec, write

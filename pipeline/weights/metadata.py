@@ -19,6 +19,11 @@ class CheckpointError(UserError):
     """A file is not a usable checkpoint. The message names the file and tensor and says what to do."""
 
 
+def is_official(path: Path) -> bool:
+    """Whether a path is named like the official checkpoints, `.pth.tar`, rather than like those of this pipeline."""
+    return path.suffix in (".tar", ".pth", ".pt")
+
+
 def check_file(path: Path) -> None:
     """Raise CheckpointError unless the file exists and fits into memory."""
     size = check_regular(path, CheckpointError).st_size

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.common.contracts import contract_of
-from pipeline.weights.metadata import CheckpointError, read_metadata
+from pipeline.weights.metadata import CheckpointError, is_official, read_metadata
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,15 @@ class Lineage:
     """Identity in hexadecimal; files coded with this codec store it."""
     exported_from: str | None = None
     """Digest of the weights before they were rounded."""
+    filled_with_ones: str | None = None
+    """Name of the vectors that the official file lacked, and that were set to ones."""
 
     @classmethod
     def read(cls, path: Path) -> "Lineage":
-        """Read the lineage in a checkpoint's metadata; raises CheckpointError, naming the file."""
+        """Read the lineage in a checkpoint's metadata; raises CheckpointError, naming the file.
+
+        Of an official file only the name is known.
+        """
+        if is_official(path):
+            return cls(imported_from=path.name)
         return contract_of(cls, read_metadata(path), path, CheckpointError)

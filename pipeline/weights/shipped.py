@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from modules.bitstream.image_codec import ImageCodec
-from modules.bitstream.rans import BitstreamError
+from modules.bitstream.file_format import BitstreamError
+from modules.image_codec import ImageCodec
 from pipeline.common.errors import UserError
 from pipeline.common.packaged import WEIGHTS
 from pipeline.weights.checkpoints import load_codec, read_metadata
@@ -46,8 +46,7 @@ class ShippedCodecs:
         """The codec with this identity; raises BitstreamError if no bundled codec has it."""
         while identity not in self.loaded and self.waiting:
             codec = ImageCodec(load_codec(self.waiting.pop(0)).to(self.device))
-            for name in codec.identities:
-                self.loaded[name] = codec
+            self.loaded[codec.identity] = codec
         if identity not in self.loaded:
             raise BitstreamError(
                 f"made by another model: {identity.hex()} is none of the bundled ones; give its checkpoint with -c"

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export, save
 
-import modules.context.coding_order
 from modules import HPCM
 from modules.biwkv4.decomposed import biwkv4_decomposed
-from modules.context.coding_order import hierarchy
+from modules.context import coding_order
 from pipeline.common.files import replacing, write_json
 from pipeline.weights.checkpoints import CheckpointError, load_codec
 
@@ -26,28 +25,29 @@ BIWKV4 = torch.ops.hpcm.biwkv4.default
 LARGEST_SIDE = 2**13
 """Longest side of an image in pixels that a program takes."""
 
-_SCALES = hierarchy(8, 8, torch.device("cpu")).scales
+_SCALES = coding_order.hierarchy(8, 8, torch.device("cpu")).scales
 
 
 class ContextStep(nn.Module):
-    """One coding step's context model: the scales and means of a step, and the context of the next."""
+    """The context model of one scale: predicts the scales and means of a step, and the context of the next."""
 
     def __init__(self, model: HPCM, scale: int):
         super().__init__()
         adaptors, self.prior, self.attention = model.scale_components(scale)
-        order = [[step.adaptor for step in part.steps if step.adaptor is not None] for part in _SCALES]
-        ordered = [cast(nn.Conv2d, adaptors[number]) for number in order[scale]]
-        first = sum(map(len, order[:scale]))
+        steps = [step for step in _SCALES[scale].steps if step.adaptor is not None]
+        ordered = [cast(nn.Conv2d, adaptors[cast(int, step.adaptor)]) for step in steps]
+        self.first = steps[0].number
         self.weights = nn.Parameter(torch.stack([adaptor.weight for adaptor in ordered]))
         self.biases = nn.Parameter(torch.stack([cast(Tensor, adaptor.bias) for adaptor in ordered]))
-        self.adaptive = nn.Parameter(torch.cat(list(model.adaptive_params_list[first : first + len(ordered)])))
+        self.adaptive = nn.Parameter(torch.cat([model.adaptive_params_list[step.number - 1] for step in steps]))
 
     def forward(self, context: Tensor, y_hat: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Map context (1, 2M, h, w), ŷ (1, M, h, w) and the step's number (1,) to parameters and next context.
+        """The scales and means of step `number` (1,), 1 to 10, and the next context, both (1, 2M, h, w).
 
-        Both results are (1, 2M, h, w). Steps are counted from 0 within a scale, without those that have no adaptor.
+        `context` is (1, 2M, h, w), `y_hat` (1, M, h, w).
         """
-        weight, bias, q = (x.index_select(0, number) for x in (self.weights, self.biases, self.adaptive))
+        place = number - self.first
+        weight, bias, q = (x.index_select(0, place) for x in (self.weights, self.biases, self.adaptive))
         adapted = nn.functional.conv2d(torch.cat((context, y_hat), dim=1), weight[0], bias[0])
         parameters = self.prior(adapted, q)
         return parameters, self.attention(parameters, context)
@@ -74,7 +74,8 @@ def networks(model: HPCM) -> dict[str, Network]:
     }
     for scale in range(3):
         multiple = factor // 64 << scale
-        found[f"step_s{scale + 1}"] = _network(ContextStep(model, scale), (2 * M, multiple), (M, multiple), step=True)
+        step = ContextStep(model, scale)
+        found[f"step_s{scale + 1}"] = _network(step, (2 * M, multiple), (M, multiple), number=step.first)
         if scale:
             found[f"fusion_s{scale + 1}"] = _network(model.context_net[scale - 1], (2 * M, multiple))
     return found
@@ -137,7 +138,7 @@ def _prepared(source: Path, folder: Path) -> HPCM:
 def _write_companions(model: HPCM, folder: Path) -> None:
     """Write the other files that a runtime needs: order of coding, coding tables, sizes."""
     shutil.copyfile(Path(__file__).with_name("exported_runtime.py"), folder / "runtime.py")
-    shutil.copyfile(modules.context.coding_order.__file__, folder / "hierarchy.py")
+    shutil.copyfile(coding_order.__file__, folder / "coding_order.py")
     names = ("means_hyper", "scales_hyper", *HPCM.coding_table_names())
     with replacing(folder / "tables.pt") as partial:
         torch.save({name: getattr(model, name).detach().clone() for name in names}, partial)
@@ -145,10 +146,10 @@ def _write_companions(model: HPCM, folder: Path) -> None:
     write_json(folder / "codec.json", {**sizes, "config": model.config.to_dict()})
 
 
-def _network(module: nn.Module, *sizes: tuple[int, int], step: bool = False) -> Network:
+def _network(module: nn.Module, *sizes: tuple[int, int], number: int | None = None) -> Network:
     inputs: list[Tensor] = [torch.rand(1, channels, 2 * multiple, 3 * multiple) for channels, multiple in sizes]
     multiples: list[int | None] = [multiple for _, multiple in sizes]
-    if step:
-        inputs.append(torch.zeros(1, dtype=torch.long))
+    if number is not None:
+        inputs.append(torch.tensor([number]))
         multiples.append(None)
     return Network(module, tuple(inputs), tuple(multiples))

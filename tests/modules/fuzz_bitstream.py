@@ -16,11 +16,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from modules import HPCM, coding, preset_config, recovery
-from modules.bitstream.file_format import Summary
+from modules import HPCM, preset_config
+from modules.bitstream import coding
+from modules.bitstream.file_format import BitstreamError, CodedImage, LatentHeader
 from modules.bitstream.guards import Guards, step_sizes
-from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec
-from modules.bitstream.rans import CodingTables, SymbolReader
+from modules.bitstream.rans import SymbolReader
+from modules.bitstream.tables import CodingTables
+from modules.image_codec import ImageCodec
 
 HEADROOM = 2**30
 """Bytes of memory that the fuzzed process may take in addition to those that it has at the start."""
@@ -105,7 +107,7 @@ def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.ra
 
 def fuzz_guards(coded: CodedImage, symbols: int, count: int, random: np.random.Generator) -> Counter[str]:
     """Read mutated guards of a latent. Accepted guards must have exactly one offset for the run of every symbol."""
-    tally, guarded = Counter[str](), GUARD_HEAD + Summary.of(coded.y).guard_bytes
+    tally, guarded = Counter[str](), GUARD_HEAD + LatentHeader.of(coded.y).guard_bytes
     for _ in range(count):
         head = bytearray(mutate(coded.y[:guarded], random))
         if random.integers(2) and len(head) > 9:  # a length that fits, so that the list itself is read
@@ -148,19 +150,16 @@ def fuzz(count: int, seed: int = 0) -> Counter[str]:
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     codec = mini_codec()
-    exact = recovery.in_float64(codec.model)
+    exact = coding.in_float64(codec.model)
     image = torch.rand(1, 3, 40, 72)
     coded = codec.encode(image, icc_profile=b"a profile", epsilon=1e-3)
     symbols = math.prod(codec.model.latent_shapes(40, 72)[0])
-    tables = CodingTables.from_buffers(codec.model.quantized_cdf_y, codec.model.cdf_length_y, codec.model.offset_y)
     tally = fuzz_file(coded, count * 44 // 100, random)
-    # What cannot be recovered is given up sooner, and the copy for it made once: milliseconds a file.
-    limits = mock.patch.multiple(recovery, SINGLES=4, PAIRED=4)
-    with limits, mock.patch.object(coding, "in_float64", return_value=exact):
+    with mock.patch.object(coding, "in_float64", return_value=exact):  # One copy serves all files.
         for one in (coded, codec.encode(image, epsilon=0)):  # One without guards has none that could fit no other size.
             tally += fuzz_strings(codec, one, count * 3 // 100, random)
     tally += fuzz_guards(coded, symbols, count * 3 // 10, random)
-    return tally + fuzz_coder(tables, count * 2 // 10, random)
+    return tally + fuzz_coder(codec.model.coding_tables.y, count * 2 // 10, random)
 
 
 def main() -> None:

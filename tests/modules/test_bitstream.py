@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from modules import HPCM, HPCMConfig
-from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec, model_identity
+from modules.bitstream.file_format import BitstreamError, CodedImage
+from modules.bitstream.identity import model_identity
+from modules.image_codec import ImageCodec
 
 CODED = CodedImage(b"identity", 3, 5, z=b"the z", y=b"the y string", icc_profile=b"profile")
 
@@ -58,7 +60,7 @@ def put(at: int, values: bytes) -> Callable[[bytearray], None]:
         (CODED.pack() + b"xy", "extended: 2 bytes follow the image"),
         (CODED.pack()[:-9] + b"?" + CODED.pack()[-8:], "damaged: the coded image"),
         (CODED.pack()[:14] + b"?" + CODED.pack()[15:], "damaged: the header"),
-        (with_header(put(4, bytes([3]))), "format version 3; this program reads versions 1 and 2"),
+        (with_header(put(4, bytes([3]))), "format version 3; this program reads version 2"),
         (with_header(put(5, bytes([1]))), "color format 1"),
         (with_header(put(14, struct.pack("<I", 0))), "5×0 pixels"),
         (with_header(put(14, struct.pack("<2I", 2**31, 2**31))), "images have 1 to"),

@@ -1,6 +1,5 @@
-"""The CUDA side of the Bi-WKV4 op: its source and its phases without a GPU, everything with one."""
+"""The CUDA kernels of the Bi-WKV4 op. `test_biwkv4.py` tests their phases without a GPU."""
 
-import ctypes
 import re
 import shutil
 import subprocess
@@ -9,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.biwkv4 import build as biwkv4_build
-from modules.biwkv4 import op as biwkv4
-from tests.modules.test_biwkv4 import BEYOND, KEYS, actual, assert_close, assert_within, draw, expected, extreme
-
-SOURCES = biwkv4_build.SOURCES
+from modules.biwkv4.build import SOURCES
+from modules.biwkv4.op import biwkv4
+from tests.modules.test_biwkv4 import BEYOND, assert_close, assert_same_bits, computed, draw
 
 
 @pytest.mark.nvcc
@@ -30,63 +27,13 @@ def test_source_compiles_without_spills(tmp_path: Path) -> None:
     assert set(spills) == {("0", "0")}
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> biwkv4_build.Kernels:
-    """The GPU's phases, run by the CPU a thread after another; they stand in for the CPU kernels."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    source = Path(__file__).with_name("biwkv4_emulation.cpp")
-    command = [
-        compiler,
-        "-O2",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        f"-I{SOURCES}",
-        str(source),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
-    return biwkv4_build.Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward)
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 63, 64, 65, 200, 1500])
-def test_phases_match_brute_force(length: int, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
-    (w, u, k, v), grad_y = draw((2, length, 3), decay=2.0)
-    k = torch.stack([k, v], dim=2).flatten(2)[..., :3]  # a view with a stride
-    assert_close(actual((w, u, k, v), grad_y), expected((w, u, k, v), grad_y), 1e-5)
-
-
-@pytest.mark.parametrize("length", [1, 65, 500])
-@pytest.mark.parametrize("whole", [-60.0, -3.0, 0.0, 60.0])
-@pytest.mark.parametrize("keys", KEYS)
-def test_phases_stand_extremes(keys: str, whole: float, length: int, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
-    inputs, grad_y = extreme(keys, whole, length)
-    assert_within(actual(inputs, grad_y), expected(inputs, grad_y))
-
-
-@pytest.mark.parametrize("length", [1, 100, 700])
-@pytest.mark.parametrize(("whole", "boost"), BEYOND)
-def test_phases_beyond_the_bound(whole: float, boost: float, length: int, emulated, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(biwkv4, "_kernels", lambda k: emulated)
-    (w, u, k, v), grad_y = draw((2, length, 3), decay=2.0)
-    w[1], u[2] = whole / length, boost
-    assert_close(actual((w, u, k, v), grad_y), expected((w, u, k, v), grad_y), 1e-5)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 65, 5), (3, 1000, 130), (1, 8160, 32)])
 def test_gpu_matches_brute_force(shape, dtype: torch.dtype) -> None:
     inputs, grad_y = draw(shape, dtype, decay=1.5)
-    results = actual(tuple(x.cuda() for x in inputs), grad_y.cuda())
-    assert_close([x.cpu() for x in results], actual(inputs, grad_y), 1e-5)
+    results = computed(tuple(x.cuda() for x in inputs), grad_y.cuda())
+    assert_close([x.cpu() for x in results], computed(inputs, grad_y), 1e-5)
 
 
 @pytest.mark.gpu
@@ -94,8 +41,8 @@ def test_gpu_matches_brute_force(shape, dtype: torch.dtype) -> None:
 def test_gpu_beyond_the_bound(whole: float, boost: float) -> None:
     (w, u, k, v), grad_y = draw((2, 700, 130), decay=1.5)
     w[3], u[129] = whole / 700, boost
-    results = actual(tuple(x.cuda() for x in (w, u, k, v)), grad_y.cuda())
-    assert_close([x.cpu() for x in results], actual((w, u, k, v), grad_y), 1e-5)
+    results = computed(tuple(x.cuda() for x in (w, u, k, v)), grad_y.cuda())
+    assert_close([x.cpu() for x in results], computed((w, u, k, v), grad_y), 1e-5)
 
 
 @pytest.mark.gpu
@@ -103,18 +50,18 @@ def test_gpu_is_deterministic_and_reads_views() -> None:
     (w, u, _, _), grad_y = draw((2, 3000, 64))
     fused = torch.randn(2, 3000, 192, device="cuda")
     k, v = fused[..., :64], fused[..., 64:128]
-    results = [actual((w.cuda(), u.cuda(), k, v), grad_y.cuda()) for _ in range(3)]
-    results.append(actual((w.cuda(), u.cuda(), k.contiguous(), v.contiguous()), grad_y.cuda()))
+    results = [computed((w.cuda(), u.cuda(), k, v), grad_y.cuda()) for _ in range(3)]
+    results.append(computed((w.cuda(), u.cuda(), k.contiguous(), v.contiguous()), grad_y.cuda()))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_same_bits(results[0], other)
 
 
 @pytest.mark.gpu
 def test_gpu_slices_change_no_bit() -> None:
     (w, u, k, v), grad_y = draw((40, 4096, 96), torch.bfloat16)
     inputs = tuple(x.cuda() for x in (w, u, k, v))
-    y, _, _, dk, dv = actual(inputs, grad_y.cuda())
-    one = actual((inputs[0], inputs[1], inputs[2][7:8], inputs[3][7:8]), grad_y[7:8].cuda())
+    y, _, _, dk, dv = computed(inputs, grad_y.cuda())
+    one = computed((inputs[0], inputs[1], inputs[2][7:8], inputs[3][7:8]), grad_y[7:8].cuda())
     assert all(torch.equal(a[7:8], b) for a, b in zip((y, dk, dv), (one[0], one[3], one[4]), strict=True))
 
 
@@ -124,6 +71,6 @@ def test_gpu_opcheck_and_errors() -> None:
     inputs = [x.cuda().requires_grad_() for x in (w, u, k, v)]
     torch.library.opcheck(torch.ops.hpcm.biwkv4.default, inputs)
     with pytest.raises(ValueError, match="w must be on"):
-        biwkv4.biwkv4(w, *inputs[1:])
+        biwkv4(w, *inputs[1:])
     with pytest.raises(TypeError, match="k must be"):
-        biwkv4.biwkv4(*(x.double() for x in inputs))
+        biwkv4(*(x.double() for x in inputs))

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.bitstream.file_format import EPSILON, LEAST_EPSILON, MOST_EPSILON, Summary, check_epsilon
+from modules.bitstream.file_format import (
+    EPSILON,
+    LEAST_EPSILON,
+    MOST_EPSILON,
+    BitstreamError,
+    LatentHeader,
+    check_epsilon,
+)
 from modules.bitstream.guards import (
     STEPS,
     UNMOVED,
@@ -19,7 +26,6 @@ from modules.bitstream.guards import (
     step_sizes,
     table_index,
 )
-from modules.bitstream.rans import BitstreamError
 from modules.context.coding_order import hierarchy
 from modules.layers.entropy import TAIL_MASS, GeneralizedGaussian, _standard_cdf, scale_table
 
@@ -91,7 +97,7 @@ def test_the_bytes_are_the_documented_ones() -> None:
     assert rest == b"coded"
     assert parsed.pack() == packed
     assert parsed.epsilon == pytest.approx(EPSILON)
-    assert Summary.of(packed) == (parsed.epsilon, len(offsets))
+    assert LatentHeader.of(packed) == (parsed.epsilon, len(offsets))
     assert len(Guards(0, (UNMOVED,) * STEPS, (0,) * STEPS).pack()) == 33
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modules import HPCM
-from modules.bitstream.image_codec import ImageCodec
+from modules.image_codec import ImageCodec
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.bitstream.file_format import BitstreamError
 from modules.bitstream.guards import table_index
-from modules.bitstream.rans import (
-    LIMIT,
-    BitstreamError,
-    CodingTables,
-    RewindingReader,
-    SymbolReader,
-    SymbolWriter,
-    longest,
-    split_check,
-)
+from modules.bitstream.rans import LIMIT, SymbolReader, SymbolWriter, longest, split_check
+from modules.bitstream.tables import CodingTables
 from modules.layers.entropy import GeneralizedGaussian, scale_table
 
 
@@ -56,24 +49,6 @@ def test_another_table_is_noticed_even_where_it_gives_the_same_symbols() -> None
     assert torch.equal(reader.take(second), torch.arange(64, dtype=torch.int32))
     with pytest.raises(BitstreamError, match="do not match their check value"):
         reader.finish(check)
-
-
-def test_a_reader_goes_back_to_any_place_of_its_stream(tables: CodingTables) -> None:
-    parts = torch.tensor([[0, 1, -1, 300, -90], [5, 2, 7000, 0, -1]])  # some are escapes, whose bytes lie between
-    indexes = torch.arange(5) * 5
-    writer = SymbolWriter(tables)
-    for part in parts:
-        writer.put(part.float(), indexes)
-    reader = RewindingReader(writer.coded(), tables, 10)
-    places = [reader.place]
-    assert torch.equal(reader.take(indexes), parts[0].int())
-    places.append(reader.place)
-    assert not torch.equal(reader.take(indexes + 1), parts[1].int())
-    for number in (1, 0):
-        assert reader.rewind(places[number]) == 5 * number + (4 if number else 0)
-        assert torch.equal(reader.take(indexes), parts[number].int())
-    assert torch.equal(reader.take(indexes), parts[1].int())
-    reader.finish(writer.check)
 
 
 @pytest.mark.parametrize("length", [0, 3, 7, 9])

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from modules import HPCM, preset_config
-from modules.bitstream.determinism import coding_arithmetic
-from modules.bitstream.rans import BitstreamError, CodingTables
+from modules.bitstream.determinism import deterministic_float32
+from modules.bitstream.file_format import BitstreamError
 from modules.layers.transforms import ImageTransform
+from modules.loading import nearest_config
 
 PHASES = range(5)
 
@@ -148,7 +149,7 @@ def test_precisions_around_them_change_nothing_and_stay(
 def test_precisions_that_follow_the_general_one_still_do(precisions: Callable[[], dict[str, str]]) -> None:
     for precision in ("tf32", "ieee"):
         torch.backends.fp32_precision = precision
-        with coding_arithmetic(torch.device("cpu"), torch.get_num_threads()):
+        with deterministic_float32(torch.device("cpu")):
             pass
         for name in ("cuda.matmul", "mkldnn.matmul", "mkldnn.conv"):
             assert precisions()[name] == precision
@@ -199,9 +200,7 @@ def test_weights_may_come_without_tables(codecs: dict[int, HPCM], picture: Tenso
 
 @pytest.mark.parametrize("preset", ["base", "large", "phi-context"])
 def test_presets_follow_from_the_shapes(preset: str) -> None:
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in HPCM.from_preset(preset, 2).state_dict().items()}
-    nearest = HPCM.nearest_config(shapes)
+    nearest = nearest_config(HPCM.on_meta(preset_config(preset, 2)).state_dict())
     if preset == "phi-context":  # which from Phase 2 on is Base
         preset = "base"
     assert nearest == preset_config(preset, 2)
@@ -215,6 +214,6 @@ def test_weights_of_no_preset_are_named(codecs: dict[int, HPCM]) -> None:
 
 def test_no_table_gives_mass_to_the_coders_own_escape(codecs: dict[int, HPCM]) -> None:
     model = codecs[2]
-    tables = CodingTables.from_buffers(model.quantized_cdf_z, model.cdf_length_z, model.offset_z)
+    tables = model.coding_tables.z
     assert all(cdf[-1] == cdf[-2] == 2**16 for cdf in tables.cdfs)
     assert all(len(cdf) == length for cdf, length in zip(tables.cdfs, tables.lengths, strict=True))

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.biwkv4.op import biwkv4_reference
-from modules.context.components import Checkpointed
 from modules.context.rwkv_kinds import (
     RWKVComponent,
     RWKVContextCell,
@@ -17,6 +16,7 @@ from modules.context.rwkv_kinds import (
     RWKVSpatialPrior_S1_S2,
     RWKVSpatialPrior_S3,
 )
+from modules.layers.blocks import Checkpointed
 from modules.layers.residual import DWConvRB
 from modules.layers.rwkv import (
     ChannelMix,

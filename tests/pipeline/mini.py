@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 
 from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
-from pipeline.chain.context import Rebuild, RunContext
+from pipeline.chain.context import RunContext
+from pipeline.chain.request import Rebuild
 from pipeline.chain.run import run_chain as run_planned
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import TrainingCrops

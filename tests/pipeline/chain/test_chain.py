@@ -258,9 +258,10 @@ def test_validation_images_that_change_or_are_too_large_are_noticed(
 )
 def test_mistakes_in_later_stages_are_told_before_anything_runs(runs: Path, setting: str, message: str) -> None:
     with pytest.raises(StageError) as raised:
-        mini_chain(runs, "phase4", [setting]).plan()
+        run_chain(mini_chain(runs, "phase4", [setting]))
     expected = ".*".join(re.escape(part) for part in message.split("*"))
     assert re.search(expected, str(raised.value))
+    assert not (runs / "mini").exists()
 
 
 def test_a_damaged_parent_ends_its_childs_run_and_says_what_to_do(

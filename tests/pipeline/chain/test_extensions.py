@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from modules import HPCM, HPCMConfig, Noise
 from modules.context import components as registry
 from modules.context.attention import CrossAttentionKind
-from modules.context.components import Checkpointed, Component, Kind, register
-from modules.layers.residual import LinearLayer
+from modules.context.components import Component, Kind, register
+from modules.layers.blocks import Checkpointed, LinearLayer
 from pipeline.chain.chain import Chain
 from pipeline.common.errors import Interrupted
 from pipeline.evaluation import metrics
@@ -153,5 +153,5 @@ def test_unknown_names_are_refused_with_the_nearest(recipe: Path) -> None:
         load_recipe(recipe)
     with pytest.raises(ValueError, match="did you mean 'pooling'"):
         HPCMConfig(attn_s1="poolling")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the attention kind 'none' is already modules\.attention\.NoAttentionKind"):
+    with pytest.raises(ValueError, match=r"'none' is already modules\.context\.attention\.NoAttentionKind"):
         register("attention", "none")(PoolingKind)

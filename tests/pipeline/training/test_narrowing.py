@@ -10,7 +10,8 @@ from mini import Stop, mini_chain, mini_codec, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, preset_config
-from modules.layers.residual import DWConvRB, Narrowable, PConvRB
+from modules.layers.blocks import Narrowable
+from modules.layers.residual import DWConvRB, PConvRB
 from modules.layers.rwkv import ChannelMix, SpatialMix
 from pipeline.common.errors import Interrupted
 from pipeline.recipes.schema import Transfer

@@ -187,19 +187,6 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "not finite scales_hyper" in message
 
 
-@pytest.mark.parametrize(("preset", "wrapped"), [("base", False), ("tiny", True)])
-def test_official_files_are_imported(preset: str, wrapped: bool, tmp_path: Path) -> None:
-    model = HPCM.from_preset(preset)
-    state = model.state_dict()
-    path = tmp_path / "official.pth.tar"
-    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}} if wrapped else state, path)
-    imported = import_official(path)
-    assert imported.config == model.config
-    expected, actual = codec_tensors(model), codec_tensors(imported)
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
-
-
 @pytest.mark.parametrize("save", ["torch", "pickle"])
 def test_code_in_a_pickle_is_not_run(save: str, tmp_path: Path) -> None:
     path, mark = tmp_path / "evil.pth.tar", tmp_path / "ran"

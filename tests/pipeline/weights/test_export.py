@@ -8,7 +8,7 @@ import torch
 from mini import FOLDER, mini_codec
 
 from modules import HPCM
-from modules.bitstream.image_codec import model_identity
+from modules.bitstream.identity import model_identity
 from pipeline.commands import main as cli
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Stage

@@ -20,7 +20,6 @@ import torch
 from mini import FOLDER, mini_codec
 from PIL import Image
 
-from modules import HPCM
 from pipeline.data.images import DataError, find_images, read_picture
 from pipeline.recipes.loading import RecipeError, load_recipe
 from pipeline.weights import checkpoints
@@ -71,7 +70,7 @@ def outcome(work: Callable[[], object], expected: type[Exception]) -> str:
 @pytest.fixture
 def small_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take every official file for the mini codec: building a full one for each case would take hours."""
-    monkeypatch.setattr(HPCM, "nearest_config", lambda shapes: mini_codec(0).config)
+    monkeypatch.setattr(checkpoints, "nearest_config", lambda tensors: mini_codec(0).config)
 
 
 @pytest.mark.usefixtures("small_presets")

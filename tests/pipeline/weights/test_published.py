@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mini import mini_codec
 
-from modules.bitstream.image_codec import model_identity
+from modules.bitstream.identity import model_identity
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, publish, write
 from pipeline.weights.published import Lineage, Quality, Validation
 

@@ -25,12 +25,12 @@ sys.path[:] = [path for path in sys.path if "site-packages" in path or "python3"
 sys.path.insert(0, str(folder))
 from runtime import ExportedCodec
 codec, expected = ExportedCodec(folder), torch.load(folder / "expected.pt")
-coded = codec.encode(expected["image"])
-x_hat = codec.decode(coded.z, lambda number, scales: coded.y[number].symbols)
+z, steps = codec.encode(expected["image"])
+x_hat = codec.decode(z, lambda number, scales: steps[number].symbols)
 assert not {"modules", "pipeline", "compressai"} & {name.split(".")[0] for name in sys.modules}
-assert all(step.symbols.shape == step.scales.shape for step in coded.y)
+assert all(step.symbols.shape == step.scales.shape for step in steps)
 difference = float((x_hat - expected["x_hat"]).abs().max())
-print(json.dumps({"steps": [bool(step.symbols.any()) for step in coded.y], "difference": difference}))
+print(json.dumps({"steps": [bool(step.symbols.any()) for step in steps], "difference": difference}))
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from pipeline.commands import mlflow_pages
+from pipeline.commands import ui
 from pipeline.commands.main import app
 from pipeline.tracking.store import EXPERIMENT, Store
 
@@ -18,7 +18,7 @@ def test_the_page_is_that_of_the_experiment_by_name(runs: Path, monkeypatch: pyt
     client.rename_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id, "somebody's")
     wanted = store.client().get_experiment_by_name(EXPERIMENT).experiment_id  # a new one
     served = []
-    monkeypatch.setattr(mlflow_pages, "serve", lambda store, port: served.append((store.uri, port)))
+    monkeypatch.setattr(ui, "serve", lambda store, port: served.append((store.uri, port)))
     done = CliRunner().invoke(app, ["ui", "--runs", str(runs), "--port", "5123"])
     assert done.output == f"runs: http://127.0.0.1:5123/#/experiments/{wanted}/runs?workflowType=machine_learning\n"
     assert served == [(store.uri, 5123)]
@@ -28,8 +28,8 @@ def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr(mlflow_pages, "FIRST_PORT", taken.getsockname()[1])
-        assert mlflow_pages.free_port() != taken.getsockname()[1]
+        monkeypatch.setattr(ui, "FIRST_PORT", taken.getsockname()[1])
+        assert ui.free_port() != taken.getsockname()[1]
 
 
 def test_a_folder_without_runs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

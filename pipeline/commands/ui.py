@@ -1,15 +1,38 @@
-"""Serving MLflow's pages on a folder of runs."""
+"""`hpcm ui`: MLflow's pages on a folder of runs."""
 
 import os
 import socket
 import sys
 from itertools import chain
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn
 
+import typer
+
+from pipeline.commands.options import Runs
+from pipeline.common.errors import UserError
 from pipeline.tracking.store import EXPERIMENT, Store
 
 FIRST_PORT = 5000
 PORTS_TRIED = 100
+
+
+def ui(
+    runs: Runs = Path("runs"),
+    port: Annotated[
+        int | None, typer.Option(help="Port of the server [default: the first free one from 5000].")
+    ] = None,
+) -> None:
+    """Serve MLflow's pages on these runs, and print the address of the list of runs."""
+    store = Store.default(runs)
+    if store.database is not None and not store.database.exists():
+        raise UserError(f"{runs}: this folder has no runs yet; name another one with --runs")
+    if store.uri.startswith("http"):
+        print(address(store, store.uri))
+        return
+    port = port or free_port()
+    print(f"runs: {address(store, f'http://127.0.0.1:{port}')}", flush=True)
+    serve(store, port)
 
 
 def address(store: Store, server: str) -> str:

@@ -2,13 +2,10 @@
 
 from torch import Tensor
 
-from modules.bitstream import version1
 from modules.bitstream.coding import Decoded
-from modules.bitstream.file_format import EPSILON, BitstreamError, CodedImage, Header, check_dimensions
-from modules.bitstream.identity import earlier_identity, model_identity
+from modules.bitstream.file_format import EPSILON, BitstreamError, CodedImage, check_dimensions
+from modules.bitstream.identity import model_identity
 from modules.codec import HPCM
-
-__all__ = ["BitstreamError", "CodedImage", "Header", "ImageCodec", "model_identity"]
 
 
 class ImageCodec:
@@ -18,8 +15,6 @@ class ImageCodec:
         model.update()
         self.model = model.eval()
         self.identity = model_identity(model)
-        names = self.identity, earlier_identity(model)
-        self.identities = frozenset(name for name in names if name is not None)
 
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
         """Code one image (1, 3, H, W) in [0, 1] for decoders within ε. Raises BitstreamError if it is too large."""
@@ -33,11 +28,13 @@ class ImageCodec:
 
     def decode(self, coded: CodedImage) -> Decoded:
         """The image, and how it was recovered. Raises BitstreamError for another model's file and if recovery fails."""
-        if coded.identity not in self.identities:
+        self.check_identity(coded)
+        decoded = self.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
+        return Decoded(decoded["x_hat"], decoded["recovery"][0])
+
+    def check_identity(self, coded: CodedImage) -> None:
+        """Raise BitstreamError unless this model made the file."""
+        if coded.identity != self.identity:
             raise BitstreamError(
                 f"made by another model: {coded.identity.hex()}; this checkpoint is {self.identity.hex()}"
             )
-        if version1.wrote(coded.y) != (coded.version == 1):
-            raise BitstreamError(f"damaged: the header names version {coded.version}, but the latent has another one")
-        decoded = self.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
-        return Decoded(decoded["x_hat"], decoded["recovery"][0])

@@ -1,7 +1,8 @@
-"""Files coded under one arithmetic and decoded under another, each in a process of its own: `make arithmetics`.
+"""Encodes files under one floating-point configuration and decodes them under others: `make portability`.
 
-One machine has many arithmetics: instruction sets, libraries and thread counts sum in other orders. A folder holds what
-the processes share: `codecs/*.pt`, `images/*.pt`, and for each arithmetic the files it wrote and what it decoded.
+Instruction sets, libraries and numbers of threads sum in different orders, so they round differently. Each
+configuration runs in a process of its own. A folder holds what the processes share: `codecs/*.pt`, `images/*.pt`, and
+for each configuration the files that it wrote and what it decoded.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from modules import HPCM, HPCMConfig, biwkv4, coding
-from modules.bitstream.coders import RecordingDecoder
+from modules import HPCM, HPCMConfig
+from modules.bitstream.coders import StepMismatch
+from modules.bitstream.file_format import BitstreamError, CodedImage
 from modules.bitstream.guards import scale_error, table_index
-from modules.bitstream.image_codec import BitstreamError, CodedImage, ImageCodec
+from modules.biwkv4 import op
+from modules.image_codec import ImageCodec
 from modules.layers.entropy import scale_table
 
 
@@ -34,7 +37,7 @@ def channels_first(model: HPCM) -> None:
 
 def without_kernel(model: HPCM) -> None:
     """Compute Bi-WKV4 by its reference in PyTorch."""
-    biwkv4._kernels = lambda k: None
+    op._kernels = lambda k: None  # type: ignore[assignment]
 
 
 def without_onednn(model: HPCM) -> None:
@@ -43,7 +46,7 @@ def without_onednn(model: HPCM) -> None:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Configuration:
     """The environment and the threads of a process, and the change that it makes to a model."""
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -51,23 +54,23 @@ class Arithmetic:
     prepare: Callable[[HPCM], object] = lambda model: None
 
 
-ARITHMETICS = {
-    "default": Arithmetic(),
-    "oneDNN SSE4.1": Arithmetic({"ONEDNN_MAX_CPU_ISA": "SSE41"}),
-    "oneDNN AVX2": Arithmetic({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "ATen default": Arithmetic({"ATEN_CPU_CAPABILITY": "default"}),
-    "ATen AVX2": Arithmetic({"ATEN_CPU_CAPABILITY": "avx2"}),
-    "ATen AVX-512": Arithmetic({"ATEN_CPU_CAPABILITY": "avx512"}),
-    "MKL compatible": Arithmetic({"MKL_CBWR": "COMPATIBLE"}),
-    "no oneDNN": Arithmetic(prepare=without_onednn),
-    "1 thread": Arithmetic(threads=1),
-    "3 threads": Arithmetic(threads=3),
-    "channels first": Arithmetic(prepare=channels_first),
-    "no kernel": Arithmetic(prepare=without_kernel),
-    "float64": Arithmetic(prepare=lambda model: model.double()),
-    **({"CUDA": Arithmetic(prepare=lambda model: model.cuda())} if torch.cuda.is_available() else {}),
+CONFIGURATIONS = {
+    "default": Configuration(),
+    "oneDNN SSE4.1": Configuration({"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    "oneDNN AVX2": Configuration({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "ATen default": Configuration({"ATEN_CPU_CAPABILITY": "default"}),
+    "ATen AVX2": Configuration({"ATEN_CPU_CAPABILITY": "avx2"}),
+    "ATen AVX-512": Configuration({"ATEN_CPU_CAPABILITY": "avx512"}),
+    "MKL compatible": Configuration({"MKL_CBWR": "COMPATIBLE"}),
+    "no oneDNN": Configuration(prepare=without_onednn),
+    "1 thread": Configuration(threads=1),
+    "3 threads": Configuration(threads=3),
+    "channels first": Configuration(prepare=channels_first),
+    "no kernel": Configuration(prepare=without_kernel),
+    "float64": Configuration(prepare=lambda model: model.double()),
+    **({"CUDA": Configuration(prepare=lambda model: model.cuda())} if torch.cuda.is_available() else {}),
 }
-"""AVX2 for ATen and SSE4.1 for oneDNN are other code paths; what a machine lacks, it takes as the best it has."""
+"""By name. A library that lacks an instruction set here uses the best that the processor has."""
 
 
 def save_codec(model: HPCM, path: Path) -> None:
@@ -93,24 +96,24 @@ def prepare(folder: Path) -> None:
     torch.save(image, folder / "images" / "coffee.pt")
 
 
-def _load(path: Path, arithmetic: Arithmetic) -> ImageCodec:
+def _load(path: Path, configuration: Configuration) -> ImageCodec:
     saved = torch.load(path, weights_only=True)
     model = HPCM(HPCMConfig.from_dict(saved["config"])).eval()
     model.load_state_dict(saved["state"])
-    arithmetic.prepare(model)
+    configuration.prepare(model)
     return ImageCodec(model)
 
 
-def _codecs(folder: Path, arithmetic: Arithmetic) -> Iterator[tuple[str, ImageCodec]]:
+def _codecs(folder: Path, configuration: Configuration) -> Iterator[tuple[str, ImageCodec]]:
     for path in sorted((folder / "codecs").glob("*.pt")):
-        yield path.stem, _load(path, arithmetic)
+        yield path.stem, _load(path, configuration)
 
 
 def encode_all(folder: Path, name: str) -> None:
-    """Write every image with every codec; `name` is this process's arithmetic."""
+    """Write every image with every codec; `name` is this process's configuration."""
     target = folder / "files" / name
     target.mkdir(parents=True, exist_ok=True)
-    for codec_name, codec in _codecs(folder, ARITHMETICS[name]):
+    for codec_name, codec in _codecs(folder, CONFIGURATIONS[name]):
         for path in sorted((folder / "images").glob("*.pt")):
             image = torch.load(path, weights_only=True).to(codec.model.means_hyper)
             (target / f"{codec_name}@{path.stem}.hpcm").write_bytes(codec.encode(image).pack())
@@ -121,7 +124,7 @@ def decode_all(folder: Path, name: str) -> None:
     read: dict[str, Any] = {}
     references = folder / "references"
     references.mkdir(exist_ok=True)
-    for codec_name, codec in _codecs(folder, ARITHMETICS[name]):
+    for codec_name, codec in _codecs(folder, CONFIGURATIONS[name]):
         known: dict[str, dict[str, Any]] = {}
         for path in sorted((folder / "files").glob(f"*/{codec_name}@*.hpcm")):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -132,27 +135,18 @@ def decode_all(folder: Path, name: str) -> None:
     (folder / "decoded" / name / "results.json").write_text(json.dumps(read, indent=1))
 
 
-class Kept(RecordingDecoder):
-    """Takes the place of the codec's decoder, and keeps its scales and symbols."""
-
-    last: "Kept"
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        Kept.last = self
-
-
 def _decode(codec: ImageCodec, path: Path, reference: Path, exact: bool) -> dict[str, Any]:
     coded = CodedImage.read(path)
-    coding.Decoder = Kept  # type: ignore[misc]
+    size = coded.height, coded.width
     try:
-        decoded = codec.model.decompress([[coded.y], [coded.z]], (coded.height, coded.width))
-        pixels, (recovery,) = (decoded["x_hat"].cpu() * 255).round().byte(), decoded["recovery"]
-        if recovery:
-            return {"recovery": recovery, "symbols": "recovered"}
-        scales, symbols = torch.cat(Kept.last.scales).cpu(), torch.cat(Kept.last.symbols).cpu()
-    except BitstreamError as error:
-        return {"refused": str(error)}
+        scales, symbols, x_hat = (x.cpu() for x in codec.model.trace(coded.y, coded.z, size))
+    except StepMismatch:
+        try:
+            decoded = codec.model.decompress([[coded.y], [coded.z]], size)
+        except BitstreamError as error:
+            return {"refused": str(error)}
+        return {"recovery": decoded["recovery"][0], "symbols": "recovered"}
+    pixels = (x_hat * 255).round().byte()
     if exact:
         torch.save({"scales": scales, "pixels": pixels}, reference)
     found = {"symbols": hashlib.sha256(symbols.numpy().tobytes()).hexdigest()}
@@ -184,16 +178,16 @@ def run_all(folder: Path, names: Sequence[str]) -> None:
 
 
 def start(folder: Path, name: str, *parts: str) -> subprocess.Popen[bytes]:
-    """Run parts of the matrix in a process with this arithmetic."""
+    """Run parts of the matrix in a process with this configuration."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    environment = {**os.environ, **ARITHMETICS[name].environment, "PYTHONPATH": path}
+    environment = {**os.environ, **CONFIGURATIONS[name].environment, "PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", __file__, str(folder), "--process", name, *parts], env=environment
     )
 
 
 def results(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The result of one arithmetic for each file, by the names of the encoder and the file."""
+    """The result of one configuration for each file, by the names of the encoder and the file."""
     read: dict[str, dict[str, Any]] = json.loads((folder / "decoded" / name / "results.json").read_text())
     return read
 
@@ -232,13 +226,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.process:
         name, *parts = arguments.process
-        torch.set_num_threads(ARITHMETICS[name].threads)
+        torch.set_num_threads(CONFIGURATIONS[name].threads)
         for part in parts:
             PARTS[part](arguments.folder, name)
     else:
         if not arguments.folder.exists():
             prepare(arguments.folder)
-        run_all(arguments.folder, arguments.only or list(ARITHMETICS))
+        run_all(arguments.folder, arguments.only or list(CONFIGURATIONS))
         report(arguments.folder)
 
 

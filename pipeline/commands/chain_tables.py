@@ -1,0 +1,67 @@
+"""Tables of chains: the plan before a run, and the results after it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.chain.chain import Chain
+from pipeline.chain.plan import PlannedStage
+from pipeline.common.packaged import label
+from pipeline.common.tables import Table, number, shortest
+from pipeline.records.record import StageRecord
+
+
+def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
+    """What `hpcm plan` prints."""
+    title = f"{chain.recipe}, λ = {shortest(chain.lmbda)}, in {chain.folder}"
+    table = Table(title, ("stage", "status", "why", "segments (steps)"), left=4)
+    for planned in plan:
+        segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
+        if planned.task.imported is not None:
+            segments = f"taken from {label(planned.task.imported)}"
+        table.add(planned.name, planned.status, planned.reason.removeprefix(f"{planned.status}: "), segments)
+    return table
+
+
+def plan_json(chain: Chain, plan: Sequence[PlannedStage]) -> dict[str, Any]:
+    """What `hpcm plan --json` prints."""
+    return {
+        "recipe": chain.recipe,
+        "lmbda": chain.lmbda,
+        "seed": chain.seed,
+        "folder": str(chain.folder),
+        "stages": [
+            {
+                "name": planned.name,
+                "status": planned.status,
+                "reason": planned.reason,
+                "imported": str(planned.task.imported) if planned.task.imported else None,
+                "segments": [{"name": s.name, "steps": s.steps} for s in planned.task.stage.schedule],
+            }
+            for planned in plan
+        ],
+    }
+
+
+def closing_table(chain: Chain) -> Table:
+    """One row per published stage: size, cost, quality, step-0 gap and minutes of training."""
+    columns = ("stage", "params", "kMAC/px", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
+    table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
+    for task in chain.tasks:
+        if task.is_published:
+            table.add(task.stage.name, *_record_row(StageRecord.read(task.folder)))
+    return table
+
+
+def _record_row(record: StageRecord) -> list[str]:
+    assert record.result is not None  # a published stage was evaluated
+    result, quality = record.result, record.result.quality
+    return [
+        f"{result.parameters / 1e6:.2f}M",
+        f"{result.kmacs_per_pixel:.1f}",
+        f"{quality.bpp:.4f}",
+        f"{quality.psnr_db:.2f}",
+        number(quality.ms_ssim),
+        f"{quality.rd_loss:.4f}",
+        number(record.start.step0_gap, "+z.4f"),
+        f"{record.trained.seconds / 60:.1f}" if record.steps else "–",
+    ]

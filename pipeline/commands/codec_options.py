@@ -1,0 +1,78 @@
+"""The options of commands that code images, and the codec that they choose."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modules.bitstream.file_format import BitstreamError
+from modules.image_codec import ImageCodec
+from pipeline.commands.checkpoint_info import checkpoint_file, known_models
+from pipeline.commands.devices import device_of
+from pipeline.commands.options import Device, Quiet
+from pipeline.data.images import DataError
+from pipeline.weights.checkpoints import load_codec
+from pipeline.weights.shipped import ShippedCodecs, of_quality
+
+Pictures = Annotated[list[Path], typer.Argument(help="Images and folders of images; `-`: standard input.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="File or folder to write; `-`: standard output [default: beside the input]."),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        min=1,
+        help="Largest number of pixels of an image, padding included [default: what fits into half of the memory].",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """A codec, and what it may do."""
+
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="The codec: a stage's checkpoint.safetensors or the stage's folder [default: a bundled codec].",
+        ),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
+    device: Device = "cpu"
+    max_pixels: MaxPixels = None
+    quiet: Quiet = False
+
+    def codec(self, quality: int | None = None) -> ImageCodec:
+        """The codec of the checkpoint, or the bundled one of a quality."""
+        file = checkpoint_file(self.checkpoint) if self.checkpoint else of_quality(quality)
+        return ImageCodec(load_codec(file).to(device_of(self.device)))
+
+    def finder(self, runs: Path) -> Callable[[bytes], ImageCodec]:
+        """A function from the identity in a coded file to its codec: the checkpoint's, or a bundled one.
+
+        The function raises DataError, which names the path, if a codec in `runs` made the file instead, and
+        BitstreamError if the codec is not known.
+        """
+        given = self.codec() if self.checkpoint else None
+        shipped = ShippedCodecs(str(device_of(self.device)))
+
+        def find(identity: bytes) -> ImageCodec:
+            if given is not None and identity == given.identity:
+                return given
+            try:
+                if given is None:
+                    return shipped.of(identity)
+                raise BitstreamError(f"made by another model: {identity.hex()}; that of -c is {given.identity.hex()}")
+            except BitstreamError as error:
+                name = known_models(runs).get(identity.hex())
+                if name is None:
+                    raise
+                raise DataError(f"made by another model: {name}; give that model with -c") from error
+
+        return find

@@ -1,0 +1,116 @@
+"""`hpcm compare`: what codecs cost."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.devices import device_of
+from pipeline.commands.display import errors, show, show_json
+from pipeline.commands.options import AsJson, Device, Quiet, Runs, Settings
+from pipeline.common.figure_style import save
+from pipeline.evidence import comparison, comparison_display
+from pipeline.evidence.measurement import Contender
+from pipeline.recipes.loading import load_recipe
+
+
+@dataclass(frozen=True)
+class CodecChoice:
+    """The codecs to compare."""
+
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Published codecs; each is compared with the first [default: --preset]."),
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare all phases of this preset, untrained: tiny, base or large [default: tiny].",
+            rich_help_panel="Recipe and images",
+        ),
+    ] = None
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Compare the stages of this recipe instead, untrained.", rich_help_panel="Recipe and images"),
+    ] = None
+    settings: Settings = None
+
+    def contenders(self) -> tuple[str, list[Contender]]:
+        """Title of the comparison, and the codecs. Raises BadParameter for options that exclude each other."""
+        if sum(map(bool, (self.checkpoints, self.recipe, self.preset))) > 1:
+            raise typer.BadParameter("give one of checkpoints, --recipe and --preset, not several")
+        if self.settings and not self.recipe:
+            raise typer.BadParameter("--set changes a recipe: give --recipe as well")
+        if self.checkpoints:
+            return "checkpoints", comparison.of_checkpoints(self.checkpoints)
+        if self.recipe:
+            loaded = load_recipe(self.recipe, self.settings or ())
+            return " ".join([loaded.name, *(self.settings or ())]), comparison.of_recipe(loaded)
+        preset = self.preset or "tiny"
+        try:
+            return f"preset {preset}", comparison.of_preset(preset)  # The title "tiny" is the recipe's.
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """What is measured, and where."""
+
+    device: Device = "cpu"
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Image size for coding, HEIGHTxWIDTH; repeatable [default: 256x256 512x768 1024x1536]."),
+    ] = None
+    train_size: Annotated[
+        list[str] | None,
+        typer.Option(help="Image size for training steps of one image; repeatable [default: 256x256 512x768]."),
+    ] = None
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 5
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, in fresh processes.")] = True
+
+    def plan(self) -> comparison.Plan:
+        """The measurements. Raises BadParameter."""
+        sizes = tuple(map(size_of, self.size or ("256x256", "512x768", "1024x1536")))
+        train_sizes = tuple(map(size_of, self.train_size or ("256x256", "512x768")))
+        return comparison.Plan(sizes, train_sizes, self.rounds, self.memory)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width in pixels from `512x768`; raises BadParameter."""
+    found = re.fullmatch("([1-9][0-9]*)[xX×]([1-9][0-9]*)", text)
+    if not found:
+        raise typer.BadParameter(f"{text!r}: expected HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(found[1]), int(found[2])
+
+
+def compare(
+    choice: CodecChoice,
+    measuring: MeasurementOptions,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG [default: in --runs].")
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare what codecs cost: parameters, multiplications, times and peak memory.
+
+    Codecs take turns, so that other load on the machine slows all of them. `hpcm report` shows the result.
+    """
+    device, plan = measuring.device, measuring.plan()
+    device_of(device)
+    title, contenders = choice.contenders()
+    folder = output or comparison.default_folder(runs, title, device)
+    folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
+    found = comparison.compare(title, contenders, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
+    if as_json:
+        show_json(asdict(found))
+    else:
+        show(*comparison_display.tables(found))
+    drawing = folder / "comparison.png"
+    save(comparison_display.draw(found), drawing)
+    logged = comparison.keep(found, runs, folder, drawing)
+    errors.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)

@@ -1,0 +1,78 @@
+"""`hpcm compress`: images to `.hpcm` files."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from modules.bitstream.file_format import EPSILON, check_epsilon
+from pipeline.commands.codec_options import CodecOptions, Output, Pictures
+from pipeline.commands.display import console
+from pipeline.commands.each_file import convert_each
+from pipeline.commands.streams import with_standard_streams
+from pipeline.common.tables import Table, number
+from pipeline.evaluation.codec_files import compress_file
+from pipeline.evaluation.conversions import COMPRESSION, Conversion, plan
+
+
+@dataclass(frozen=True)
+class CompressionOptions(CodecOptions):
+    """How images are compressed."""
+
+    quality: Annotated[
+        int | None,
+        typer.Option(help="Bundled codec by quality; 1 gives the smallest files [default: the middle one].", min=1),
+    ] = None
+    epsilon: Annotated[
+        float, typer.Option(help="Relative error in a decoder's scales that the file tolerates; 0: none.")
+    ] = EPSILON
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Decode each file before writing it, to check it.")
+    ] = True
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Skip images whose output file exists.")] = (
+        False
+    )
+
+    def check(self) -> None:
+        """Raise BadParameter for options that cannot be used, or not together."""
+        if self.checkpoint and self.quality:
+            raise typer.BadParameter("--quality selects a bundled codec: give --quality or --checkpoint, not both")
+        try:
+            check_epsilon(self.epsilon)
+        except ValueError as error:
+            raise typer.BadParameter(f"--epsilon: {error}") from error
+
+
+@with_standard_streams("pictures", ".hpcm")
+def compress(pictures: Pictures, options: CompressionOptions, output: Output = None) -> None:
+    """Compress images to `.hpcm` files. Each file is decoded before it is written, to check it and to measure PSNR.
+
+    The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
+    per channel are reduced to 8; a message says so.
+    """
+    options.check()
+    conversions = plan(pictures, output, COMPRESSION, options.overwrite or options.skip_existing)
+    if options.skip_existing:
+        found, conversions = conversions, [item for item in conversions if not item.target.exists()]
+        if skipped := len(found) - len(conversions):
+            console.print(f"skipped: {skipped} of {len(found)}, because their files exist")
+        if not conversions:
+            return
+    codec = options.codec(options.quality)
+    table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
+
+    def convert(conversion: Conversion) -> Iterable[str]:
+        done = compress_file(codec, conversion, options.epsilon, options.verify, options.max_pixels)
+        table.add(
+            conversion.name,
+            f"{done.width}×{done.height}",
+            f"{done.file_bytes}",
+            f"{done.bpp:.4f}",
+            number(done.psnr_db, ".2f"),
+            f"{done.encode_seconds:.2f}",
+            number(done.decode_seconds, ".2f"),
+        )
+        return done.changes
+
+    convert_each(conversions, convert, table)
