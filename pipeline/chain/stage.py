@@ -18,7 +18,8 @@ from pipeline.chain.stage_task import RunContext, StageTask
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import environment_of
 from pipeline.data.crops import TrainingCrops, validation_images
-from pipeline.data.images import DataError, find_images
+from pipeline.data.images import find_images
+from pipeline.data.pictures import DataError
 from pipeline.evaluation.coding import (
     comparison_name,
     estimate,

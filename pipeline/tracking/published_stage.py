@@ -8,10 +8,10 @@ from typing import Any
 from pipeline.common.tables import shortest
 from pipeline.evaluation.results import Evaluation
 from pipeline.tracking import descriptions
+from pipeline.tracking.mlflow_model import save_mlflow_model
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.store import Run
 from pipeline.tracking.tags import ChainTags
-from pipeline.weights.mlflow_model import save_mlflow_model
 from pipeline.weights.published import PublicationRecord, Validation
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-from pipeline.data.images import DataError, read_image
+from pipeline.data.pictures import DataError, read_image
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.registry import Registry
 from pipeline.tracking.store import EndState, EntryError, Store, StoreError, experiment_id, find_run

@@ -13,13 +13,13 @@ from pandas import DataFrame
 from PIL import Image
 
 from pipeline.chain.chain import Chain
+from pipeline.tracking.mlflow_model import load_registered, save_mlflow_model
 from pipeline.tracking.model_facts import ModelFacts
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.provenance import source_tags
 from pipeline.tracking.store import Store, find_run
 from pipeline.tracking.system_metrics import sampling
-from pipeline.weights.checkpoints import CheckpointError, load_codec
-from pipeline.weights.mlflow_model import save_mlflow_model
+from pipeline.weights.checkpoints import CheckpointError
 from pipeline.weights.published import Lineage, publish
 
 NAME = "hpcm-tiny-lmbda-0.013"
@@ -150,9 +150,9 @@ def test_a_registered_codec_is_loaded_by_its_alias(runs: Path, tmp_path: Path, m
     image = torch.rand(1, 3, 40, 60)
     model.update()
     expected = model.compress(image)
-    assert load_codec(f"models:/{NAME}@phase4").compress(image) == expected
+    assert load_registered(f"models:/{NAME}@phase4").compress(image) == expected
     with pytest.raises(CheckpointError, match="MLflow has no such codec"):
-        load_codec(f"models:/{NAME}@phase5")
+        load_registered(f"models:/{NAME}@phase5")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", Store.default(moved).uri)
     assert mlflow.pytorch.load_model(f"models:/{NAME}@phase4").compress(image) == expected
 
