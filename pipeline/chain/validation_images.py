@@ -12,7 +12,8 @@ from pipeline.chain.stage_codec import codec_config
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.fault_injection import fault
 from pipeline.data.crops import validation_images
-from pipeline.data.images import DataError, find_images
+from pipeline.data.images import find_images
+from pipeline.data.pictures import DataError
 from pipeline.evaluation.coding import estimate, evaluate
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import NamedImage

@@ -12,7 +12,7 @@ from modules.image_codec import ImageCodec
 from pipeline.commands.checkpoint_info import checkpoint_file, known_models
 from pipeline.commands.devices import device_of
 from pipeline.commands.options import Device, Quiet
-from pipeline.data.images import DataError
+from pipeline.data.pictures import DataError
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.shipped import ShippedCodecs, of_quality
 

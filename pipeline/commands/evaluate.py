@@ -18,7 +18,7 @@ from pipeline.commands.options import AsJson, Device, Quiet
 from pipeline.common.figure_style import save
 from pipeline.common.files import write_json
 from pipeline.common.tables import Table, number, shortest
-from pipeline.data.images import SUFFIXES
+from pipeline.data.pictures import SUFFIXES
 from pipeline.evaluation.codec_files import read_to_code
 from pipeline.evaluation.coding import code
 from pipeline.evaluation.conversions import find

@@ -1,12 +1,11 @@
 """Tables as data, printed to a terminal or a pipe, or written as Markdown."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,6 @@ class Table:
 
     def rich(self) -> RichTable:
         """The table for a terminal. Long cells are wrapped between words."""
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
         title = Text(self.title) if self.title else None
         form: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
         table = RichTable(title=title, title_justify="left", show_header=any(self.columns), **form)

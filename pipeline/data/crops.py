@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.data.images import DataError, Photos, read_image
+from pipeline.data.images import Photos
+from pipeline.data.pictures import DataError, read_image
 
 MEMORY_BUDGET = 2**30
 """Bytes of decoded images that a training process and its workers may cache in total."""

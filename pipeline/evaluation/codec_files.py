@@ -15,7 +15,7 @@ from modules import HPCM
 from modules.bitstream.file_format import EPSILON, CodedImage
 from modules.image_codec import ImageCodec
 from pipeline.common.files import replacing
-from pipeline.data.images import SUFFIXES, DataError, Picture, read_picture
+from pipeline.data.pictures import SUFFIXES, DataError, Picture, read_picture
 from pipeline.evaluation.conversions import Conversion
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.metrics import psnr_db

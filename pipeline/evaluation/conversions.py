@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.images import SUFFIXES, DataError, files_below
+from pipeline.data.images import files_below
+from pipeline.data.pictures import SUFFIXES, DataError
 
 SUFFIX = ".hpcm"
 COMPRESSION = (SUFFIXES, SUFFIX)

@@ -2,7 +2,7 @@
 
 from modules import HPCM, HPCMConfig
 from pipeline.common.memory import too_large
-from pipeline.data.images import DataError
+from pipeline.data.pictures import DataError
 
 GRID = 128
 """Smallest padding multiple of any codec, in pixels."""

@@ -19,7 +19,8 @@ from modules import HPCM, HPCMConfig
 from pipeline.common.fresh_process import in_fresh_process, within_memory
 from pipeline.common.memory import largest_resident_size
 from pipeline.common.timing import timed
-from pipeline.data.images import find_images, read_image
+from pipeline.data.images import find_images
+from pipeline.data.pictures import read_image
 from pipeline.training.objectives import RateDistortion, training_noise
 from pipeline.training.parameter_groups import set_trainable
 from pipeline.training.transfer import corresponding, new_tensors

@@ -16,8 +16,8 @@ from pipeline.common.fault_injection import fault
 from pipeline.common.tables import shortest
 from pipeline.records.chains import StoredStage
 from pipeline.records.record import CHECKPOINT, StageRecord
+from pipeline.tracking.mlflow_model import save_mlflow_model
 from pipeline.tracking.store import Store, experiment_id
-from pipeline.weights.mlflow_model import save_mlflow_model
 
 DIGEST, VALIDATION, LOSS, STAGE = "hpcm.checkpoint_digest", "hpcm.validation", "hpcm.rd_loss", "hpcm.stage"
 BEST = "best"

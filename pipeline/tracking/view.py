@@ -21,7 +21,7 @@ from PIL import Image
 from modules.context.components import SLOTS
 from pipeline.common.files import readable
 from pipeline.common.tables import shortest
-from pipeline.data.images import read_image
+from pipeline.data.pictures import read_image
 from pipeline.records import metrics
 from pipeline.records.chains import ChainRecord, StoredStage
 from pipeline.records.record import FILE, DataSet, Source, StageRecord

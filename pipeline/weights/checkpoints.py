@@ -110,14 +110,9 @@ def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
 def load_codec(path: Path | str) -> HPCM:
     """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
 
-    `path` may also be an official `.pth.tar`, or an address in MLflow's registry, such as
-    `models:/hpcm-tiny-lmbda-0.013@phase4`. Raises CheckpointError, naming the tensors, if they do not fit the
+    `path` may also be an official `.pth.tar`. Raises CheckpointError, naming the tensors, if they do not fit the
     configuration.
     """
-    from pipeline.weights.mlflow_model import SCHEME, load_from_mlflow
-
-    if str(path).startswith(SCHEME):
-        return load_from_mlflow(str(path))
     if is_official(Path(path)):
         return import_official(Path(path))
     checkpoint = read(Path(path))

@@ -18,7 +18,8 @@ from torch.utils.benchmark import Compare, Timer
 
 from modules import HPCM
 from modules.bitstream.determinism import deterministic_float32
-from pipeline.data.images import find_images, read_image
+from pipeline.data.images import find_images
+from pipeline.data.pictures import read_image
 
 aten = torch.ops.aten
 PRODUCTS = {

@@ -1,52 +1,67 @@
 """The codec computes what the official implementation computes."""
 
-import json
 from pathlib import Path
 
+import formula
 import numpy as np
 import pytest
 import torch
-from formula import weight
+from official_files import GOLDENS, formula_state, official_shapes
 from torch import Tensor
 
-from modules import HPCM
+from modules import HPCM, preset_config
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+
+@pytest.fixture(scope="module")
+def model() -> HPCM:
+    """HPCM-Base with the weights of the formula, whose scales stay clear of their lower bound."""
+    model = HPCM.from_preset("base").eval()
+    model.load_state_dict(formula_state("base"))
+    return model
+
+
+def set_scale_bias(model: HPCM, value: float) -> None:
+    """Change the formula's parameter that the predicted scales are near to."""
+    for key in formula._SCALE_BIASES & model.state_dict().keys():
+        parameter = model.get_parameter(key)
+        parameter.copy_(torch.from_numpy(formula.weight(key, tuple(parameter.shape), value)))
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDENS / f"{name}.npz") as file:
+    with np.load(Path(GOLDENS, f"{name}.npz")) as file:
         return dict(file)
 
 
-@pytest.mark.parametrize("preset", ["base", "large"])
-def test_names_and_shapes_are_the_published_checkpoints(preset: str) -> None:
-    expected = json.loads((GOLDENS / f"hpcm_{preset}_state_dict.json").read_text())
-    actual = {name: list(tensor.shape) for name, tensor in HPCM.from_preset(preset).state_dict().items()}
-    assert list(actual.items()) == list(expected.items())
+def assert_official_bits(coded: dict[str, dict[str, Tensor]], expected: dict[str, np.ndarray]) -> None:
+    for latent, likelihood in coded["likelihoods"].items():
+        np.testing.assert_allclose(-likelihood.log2().sum().item(), expected[f"bits_{latent}"], rtol=1e-4)
 
 
-def golden_model(**options: float) -> HPCM:
-    model = HPCM.from_preset("base")
-    state = {
-        name: torch.from_numpy(weight(name, tuple(tensor.shape), **options))
-        if tensor.numel() and not name.startswith("entropy_estimation")
-        else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    model.load_state_dict(state, strict=True)
-    return model.eval()
+@pytest.mark.parametrize("preset", ["base", "large", "phi-context"])
+def test_names_shapes_and_their_order_are_the_official_ones(preset: str) -> None:
+    state = HPCM.on_meta(preset_config(preset)).state_dict()
+    assert [(name, list(tensor.shape)) for name, tensor in state.items()] == list(official_shapes(preset).items())
 
 
-@pytest.mark.parametrize(("name", "options"), [("hpcm_base_256", {}), ("hpcm_base_256_bounds", {"scale_bias": 0.0})])
 @torch.no_grad()
-def test_values_are_the_official_ones(name: str, options: dict[str, float], golden_image: Tensor) -> None:
-    # In double precision no residual falls on the other side of a half by the machine's own rounding errors; the
+def test_single_precision_gives_the_official_bits(model: HPCM, golden_image: Tensor) -> None:
+    set_scale_bias(model, 2.0)
+    assert_official_bits(model.float()(golden_image), golden("hpcm_base_256"))
+
+
+@pytest.mark.parametrize(("name", "scale_bias"), [("hpcm_base_256", 2.0), ("hpcm_base_256_bounds", 0.0)])
+@torch.no_grad()
+def test_double_precision_gives_the_official_values(
+    name: str, scale_bias: float, model: HPCM, golden_image: Tensor
+) -> None:
+    set_scale_bias(model, scale_bias)
+    # In double precision, no residual is rounded to another integer because of the machine's rounding errors. The
     # likelihoods stay in single precision, whose cancellation in the tails is part of the official bits.
-    model, image = golden_model(**options).double(), golden_image.double()
-    model.entropy_estimation.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
-    coded = model(image)
-    y = model.g_a(image)
+    image = golden_image.double()
+    model.double().entropy_estimation.float()
+    hook = model.entropy_estimation.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+    coded, y = model(image), model.g_a(image)
+    hook.remove()
     z_hat = (model.h_a(y) - model.means_hyper).round() + model.means_hyper
     actual = {
         "x_hat": coded["x_hat"][:, :, ::4, ::4],
@@ -62,13 +77,4 @@ def test_values_are_the_official_ones(name: str, options: dict[str, float], gold
     for key, tensor in actual.items():
         reach = float(np.ptp(expected[key]))
         np.testing.assert_allclose(tensor.numpy(), expected[key], rtol=0, atol=1e-3 * reach, err_msg=key)
-    for latent, likelihood in coded["likelihoods"].items():
-        np.testing.assert_allclose(-likelihood.log2().sum().item(), expected[f"bits_{latent}"], rtol=1e-4)
-
-
-@torch.no_grad()
-def test_single_precision_gives_the_official_bits(golden_image: Tensor) -> None:
-    likelihoods = golden_model()(golden_image)["likelihoods"]
-    for latent, likelihood in likelihoods.items():
-        bits = -likelihood.log2().sum().item()
-        np.testing.assert_allclose(bits, golden("hpcm_base_256")[f"bits_{latent}"], rtol=1e-4)
+    assert_official_bits(coded, expected)

@@ -17,7 +17,8 @@ from pipeline.chain.chain import Chain, ChainError
 from pipeline.chain.measuring import segments_left
 from pipeline.chain.stage import StageError
 from pipeline.common.errors import Interrupted
-from pipeline.data.images import DataError, Photos, find_images
+from pipeline.data.images import Photos, find_images
+from pipeline.data.pictures import DataError
 from pipeline.evaluation import limits
 from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata

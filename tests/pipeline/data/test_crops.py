@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipeline.data import crops as data
 from pipeline.data.crops import StepBatches, TrainingCrops, training_loader, validation_images
-from pipeline.data.images import DataError, Photos, find_images
+from pipeline.data.images import Photos, find_images
+from pipeline.data.pictures import DataError
 
 SIDE = 40
 

@@ -15,7 +15,8 @@ from pipeline.common import memory
 from pipeline.data import image_index
 from pipeline.data import images as images_module
 from pipeline.data.image_index import FileStamp
-from pipeline.data.images import DataError, find_images, read_image, read_picture
+from pipeline.data.images import find_images
+from pipeline.data.pictures import DataError, read_image, read_picture
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -143,10 +144,10 @@ def test_a_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: 
     images, runs, opened = tmp_path / "images", tmp_path / "runs", []
     paths = [save(images / f"{number}.bmp") for number in range(3)]
     runs.mkdir()
-    digest, look = image_index._digest, images_module._opened
+    digest, look = image_index._digest, images_module.opened
     monkeypatch.setattr(image_index, "SETTLED", 0)
     monkeypatch.setattr(image_index, "_digest", lambda path: opened.append(path.name) or digest(path))
-    monkeypatch.setattr(images_module, "_opened", lambda path: opened.append(path.name) or look(path))
+    monkeypatch.setattr(images_module, "opened", lambda path: opened.append(path.name) or look(path))
     first = find_images(images, "val", 1, runs)
     assert sorted(opened) == sorted([path.name for path in paths] * 2)
     opened.clear()

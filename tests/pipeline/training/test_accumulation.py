@@ -8,7 +8,7 @@ import torch
 from mini import mini_stage, trainer_of
 
 from pipeline.data.crops import StepBatches, TrainingCrops
-from pipeline.data.images import DataError
+from pipeline.data.pictures import DataError
 from pipeline.recipes.schema import Stage
 from pipeline.weights.training_state import StateFolder
 

@@ -20,7 +20,8 @@ import torch
 from mini import FOLDER, mini_codec
 from PIL import Image
 
-from pipeline.data.images import DataError, find_images, read_picture
+from pipeline.data.images import find_images
+from pipeline.data.pictures import DataError, read_picture
 from pipeline.recipes.loading import RecipeError, load_recipe
 from pipeline.weights import checkpoints
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, import_official, load_codec

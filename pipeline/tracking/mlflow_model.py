@@ -1,6 +1,4 @@
-"""A codec as a model of MLflow, which `mlflow.pytorch.load_model` and `load_codec` read."""
-
-from __future__ import annotations
+"""A codec as a model of MLflow. `mlflow.pytorch.load_model` reads its pickle, `load_registered` its checkpoint."""
 
 import logging
 import os
@@ -8,26 +6,25 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
+import mlflow.pytorch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+from modules import HPCM
+from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.metadata import CheckpointError
 
-if TYPE_CHECKING:
-    from modules import HPCM
-
-SCHEME = "models:/"
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint's codec as a model of MLflow's PyTorch flavor, with the checkpoint in it.
 
-    MLflow's flavor is a pickle of the codec; loading it needs this package. `load_codec` reads the checkpoint instead.
+    MLflow's flavor is a pickle of the codec; loading it needs this package. `load_registered` reads the checkpoint.
     """
-    import mlflow.pytorch
-
-    from pipeline.weights.checkpoints import load_codec
-
     logger = logging.getLogger("mlflow.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)  # MLflow warns of pickles each time.
@@ -40,44 +37,34 @@ def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
     shutil.copyfile(checkpoint, folder / CHECKPOINT)
 
 
-def fetch(uri: str, into: Path) -> Path:
-    """The checkpoint of a model in MLflow, such as `models:/hpcm-tiny-lmbda-0.013@phase4`.
+def load_registered(address: str) -> HPCM:
+    """Load a codec from MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`, as `load_codec` does.
 
     The store is the one set by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI, or else the one in the folder `runs`.
     Raises CheckpointError if it has no such model.
     """
-    import mlflow
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
+    with TemporaryDirectory(prefix="hpcm-") as folder:
+        return load_codec(_fetch(address, Path(folder)))
 
+
+def _fetch(address: str, into: Path) -> Path:
     local = Path("runs", "mlflow.db").absolute()
     chosen = mlflow.is_tracking_uri_set() or "MLFLOW_TRACKING_URI" in os.environ or not local.exists()
     store = mlflow.get_tracking_uri() if chosen else f"sqlite:///{local}"
     try:
         # Use a client of this store, because MLflow's own loading of `models:/…` uses the process's default store.
         client = MlflowClient(tracking_uri=store)
-        name, *version = get_model_name_and_version(client, uri)
+        name, *version = get_model_name_and_version(client, address)
         if version:
             place = client.get_model_version_download_uri(name, version[0])
         else:
             place = client.get_logged_model(name).artifact_location
-        path = get_artifact_repository(place, tracking_uri=store).download_artifacts(CHECKPOINT, str(into))
+        return Path(get_artifact_repository(place, tracking_uri=store).download_artifacts(CHECKPOINT, str(into)))
     except (MlflowException, OSError) as error:
         raise CheckpointError(
-            f"{uri}: MLflow has no such codec: {str(error).splitlines()[0]}.\n"
+            f"{address}: MLflow has no such codec: {str(error).splitlines()[0]}.\n"
             "  MLFLOW_TRACKING_URI names the store; `hpcm ui` shows the models in a folder of runs."
         ) from error
-    return Path(path)
-
-
-def load_from_mlflow(uri: str) -> HPCM:
-    """Load a registered codec, as `load_codec` does."""
-    from pipeline.weights.checkpoints import load_codec
-
-    with TemporaryDirectory(prefix="hpcm-") as folder:
-        return load_codec(fetch(uri, Path(folder)))
 
 
 def _requirements() -> list[str]:
