@@ -177,11 +177,6 @@ def plan(
         show_json(plan_json(chain, found))
     else:
         show(plan_table(chain, found))
-    if any(planned.trains for planned in found):
-        # PyTorch checks names and shapes, so the plan is shown first.
-        from pipeline.chain.precheck import check_stages
-
-        check_stages(chain.tasks)
     if measure:
         from pipeline.commands.measured_plan import show_measured
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.chain.measuring import evaluation_seconds_left, measure, seconds_left
 from pipeline.chain.plan import PlannedStage
+from pipeline.chain.precheck import check_stages
 from pipeline.commands.display import errors, show
 from pipeline.commands.progress import duration
 from pipeline.common.errors import UserError
@@ -24,6 +25,8 @@ def show_measured(plans: Mapping[str, Sequence[PlannedStage]], processes: int) -
     Chains differ in λ and seed, which do not change the cost, so each stage is measured once. Raises DoesNotFit at
     the end if something does not fit.
     """
+    for plan in plans.values():
+        check_stages([planned.task for planned in plan])
     stages: dict[str, PlannedStage] = {}
     for planned in (planned for plan in plans.values() for planned in plan):
         if planned.name not in stages or stages[planned.name].status == "done":
