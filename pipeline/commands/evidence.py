@@ -35,7 +35,6 @@ from pipeline.commands.options import (
 
 if TYPE_CHECKING:
     from pipeline.chain.lambda_sweep import Sweep
-    from pipeline.evidence.measurement import Contender
 
 
 def audit(
@@ -43,16 +42,15 @@ def audit(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what each stage changed, and check its published files against MLflow's record; exits 1 if one differs."""
+    """Show what each stage changed, and check its published files against its record; exits 1 if one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
 
     from pipeline.commands.display import console, show, show_json
     from pipeline.evidence import audit_display
     from pipeline.evidence.audit import audit as audit_runs
-    from pipeline.evidence.audit import unrecorded
 
-    chains = audit_runs(runs)
+    chains, problems = audit_runs(runs)
     if as_json:
         show_json(audit_display.to_json(chains))
     elif markdown:
@@ -62,28 +60,25 @@ def audit(
             show(*audit_display.tables(chain))
         if not chains:
             console.print(f"no chains yet in {runs}: `hpcm run` starts one")
-    lost = unrecorded(runs, chains)
-    for line in lost:
+    for line in problems:
         print(line, file=sys.stderr)
-    if lost or not all(stage.sound for chain in chains for stage in chain.stages):
+    if problems or any(stage.problems for chain in chains for stage in chain.stages):
         raise typer.Exit(1)
 
 
 def compare(
     checkpoints: Annotated[
         list[Path] | None,
-        typer.Argument(help="Published codecs; each is compared with the first [default: --preset]."),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Compare all phases of this preset, untrained: tiny, base or large [default: tiny].",
-            rich_help_panel=RECIPE,
-        ),
+        typer.Argument(help="Published codecs; each is compared with the first [default: --recipe]."),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Compare the stages of this recipe instead, untrained.", rich_help_panel=RECIPE),
+        typer.Option(
+            "--recipe",
+            "--preset",
+            help="Compare the stages of this recipe, untrained [default: tiny].",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = "cpu",
@@ -95,10 +90,10 @@ def compare(
         list[str] | None,
         typer.Option(help="Image size for training steps of one image; repeatable [default: 256x256 512x768]."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 3,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in fresh processes.")] = True,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG [default: in --runs].")
+        Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG [default: a new one in --runs].")
     ] = None,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -110,51 +105,37 @@ def compare(
     """
     from pipeline.commands.display import errors, hush, show, show_json
     from pipeline.common.figure_style import save
-    from pipeline.evidence import comparison, comparison_display
+    from pipeline.evidence import comparison, contenders
+    from pipeline.recipes.loading import load_recipe
 
     if quiet:
         hush()
+    if checkpoints and (recipe or settings):
+        raise typer.BadParameter("give checkpoints, or a recipe and its settings, not both")
     device_of(device)
     try:
-        title, contenders = _contenders(checkpoints, recipe, settings, preset)
+        if checkpoints:
+            title, codecs = "checkpoints", contenders.of_checkpoints(checkpoints)
+        else:
+            loaded = load_recipe(recipe or "tiny", settings or ())
+            title, codecs = " ".join([loaded.name, *(settings or ())]), contenders.of_recipe(loaded)
         sizes, train_sizes = (
             tuple(map(size_of, given or default))
             for given, default in ((size, ("256x256", "512x768", "1024x1536")), (train_size, ("256x256", "512x768")))
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    folder = output or comparison.default_folder(runs, title, device)
+    folder = output or comparison.new_folder(runs, title)
     folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
     plan = comparison.Plan(sizes, train_sizes, rounds, memory)
-    found = comparison.compare(title, contenders, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
+    found = comparison.compare(title, codecs, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
     if as_json:
         show_json(asdict(found))
     else:
-        show(*comparison_display.tables(found))
-    drawing = folder / "comparison.png"
-    save(comparison_display.draw(found), drawing)
-    logged = comparison.keep(found, runs, folder, drawing)
-    errors.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)
-
-
-def _contenders(
-    checkpoints: list[Path] | None, recipe: str | None, settings: list[str] | None, preset: str | None
-) -> tuple[str, list[Contender]]:
-    """Title of the comparison, and the codecs to compare; raises ValueError for options that exclude each other."""
-    from pipeline.evidence import comparison
-    from pipeline.recipes.loading import load_recipe
-
-    if sum(map(bool, (checkpoints, recipe, preset))) > 1:
-        raise ValueError("give one of checkpoints, --recipe and --preset, not several")
-    if settings and not recipe:
-        raise ValueError("--set changes a recipe: give --recipe as well")
-    if checkpoints:
-        return "checkpoints", comparison.of_checkpoints(checkpoints)
-    if recipe:
-        loaded = load_recipe(recipe, settings or ())
-        return " ".join([loaded.name, *(settings or ())]), comparison.of_recipe(loaded)
-    preset = preset or "tiny"
-    return f"preset {preset}", comparison.of_preset(preset)  # The title "tiny" is the recipe's.
+        show(*comparison.tables(found))
+    save(comparison.draw(found), folder / "comparison.png")
+    found.write(folder)
+    errors.print(f"written to {folder}", soft_wrap=True)
 
 
 def rd_curve(
@@ -259,19 +240,20 @@ def _run_sweep(sweep: Sweep, accept_anyway: bool, yes: bool, verbose: bool) -> N
 def _draw_curves(sweep: Sweep) -> None:
     from pipeline.commands.display import console, show
     from pipeline.common.figure_style import save
-    from pipeline.evidence import rate_distortion
-    from pipeline.tracking.records import Records
+    from pipeline.evidence import figures, rate_distortion
+    from pipeline.records.chains import read_chain
 
-    records = Records(sweep.runs)
-    wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for point in sweep.points() for chain in point.chains}
-    found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
+    folders = dict.fromkeys(chain.folder for point in sweep.points() for chain in point.chains)
+    found = [read_chain(folder) for folder in folders]
     curves = rate_distortion.curves(found)
-    show(
-        rate_distortion.points_table("Real bitstreams of whole validation images", curves),
-        rate_distortion.deltas_table(curves, rate_distortion.references(found), rate_distortion.uncontrolled(found)),
-    )
-    path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
-    save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
+    deltas = rate_distortion.deltas_table(curves, rate_distortion.controls(found))
+    show(rate_distortion.points_table("Real bitstreams of whole validation images", curves))
+    if deltas.rows:
+        show(deltas)
+    else:
+        console.print(f"no Bjøntegaard deltas: {rate_distortion.NO_CONTROL}", soft_wrap=True)
+    path = next(iter(folders)).parent / "rate-distortion.png"
+    save(figures.curves(curves, rate_distortion.all_on_kodak(found)), path)
     console.print(f"curves: {path}", soft_wrap=True)
 
 
@@ -280,11 +262,11 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Folder to write [default: `report` in --runs].")
     ] = None,
     recipe: Annotated[
-        list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in the store].")
+        list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in --runs].")
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write all results in MLflow's store to one self-contained HTML page, and the figures as PNG."""
+    """Write all results in a folder of runs to one self-contained HTML page, and the figures as PNG."""
     from pipeline.commands.display import console
     from pipeline.evidence.report import write
 
