@@ -1,38 +1,38 @@
 """Measures the segments of chains before they are trained: their time and memory, and what makes them fit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 from pipeline.chain.plan import PlannedStage
 from pipeline.chain.stage_codec import codec_config
 from pipeline.common.fresh_process import in_fresh_process
+from pipeline.data.images import Photos
 from pipeline.recipes.schema import Segment, Stage
-from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate
+from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate, StepCost
 from pipeline.training.trial import Trial, try_evaluation, try_segment
 
 
 def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], None]) -> Estimate:
     """Try each unfinished segment of a plan in a process of its own, with the crops of one of `processes`."""
     device, segments = "", list[SegmentEstimate]()
+    configs = {planned.name: codec_config(planned.task) for planned in plan}
     for planned, segment, _ in segments_left(plan):
         note(f"{planned.name}: measuring {segment.name}")
-        stage = planned.task.stage
-        data = stage.data
-        found = _try(planned, plan, segment, stage, processes)
-        remedy = ""
+        stage, photos = planned.task.stage, planned.task.train_photos
+        alone = stage.model_copy(update={"schedule": (segment,)})
+        trial = Trial(alone, configs[planned.name], configs[stage.parent] if stage.parent else None)
+        found, remedy = _try(trial, photos, processes), ""
         if found is None:
             note(f"{planned.name}: {segment.name} does not fit; looking for a change that makes it fit")
-            remedy = _remedy(planned, plan, segment, processes)
-        device = found[0] if found else device
-        cost = found[1] if found else None
-        name, steps, handover = segment.name, segment.steps, segment.handover
+            remedy = _remedy(trial, photos, processes)
+        device, cost = found or (device, None)
+        name, steps, handover, data = segment.name, segment.steps, segment.handover, stage.data
         segments.append(SegmentEstimate(stage.name, name, steps, handover, data.batch_size, data.workers, cost, remedy))
     evaluations: dict[str, EvaluationCost | None] = {}
-    for planned in plan:
-        if planned.trains:
-            note(f"{planned.name}: measuring the evaluation")
-            trial = Trial(planned.task.stage, codec_config(planned.task), None, planned.task.val_photos)
-            evaluations[planned.name] = in_fresh_process(try_evaluation, trial)
+    for planned in (planned for planned in plan if planned.trains):
+        note(f"{planned.name}: measuring the evaluation")
+        trial = Trial(planned.task.stage, configs[planned.name], None)
+        evaluations[planned.name] = in_fresh_process(try_evaluation, trial, planned.task.val_photos)
     return Estimate(device, processes, tuple(segments), evaluations)
 
 
@@ -79,20 +79,17 @@ def evaluation_seconds_left(planned: PlannedStage, estimate: Estimate) -> float 
     return passes * cost.estimate_seconds + cost.coding_seconds
 
 
-def _try(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, stage: Stage, processes: int) -> Any:
-    """The device, and the cost of a step of `stage` with this segment alone; None if it does not fit."""
-    parents = [codec_config(other.task) for other in plan if other.name == stage.parent]
-    data = stage.data.model_copy(update={"batch_size": max(1, stage.data.batch_size // processes)})
-    alone = stage.model_copy(update={"schedule": (segment,), "data": data})
-    trial = Trial(alone, codec_config(planned.task), parents[0] if parents else None, planned.task.train_photos)
-    return in_fresh_process(try_segment, trial)
+def _try(trial: Trial, photos: Photos, processes: int) -> tuple[str, StepCost] | None:
+    """The device, and the cost of a step with the crops of one of `processes`; None if it does not fit."""
+    data = trial.stage.data
+    share = data.model_copy(update={"batch_size": max(1, data.batch_size // processes)})
+    return in_fresh_process(try_segment, replace(trial, stage=trial.stage.model_copy(update={"data": share})), photos)
 
 
-def _remedy(planned: PlannedStage, plan: Sequence[PlannedStage], segment: Segment, processes: int) -> str:
+def _remedy(trial: Trial, photos: Photos, processes: int) -> str:
     """The settings of the smallest change that makes a segment fit, as a message."""
-    stage = planned.task.stage
-    for text, changed in _changes(stage, processes):
-        if _try(planned, plan, segment, changed, processes) is not None:
+    for text, changed in _changes(trial.stage, processes):
+        if _try(replace(trial, stage=changed), photos, processes) is not None:
             return f"fits with {text}"
     return "does not fit with any smaller batch; use a device with more memory, or a smaller data.crop"
 

@@ -94,7 +94,7 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
     if task.is_published and not changed:
         return PlannedStage(task, "stale", FORCED) if force else PlannedStage(task, "done", "current")
     if superseded := task.superseded(inputs):
-        reason = f"{changed or 'not built yet'}; {superseded.name} in superseded/ has the same inputs and moves back"
+        reason = f"{changed or 'not built yet'}; superseded/{superseded.name} has the same inputs and moves back"
         return PlannedStage(task, "superseded", reason, complete=superseded)
     if changed:
         return PlannedStage(task, "stale", f"stale: {changed}")

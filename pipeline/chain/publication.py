@@ -1,6 +1,5 @@
 """Publishes a trained stage: its files, its record, and then one rename that puts its folder in place."""
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,11 +65,6 @@ def move_into_place(folder: Path, task: StageTask) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that is published, by its path in the folder, except the record itself."""
-    found = {}
-    states = {*folder.glob(STATES), *folder.glob("*.partial")}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path in states or path == folder / FILE:
-            continue
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    left_out = {folder / FILE, *folder.glob(STATES), *folder.glob("*.partial")}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in left_out)
+    return {path.relative_to(folder).as_posix(): files.file_digest(path) for path in paths}

@@ -4,7 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.chain.measuring import evaluation_seconds_left, measure, seconds_left
 from pipeline.chain.plan import PlannedStage
+<<<<<<< HEAD
 from pipeline.commands.display import duration, errors, show
+=======
+from pipeline.chain.precheck import check_stages
+from pipeline.commands.display import errors, show
+from pipeline.commands.progress import duration
+>>>>>>> records
 from pipeline.common.errors import UserError
 from pipeline.common.tables import Table
 from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate, StepCost
@@ -23,6 +29,8 @@ def show_measured(plans: Mapping[str, Sequence[PlannedStage]], processes: int) -
     Chains differ in λ and seed, which do not change the cost, so each stage is measured once. Raises DoesNotFit at
     the end if something does not fit.
     """
+    for plan in plans.values():
+        check_stages([planned.task for planned in plan])
     stages: dict[str, PlannedStage] = {}
     for planned in (planned for plan in plans.values() for planned in plan):
         if planned.name not in stages or stages[planned.name].status == "done":

@@ -23,11 +23,14 @@ Result = TypeVar("Result")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def start_accelerator(precision: str) -> Accelerator:
-    """Connect the processes that `accelerate launch` started; without it there is one process."""
+def start_accelerator(precision: str, cpu: bool = False) -> Accelerator:
+    """Connect the processes that `accelerate launch` started; without it there is one process.
+
+    It trains on a GPU if there is one, unless `cpu` is true.
+    """
     # The others wait while the first process evaluates, which can take long. They notice a dead process sooner.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patient])
 
 
 def environment_of(accelerator: Accelerator) -> dict[str, str]:

@@ -1,34 +1,34 @@
-"""Checks that the files of every stage are those that MLflow recorded."""
+"""Checks that the files of every stage are those that its record names. It reads folders only."""
 
-import glob
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.common.files import FileError
-from pipeline.tracking.records import ChainRecord, Records, StageRecord
+from pipeline.common.files import FileError, file_digest
+from pipeline.records.chains import CHAIN_FILE, ChainRecord, StoredStage, read_chain
+from pipeline.records.record import CHECKPOINT, FILE
 from pipeline.training.estimate import Estimate
 from pipeline.weights import checkpoints
 from pipeline.weights.metadata import CheckpointError
-from pipeline.weights.published import Lineage, PublicationRecord
+from pipeline.weights.published import Lineage
 
 
 @dataclass(frozen=True)
 class StageAudit:
-    """A stage's record and the result of checking its files."""
+    """A stage and the result of checking its files."""
 
-    record: StageRecord
-    files: str
-    """`verified`, `superseded` (moved aside and verified there), `not as recorded` or `not published`."""
+    stage: StoredStage
     problems: tuple[str, ...]
     expected: dict[str, float] = field(default_factory=dict)
     """Seconds of training in each segment, as `hpcm plan --measure` estimated them."""
 
     @property
-    def sound(self) -> bool:
-        """Whether the files agree with the record."""
-        return not self.problems
+    def files(self) -> str:
+        """`verified`, `superseded` (moved aside and verified there), `not as recorded`, or why nothing is published."""
+        if self.problems:
+            return "not as recorded"
+        status = "interrupted" if self.stage.record.status == "training" else self.stage.record.status
+        return {"published": "verified", "training": status}.get(self.stage.place, self.stage.place)
 
 
 @dataclass(frozen=True)
@@ -39,117 +39,65 @@ class ChainAudit:
     stages: tuple[StageAudit, ...]
 
 
-def audit(runs: Path) -> list[ChainAudit]:
-    """Read all chains in the store of a folder of runs, newest first, and check their files."""
-    records = Records(runs)
-    return [
-        ChainAudit(chain, tuple(_with_estimate(_check(records, chain, stage, runs), runs) for stage in chain.stages))
-        for chain in records.chains()
-    ]
-
-
-def unrecorded(runs: Path, chains: Sequence[ChainAudit]) -> list[str]:
-    """One line for each published stage of which MLflow has no run, and for each damaged record of one."""
-    known = {stage.record.tags.key for chain in chains for stage in chain.stages}
-    lines = []
-    for path in sorted([*runs.glob("*/*/*/record.json"), *runs.glob("*/*/superseded/*/record.json")]):
+def audit(runs: Path) -> tuple[list[ChainAudit], list[str]]:
+    """Check all chains in a folder of runs. Returns them, newest first, and the problems that belong to no stage."""
+    chains, problems = list[ChainAudit](), list[str]()
+    # A chain whose `chain.json` was lost is found by the usual name of its folder.
+    for folder in sorted({*(path.parent for path in runs.glob(f"*/*/{CHAIN_FILE}")), *runs.glob("*/lmbda-*/")}):
+        for path in sorted([*folder.glob(f"*/{CHECKPOINT}"), *folder.glob(f"superseded/*/{CHECKPOINT}")]):
+            if not path.with_name(FILE).exists():
+                problems.append(f"{path.with_name(FILE)}: no such file; the stage has no record")
         try:
-            key = PublicationRecord.read(path).mlflow_key
+            chain, estimate = read_chain(folder, problems), Estimate.read(folder)
         except FileError as error:
-            lines.append(str(error))
+            problems.append(str(error))
             continue
-        if key is not None and key not in known:
-            lines.append(f"{path}: MLflow has no run of this stage; its database or the run was deleted")
-    return lines
+        if chain.stages:
+            chains.append(ChainAudit(chain, tuple(_audit_stage(chain, stage, estimate) for stage in chain.stages)))
+    return sorted(chains, key=lambda chain: chain.record.stages[0].record.began, reverse=True), problems
 
 
-def _with_estimate(audited: StageAudit, runs: Path) -> StageAudit:
-    """Add the times that were estimated before the stage was trained."""
-    stage = audited.record
-    if stage.tags.checkpoint is None:
-        return audited
+def _audit_stage(chain: ChainRecord, stage: StoredStage, estimate: Estimate | None) -> StageAudit:
+    record, expected = stage.record, dict[str, float]()
+    for segment in record.schedule if estimate else ():
+        found = estimate and estimate.find(record.name, segment["name"], segment["steps"], segment["handover"])
+        if found and found.seconds is not None:
+            expected[segment["name"]] = found.seconds
+    return StageAudit(stage, tuple(_problems(chain, stage)), expected)
+
+
+def _problems(chain: ChainRecord, stage: StoredStage) -> Iterator[str]:
+    """What is wrong with a complete stage."""
+    record = stage.record
+    if record.status != "done":
+        if stage.place in ("published", "superseded"):
+            yield f"{stage.folder / FILE}: says that the stage is not complete, but '{record.status}'"
+        return
+    for name, digest in {CHECKPOINT: None, **record.files}.items():
+        path = stage.folder / name
+        try:
+            if file_digest(path) != digest:
+                yield f"{path}: changed after it was published"
+        except FileError as error:
+            yield str(error)
+    yield from _checkpoint_problems(stage)
+    parent = record.lineage.inputs.get("parent")
+    known = {other.record.digest for other in chain.stages if other.record.name == record.parent}
+    if parent is not None and parent not in known:
+        yield f"{stage.folder}: its parent {parent[:12]}… is not a {record.parent} of this chain"
+
+
+def _checkpoint_problems(stage: StoredStage) -> Iterator[str]:
+    """Check the tensors by their digest, and what the checkpoint says about its origin."""
+    path, record = stage.folder / CHECKPOINT, stage.record
+    if not path.exists():
+        return
     try:
-        estimate = Estimate.read((runs / stage.tags.checkpoint).parents[1])
-    except FileError as error:
-        return replace(audited, problems=(*audited.problems, str(error)))
-    found = {
-        segment.name: cost.seconds
-        for segment in stage.segments
-        if estimate and (cost := estimate.find(stage.name, segment.name, segment.steps, segment.handover))
-    }
-    return replace(audited, expected={name: seconds for name, seconds in found.items() if seconds is not None})
-
-
-def _check(records: Records, chain: ChainRecord, stage: StageRecord, runs: Path) -> StageAudit:
-    if stage.digest is None:
-        return StageAudit(stage, "not published", ())
-    published = runs / (stage.tags.checkpoint or "")
-    aside = _set_aside(published, stage)
-    path = aside or published
-    problems = [*_check_checkpoint(path, stage), *_check_record(path.with_name("record.json"), stage)]
-    problems += _check_kept_copy(records, stage)
-    problems += _check_parent(chain, stage)
-    files = "superseded" if aside else "verified"
-    return StageAudit(stage, files if not problems else "not as recorded", tuple(problems))
-
-
-def _set_aside(published: Path, stage: StageRecord) -> Path | None:
-    """Path to which the checkpoint was moved when the stage was rebuilt; None if it was not moved.
-
-    A rebuilt stage may have the same weights, so the record in each folder decides by its MLflow run.
-    """
-    assert stage.digest is not None
-    pattern = f"{glob.escape(published.parent.name)}-{stage.digest[:12]}*"
-    for folder in sorted((published.parent.parent / "superseded").glob(pattern)):
-        with suppress(FileError):
-            if PublicationRecord.read(folder / "record.json").mlflow_key == stage.tags.key:
-                return folder / published.name
-    return None
-
-
-def _check_checkpoint(path: Path, stage: StageRecord) -> list[str]:
-    try:
-        digest, lineage = checkpoints.read(path).metadata["digest"], Lineage.read(path)
+        metadata, lineage = checkpoints.read(path).metadata, Lineage.read(path)
     except CheckpointError as error:
-        return [str(error)]
-    if digest != stage.digest:
-        return [f"{path}: not the checkpoint that was recorded ({stage.digest[:12] if stage.digest else '–'}…)"]
-    recorded = stage.tags.inputs
-    problems = [
-        f"{path}: its {name} differs from the recorded one"
-        for name, value in lineage.inputs.items()
-        if recorded.get(name) != value
-    ]
-    if stage.quality is not None and lineage.quality != stage.quality:
-        problems.append(f"{path}: its quality differs from the recorded one")
-    return problems
-
-
-def _check_record(path: Path, stage: StageRecord) -> list[str]:
-    """Check the record beside the checkpoint, from which the chain knows that the stage is done."""
-    try:
-        record = PublicationRecord.read(path)
-    except FileError as error:
-        return [str(error)]
-    same = record.digest == stage.digest and record.mlflow_key == stage.tags.key
-    return [] if same else [f"{path}: names another checkpoint or MLflow run"]
-
-
-def _check_kept_copy(records: Records, stage: StageRecord) -> list[str]:
-    """Check the copy that MLflow keeps as an artifact."""
-    try:
-        copy = records.artifact(stage.run_id, "checkpoint.safetensors")
-        digest = checkpoints.read(copy).metadata["digest"]
-    except (CheckpointError, OSError) as error:
-        return [f"MLflow's copy: {error}"]
-    except Exception as error:  # MLflow passes on any exception of its backends.
-        return [f"MLflow's copy cannot be fetched: {type(error).__name__}: {error}"]
-    return [] if digest == stage.digest else ["MLflow's copy is not the checkpoint that was recorded"]
-
-
-def _check_parent(chain: ChainRecord, stage: StageRecord) -> list[str]:
-    """Check that the parent's digest is in the chain's record."""
-    digest = stage.tags.inputs.get("parent")
-    if digest is None or any(other.digest == digest for other in chain.stages if other.name == stage.parent):
-        return []
-    return [f"its parent {digest[:12]}… is not a {stage.parent} of this chain"]
+        yield str(error)
+        return
+    if metadata["digest"] != record.digest:
+        yield f"{path}: not the checkpoint that was recorded ({(record.digest or '–')[:12]}…)"
+    if replace(lineage, identity=None) != record.lineage or metadata["config"] != record.codec:
+        yield f"{path}: its lineage or configuration differs from the recorded one"

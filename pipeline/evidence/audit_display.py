@@ -1,98 +1,73 @@
 """An audit as tables and as JSON."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.common.tables import Table, number
+from pipeline.common.tables import Table
 from pipeline.evidence.audit import ChainAudit, StageAudit
-from pipeline.tracking.records import SegmentRecord
 
 
 def tables(chain: ChainAudit) -> Iterable[Table]:
     """Two tables per chain: the result of each stage, and how it was built."""
-    title = f"{chain.record.title}: {chain.record.state.lower()}"
-    results = Table(title, ("stage", "parent", "loss in", "step 0", "out", "coded bpp", "PSNR dB", "files"), left=2)
+    columns = ("stage", "parent", "loss in", "step 0", "out", "coded bpp", "PSNR dB", "files")
+    results = Table(chain.record.title, columns, left=2)
     story = Table("how it was built", ("stage", "transferred", "trained", "outcome"), left=4)
-    for stage in chain.stages:
-        results.add(*_result_cells(stage))
-        record = stage.record
-        trained = "\n".join(segment_text(s, stage.expected.get(s.name)) for s in record.segments) or "taken from a file"
-        story.add(record.name, (record.tags.ledger or "–").replace(", ", "\n"), trained, _history(stage))
+    for audited in chain.stages:
+        record = audited.stage.record
+        known = (record.start.parent, record.start.step0, record.quality)
+        losses = (f"{quality.rd_loss:.4f}" if quality else "–" for quality in known)
+        rate = (f"{record.quality.bpp:.4f}", f"{record.quality.psnr_db:.2f}") if record.quality else ("–", "–")
+        results.add(record.name, record.parent or "–", *losses, *rate, audited.files)
+        tensors = (f"{count} {kind}" for kind, count in sorted(record.start.tensors.items()))
+        trained = "\n".join(_segments(audited)) or "taken from a file"
+        story.add(record.name, "\n".join(tensors) or "–", trained, "\n".join(_outcome(audited)) or "–")
     yield results
     yield story
 
 
-def segment_text(segment: SegmentRecord, expected: float | None = None) -> str:
+def _segments(audited: StageAudit) -> Iterator[str]:
     """`frozen: 60 steps in 0.3 min (-5 % of the estimate), handover 40; new 0.001`."""
-    minutes = "" if segment.seconds is None else f" in {segment.seconds / 60:.1f} min"
-    if segment.seconds is not None and expected:
-        minutes += f" ({100 * (segment.seconds / expected - 1):+.0f} % of the estimate)"
-    handover = f", handover {segment.handover}" if segment.handover else ""
-    rates = ", ".join(f"{group} {rate}" for group, rate in segment.rates.items())
-    return f"{segment.name}: {segment.steps:,} steps{minutes}{handover}; {rates}"
+    results = {result.name: result for result in audited.stage.record.segments}
+    for segment in audited.stage.record.schedule:
+        name, took = segment["name"], ""
+        if result := results.get(name):
+            took = f" in {result.seconds / 60:.1f} min" if result.seconds >= 60 else f" in {result.seconds:.1f} s"
+            if expected := audited.expected.get(name):
+                took += f" ({100 * (result.seconds / expected - 1):+.0f} % of the estimate)"
+        handover = f", handover {segment['handover']}" if segment["handover"] else ""
+        rates = ", ".join(f"{group} {rate}" for group, rate in segment["lr"].items())
+        yield f"{name}: {segment['steps']:,} steps{took}{handover}; {rates}"
 
 
-def _result_cells(stage: StageAudit) -> list[str]:
-    record = stage.record
-    achieved = vars(record.quality) if record.quality else {}
-    return [
-        record.name,
-        record.parent or "–",
-        number(record.parent_loss),
-        number(record.step0_loss),
-        number(achieved.get("rd_loss")),
-        number(achieved.get("bpp")),
-        number(achieved.get("psnr_db"), ".2f"),
-        stage.files,
-    ]
-
-
-def _history(stage: StageAudit) -> str:
-    tags = stage.record.tags
-    state = stage.record.state.lower() if stage.record.state != "FINISHED" else ""
-    attempts = stage.record.attempts
-    # A single successful attempt is not shown.
-    told = attempts if state or len(attempts) > 1 else []
-    verdict = tags.acceptance or ""
-    return "\n".join(filter(None, (state, verdict, *told, *stage.problems))) or "–"
+def _outcome(audited: StageAudit) -> Iterator[str]:
+    """The verdict, the attempts unless there was a single one that finished, and the problems."""
+    record = audited.stage.record
+    if record.result:
+        yield ": ".join(filter(None, (record.result.verdict, "; ".join(record.result.reasons))))
+    if record.status != "done" or len(record.attempts) > 1:
+        for attempt in record.attempts:
+            ended = "runs, or was killed" if attempt.state == "running" else attempt.state
+            yield f"{attempt.how}; {attempt.reason or ended}"
+    yield from audited.problems
 
 
 def to_json(chains: Iterable[ChainAudit]) -> list[dict[str, Any]]:
     """All records and results of the audit."""
     return [
         {
-            **{key: getattr(chain.record, key) for key in ("recipe", "lmbda", "seed", "state", "run_id")},
-            "stages": [_stage_json(stage) for stage in chain.stages],
+            **asdict(chain.record.facts),
+            "stages": [
+                {
+                    **asdict(audited.stage.record),
+                    "folder": str(audited.stage.folder),
+                    "place": audited.stage.place,
+                    "verified": audited.files,
+                    "problems": audited.problems,
+                    "expected_seconds": audited.expected,
+                }
+                for audited in chain.stages
+            ],
         }
         for chain in chains
     ]
-
-
-def _stage_json(stage: StageAudit) -> dict[str, Any]:
-    record = stage.record
-    return {
-        "name": record.name,
-        "parent": record.parent,
-        "state": record.state,
-        "run_id": record.run_id,
-        "ledger": _counts(record.tags.ledger or ""),
-        "segments": [asdict(segment) for segment in record.segments],
-        "loss": {"parent": record.parent_loss, "step0": record.step0_loss},
-        "quality": asdict(record.quality) if record.quality else None,
-        "seconds": record.seconds,
-        "expected_seconds": stage.expected,
-        "attempts": record.attempts,
-        "acceptance": record.tags.acceptance,
-        "inputs": record.tags.inputs,
-        "checkpoint": record.tags.checkpoint,
-        "digest": record.digest,
-        "files": stage.files,
-        "problems": list(stage.problems),
-    }
-
-
-def _counts(ledger: str) -> dict[str, int]:
-    """`12 copied, 3 dropped` as a mapping."""
-    pairs = (part.split(" ", 1) for part in ledger.split(", ") if part)
-    return {kind: int(count) for count, kind in pairs}

@@ -1,6 +1,5 @@
 """Reconstructions side by side with error maps: the crop of each image with the largest errors."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from matplotlib import colormaps
 from PIL import Image
 
 from pipeline.evaluation.coding import comparison_name
-from pipeline.tracking.records import ChainRecord, Records, StageRecord
+from pipeline.evaluation.results import ImageResult
+from pipeline.records.chains import ChainRecord, StoredStage
 
 SIDE = 256
-"""Side of the crop in pixels."""
-DARKEST = 32
+"""Side of the crop in pixels. A smaller image is shown whole."""
+BRIGHTEST = 32
 """Error (of 255) at which the error map reaches its brightest color."""
 
 
@@ -25,8 +25,7 @@ class Rendition:
     stage: str
     pixels: np.ndarray
     errors: np.ndarray
-    bpp: float
-    psnr_db: float
+    result: ImageResult
 
 
 @dataclass(frozen=True)
@@ -38,34 +37,36 @@ class ComparedCrop:
     renditions: tuple[Rendition, ...]
 
 
-def compared_crops(records: Records, chain: ChainRecord, most: int = 3) -> list[ComparedCrop]:
+def compared_crops(chain: ChainRecord, most: int = 3) -> list[ComparedCrop]:
     """The first `most` images whose reconstructions all shown stages kept."""
-    stages = stages_to_show(chain)
-    kept = [_kept(records, stage) for stage in stages]
+    parents = {stage.record.parent for stage in chain.published.values()}
+    # The root, and all stages that are no other stage's parent, such as the last phase and the last control.
+    shown = [stage for name, stage in chain.published.items() if stage.record.parent is None or name not in parents]
+    kept = [_kept(stage) for stage in shown]
     names = [name for name in kept[0] if all(name in other for other in kept)] if kept else []
-    return [_compared_crop(records, name, stages) for name in names[:most]]
+    return [_compared_crop(name, [(stage, results[name]) for stage, results in zip(shown, kept, strict=True)])
+            for name in names[:most]]  # fmt: skip
 
 
-def stages_to_show(chain: ChainRecord) -> list[StageRecord]:
-    """The Baseline and all stages that are no other stage's parent, such as the last phase and the last control."""
-    parents = {stage.parent for stage in chain.published.values()}
-    return [stage for name, stage in chain.published.items() if stage.parent is None or name not in parents]
+def _kept(stage: StoredStage) -> dict[str, ImageResult]:
+    """The results of the images whose reconstructions the stage kept, by the image's name."""
+    images = stage.record.evaluated.evaluation.images
+    return {image.name: image for image in images if _path(stage, image.name).is_file()}
 
 
-def _kept(records: Records, stage: StageRecord) -> list[str]:
-    return [Path(name).stem for name in records.artifact_names(stage.run_id, "reconstructions")]
+def _path(stage: StoredStage, image: str) -> Path:
+    return stage.folder / "reconstructions" / f"{comparison_name(image)}.png"
 
 
-def _compared_crop(records: Records, name: str, stages: Sequence[StageRecord]) -> ComparedCrop:
-    pairs = [_pair(records.artifact(stage.run_id, f"reconstructions/{name}.png")) for stage in stages]
-    original = pairs[0][0]
+def _compared_crop(name: str, results: Sequence[tuple[StoredStage, ImageResult]]) -> ComparedCrop:
+    pairs = [_pair(_path(stage, name)) for stage, _ in results]
     errors = [np.abs(x_hat.astype(float) - x).mean(axis=2) for x, x_hat in pairs]
     piece = _worst_piece(sum(errors[1:], errors[0]))
     renditions = [
-        Rendition(stage.name, x_hat[piece], error_map(error[piece]), *_figures(records, stage, name))
-        for stage, (_, x_hat), error in zip(stages, pairs, errors, strict=True)
+        Rendition(stage.record.name, x_hat[piece], error_map(error[piece]), result)
+        for (stage, result), (_, x_hat), error in zip(results, pairs, errors, strict=True)
     ]
-    return ComparedCrop(name, original[piece], tuple(renditions))
+    return ComparedCrop(name, pairs[0][0][piece], tuple(renditions))
 
 
 def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +87,4 @@ def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:
 
 def error_map(errors: np.ndarray) -> np.ndarray:
     """Colors (H, W, 3), from black to yellow, for the mean absolute error of each pixel (H, W), of 255."""
-    return (colormaps["inferno"](np.clip(errors / DARKEST, 0, 1))[..., :3] * 255).astype(np.uint8)
-
-
-def _figures(records: Records, stage: StageRecord, name: str) -> tuple[float, float]:
-    evaluation = json.loads(records.artifact(stage.run_id, "evaluation.json").read_text())
-    image = next(image for image in evaluation["images"] if comparison_name(image["source"]) == name)
-    return image["bpp"], image["psnr-rgb"]
+    return (colormaps["inferno"](np.clip(errors / BRIGHTEST, 0, 1))[..., :3] * 255).astype(np.uint8)

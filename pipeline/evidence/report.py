@@ -1,4 +1,4 @@
-"""`hpcm report`: one self-contained page, made only from MLflow's store."""
+"""`hpcm report`: one self-contained page about the chains and comparisons in a folder of runs."""
 
 import base64
 import io
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -18,19 +17,13 @@ from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
 from pipeline.common.files import write_text
 from pipeline.common.tables import Table, shortest
-from pipeline.evidence import (
-    comparison,
-    comparison_display,
-    frontier_figure,
-    gains_figure,
-    rate_distortion,
-    report_tables,
-    training_curves,
-)
-from pipeline.evidence.comparison import Comparison
-from pipeline.evidence.control_gains import Claim, claims, gains
-from pipeline.evidence.reconstructions import SIDE, ComparedCrop, compared_crops
-from pipeline.tracking.records import ChainRecord, Records, StageRecord
+from pipeline.evidence import comparison as comparisons
+from pipeline.evidence import figures, rate_distortion, report_tables
+from pipeline.evidence.gains import gains
+from pipeline.evidence.reconstructions import ComparedCrop, compared_crops
+from pipeline.records.chains import ChainRecord, read_chains
+from pipeline.records.comparison import Comparison, read_comparisons
+from pipeline.records.record import StageRecord
 
 PAGE = "report.html"
 
@@ -49,28 +42,23 @@ class LineageNode:
 
 @dataclass(frozen=True)
 class RecipeReport:
-    """The results of one recipe's chains."""
+    """The results of one recipe's chains. Figures are data URIs, empty if there is nothing to draw."""
 
     recipe: str
     facts: tuple[tuple[str, str], ...]
-    curves: str
-    """The figure, as a data URI."""
-    several_lmbdas: bool
-    deltas: Table
-    claims: dict[str, list[Claim]]
-    """By quantity, for Phases 1 to 4; empty if the recipe has none of them."""
-    gains: str
-    """The figure of gains against controls, as a data URI; empty if the recipe has no controls."""
-    frontier: str
-    """The figure of rate against multiplications, as a data URI; empty if fewer than two stages have a control."""
+    story: Table
     quality: Table
-    uncontrolled: tuple[str, ...]
-    """Stages without a control. They have no gain."""
-    migration: Table
+    gains: Table
+    """Without rows if no stage has a control."""
+    deltas: Table
+    gains_figure: str
+    frontier: str
+    curves: str
     training: tuple[tuple[str, str], ...]
     """Title and figure of each chain."""
     compared_crops: tuple[ComparedCrop, ...]
-    crops_from: str
+    shown: str
+    """Title of the chain whose reconstructions and frontier are shown."""
     lineage: tuple[tuple[str, LineageNode], ...]
 
 
@@ -91,32 +79,27 @@ class Page:
     costs: tuple[CostReport, ...]
     date: str
     """When the last stage ended."""
-    side: int = SIDE
-    """Side of the shown crops in pixels."""
 
 
 def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     """Write the page and its figures into a folder; returns the page's path.
 
-    `recipes` names the recipes to report on, in this order; without any, all in the store. Raises ReportError if one of
-    them has no published stage.
+    `recipes` names the recipes to report on, in this order; without any, all in the folder of runs. Raises ReportError
+    if one of them has no published stage.
     """
-    records = Records(runs)
-    chains = records.published_chains()
+    chains = [chain for chain in read_chains(runs) if chain.published]
     there = sorted({chain.recipe for chain in chains}, key=lambda recipe: -_stages_of(chains, recipe))
     unknown = [recipe for recipe in recipes if recipe not in there]
     if unknown or not there:
         known = f"; there are {', '.join(there)}" if there else ""
-        raise ReportError(f"{runs}: no published stage of {' or '.join(unknown) or 'any recipe'} in its store{known}")
-    costs = [comparison.read(path) for path in records.artifacts_of_kind(comparison.KIND, comparison.FILE)]
-    newest = {(cost.title, cost.device): cost for cost in costs}
+        raise ReportError(f"{runs}: no published stage of {' or '.join(unknown) or 'any recipe'}{known}")
+    newest = {(cost.title, cost.device): cost for cost in read_comparisons(runs)}
     drawn = _Drawn(folder)
+    ended = [stage.record.ended or 0 for chain in chains for stage in chain.published.values()]
     page = Page(
-        sections=tuple(
-            _recipe_report(records, [c for c in chains if c.recipe == name], newest, drawn) for name in recipes or there
-        ),
+        sections=tuple(_recipe_report([c for c in chains if c.recipe == name], drawn) for name in recipes or there),
         costs=tuple(_cost_report(cost, drawn) for cost in newest.values()),
-        date=_date(max(stage.ended for chain in chains for stage in chain.stages)),
+        date=datetime.fromtimestamp(max(ended) / 1000, UTC).strftime("%-d %B %Y"),
     )
     path = folder / PAGE
     write_text(path, _template().render(page=page))
@@ -124,50 +107,37 @@ def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
 
 
 def _cost_report(cost: Comparison, drawn: "_Drawn") -> CostReport:
-    figure = drawn.add(f"cost-{cost.title}-{cost.device}", comparison_display.draw(cost))
-    return CostReport(cost, tuple(comparison_display.tables(cost)), figure)
+    figure = drawn.add(f"cost-{cost.title}-{cost.device}", comparisons.draw(cost))
+    return CostReport(cost, tuple(comparisons.tables(cost)), figure)
 
 
 def _stages_of(chains: Sequence[ChainRecord], recipe: str) -> int:
     return sum(len(chain.published) for chain in chains if chain.recipe == recipe)
 
 
-def _recipe_report(
-    records: Records, chains: list[ChainRecord], costs: dict[tuple[str, str], Comparison], drawn: "_Drawn"
-) -> RecipeReport:
+def _recipe_report(chains: list[ChainRecord], drawn: "_Drawn") -> RecipeReport:
     chains = sorted(chains, key=lambda chain: (chain.lmbda, chain.seed))
-    recipe = chains[0].recipe
-    curves = rate_distortion.curves(chains)
-    figure = rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, chains))
-    best = _fullest(chains)
-    fair = [gain for gain in gains(chains) if gain.fair and gain.rate_percent]
-    here = [gain for gain in fair if gain.lmbda == best.lmbda]
+    recipe, best = chains[0].recipe, _fullest(chains)
+    curves, found = rate_distortion.curves(chains), gains(chains)
+    rated = [gain for gain in found if gain.rate_percent]
+    here = [gain for gain in rated if gain.lmbda == best.lmbda]
     return RecipeReport(
         recipe=recipe,
-        facts=tuple(_facts(records, chains)),
-        curves=drawn.add(f"{recipe}-rate-distortion", figure),
-        several_lmbdas=len({chain.lmbda for chain in chains}) > 1,
-        deltas=rate_distortion.deltas_table(
-            curves, rate_distortion.references(chains), rate_distortion.uncontrolled(chains)
-        ),
-        claims=_claims(chains, curves, costs),
-        gains=drawn.add(f"{recipe}-gains", gains_figure.draw(fair)) if fair else "",
-        frontier=drawn.add(f"{recipe}-frontier", frontier_figure.draw(best, here)) if len(here) > 1 else "",
+        facts=tuple(_facts(chains)),
+        story=report_tables.story_table(chains),
         quality=report_tables.quality_table(chains),
-        uncontrolled=tuple(sorted(rate_distortion.uncontrolled(chains))),
-        migration=report_tables.migration_table(chains),
+        gains=report_tables.gains_table(found),
+        deltas=rate_distortion.deltas_table(curves, rate_distortion.controls(chains)),
+        gains_figure=drawn.add(f"{recipe}-gains", figures.gains(rated)) if rated else "",
+        frontier=drawn.add(f"{recipe}-frontier", figures.frontier(best, here)) if len(here) > 1 else "",
+        curves=drawn.add(f"{recipe}-rate-distortion", figures.curves(curves, rate_distortion.all_on_kodak(chains))),
         training=tuple(
-            (
-                chain.title,
-                drawn.add(
-                    f"{recipe}-training-{shortest(chain.lmbda)}-seed-{chain.seed}", training_curves.draw(records, chain)
-                ),
-            )
+            (chain.title, drawn.add(f"{recipe}-training-{chain.folder.name}", figures.training(chain)))
             for chain in chains
             if chain is best or chain.seed == best.seed
         ),
-        compared_crops=tuple(compared_crops(records, best)),
-        crops_from=best.title,
+        compared_crops=tuple(compared_crops(best)),
+        shown=best.title,
         lineage=tuple((chain.title, node) for chain in chains for node in _lineage(chain, None)),
     )
 
@@ -180,43 +150,25 @@ def _fullest(chains: Sequence[ChainRecord]) -> ChainRecord:
     return next(chain for chain in full if chain.lmbda == lmbdas[len(lmbdas) // 2])
 
 
-def _facts(records: Records, chains: Sequence[ChainRecord]) -> Iterator[tuple[str, str]]:
+def _facts(chains: Sequence[ChainRecord]) -> Iterator[tuple[str, str]]:
     """Codec, λ, seeds, validation, training and time."""
-    stages = [stage for chain in chains for stage in chain.published.values()]
-    first = stages[0]
-    size = f"{first.metrics['model/parameters'] / 1e6:.1f} M parameters"
-    yield "codec", f"{first.parameters['model.preset']}, {size} as {first.name}"
+    records = [stage.record for chain in chains for stage in chain.published.values()]
+    first, data = records[0], records[0].settings["data"]
+    yield "codec", f"preset {first.settings['model']['preset']}"
     yield "λ", ", ".join(shortest(lmbda) for lmbda in sorted({chain.lmbda for chain in chains}))
     yield "seeds", ", ".join(map(str, sorted({chain.seed for chain in chains})))
-    images = records.validation_images(first)
-    yield "validation", f"{len(images)} whole images"
-    yield "training", f"crops of {first.parameters['data.crop']}², batches of {first.parameters['data.batch_size']}"
-    minutes = sum(stage.seconds or 0 for stage in stages) / 60
+    images = len(first.evaluated.evaluation.images)
+    yield "validation", f"{images} whole image{'s' if images > 1 else ''} ({first.val_images.name})"
+    yield "training", f"crops of {data['crop']}², batches of {data['batch_size']} ({first.train_images.name})"
+    minutes = sum(record.trained.seconds for record in records) / 60
     spent = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
-    yield "time", f"{spent} of training steps in {len(stages)} stages"
-
-
-def _claims(
-    chains: Sequence[ChainRecord], curves: dict[str, rate_distortion.Curve], costs: dict[tuple[str, str], Comparison]
-) -> dict[str, list[Claim]]:
-    names = {name for chain in chains for name in chain.published}
-    if not names & {f"phase{n}" for n in range(1, 5)}:
-        return {}
-    titles = (chains[0].recipe, "checkpoints")
-    fitting = [cost for (title, _), cost in costs.items() if title in titles and "phase4" in cost.codecs]
-    uncontrolled = rate_distortion.uncontrolled(chains)
-    controls = {name: of for name, of in rate_distortion.references(chains).items() if name not in uncontrolled}
-    deltas = rate_distortion.deltas(curves, controls)
-    found: dict[str, list[Claim]] = {}
-    for claim in claims(gains(chains), deltas, fitting[-1] if fitting else None):
-        found.setdefault(claim.quantity, []).append(claim)
-    return {q: row for q, row in found.items() if any(claim.measured or not claim.fair for claim in row)}
+    yield "time", f"{spent} of training steps in {len(records)} stages"
 
 
 def _lineage(chain: ChainRecord, parent: str | None) -> list[LineageNode]:
     """The trees of published stages whose parent is `parent`."""
-    found = [stage for stage in chain.published.values() if stage.parent == parent]
-    return [LineageNode(stage, tuple(_lineage(chain, stage.name))) for stage in found]
+    found = [stage.record for stage in chain.published.values() if stage.record.parent == parent]
+    return [LineageNode(record, tuple(_lineage(chain, record.name))) for record in found]
 
 
 class _Drawn:
@@ -245,34 +197,10 @@ def _picture(pixels: np.ndarray) -> str:
     return _data_uri(file.getvalue(), "png")
 
 
-def _date(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%-d %B %Y")
-
-
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.evidence", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"picture": _picture, "claim": _claim_text, "expected": _expected_text}
-    template: Any = environment.get_template(PAGE)
-    return template
-
-
-def _claim_text(claim: Claim) -> str:
-    """`−2.3 ± 0.4 %`."""
-    if claim.measured is None:
-        return "–" if claim.fair else "no control"
-    unit, form = _unit(claim)
-    return f"{claim.measured.text(form)} {unit}".replace("-", "−")
-
-
-def _expected_text(claim: Claim) -> str:
-    """`−30 … −45 %`, the end nearer to 0 first."""
-    unit, _ = _unit(claim)
-    near, far = sorted(claim.expected, key=abs)
-    return f"{near:+g} … {far:+g} {unit}".replace("-", "−")
-
-
-def _unit(claim: Claim) -> tuple[str, str]:
-    return ("dB", "+.2f") if claim.quantity.startswith("psnr") else ("%", "+.1f")
+    environment.filters["picture"] = _picture
+    return environment.get_template(PAGE)

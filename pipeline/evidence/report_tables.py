@@ -1,47 +1,59 @@
-"""The report's tables: stages against their references, and losses during a migration."""
+"""The report's tables: what each stage did, what it achieved, and its gain against its control."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.common.tables import Table, shortest
-from pipeline.evidence.control_gains import Spread, gains
-from pipeline.tracking.records import ChainRecord, StageRecord
+from pipeline.evidence.gains import Gain, Spread
+from pipeline.records.chains import ChainRecord
+from pipeline.records.record import StageRecord
+
+Value = Callable[[StageRecord], float | None]
 
 
-def quality_table(chains: Sequence[ChainRecord]) -> Table:
-    """Every stage at every λ: mean ± standard deviation over seeds, and the gain against its reference."""
+def story_table(chains: Sequence[ChainRecord]) -> Table:
+    """What each stage replaced and trained, and its loss minus its parent's before and after each segment."""
+    groups = _groups(chains)
+    children = sorted((r for _, _, records in groups for r in records if r.parent), key=lambda r: -len(r.schedule))
+    segments = list(dict.fromkeys(segment["name"] for record in children for segment in record.schedule))
     table = Table(
-        "Real bitstreams of whole validation images",
-        ("λ", "stage", "against", "seeds", "Δ loss", "rate at equal PSNR %", "R-D loss", "coded bpp", "PSNR dB",
-         "MS-SSIM"),
-        left=3,
-    )  # fmt: skip
-    found = {(gain.lmbda, gain.stage): gain for gain in gains(chains)}
-    for lmbda, name, stages in _groups(chains):
-        gain = found.get((lmbda, name))
-        cells = [_over(stages, _quality(key), form) for key, form in
-                 (("rd_loss", ".4f"), ("bpp", ".4f"), ("psnr_db", ".2f"), ("ms_ssim", ".4f"))]  # fmt: skip
-        fair = gain is not None and gain.fair
-        change = (_text(gain.loss, "+.4f"), _text(gain.rate_percent, "+.2f")) if gain and fair else ("–", "–")
-        reference = "–" if gain is None else gain.reference if fair else "no control"
-        table.add(shortest(lmbda), name, reference, str(len(stages)), *change, *cells)
+        "What each stage did, and its loss minus its parent's",
+        ("λ", "stage", "parent", "new components", "steps", "minutes", "step 0", *(f"after {s}" for s in segments)),
+        left=4,
+    )
+    for lmbda, name, records in groups:
+        first = records[0]
+        losses = [_over(records, value) for value in (lambda r: r.start.step0_gap, *map(_loss_after, segments))]
+        steps = f"{first.steps:,}" if not first.imported else "imported"
+        minutes = _over(records, lambda record: record.trained.seconds / 60, ".1f")
+        table.add(shortest(lmbda), name, first.parent or "–", _new(first), steps, minutes, *losses)
     return table
 
 
-def migration_table(chains: Sequence[ChainRecord]) -> Table:
-    """Loss minus the parent's, estimated on the validation images: before the first step and after each segment."""
-    groups = [group for group in _groups(chains) if group[2][0].parent_loss is not None]
-    longest_first = sorted((stage.segments for _, _, stages in groups for stage in stages), key=len, reverse=True)
-    segments = list(dict.fromkeys(segment.name for schedule in longest_first for segment in schedule))
-    table = Table(
-        "Estimated loss minus the parent's",
-        ("λ", "stage", "parent", "seeds", "step 0", *(f"after {name}" for name in segments), "step, frozen : unfrozen"),
-        left=3,
-    )
-    for lmbda, name, stages in groups:
-        after = [_over(stages, _loss_after(segment), "+.4f") for segment in segments]
-        step0 = _over(stages, _step0, "+.4f")
-        ratio = _over(stages, _frozen_share, ".2f")
-        table.add(shortest(lmbda), name, stages[0].parent or "–", str(len(stages)), step0, *after, ratio)
+def quality_table(chains: Sequence[ChainRecord]) -> Table:
+    """Quality and cost of every stage at every λ: mean ± standard deviation over seeds."""
+    columns = ("R-D loss", "coded bpp", "PSNR dB", "MS-SSIM", "parameters", "kMAC/pixel")
+    table = Table("Real bitstreams of whole validation images", ("λ", "stage", "seeds", *columns), left=2)
+    values: list[tuple[Value, str]] = [
+        (lambda record: record.evaluated.quality.rd_loss, ".4f"),
+        (lambda record: record.evaluated.quality.bpp, ".4f"),
+        (lambda record: record.evaluated.quality.psnr_db, ".2f"),
+        (lambda record: record.evaluated.quality.ms_ssim, ".4f"),
+    ]
+    for lmbda, name, records in _groups(chains):
+        cells = [_over(records, value, form) for value, form in values]
+        result = records[0].evaluated
+        cells += [f"{result.parameters / 1e6:.2f} M", f"{result.kmacs_per_pixel:.1f}"]
+        table.add(shortest(lmbda), name, str(len(records)), *cells)
+    return table
+
+
+def gains_table(found: Iterable[Gain]) -> Table:
+    """Every stage that has a control against it."""
+    columns = ("λ", "stage", "control", "seeds", "Δ loss", "rate at equal PSNR %")
+    table = Table("Stages against their controls", columns, left=3)
+    for gain in found:
+        rate = gain.rate_percent.text("+.2f") if gain.rate_percent else "–"
+        table.add(shortest(gain.lmbda), gain.stage, gain.control, str(gain.loss.count), gain.loss.text("+.4f"), rate)
     return table
 
 
@@ -50,44 +62,27 @@ def _groups(chains: Sequence[ChainRecord]) -> list[tuple[float, str, list[StageR
     names = list(dict.fromkeys(name for chain in chains for name in chain.published))
     found = []
     for lmbda in sorted({chain.lmbda for chain in chains}):
-        for name in names:
-            stages = [chain.published[name] for chain in chains if chain.lmbda == lmbda and name in chain.published]
-            if stages:
-                found.append((lmbda, name, stages))
+        here = [chain.published for chain in chains if chain.lmbda == lmbda]
+        groups = ((name, [published[name].record for published in here if name in published]) for name in names)
+        found += [(lmbda, name, records) for name, records in groups if records]
     return found
 
 
-def _over(stages: Sequence[StageRecord], value: Callable[[StageRecord], float | None], form: str) -> str:
-    """Mean ± deviation over the stages that have the value, or a dash."""
-    spread = Spread.of([x for x in map(value, stages) if x is not None])
-    return _text(spread, form)
+def _over(records: Sequence[StageRecord], value: Value, form: str = "+.4f") -> str:
+    """Mean ± deviation over the records that have the value, or a dash."""
+    values = [x for x in map(value, records) if x is not None]
+    return Spread.of(values).text(form) if values else "–"
 
 
-def _text(spread: Spread | None, form: str) -> str:
-    return spread.text(form) if spread else "–"
-
-
-def _quality(key: str) -> Callable[[StageRecord], float | None]:
-    return lambda stage: getattr(stage.quality, key)
-
-
-def _step0(stage: StageRecord) -> float | None:
-    if stage.step0_loss is None or stage.parent_loss is None:
-        return None
-    return stage.step0_loss - stage.parent_loss
-
-
-def _loss_after(name: str) -> Callable[[StageRecord], float | None]:
-    def value(stage: StageRecord) -> float | None:
-        losses = [segment.loss for segment in stage.segments if segment.name == name and segment.loss is not None]
-        return losses[0] - stage.parent_loss if losses and stage.parent_loss is not None else None
+def _loss_after(name: str) -> Value:
+    def value(record: StageRecord) -> float | None:
+        losses = [result.quality.rd_loss for result in record.segments if result.name == name]
+        return losses[0] - record.start.parent.rd_loss if losses and record.start.parent else None
 
     return value
 
 
-def _frozen_share(stage: StageRecord) -> float | None:
-    """Time of a frozen step divided by that of an unfrozen step."""
-    times = {
-        segment.name: segment.seconds / segment.steps for segment in stage.segments if segment.seconds and segment.steps
-    }
-    return times["frozen"] / times["unfrozen"] if times.keys() >= {"frozen", "unfrozen"} else None
+def _new(record: StageRecord) -> str:
+    """The components and sizes in which a stage's codec differs from its parent's."""
+    parent = record.parent_codec
+    return "–" if parent is None else ", ".join(key for key in record.codec if record.codec[key] != parent.get(key))

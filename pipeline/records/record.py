@@ -176,6 +176,12 @@ class StageRecord:
         return self.result.quality if self.result else None
 
     @property
+    def evaluated(self) -> Result:
+        """The result, which every published stage has."""
+        assert self.result is not None
+        return self.result
+
+    @property
     def schedule(self) -> list[dict[str, Any]]:
         """The segments of the recipe; none for an imported stage."""
         return [] if self.imported else list(self.settings["schedule"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.common.files import FileError
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.records.record import FILE, Attempt, Source, StageRecord
@@ -32,15 +33,20 @@ class StageLog:
         earlier = StageRecord.read(folder) if folder and (folder / FILE).exists() else None
         attempts = earlier.attempts if earlier else ()
         kept = replace(earlier, lineage=record.lineage, val_images=record.val_images) if earlier else record
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, kept)
         log.update(status="training", attempts=(*attempts, Attempt(int(1000 * time.time()), how, source)))
         return log
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record, and write it. Raises FileError."""
+        """Change fields of the record, and write it. Raises FileError, also if the folder was moved away."""
         self.record = replace(self.record, **changes)
-        if self.folder is not None:
-            self.record.write(self.folder)
+        if self.folder is None:
+            return
+        if not self.folder.is_dir():
+            raise FileError(f"{self.folder}: no such folder. If it was moved, run the same command in its new place")
+        self.record.write(self.folder)
 
     def end(self, state: Literal["finished", "interrupted", "failed"], reason: str = "", **changes: Any) -> None:
         """End the attempt, and change other fields of the record."""

@@ -1,4 +1,4 @@
-"""Runs a few real steps of a segment, and codes some images, to measure time and memory before a stage is trained."""
+"""Runs a few real steps of a segment, and codes some images, to measure time and memory without training a stage."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -28,12 +27,6 @@ from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
-WARM_STEPS = 2
-"""Steps before the measurement, in which caches, memory pools and kernels are set up."""
-LEAST_STEPS = 3
-MOST_STEPS = 20
-ENOUGH_SECONDS = 10.0
-"""The measurement ends after this time or after MOST_STEPS, but not before LEAST_STEPS."""
 BATCHES = 16
 """Batches that the loader alone reads. Only the second half is timed, because the first batches were prefetched."""
 IMAGES = 2
@@ -42,31 +35,40 @@ IMAGES = 2
 
 @dataclass(frozen=True)
 class Trial:
-    """What to try. It is pickled. For a segment, the schedule of the stage is that segment alone."""
+    """A stage to try, and its codec and parent. For a segment, the schedule is that segment alone. It is pickled."""
 
     stage: Stage
     config: HPCMConfig
     parent: HPCMConfig | None
-    photos: Photos
-    """Training images, or validation images for `try_evaluation`."""
 
 
-def try_segment(trial: Trial) -> tuple[str, StepCost]:
+@dataclass(frozen=True)
+class Limits:
+    """How many steps are timed: until they took `seconds`, but at least `least` and at most `most`."""
+
+    warm: int = 2
+    """Steps before, in which caches, memory pools and kernels are set up."""
+    least: int = 3
+    most: int = 20
+    seconds: float = 10.0
+
+
+def try_segment(trial: Trial, photos: Photos) -> tuple[str, StepCost]:
     """Train some steps of a segment from random weights. Returns the device's name and the cost of a step.
 
     If memory is short, it raises PyTorch's own error.
     """
     accelerator = start_accelerator(trial.stage.precision)
-    segment, crops = trial.stage.schedule[0], TrainingCrops(trial.photos, trial.stage.data.crop, trial.stage.seed)
-    with ProcessGroup(accelerator) as processes:
-        begin, warm_up = _step_seconds(trial, crops, processes, 0)
-        step = _step_seconds(trial, crops, processes, segment.handover)[0] if segment.handover else begin
+    segment, data = trial.stage.schedule[0], trial.stage.data
+    crops, processes = TrainingCrops(photos, data.crop, trial.stage.seed), ProcessGroup(accelerator)
+    begin, warm_up = step_seconds(trial, crops, processes)
+    step = step_seconds(trial, crops, processes, segment.handover)[0] if segment.handover else begin
     handover = begin if segment.handover else None
     cost = StepCost(step, handover, _batch_seconds(trial, crops), *_memory(accelerator.device), warm_up)
     return machine(str(accelerator.device)), cost
 
 
-def try_evaluation(trial: Trial) -> EvaluationCost:
+def try_evaluation(trial: Trial, photos: Photos) -> EvaluationCost:
     """Evaluate some validation images with random weights. Returns the cost of all of them.
 
     If memory is short, it raises PyTorch's own error.
@@ -74,23 +76,23 @@ def try_evaluation(trial: Trial) -> EvaluationCost:
     stage, device = trial.stage, start_accelerator(trial.stage.precision).device
     model = HPCM(trial.config).to(device).eval()
     model.update(force=True)
-    count = len(trial.photos.paths)
+    count = len(photos.paths)
     used = min(count, stage.evaluation.images or count)
-    images = list(islice(validation_images(trial.photos, used), IMAGES))
-    pixels = trial.photos.pixels * used / count
+    images = list(islice(validation_images(photos, used), IMAGES))
+    pixels = photos.pixels * used / count
     estimating = _seconds_per_pixel(images, lambda image: estimate(model, [image], stage.lmbda, stage.metric))
     coding = _seconds_per_pixel(images, lambda image: code(model, *image, stage.lmbda, stage.metric))
     return EvaluationCost(pixels * estimating, pixels * coding, *_memory(device))
 
 
 def _seconds_per_pixel(images: Sequence[NamedImage], measure: Callable[[NamedImage], object]) -> float:
-    """Mean seconds per pixel, over as many images as ENOUGH_SECONDS allows. The first image is also a warm-up."""
+    """Mean seconds per pixel, over as many images as the limit allows. The first image is also a warm-up."""
     measure(images[0])
     began, pixels = time.perf_counter(), 0
     for named in images:
         measure(named)
         pixels += named[1].shape[2] * named[1].shape[3]
-        if time.perf_counter() - began > ENOUGH_SECONDS:
+        if time.perf_counter() - began > Limits.seconds:
             break
     return (time.perf_counter() - began) / pixels
 
@@ -107,42 +109,49 @@ class _Enough(Exception):
 class _Timing(Watcher):
     """Keeps the times of the steps, and stops the training after enough of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.seconds: list[float] = []
 
     def step(self, values: dict[str, float] | None) -> None:
         self.seconds.append(values["step_seconds"] if values and "step_seconds" in values else float("nan"))
-        timed = self.seconds[WARM_STEPS:]
-        if len(timed) >= MOST_STEPS or (len(timed) >= LEAST_STEPS and sum(timed) >= ENOUGH_SECONDS):
+        timed, limits = self.seconds[self.limits.warm :], self.limits
+        if len(timed) >= limits.most or (len(timed) >= limits.least and sum(timed) >= limits.seconds):
             raise _Enough
 
 
-def _step_seconds(trial: Trial, crops: TrainingCrops, processes: ProcessGroup, first: int) -> tuple[float, float]:
-    """Median time of a step, from step `first` of the segment, and what the first steps take longer than that."""
+def step_seconds(
+    trial: Trial, crops: TrainingCrops, processes: ProcessGroup, first: int = 0, limits: Limits | None = None
+) -> tuple[float, float]:
+    """Median time of a step, from step `first` of the segment, and what the first steps take longer than that.
+
+    The weights are random. `processes` must not be entered: a signal shall end the measurement at once.
+    """
+    limits = limits or Limits()
     child = HPCM(trial.config)
     parent = HPCM(trial.parent) if trial.parent else None
     new, components = frozenset(child.state_dict()), tuple[str, ...]()
     if parent is not None:
         new = new_tensors(parent, child, tensors_to_copy(parent, child, trial.stage.transfer))
         components = tuple(new_components(parent, child))
-    watcher = _Timing()
+    watcher = _Timing(limits)
     migration = Migration(child, parent, components, new)
     states, reporting = StateFolder(Path()), Reporting(watcher=watcher)
-    trainer = Trainer(_endless(trial.stage), migration, crops, processes, states, reporting)
+    trainer = Trainer(_endless(trial.stage, limits), migration, crops, processes, states, reporting)
     state = TrainingState(Progress(step=first, stage_step=first), codec_tensors(child))
     with suppress(_Enough):
         trainer.train(state)
-    timed = [seconds for seconds in watcher.seconds[WARM_STEPS:] if seconds == seconds]
+    timed = [seconds for seconds in watcher.seconds[limits.warm :] if seconds == seconds]
     step = median(timed or [float("nan")])
-    return step, sum(max(0.0, seconds - step) for seconds in watcher.seconds[:WARM_STEPS])
+    return step, sum(max(0.0, seconds - step) for seconds in watcher.seconds[: limits.warm])
 
 
-def _endless(stage: Stage) -> Stage:
+def _endless(stage: Stage, limits: Limits) -> Stage:
     """The stage with a segment so long that its end, with its saving and reporting, is never reached."""
     segment = stage.schedule[0]
-    longer = segment.model_copy(update={"steps": segment.steps + segment.handover + 10 * MOST_STEPS})
-    update: dict[str, Any] = {"schedule": (longer,), "log_every": 1, "checkpoint_every": 10**9}
-    return stage.model_copy(update=update)
+    steps = segment.steps + segment.handover + 10 * limits.most
+    longer = (segment.model_copy(update={"steps": steps}),)
+    return stage.model_copy(update={"schedule": longer, "log_every": 1, "checkpoint_every": 10**9})
 
 
 def _batch_seconds(trial: Trial, crops: TrainingCrops) -> float:

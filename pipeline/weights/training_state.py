@@ -88,10 +88,7 @@ class StateFolder:
             except CheckpointError as error:
                 passed_over.append(str(error))
                 continue
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "average": {}, "best": {}}
-            for name, tensor in checkpoint.tensors.items():
-                part, _, rest = name.partition("/")
-                parts[part][rest] = tensor
+            parts = {part: _below(part, checkpoint.tensors) for part in ("model", "optimizer", "average", "best")}
             return TrainingState(progress, **parts), passed_over
         return None, passed_over
 
@@ -106,3 +103,8 @@ class StateFolder:
         """Delete states, and what a killed process left of unfinished files."""
         for path in [*states, *self.folder.glob("*.partial")]:
             path.unlink()
+
+
+def _below(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

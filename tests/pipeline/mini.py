@@ -1,12 +1,14 @@
 """The mini recipe: a codec so small that a whole chain takes seconds."""
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
@@ -67,8 +69,24 @@ def run_chain(
 ) -> None:
     """Run a chain in this process, without MLflow."""
     with ProcessGroup(Accelerator(cpu=True)) as processes:
-        context = RunContext(processes, watcher or Watcher(), accept_anyway, rebuild or Rebuild())
-        run_planned(chain, chain.plan(), context)
+        rebuild = rebuild or Rebuild()
+        context = RunContext(processes, watcher or Watcher(), accept_anyway, rebuild)
+        run_planned(chain, chain.plan(rebuild.force), context)
+
+
+def copied(chain: Chain, runs: Path, last: str) -> Chain:
+    """A copy of a finished chain up to a stage, in another folder of runs."""
+    for name in STAGES[: STAGES.index(last) + 1]:
+        shutil.copytree(chain.folder / name, runs / "mini" / chain.folder.name / name)
+    return mini_chain(runs, last)
+
+
+def one_image(folder: Path) -> list[str]:
+    """Settings for a small validation image, which is written to a folder. Evaluation takes little time then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photo = Image.open(find_images(None, "val", 1).paths[0]).crop((0, 0, 128, 128))
+    photo.save(folder / "one.png")
+    return [f"data.val={folder}"]
 
 
 def record_of(chain: Chain, stage: str) -> StageRecord:
@@ -111,6 +129,12 @@ def trainer_of(
     reporting = Reporting(Metrics(), watcher or Watcher())
     trainer = Trainer(stage, migration, crops, processes, StateFolder(states), reporting)
     return trainer, TrainingState(Progress(), codec_tensors(model))
+
+
+def logged(trainer: Trainer) -> dict[int, dict[str, float]]:
+    """The metrics of a trainer of `trainer_of`, by step."""
+    assert isinstance(trainer.reporting.metrics, Metrics)
+    return trainer.reporting.metrics.logged
 
 
 class Stop(Notes):

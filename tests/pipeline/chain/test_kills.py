@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 from accelerate import Accelerator
 from kills import KILLED, attempt, differences, exit_code
 from mini import Notes, begun, mini_chain, record_of
@@ -25,6 +24,12 @@ PLACES = [
     "publish.record:1",  # complete, but not in its place
     "publish.renamed:1",  # between stages
 ]
+SIGNALS = [
+    ("step:2", signal.SIGUSR1, 143),
+    ("write.partial:3", signal.SIGTERM, 143),
+    ("evaluation:1", signal.SIGTERM, 143),  # validation at the segment's end
+    ("evaluation:2", signal.SIGINT, 130),  # the evaluation with real bitstreams
+]
 
 
 def test_a_chain_killed_at_every_nasty_place(runs: Path, finished: tuple[Chain, Notes]) -> None:
@@ -36,24 +41,14 @@ def test_a_chain_killed_at_every_nasty_place(runs: Path, finished: tuple[Chain, 
     assert len(record_of(chain, "phase1").attempts) > 4
 
 
-@pytest.mark.parametrize(
-    ("place", "signum", "code"),
-    [
-        ("step:2", signal.SIGUSR1, 143),
-        ("evaluation:1", signal.SIGTERM, 143),  # validation at the segment's end
-        ("evaluation:2", signal.SIGINT, 130),  # the evaluation with real bitstreams
-        ("write.partial:3", signal.SIGTERM, 143),
-    ],
-)
-def test_a_signal_is_heard_wherever_it_comes(
-    place: str, signum: int, code: int, runs: Path, tmp_path: Path, finished: tuple[Chain, Notes]
-) -> None:
-    log = tmp_path / "log"
-    asked = {"HPCM_FAULT": place, "HPCM_FAULT_SIGNAL": str(signum), "LOG": str(log)}
-    assert exit_code(attempt(runs, "baseline", [], asked)) == code
-    assert f"stopped by {signal.Signals(signum).name}" in log.read_text()
-    chain = mini_chain(runs, "baseline")
-    assert begun(chain, "baseline").attempts[-1].reason == f"stopped by {signal.Signals(signum).name}"
+def test_a_signal_is_heard_wherever_it_comes(runs: Path, tmp_path: Path, finished: tuple[Chain, Notes]) -> None:
+    chain, log = mini_chain(runs, "baseline"), tmp_path / "log"
+    for place, signum, code in SIGNALS:
+        asked = {"HPCM_FAULT": place, "HPCM_FAULT_SIGNAL": str(signum), "LOG": str(log)}
+        assert exit_code(attempt(runs, "baseline", [], asked)) == code
+        last = begun(chain, "baseline").attempts[-1]
+        assert (last.state, last.reason) == ("interrupted", f"stopped by {signum.name}")
+    assert [line[:10] for line in log.read_text().splitlines() if line.startswith("stopped by")] == ["stopped by"] * 4
     assert exit_code(attempt(runs, "baseline")) == 0
     assert differences(chain, finished[0]) == []
 

@@ -5,21 +5,21 @@ latent to the other side of a half, so that it is rounded to the next symbol. Th
 two machines: by 3e-4 of its value, once in thirteen steps of a Phase 1.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from kills import KILLED, attempt, attempts, exit_code, history, stage_runs
-from mini import STAGES, mini_chain
+from kills import KILLED, attempt, attempts, exit_code
+from mini import STAGES, history, mini_chain, one_image, record_of
 from PIL import Image
 
 from pipeline.weights.checkpoints import read
 
 DOUBLE = {"DOUBLE": "1"}
-EVERY_STEP = ["log_every=1", "checkpoint_every=100", "data.batch_size=6"]
+EVERY_STEP = ["log_every=1", "checkpoint_every=100"]
+FEW_STEPS = ["baseline.schedule.scratch.steps=2", "phase1.schedule.align.steps=1", "phase1.schedule.unfrozen.steps=2"]
 STEPS = {"align": 10, "frozen": 20, "unfrozen": 20}
 FIFTY_STEPS = [
     "baseline.schedule.scratch.steps=50",
@@ -36,11 +36,10 @@ def train(runs: Path, stage: str, settings: Sequence[str], environments: Sequenc
 
 def losses(runs: Path, stage: str) -> dict[str, list[float]]:
     """The losses of every step, by stage and phase."""
-    client, found = stage_runs(mini_chain(runs, stage))
     return {
-        f"{name} {key}": [value for _, value in steps]
-        for name, (run,) in found.items()
-        for key, steps in history(client, run).items()
+        f"{task.stage.name} {key}": [value for _, value in values]
+        for task in mini_chain(runs, stage).tasks
+        for key, values in history(task.folder).items()
         if key.startswith("train/") and key.endswith("/loss")
     }
 
@@ -62,12 +61,13 @@ def assert_as_one(runs: Path, reference: Path, stage: str) -> None:
 
 def test_two_processes_in_micro_batches_resumed_by_one_train_as_one(tmp_path: Path) -> None:
     one, both = tmp_path / "one", tmp_path / "both"
-    assert train(one, "phase1", EVERY_STEP, [DOUBLE]) == [0]
-    signalled = {**DOUBLE, "HPCM_FAULT": "step:12", "HPCM_FAULT_SIGNAL": "15"}
-    in_parts = [*EVERY_STEP, "data.accumulate=3"]
-    processes = attempts(both, "phase1", in_parts, [DOUBLE, signalled])
+    settings = [*EVERY_STEP, *FEW_STEPS, "data.batch_size=4", *one_image(tmp_path / "val")]
+    assert train(one, "phase1", settings, [DOUBLE]) == [0]
+    signaled = {**DOUBLE, "HPCM_FAULT": "step:6", "HPCM_FAULT_SIGNAL": "15"}
+    in_parts = [*settings, "data.accumulate=2"]
+    processes = attempts(both, "phase1", in_parts, [DOUBLE, signaled])
     assert [exit_code(process) for process in processes] == [143, 143]
-    assert "cut off in frozen at step" in mini_chain(both, "phase1", EVERY_STEP).plan()[-1].reason
+    assert "interrupted in frozen at step" in mini_chain(both, "phase1", settings).plan()[-1].reason
     assert train(both, "phase1", in_parts, [DOUBLE]) == [0]
     assert_as_one(both, one, "phase1")
 
@@ -97,15 +97,15 @@ def test_processes_that_see_other_files_do_not_begin(tmp_path: Path) -> None:
         printed = (tmp_path / f"node-{rank}" / "log").read_text()
         assert "error: the processes differ; make them equal in:\n  training images: process 1 has " in printed
         assert "validation images" not in printed.partition("error:")[2]
-    assert not (tmp_path / "runs" / "mini" / "lmbda-0.013" / "states").exists()
+    assert not (tmp_path / "runs" / "mini" / "lmbda-0.013" / "training").exists()
 
 
 def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
-    assert train(tmp_path, "baseline", EVERY_STEP, [{}, {"POISON": "3"}]) == [0, 0]
+    settings = [*EVERY_STEP, *one_image(tmp_path / "val")]
+    assert train(tmp_path, "baseline", settings, [{}, {"POISON": "3"}]) == [0, 0]
     chain = mini_chain(tmp_path, "baseline")
-    assert json.loads(chain.tasks[0].record.read_text())["skipped_steps"] == 1
-    client, found = stage_runs(chain)
-    logged = history(client, found["baseline"][0])
+    assert record_of(chain, "baseline").trained.skipped_steps == 1
+    logged = history(chain.tasks[0].folder)
     assert logged["train/scratch/skipped_steps"] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
     assert [step for step, _ in logged["train/scratch/loss"]] == [1, 2, 4, 5, 6]
 
@@ -114,13 +114,13 @@ def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_processes_train_as_one_for_fifty_steps_of_every_phase(tmp_path: Path) -> None:
     """Each stage starts from the same parent. Over hundreds of steps, the order of sums would change the result."""
-    one = tmp_path / "one"
+    one, settings = tmp_path / "one", [*EVERY_STEP, *FIFTY_STEPS, "data.batch_size=6"]
     for stage in STAGES:
         for processes in (2, 3):
             runs = tmp_path / f"{stage}-{processes}"
             if one.exists():
                 shutil.copytree(one, runs)
-            assert train(runs, stage, [*EVERY_STEP, *FIFTY_STEPS], [DOUBLE] * processes) == [0] * processes
-        assert train(one, stage, [*EVERY_STEP, *FIFTY_STEPS], [DOUBLE]) == [0]
+            assert train(runs, stage, settings, [DOUBLE] * processes) == [0] * processes
+        assert train(one, stage, settings, [DOUBLE]) == [0]
         for processes in (2, 3):
             assert_as_one(tmp_path / f"{stage}-{processes}", one, stage)

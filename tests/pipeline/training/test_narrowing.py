@@ -1,12 +1,13 @@
 """Narrower forms of the parent's modules and fitted last layers: exact where they can be, better with more channels."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from mini import Stop, mini_chain, mini_codec, run_chain
+from mini import Stop, mini_chain, mini_codec, one_image, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, preset_config
@@ -149,11 +150,12 @@ def test_a_fitted_component_is_nearer_to_its_predecessor(crops: list[Tensor]) ->
     assert float(align(crops[0], noise)["loss"]) < before
 
 
-def test_a_narrowed_stage_that_was_cut_off_ends_with_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+def test_a_narrowed_stage_that_was_interrupted_ends_with_the_same_bytes(runs: Path, tmp_path: Path) -> None:
     settings = ["phase1.model.overrides.prior.dwconv.hidden_rate=0.5", "phase1.transfer.fit=true"]
-    settings += ["transfer.calibration=2", "baseline.schedule.scratch.steps=2"]
+    settings += ["transfer.calibration=2", "baseline.schedule.scratch.steps=2", *one_image(tmp_path / "val")]
     whole, cut = mini_chain(runs, "phase1", settings), mini_chain(tmp_path / "cut", "phase1", settings)
     run_chain(whole)
+    shutil.copytree(whole.tasks[0].folder, cut.tasks[0].folder)
     with pytest.raises(Interrupted):
         run_chain(cut, Stop("frozen", 2, signal.SIGTERM))
     run_chain(cut)

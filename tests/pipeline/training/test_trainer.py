@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from mini import Notes, mini_stage, trainer_of
+from mini import Notes, logged, mini_stage, trainer_of
 
 from pipeline.recipes.schema import Segment, StepDecay
-from pipeline.training import trainer as trainer_module
-from pipeline.training.learning_rate import schedule_factor
+from pipeline.training import meter
+from pipeline.training.optimizer import optimizer_tensors, restore_optimizer, schedule_factor
 from pipeline.training.trainer import Trainer, TrainingError
-from pipeline.weights.training_state import Progress, StateFolder, TrainingState, optimizer_tensors, restore_optimizer
+from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 
 @pytest.fixture(autouse=True)
@@ -35,52 +35,51 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
-    trainer, start = trainer_of(mini_stage("baseline"))
+    trainer, start = trainer_of(mini_stage("baseline"), tmp_path)
     poison(trainer, {1, 4})
-    end = trainer.train(StateFolder(tmp_path, {}), start)
+    end = trainer.train(start)
     assert end.progress.bad_steps == 2
-    assert trainer.reporting.run.logged[6]["train/scratch/skipped_steps"] == 2  # type: ignore[attr-defined]
+    assert logged(trainer)[6]["train/scratch/skipped_steps"] == 2
     assert all(torch.isfinite(tensor).all() for tensor in end.model.values())
 
 
 def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path) -> None:
     stage = mini_stage("baseline")
     stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"max_bad_steps": 1})})
-    trainer, start = trainer_of(stage)
+    trainer, start = trainer_of(stage, tmp_path)
     poison(trainer, {4, 5})
-    states = StateFolder(tmp_path, {})
     with pytest.raises(TrainingError, match=r"2 steps in a row .* not finite, up to step 6"):
-        trainer.train(states, start)
-    kept, _ = states.newest()
+        trainer.train(start)
+    kept, _ = trainer.states.newest()
     assert kept is not None
     assert kept.progress.step == 3
     assert all(torch.isfinite(tensor).all() for tensor in kept.model.values())
 
 
 def test_a_loss_that_explodes_is_told_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "LOSSES_KEPT", 3)
+    monkeypatch.setattr(meter, "LOSSES_KEPT", 3)
     notes = Notes()
-    trainer, start = trainer_of(mini_stage("baseline"), watcher=notes)
+    trainer, start = trainer_of(mini_stage("baseline"), tmp_path, watcher=notes)
     calls = iter(range(1, 10))
 
     def worse(module: torch.nn.Module, inputs: object, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {**output, "x_hat": output["x_hat"] + (100.0 if next(calls) == 5 else 0.0)}
 
     trainer.migration.child.register_forward_hook(worse)
-    end = trainer.train(StateFolder(tmp_path, {}), start)
+    end = trainer.train(start)
     assert end.progress.exploded_steps == 1
-    assert trainer.reporting.run.logged[4]["train/scratch/exploded_steps"] == 0  # type: ignore[attr-defined]
-    assert trainer.reporting.run.logged[6]["train/scratch/exploded_steps"] == 1  # type: ignore[attr-defined]
+    assert logged(trainer)[4]["train/scratch/exploded_steps"] == 0
+    assert logged(trainer)[6]["train/scratch/exploded_steps"] == 1
     (line,) = [line for line in notes.lines if "explodes" in line]
     assert line.startswith("scratch, step 5: the loss explodes: ")
 
 
 def test_bf16_trains_through_accelerate(tmp_path: Path) -> None:
-    trainer, start = trainer_of(mini_stage("baseline"), "bf16")
+    trainer, start = trainer_of(mini_stage("baseline"), tmp_path, "bf16")
     dtypes = set()
     trainer.migration.child.g_a.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
     before = start.model["g_a.branch.0.weight"].clone()
-    end = trainer.train(StateFolder(tmp_path, {}), start)
+    end = trainer.train(start)
     assert dtypes == {torch.bfloat16}
     assert end.progress.bad_steps == 0
     assert not torch.equal(end.model["g_a.branch.0.weight"], before)
@@ -100,8 +99,8 @@ def test_a_resumed_optimizer_continues_bit_for_bit(device: str, tmp_path: Path) 
     model, again = (torch.nn.Conv2d(4, 4, 3).to(device, memory_format=torch.channels_last) for _ in range(2))
     optimizer = adam(model)
     step(model, optimizer)
-    states = StateFolder(tmp_path, {})
-    states.save(TrainingState(Progress(), model.state_dict(), optimizer_tensors(optimizer), {}))
+    states = StateFolder(tmp_path)
+    states.save(TrainingState(Progress(), model.state_dict(), optimizer_tensors(optimizer)))
     kept, _ = states.newest()
     assert kept is not None
     again.load_state_dict(kept.model)
@@ -127,9 +126,11 @@ def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        trainer, start = trainer_of(mini_stage("baseline").model_copy(update={"compile": compiled}))
-        trainer.train(StateFolder(tmp_path / str(compiled), {}), start)
-        losses.append([values["train/scratch/loss"] for values in trainer.reporting.run.logged.values()])  # type: ignore[attr-defined]
+        trainer, start = trainer_of(
+            mini_stage("baseline").model_copy(update={"compile": compiled}), tmp_path / str(compiled)
+        )
+        trainer.train(start)
+        losses.append([values["train/scratch/loss"] for values in logged(trainer).values()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from mini import mini_stage, trainer_of
+from mini import logged, mini_stage, trainer_of
 
 from pipeline.data.crops import StepBatches, TrainingCrops
 from pipeline.data.pictures import DataError
 from pipeline.recipes.schema import Stage
-from pipeline.weights.training_state import StateFolder
 
 
 class DoubleCrops(TrainingCrops):
@@ -29,22 +28,21 @@ def baseline(accumulate: int) -> Stage:
 def trained(accumulate: int, states: Path) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, float]]]:
     """Weights and logged values of three steps in float64."""
     torch.manual_seed(0)
-    trainer, start = trainer_of(baseline(accumulate))
+    trainer, start = trainer_of(baseline(accumulate), states)
     crops = trainer.crops
     trainer.crops = DoubleCrops(crops.photos, crops.crop, crops.seed)
     trainer.migration.child.double()
-    end = trainer.train(StateFolder(states, {}), start)
-    return end.model, trainer.reporting.run.logged  # type: ignore[attr-defined]
+    return trainer.train(start).model, logged(trainer)
 
 
 def test_training_in_parts_is_training_with_the_whole_batch(tmp_path: Path) -> None:
-    (whole, expected), (parts, logged) = (trained(n, tmp_path / str(n)) for n in (1, 3))
+    (whole, expected), (parts, found) = (trained(n, tmp_path / str(n)) for n in (1, 3))
     assert next(iter(whole.values())).dtype == torch.float64
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-9, msg=name)
     for step, values in expected.items():
         values.pop("train/scratch/step_seconds")
-        assert {key: logged[step][key] for key in values} == pytest.approx(values, rel=1e-9)
+        assert {key: found[step][key] for key in values} == pytest.approx(values, rel=1e-9)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Metrics, Notes, Stop, mini_chain, mini_stage, run_chain, runs_of, steps_of, trainer_of
+from mini import Metrics, Notes, Stop, history, mini_chain, mini_stage, one_image, run_chain, trainer_of
 
 from pipeline.common.errors import Interrupted
 from pipeline.recipes.schema import Stage
-from pipeline.training.trainer import Reporting
+from pipeline.training.reporting import Reporting
 from pipeline.weights.published import Quality
-from pipeline.weights.training_state import StateFolder, TrainingState
+from pipeline.weights.training_state import TrainingState
 
 
 def baseline(**fields: object) -> Stage:
@@ -25,24 +25,26 @@ def train(stage: Stage, losses: Sequence[float], states: Path) -> tuple[Training
     """Train with these validation losses. Returns the end, one weight at each validation, and the notes."""
     torch.manual_seed(0)
     notes, seen = Notes(), []
-    trainer, start = trainer_of(stage)
+    trainer, start = trainer_of(stage, states)
     weight = trainer.migration.child.g_a.branch[0].weight
 
     def validate() -> Quality:
         seen.append(weight.detach().clone())
         return Quality(0.5, 30.0, None, losses[len(seen) - 1])
 
-    trainer.reporting = Reporting(Metrics(), notes, validate=validate)
-    return trainer.train(StateFolder(states, {}), start), seen, notes
+    trainer.reporting = Reporting(Metrics(), notes, validate)
+    return trainer.train(start), seen, notes
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_segment_ends_with_its_best_weights(ema: float | None, tmp_path: Path) -> None:
-    end, (second, fourth, last), notes = train(baseline(keep="best", ema=ema), [3.0, 1.0, 2.0], tmp_path)
+    end, (second, fourth, last, kept), notes = train(baseline(keep="best", ema=ema), [3.0, 1.0, 2.0, 1.0], tmp_path)
     assert torch.equal(end.model["g_a.branch.0.weight"], fourth)
     assert not torch.equal(fourth, second)
     assert not torch.equal(fourth, last)
-    assert notes.lines[-1].startswith("scratch ends with the weights of step 4: their validation loss, 1.0000")
+    assert torch.equal(kept, fourth)
+    assert notes.lines[-2].startswith("scratch ends with the weights of step 4: their validation loss, 1.0000")
+    assert notes.lines[-1].startswith("after scratch: validation loss 1.0000")
     last_state, (_, _, last_again), _ = train(baseline(keep="best", ema=ema), [3.0, 1.0, 0.5], tmp_path / "other")
     assert torch.equal(last_state.model["g_a.branch.0.weight"], last_again)
     assert torch.equal(last_again, last)
@@ -51,7 +53,8 @@ def test_a_segment_ends_with_its_best_weights(ema: float | None, tmp_path: Path)
 def test_validation_changes_nothing_unless_the_best_weights_are_kept(tmp_path: Path) -> None:
     nan = float("nan")
     plain = {"validate_every": None}
-    cases = [(plain, []), ({}, [1.0, 2.0]), ({"keep": "best"}, [1.0, 2.0, 3.0]), ({"keep": "best"}, [nan, nan])]
+    best = {"keep": "best"}
+    cases = [(plain, [1.0]), ({}, [1.0, 2.0, 3.0]), (best, [1.0, 2.0, 3.0, 1.0]), (best, [nan, nan, nan])]
     ends = [
         train(baseline(**fields), losses, tmp_path / str(n))[0].model["g_a.branch.0.weight"]
         for n, (fields, losses) in enumerate(cases)
@@ -63,7 +66,7 @@ def test_validation_changes_nothing_unless_the_best_weights_are_kept(tmp_path: P
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     nan = float("nan")
-    end, (second, _, _), _ = train(baseline(keep="best"), [2.0, nan, nan], tmp_path)
+    end, (second, *_), _ = train(baseline(keep="best"), [2.0, nan, nan, 2.0], tmp_path)
     assert torch.equal(end.model["g_a.branch.0.weight"], second)
 
 
@@ -74,19 +77,17 @@ SETTINGS = [
 
 
 def test_a_run_with_all_options_resumes_bit_for_bit(runs: Path, tmp_path: Path) -> None:
-    reference, chain = (mini_chain(folder, "baseline", SETTINGS) for folder in (tmp_path / "reference", runs))
+    settings = [*SETTINGS, *one_image(tmp_path / "val")]
+    reference, chain = (mini_chain(folder, "baseline", settings) for folder in (tmp_path / "reference", runs))
     run_chain(reference)
     for step in (2, 5):  # Between two states of `checkpoint_every`.
         with pytest.raises(Interrupted):
             run_chain(chain, Stop("scratch", step, signal.SIGTERM))
     run_chain(chain)
     assert chain.tasks[0].checkpoint.read_bytes() == reference.tasks[0].checkpoint.read_bytes()
-    client, (*_, run) = runs_of(chain)
-    assert steps_of(client, run)["val/rd_loss"] == [1, 2, 3, 4, 5, 6]
-    _, (*_, expected) = runs_of(reference)
-    assert {key: value for key, value in run.data.metrics.items() if not key.endswith("seconds")} == {
-        key: value for key, value in expected.data.metrics.items() if not key.endswith("seconds")
-    }
+    logged = history(chain.tasks[0].folder)
+    assert [step for step, _ in logged["val/rd_loss"]] == [1, 2, 3, 4, 5, 6]
+    assert logged == history(reference.tasks[0].folder)
     # The validation images select the weights, so they are an input of the stage.
     assert "validation images" in chain.tasks[0].inputs()
     assert "validation images" not in mini_chain(runs, "baseline").tasks[0].inputs()

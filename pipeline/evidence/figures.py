@@ -1,0 +1,134 @@
+"""The figures of chains: rate–distortion curves, gains against controls, and training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from pipeline.common.figure_style import codec_colors, new_figure
+from pipeline.common.tables import shortest
+from pipeline.evidence.gains import Gain
+from pipeline.evidence.rate_distortion import PUBLISHED, Curve, ms_ssim_db
+from pipeline.records.chains import ChainRecord
+from pipeline.records.metrics import read_history
+
+MODERATE = 50.0
+"""Per cent. If a gain or loss is larger, the axis of gains is logarithmic beyond ±10 %."""
+MARKERS = "o^sDvPX<>ph*"
+GAIN = "rate at equal PSNR against the control, %"
+MEASURES = (("bpp", "estimated rate in bits per pixel"), ("psnr_db", "PSNR in dB"))
+
+
+def curves(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
+    """PSNR and, if known, MS-SSIM over rate. With `kodak`, the published curve is added."""
+    similar = all(point.quality.ms_ssim is not None for curve in found.values() for point in curve)
+    figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
+    colors = codec_colors(list(found))
+    for name, curve in found.items():
+        style: dict[str, Any] = {"color": colors[name], "label": name, "marker": "o", "markersize": 4}
+        if name.startswith("control"):
+            style |= {"linestyle": "--", "markersize": 3}
+        rates = [point.quality.bpp for point in curve]
+        axes[0].plot(rates, [point.quality.psnr_db for point in curve], **style)
+        if similar:
+            axes[1].plot(rates, np.array([ms_ssim_db(point.quality) for point in curve], float), **style)
+    if kodak:
+        axes[0].plot(*zip(*PUBLISHED, strict=True), ":", color="0.5", marker="x", label="HPCM-Base, published")
+    for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
+        axis.set(xlabel="coded rate in bits per pixel", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.margins(0.08)
+    _legend_above(figure, axes[0])
+    return figure
+
+
+def gains(found: Sequence[Gain]) -> Figure:
+    """Rate at equal PSNR by stage and λ, with the deviation over seeds."""
+    rates = {(gain.stage, gain.lmbda): gain.rate_percent for gain in found if gain.rate_percent is not None}
+    stages = list(dict.fromkeys(stage for stage, _ in rates))
+    lmbdas = sorted({lmbda for _, lmbda in rates})
+    figure, (axis,) = new_figure(1, height=0.5 + 0.3 * len(stages))
+    shades = colormaps["viridis"](np.linspace(0.1, 0.8, len(lmbdas)))
+    for number, (lmbda, shade) in enumerate(zip(lmbdas, shades, strict=True)):
+        points = {stage: rate for (stage, at), rate in rates.items() if at == lmbda}
+        axis.errorbar(
+            [rate.mean for rate in points.values()],
+            [stages.index(stage) + 0.2 * (number - (len(lmbdas) - 1) / 2) for stage in points],
+            xerr=[rate.deviation or np.nan for rate in points.values()],
+            fmt="o", markersize=4, color=shade, capsize=3, label=f"λ = {shortest(lmbda)}",
+        )  # fmt: skip
+    if max(abs(rate.mean) for rate in rates.values()) > MODERATE:
+        axis.set_xscale("symlog", linthresh=10)
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.axvline(0, color="0.3", linewidth=1, zorder=0)
+    axis.set(yticks=range(len(stages)), yticklabels=stages, xlabel=GAIN)
+    axis.margins(0.06)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    _legend_above(figure, axis)
+    return figure
+
+
+def frontier(chain: ChainRecord, found: Sequence[Gain]) -> Figure:
+    """Rate at equal PSNR in per cent, and multiplications, of each stage of a chain relative to its control."""
+    kmacs = {name: stage.record.evaluated.kmacs_per_pixel for name, stage in chain.published.items()}
+    points = sorted(
+        (kmacs[gain.stage] / kmacs[gain.control], gain.stage, gain.rate_percent)
+        for gain in found
+        if gain.rate_percent is not None
+    )
+    figure, (axis,) = new_figure(1, height=3.6)
+    axis.axhline(0, color="0.3", linewidth=1, zorder=0)
+    axis.plot(1, 0, "kD", markersize=6, label="control")
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(points)))
+    for number, ((multiplications, name, rate), shade) in enumerate(zip(points, shades, strict=True)):
+        axis.errorbar(
+            multiplications, rate.mean, yerr=rate.deviation or np.nan,
+            fmt=MARKERS[number % len(MARKERS)], markersize=7, capsize=3, color=shade, label=name,
+        )  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.25, 1.5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="multiplications ÷ control's", ylabel=GAIN)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def training(chain: ChainRecord) -> Figure:
+    """Rate and PSNR of the training crops by step. Each stage starts at its parent's last step."""
+    figure, axes = new_figure(len(MEASURES), height=2.3)
+    colors = codec_colors(list(chain.published))
+    shown: dict[str, list[float]] = {key: [] for key, _ in MEASURES}
+    for name, stage in chain.published.items():
+        start = chain.total_steps(name) - stage.record.steps
+        history = read_history(stage.folder)
+        for axis, (key, label) in zip(axes, MEASURES, strict=True):
+            axis.axvline(start, color="0.85", linewidth=0.8, zorder=0)
+            axis.set(ylabel=label)
+            # One line for each segment, so that a segment without the measure leaves a gap.
+            segments = (history.get(f"train/{segment['name']}/{key}", []) for segment in stage.record.schedule)
+            for number, points in enumerate(filter(None, segments)):
+                steps, values = zip(*points, strict=True)
+                style = "--" if name.startswith("control") else "-"
+                label_once = None if number else name
+                axis.plot(start + np.array(steps), values, style, color=colors[name], linewidth=1, label=label_once)
+                # A root starts so far off that it would hide all other curves.
+                shown[key] += values if stage.record.parent else values[len(values) // 3 :]
+    for axis, all_values in zip(axes, shown.values(), strict=True):
+        if all_values:
+            low, high = np.quantile(all_values, (0.01, 0.99))
+            axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+        axis.grid(alpha=0.3)
+    axes[-1].set(xlabel="training step along the chain")
+    _legend_above(figure, axes[0])
+    return figure
+
+
+def _legend_above(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)

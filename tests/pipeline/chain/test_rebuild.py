@@ -1,0 +1,208 @@
+"""What makes a stage stale, what a user is asked, and how a new stage takes the place of an old one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mini import FOLDER, Notes, Stop, begun, copied, history, mini_chain, one_image, record_of, run_chain
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipeline.chain import publication
+from pipeline.chain import run as run_module
+from pipeline.chain import stage_task as task_module
+from pipeline.chain.chain import Chain
+from pipeline.chain.context import Rebuild
+from pipeline.chain.plan import ChainError
+from pipeline.commands.confirmation import NotConfirmed
+from pipeline.commands.main import app
+from pipeline.common.errors import Interrupted
+from pipeline.common.folder_lock import FolderInUse, held
+
+
+@pytest.fixture
+def built(finished: tuple[Chain, Notes], tmp_path: Path) -> Chain:
+    """A chain to Phase 1 that is current. A test may change it."""
+    return copied(finished[0], tmp_path / "built", "phase1")
+
+
+def rebuild(chain: Chain, confirm: Callable[[list[str]], None], force: bool = False, fresh: bool = False) -> Notes:
+    notes = Notes()
+    run_chain(chain, notes, rebuild=Rebuild(force, fresh, confirm))
+    return notes
+
+
+class Asked:
+    """Refuses, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, consequences: list[str]) -> None:
+        self.lines += consequences
+        raise ChainError("nothing was changed")
+
+
+def test_a_change_of_inputs_makes_a_stage_and_its_children_stale(
+    built: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reasons(*settings: str) -> list[str]:
+        return [planned.reason for planned in mini_chain(built.runs, "phase1", settings).plan()]
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (128, 128)).save(photos / "black.png")
+    assert reasons() == ["current", "current"]
+    assert reasons("log_every=7", "accept.psnr_drop=9.0", "gradient_checkpointing=true") == ["current", "current"]
+    assert reasons(f"phase1.data.train={photos}") == ["current", "stale: training images changed"]
+    assert reasons("baseline.ema=0.9") == ["stale: recipe changed (ema: null → 0.9)", "waits for baseline"]
+    monkeypatch.setattr(task_module, "CODE_VERSION", "of tomorrow")
+    assert reasons() == ["stale: code version changed", "waits for baseline"]
+
+
+def test_chains_of_other_seeds_lie_beside_the_first(finished: tuple[Chain, Notes]) -> None:
+    assert mini_chain(finished[0].runs, "phase1", ["lmbda=0.0130000001"]).folder.name == "lmbda-0.0130000001"
+    chain = mini_chain(finished[0].runs, "phase1", ["seed=3"])
+    assert chain.folder.name == "lmbda-0.013-seed-3"
+    assert [planned.status for planned in chain.plan()] == ["missing", "missing"]
+    # A change of a stage's own seed makes that stage stale, as any setting does.
+    chain = mini_chain(finished[0].runs, "phase1", ["phase1.seed=3"])
+    assert chain.folder == finished[0].folder
+    assert [planned.status for planned in chain.plan()] == ["done", "stale"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"digest": "a"}'])
+def test_a_damaged_record_makes_a_stage_stale(built: Chain, content: str) -> None:
+    record = built.tasks[0].folder / "record.json"
+    record.write_text(content)
+    assert built.plan()[0].reason.startswith(f"stale: {record}: damaged: ")
+
+
+def test_rebuilding_stale_stages_is_asked_first(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    built, asked = copied(finished[0], tmp_path, "phase2"), Asked()
+    before = sorted(path.stat().st_mtime_ns for path in built.folder.rglob("*") if path.name != "lock")
+    change = ["phase1.data.batch_size=1", "phase1.schedule.frozen.lr={new: 2.0e-3}", "phase1.schedule.align.steps=0"]
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(mini_chain(built.runs, "phase2", change), asked)
+    moves = f"the published stage moves to {built.folder / 'superseded'}"
+    assert asked.lines == [
+        "phase1: stale: recipe changed (data.batch_size: 2 → 1, schedule.align.steps: 2 → 0, "
+        f'schedule.frozen.lr: {{"new": 0.001}} → {{"new": 0.002}}); it is rebuilt, and {moves}',
+        f"phase2: if phase1 changes, it is rebuilt, and {moves}",
+    ]
+    assert sorted(path.stat().st_mtime_ns for path in built.folder.rglob("*") if path.name != "lock") == before
+
+
+def test_a_run_without_what_the_recipe_is_meant_for_is_asked_first(runs: Path) -> None:
+    chain, asked = mini_chain(runs, "baseline", ["needs=[gpu, images]"]), Asked()
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(chain, asked)
+    assert asked.lines == [
+        "mini is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long",
+        "mini is meant for a data set, and none is given (--data; with make: DATA=): it would train on the 6 packaged "
+        "photographs",
+    ]
+    assert chain.plan()[0].status == "missing"
+
+
+def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(built: Chain) -> None:
+    before, asked = built.tasks[1].checkpoint.read_bytes(), Asked()
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(mini_chain(built.runs, "phase1"), asked, force=True)
+    assert asked.lines == [f"phase1: the published stage moves to {built.folder / 'superseded'}"]
+    with pytest.raises(Interrupted):
+        run_chain(built, Stop("frozen", 2, signal.SIGTERM), rebuild=Rebuild(force=True))
+    assert built.tasks[1].checkpoint.read_bytes() == before
+    notes = Notes()
+    run_chain(built, notes)
+    assert notes.lines[:2] == ["baseline: done", "phase1: interrupted in frozen at step 2"]
+    assert built.tasks[1].checkpoint.read_bytes() == before
+    (superseded,) = (built.folder / "superseded").iterdir()
+    assert (superseded / "checkpoint.safetensors").read_bytes() == before
+    assert record_of(built, "phase1").key != json.loads((superseded / "record.json").read_text())["key"]
+
+
+def test_a_kill_within_publication_loses_nothing(built: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rebuild is killed at each place in turn; nothing is trained twice."""
+    chain = mini_chain(built.runs, "baseline", [*one_image(tmp_path / "val"), "optimizer.clip_norm=0.5"])
+    steps = 0
+    for place in ("publish.checkpoint", "publish.record", "publish.superseded", "publish.renamed"):
+
+        def killed(passed: str, place: str = place) -> None:
+            if passed == place:
+                raise KeyboardInterrupt
+
+        notes = Notes()
+        monkeypatch.setattr(publication, "fault", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_chain(chain, notes)
+        steps += notes.steps
+    assert steps == 6
+    assert chain.plan()[0].status == "done"
+    assert record_of(chain, "baseline").status == "done"
+    assert len(list((chain.folder / "superseded").iterdir())) == 1
+    monkeypatch.undo()
+    run_chain(chain)
+    assert not any(path.is_file() for path in chain.tasks[0].trainings.rglob("*"))
+
+
+def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, asked = mini_chain(runs, "baseline", one_image(runs.parent / "val")), Asked()
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    key = begun(chain, "baseline").key
+    with pytest.raises(ChainError, match="nothing was changed"):
+        rebuild(chain, asked, fresh=True)
+    assert asked.lines == [f"baseline: the interrupted training moves to {chain.folder / 'abandoned'}"]
+    assert chain.plan()[0].reason == "interrupted in scratch at step 5"
+
+    def killed(place: str) -> None:
+        if place == "abandon":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "fault", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rebuild(chain, lambda consequences: None, fresh=True)
+    notes = Notes()
+    run_chain(chain, notes)
+    assert notes.steps == 6
+    assert [step for step, _ in history(chain.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
+    (abandoned,) = (chain.folder / "abandoned" / "baseline").glob("*/record.json")
+    assert json.loads(abandoned.read_text())["key"] == key != record_of(chain, "baseline").key
+
+
+def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
+    before = sorted(path for path in built.folder.rglob("*") if path.name != "lock")
+    command = ["run", "phase1", "--recipe", str(FOLDER), "--runs", str(built.runs), "--force"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, NotConfirmed)
+    assert "no terminal for the question; give --yes" in str(result.exception)
+    assert sorted(path for path in built.folder.rglob("*") if path.name != "lock") == before
+
+
+def test_a_second_run_is_told_who_holds_the_folder(runs: Path) -> None:
+    chain = mini_chain(runs, "baseline")
+    script = "import sys, time; from pathlib import Path; from pipeline.common.folder_lock import held\n"
+    script += "with held(Path(sys.argv[1])):\n    print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(chain.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        message = rf"{chain.folder}: process {holder.pid} on \S+, since 20.*, is using this folder; wait for it to end"
+        with pytest.raises(FolderInUse, match=message):
+            run_chain(chain)
+        holder.kill()
+    with held(chain.folder):  # The lock of a dead process does not block the next run.
+        assert f"process {os.getpid()} on" in (chain.folder / "lock").read_text()
+
+
+def test_a_damaged_identity_is_an_error(built: Chain) -> None:
+    (built.folder / "chain.json").write_text(json.dumps(["?"]))
+    with pytest.raises(ChainError, match=r"chain.json: damaged: .*(?s:.*)Delete the file"):
+        run_chain(built)

@@ -1,0 +1,139 @@
+"""An interrupted stage continues where it stopped, and ends as if it had not been interrupted."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mini import Notes, Stop, begun, copied, history, mini_chain, one_image, record_of, run_chain
+from typer.testing import CliRunner
+
+from pipeline.chain import leftovers as leftovers_module
+from pipeline.chain.chain import Chain
+from pipeline.chain.plan import ChainError
+from pipeline.commands.main import app
+from pipeline.common.errors import Interrupted
+from pipeline.common.files import FileError
+
+
+@pytest.fixture
+def interrupted(runs: Path) -> Chain:
+    """A chain whose Baseline was interrupted at step 5, with a last state at step 5 and the one before at step 3."""
+    chain = mini_chain(runs, "baseline", one_image(runs.parent / "val"))
+    with pytest.raises(Interrupted):
+        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    return chain
+
+
+def test_a_stage_interrupted_twice_ends_as_if_it_had_not_been(finished: tuple[Chain, Notes], runs: Path) -> None:
+    copied(finished[0], runs, "baseline")
+    chain, reference = mini_chain(runs, "phase1"), finished[0]
+    for stop in (Stop("frozen", 2, signal.SIGTERM), Stop("unfrozen", 3, signal.SIGINT)):
+        with pytest.raises(Interrupted) as caught:
+            run_chain(chain, stop)
+        assert caught.value.exit_code == 128 + stop.signum
+        assert begun(chain, "phase1").attempts[-1].state == "interrupted"
+        assert f"interrupted in {stop.at[0]} at step {stop.at[1]}" in chain.plan()[-1].reason
+    notes = Notes()
+    run_chain(chain, notes)
+    assert "resumed in unfrozen at step 3" in notes.lines
+    assert notes.steps == 2
+    record, expected = record_of(chain, "phase1"), record_of(reference, "phase1")
+    assert [(attempt.how, attempt.reason) for attempt in record.attempts] == [
+        ("started", "stopped by SIGTERM"),
+        ("resumed in frozen at step 2", "stopped by SIGINT"),
+        ("resumed in unfrozen at step 3", ""),
+    ]
+    assert [part.quality for part in record.segments] == [part.quality for part in expected.segments]
+    assert history(chain.folder / "phase1") == history(reference.folder / "phase1")
+    assert chain.tasks[1].checkpoint.read_bytes() == reference.tasks[1].checkpoint.read_bytes()
+
+
+def test_another_number_of_threads_is_noted_when_a_stage_resumes(interrupted: Chain) -> None:
+    threads, notes = torch.get_num_threads(), Notes()
+    torch.set_num_threads(threads + 1)
+    try:
+        run_chain(interrupted, notes)
+    finally:
+        torch.set_num_threads(threads)
+    change = f"threads: {threads} before, {threads + 1} now; the result will be as good as that of an uninterrupted run"
+    assert [line for line in notes.lines if "uninterrupted" in line] == [f"{change}, but not bit for bit the same"]
+
+
+def test_a_damaged_state_is_named_and_the_one_before_used(interrupted: Chain) -> None:
+    newest = sorted(interrupted.tasks[0].trainings.glob("*/segment-*"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 255
+    newest.write_bytes(content)
+    notes = Notes()
+    run_chain(interrupted, notes)
+    assert any("do not match their digest" in line for line in notes.lines)
+    assert "resumed in scratch at step 3" in notes.lines
+    assert [step for step, _ in history(interrupted.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
+
+
+def test_a_damaged_record_of_a_training_is_named(interrupted: Chain) -> None:
+    (record,) = interrupted.tasks[0].trainings.glob("*/record.json")
+    record.write_text("{}")
+    with pytest.raises(ChainError, match=rf"{record}: damaged: (?s:.*)`hpcm clean`"):
+        interrupted.plan()
+
+
+def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(runs: Path, tmp_path: Path) -> None:
+    class Move(Notes):
+        def step(self, values: dict[str, float] | None) -> None:
+            super().step(values)
+            if self.steps == 5:
+                runs.rename(tmp_path / "moved")
+
+    settings = one_image(tmp_path / "val")
+    with pytest.raises(FileError, match=rf"{runs}\S*: cannot be written: No such file"):
+        run_chain(mini_chain(runs, "baseline", settings), Move())
+    chain, notes = mini_chain(tmp_path / "moved", "baseline", settings), Notes()
+    assert chain.plan()[0].reason == "interrupted in scratch at step 3"
+    run_chain(chain, notes)
+    assert notes.steps == 3
+    assert [step for step, _ in history(chain.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
+    assert not runs.exists()
+
+
+def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
+    settings = [f"data.val={interrupted.tasks[0].stage.data.val}"]
+    other = mini_chain(interrupted.runs, "baseline", [*settings, "optimizer.clip_norm=0.5"])
+    kept = "not built yet; an interrupted training with other inputs is kept: recipe changed"
+    assert other.plan()[0].reason == kept
+    run_chain(other)
+    assert interrupted.plan()[0].reason == "interrupted in scratch at step 5"
+    notes = Notes()
+    run_chain(interrupted, notes)
+    assert "resumed in scratch at step 5" in notes.lines
+    assert not (interrupted.folder / "training").exists()
+    # The stage that was superseded need not be trained again.
+    reason = "recipe changed (optimizer.clip_norm: 1.0 → 0.5)"
+    (superseded,) = (interrupted.folder / "superseded").iterdir()
+    planned = other.plan()[0]
+    assert planned.reason == f"{reason}; superseded/{superseded.name} has the same inputs and moves back"
+    digest, notes = record_of(interrupted, "baseline").digest, Notes()
+    run_chain(other, notes)
+    assert notes.steps == 0
+    assert other.plan()[0].status == "done"
+    assert [path.name for path in superseded.parent.iterdir()] == [f"baseline-{str(digest)[:12]}"]
+
+
+def test_clean_lists_what_was_interrupted_and_asks(interrupted: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clean(*options: str) -> str:
+        result = CliRunner().invoke(app, ["clean", "--runs", str(interrupted.runs), *options], input="n\n")
+        return result.output
+
+    assert "baseline: 5 steps, saved 20" in clean()
+    assert interrupted.plan()[0].reason == "interrupted in scratch at step 5"
+    with monkeypatch.context() as patch:
+        patch.setattr(leftovers_module.shutil, "rmtree", _interrupt)
+        clean("--yes")
+    assert interrupted.plan()[0].reason == "not built yet"  # It cannot be resumed from what is left.
+    assert "baseline: 5 steps" in clean("--yes")
+    assert "no interrupted trainings" in clean()
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
