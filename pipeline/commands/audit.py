@@ -10,7 +10,6 @@ from pipeline.commands.display import console, show, show_json
 from pipeline.commands.options import AsJson, Runs
 from pipeline.evidence import audit_display
 from pipeline.evidence.audit import audit as audit_runs
-from pipeline.evidence.audit import unrecorded
 
 
 def audit(
@@ -18,10 +17,10 @@ def audit(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what each stage changed, and check its published files against MLflow's record; exits 1 if one differs."""
+    """Show what each stage changed, and check its published files against its record; exits 1 if one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
-    chains = audit_runs(runs)
+    chains, problems = audit_runs(runs)
     if as_json:
         show_json(audit_display.to_json(chains))
     elif markdown:
@@ -31,8 +30,7 @@ def audit(
             show(*audit_display.tables(chain))
         if not chains:
             console.print(f"no chains yet in {runs}: `hpcm run` starts one")
-    lost = unrecorded(runs, chains)
-    for line in lost:
+    for line in problems:
         print(line, file=sys.stderr)
-    if lost or not all(stage.sound for chain in chains for stage in chain.stages):
+    if problems or any(stage.problems for chain in chains for stage in chain.stages):
         raise typer.Exit(1)

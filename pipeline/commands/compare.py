@@ -11,8 +11,8 @@ from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.options import AsJson, Device, Quiet, Runs, Settings
 from pipeline.common.figure_style import save
-from pipeline.evidence import comparison, comparison_display
-from pipeline.evidence.measurement import Contender
+from pipeline.evidence import comparison, contenders
+from pipeline.evidence.contenders import Contender
 from pipeline.recipes.loading import load_recipe
 
 
@@ -22,37 +22,27 @@ class CodecChoice:
 
     checkpoints: Annotated[
         list[Path] | None,
-        typer.Argument(help="Published codecs; each is compared with the first [default: --preset]."),
-    ] = None
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Compare all phases of this preset, untrained: tiny, base or large [default: tiny].",
-            rich_help_panel="Recipe and images",
-        ),
+        typer.Argument(help="Published codecs; each is compared with the first [default: --recipe]."),
     ] = None
     recipe: Annotated[
         str | None,
-        typer.Option(help="Compare the stages of this recipe instead, untrained.", rich_help_panel="Recipe and images"),
+        typer.Option(
+            "--recipe",
+            "--preset",
+            help="Compare the stages of this recipe, untrained [default: tiny].",
+            rich_help_panel="Recipe and images",
+        ),
     ] = None
     settings: Settings = None
 
     def contenders(self) -> tuple[str, list[Contender]]:
         """Title of the comparison, and the codecs. Raises BadParameter for options that exclude each other."""
-        if sum(map(bool, (self.checkpoints, self.recipe, self.preset))) > 1:
-            raise typer.BadParameter("give one of checkpoints, --recipe and --preset, not several")
-        if self.settings and not self.recipe:
-            raise typer.BadParameter("--set changes a recipe: give --recipe as well")
+        if self.checkpoints and (self.recipe or self.settings):
+            raise typer.BadParameter("give checkpoints, or a recipe and its settings, not both")
         if self.checkpoints:
-            return "checkpoints", comparison.of_checkpoints(self.checkpoints)
-        if self.recipe:
-            loaded = load_recipe(self.recipe, self.settings or ())
-            return " ".join([loaded.name, *(self.settings or ())]), comparison.of_recipe(loaded)
-        preset = self.preset or "tiny"
-        try:
-            return f"preset {preset}", comparison.of_preset(preset)  # The title "tiny" is the recipe's.
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+            return "checkpoints", contenders.of_checkpoints(self.checkpoints)
+        loaded = load_recipe(self.recipe or "tiny", self.settings or ())
+        return " ".join([loaded.name, *(self.settings or ())]), contenders.of_recipe(loaded)
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class MeasurementOptions:
         list[str] | None,
         typer.Option(help="Image size for training steps of one image; repeatable [default: 256x256 512x768]."),
     ] = None
-    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 5
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 3
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in fresh processes.")] = True
 
     def plan(self) -> comparison.Plan:
@@ -90,7 +80,7 @@ def compare(
     choice: CodecChoice,
     measuring: MeasurementOptions,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG [default: in --runs].")
+        Path | None, typer.Option("--output", "-o", help="Folder for JSON and PNG [default: a new one in --runs].")
     ] = None,
     runs: Runs = Path("runs"),
     as_json: AsJson = False,
@@ -102,15 +92,17 @@ def compare(
     """
     device, plan = measuring.device, measuring.plan()
     device_of(device)
-    title, contenders = choice.contenders()
-    folder = output or comparison.default_folder(runs, title, device)
+    try:
+        title, codecs = choice.contenders()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    folder = output or comparison.new_folder(runs, title)
     folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
-    found = comparison.compare(title, contenders, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
+    found = comparison.compare(title, codecs, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))
     if as_json:
         show_json(asdict(found))
     else:
-        show(*comparison_display.tables(found))
-    drawing = folder / "comparison.png"
-    save(comparison_display.draw(found), drawing)
-    logged = comparison.keep(found, runs, folder, drawing)
-    errors.print(f"written to {folder}{' and to MLflow' if logged else ''}", soft_wrap=True)
+        show(*comparison.tables(found))
+    save(comparison.draw(found), folder / "comparison.png")
+    found.write(folder)
+    errors.print(f"written to {folder}", soft_wrap=True)

@@ -3,20 +3,21 @@
 from pipeline.chain.lambda_sweep import Sweep
 from pipeline.commands.display import console, show
 from pipeline.common.figure_style import save
-from pipeline.evidence import rate_distortion
-from pipeline.tracking.records import Records
+from pipeline.evidence import figures, rate_distortion
+from pipeline.records.chains import read_chain
 
 
 def draw_curves(sweep: Sweep) -> None:
     """Print the points and the differences between the curves, and draw them beside the chains."""
-    records = Records(sweep.runs)
-    wanted = {(chain.recipe, chain.lmbda, chain.seed): chain for point in sweep.points() for chain in point.chains}
-    found = [chain for chain in records.published_chains() if (chain.recipe, chain.lmbda, chain.seed) in wanted]
+    folders = dict.fromkeys(chain.folder for point in sweep.points() for chain in point.chains)
+    found = [read_chain(folder) for folder in folders]
     curves = rate_distortion.curves(found)
-    show(
-        rate_distortion.points_table("Real bitstreams of whole validation images", curves),
-        rate_distortion.deltas_table(curves, rate_distortion.references(found), rate_distortion.uncontrolled(found)),
-    )
-    path = next(iter(wanted.values())).folder.parent / "rate-distortion.png"
-    save(rate_distortion.draw(curves, rate_distortion.all_on_kodak(records, found)), path)
+    deltas = rate_distortion.deltas_table(curves, rate_distortion.controls(found))
+    show(rate_distortion.points_table("Real bitstreams of whole validation images", curves))
+    if deltas.rows:
+        show(deltas)
+    else:
+        console.print(f"no Bjøntegaard deltas: {rate_distortion.NO_CONTROL}", soft_wrap=True)
+    path = next(iter(folders)).parent / "rate-distortion.png"
+    save(figures.curves(curves, rate_distortion.all_on_kodak(found)), path)
     console.print(f"curves: {path}", soft_wrap=True)

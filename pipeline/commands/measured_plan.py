@@ -4,13 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.chain.measuring import evaluation_seconds_left, measure, seconds_left
 from pipeline.chain.plan import PlannedStage
-<<<<<<< HEAD
-from pipeline.commands.display import duration, errors, show
-=======
 from pipeline.chain.precheck import check_stages
-from pipeline.commands.display import errors, show
-from pipeline.commands.progress import duration
->>>>>>> records
+from pipeline.commands.display import duration, errors, show
 from pipeline.common.errors import UserError
 from pipeline.common.tables import Table
 from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate, StepCost

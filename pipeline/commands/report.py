@@ -15,10 +15,10 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Folder to write [default: `report` in --runs].")
     ] = None,
     recipe: Annotated[
-        list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in the store].")
+        list[str] | None, typer.Option(help="Recipe to report on; repeatable [default: all in --runs].")
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write all results in MLflow's store to one self-contained HTML page, and the figures as PNG."""
+    """Write all results in a folder of runs to one self-contained HTML page, and the figures as PNG."""
     page = write(runs, output or runs / "report", recipe or ())
     console.print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)

@@ -19,7 +19,8 @@ from pipeline.common.memory import largest_resident_size
 from pipeline.common.processes import ProcessGroup, start_accelerator
 from pipeline.common.timing import timed
 from pipeline.data.crops import TrainingCrops
-from pipeline.data.images import find_images, read_image
+from pipeline.data.images import find_images
+from pipeline.data.pictures import read_image
 from pipeline.recipes.loading import Recipe
 from pipeline.recipes.schema import Data, ModelChoice, Segment, Stage
 from pipeline.training.trial import Limits, Trial, step_seconds

@@ -14,17 +14,11 @@ from PIL import Image
 from pipeline.chain import chain as chain_module
 from pipeline.chain.chain import Chain
 from pipeline.chain.measuring import segments_left
-<<<<<<< HEAD
-from pipeline.chain.stage import StageError
-from pipeline.common.errors import Interrupted
-from pipeline.data.images import Photos, find_images
-from pipeline.data.pictures import DataError
-=======
 from pipeline.chain.plan import ChainError
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.stage_codec import StageError, codec_config
-from pipeline.data.images import DataError, Photos, find_images
->>>>>>> records
+from pipeline.data.images import Photos, find_images
+from pipeline.data.pictures import DataError
 from pipeline.evaluation import limits
 from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
@@ -176,11 +170,7 @@ def test_validation_images_that_change_or_are_too_large_are_noticed(
 )
 def test_mistakes_in_later_stages_are_told_before_anything_runs(runs: Path, setting: str, message: str) -> None:
     with pytest.raises(StageError) as raised:
-<<<<<<< HEAD
-        run_chain(mini_chain(runs, "phase4", [setting]))
-=======
         check_stages(mini_chain(runs, "phase4", [setting]).tasks)
->>>>>>> records
     expected = ".*".join(re.escape(part) for part in message.split("*"))
     assert re.search(expected, str(raised.value))
     assert not (runs / "mini").exists()
