@@ -155,6 +155,6 @@ def test_unknown_names_are_refused_with_the_nearest(recipe: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'pooling'"):
         HPCMConfig(attn_s1="poolling")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"the attention kind 'none' is already modules\.context\.attention\.NoAttentionKind"
+        ValueError, match=r"kind 'none' is already modules\.context\.attention\.NoAttentionKind"
     ):
         register("attention", "none")(PoolingKind)
