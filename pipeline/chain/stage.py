@@ -89,7 +89,8 @@ class StageRun:
         folder = self.folder if self.processes.is_main else None
         self.log = StageLog.begin(folder, self._record(chain), how, source_of(self.device, environment))
         self.log.metrics.cut(progress.lines)
-        self.log.update(segments=self.log.record.segments[: progress.segment], result=None)
+        finished = self.log.record.segments[: progress.segment]
+        self.log.update(trained=_trained(progress), segments=finished, result=None)
         self._note_changes(environment)
 
     def train(self) -> HPCM:
@@ -255,8 +256,7 @@ class StageRun:
 
     def _saved(self, progress: Progress) -> None:
         """Note in the record how far the training has come."""
-        counted = progress.stage_step, progress.bad_steps, progress.exploded_steps, progress.seconds, progress.lines
-        self.log.update(trained=Trained(*counted))
+        self.log.update(trained=_trained(progress))
 
     def _segment_ended(self, segment: Segment, progress: Progress, quality: Quality) -> None:
         before = sum(result.seconds for result in self.log.record.segments)
@@ -271,6 +271,11 @@ class StageRun:
         if lineage.quality is not None and lineage.validation == self.validation.conditions:
             return lineage.quality
         return self.validation.evaluate(self.parent.to(self.device))[0].quality
+
+
+def _trained(progress: Progress) -> Trained:
+    counts = progress.stage_step, progress.bad_steps, progress.exploded_steps
+    return Trained(*counts, progress.seconds, progress.lines)
 
 
 def _data_set(photos: Photos) -> DataSet:

@@ -168,7 +168,7 @@ def test_validation_images_that_change_or_are_too_large_are_noticed(
         ("phase2.data.crop=100", "--set phase2.data.crop=100: data.crop: 100 must be a multiple of 128"),
     ],
 )
-def test_mistakes_in_later_stages_are_told_before_anything_runs(runs: Path, setting: str, message: str) -> None:
+def test_mistakes_in_later_stages_are_reported_before_anything_runs(runs: Path, setting: str, message: str) -> None:
     with pytest.raises(StageError) as raised:
         check_stages(mini_chain(runs, "phase4", [setting]).tasks)
     expected = ".*".join(re.escape(part) for part in message.split("*"))

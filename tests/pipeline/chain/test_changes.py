@@ -10,7 +10,7 @@ RATES = "schedule.unfrozen.lr={default: 1.0e-3, rwkv: 2.0e-3}"
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ([], ""),
         (["data.batch_size=4"], "data.batch_size: 2 → 4"),
@@ -28,12 +28,12 @@ RATES = "schedule.unfrozen.lr={default: 1.0e-3, rwkv: 2.0e-3}"
         (["seed=1", "ema=0.9", "compile=true", "precision=bf16", "data.crop=256"], ", and 1 more"),
     ],
 )
-def test_changes_are_told_by_key(settings: list[str], told: str) -> None:
+def test_changes_are_named_by_key(settings: list[str], expected: str) -> None:
     published = load_recipe(FOLDER, [RATES]).stages["phase1"].to_yaml()
     changes = recipe_changes(published, load_recipe(FOLDER, [RATES, *settings]).stages["phase1"])
-    assert changes == told if len(settings) < 5 else changes.endswith(told)
+    assert changes == expected if len(settings) < 5 else changes.endswith(expected)
 
 
 @pytest.mark.parametrize("published", ["", "name: phase1", "["])
-def test_what_cannot_be_told_is_left_out(published: str) -> None:
+def test_settings_that_cannot_be_read_are_left_out(published: str) -> None:
     assert recipe_changes(published, load_recipe(FOLDER).stages["phase1"]) == ""

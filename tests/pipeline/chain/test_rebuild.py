@@ -186,7 +186,7 @@ def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
     assert sorted(path for path in built.folder.rglob("*") if path.name != "lock") == before
 
 
-def test_a_second_run_is_told_who_holds_the_folder(runs: Path) -> None:
+def test_a_second_run_names_the_process_that_uses_the_folder(runs: Path) -> None:
     chain = mini_chain(runs, "baseline")
     script = "import sys, time; from pathlib import Path; from pipeline.common.folder_lock import held\n"
     script += "with held(Path(sys.argv[1])):\n    print(flush=True); time.sleep(600)"

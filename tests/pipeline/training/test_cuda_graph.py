@@ -57,7 +57,7 @@ def test_a_graph_gives_the_values_and_gradients_of_single_launches(phase: int) -
 
 
 @pytest.mark.gpu
-def test_a_step_that_waits_for_the_gpu_is_told() -> None:
+def test_a_step_that_waits_for_the_gpu_is_reported() -> None:
     weight = torch.ones(1, requires_grad=True, device="cuda")
 
     def compute(images: Tensor, noise: Noise) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path
     assert all(torch.isfinite(tensor).all() for tensor in kept.model.values())
 
 
-def test_a_loss_that_explodes_is_told_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_explodes_is_reported_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "LOSSES_KEPT", 3)
     notes = Notes()
     trainer, start = trainer_of(mini_stage("baseline"), tmp_path, watcher=notes)
