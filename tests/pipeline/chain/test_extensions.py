@@ -154,7 +154,5 @@ def test_unknown_names_are_refused_with_the_nearest(recipe: Path) -> None:
         load_recipe(recipe)
     with pytest.raises(ValueError, match="did you mean 'pooling'"):
         HPCMConfig(attn_s1="poolling")  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"kind 'none' is already modules\.context\.attention\.NoAttentionKind"
-    ):
+    with pytest.raises(ValueError, match=r"kind 'none' is already modules\.context\.attention\.NoAttentionKind"):
         register("attention", "none")(PoolingKind)
