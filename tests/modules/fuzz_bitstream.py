@@ -39,28 +39,20 @@ def mini_codec(phase: int = 4) -> ImageCodec:
 
 
 def mutate(data: bytes, random: np.random.Generator) -> bytes:
-    """`data` with one to three changes: bits, bytes, runs, cuts, insertions, or other bytes altogether."""
+    """`data` with one to three changes: bits, overwritten, removed and inserted bytes, truncation, or other bytes."""
     changed = bytearray(data)
     for _ in range(random.integers(1, 4)):
-        at = int(random.integers(len(changed) + 1))
-        length = int(random.integers(1, 9))
-        kind = random.integers(8)
-        if kind == 0 and at < len(changed):
+        at, length, kind = int(random.integers(len(changed) + 1)), int(random.integers(1, 9)), random.integers(7)
+        removed = min(length, len(changed) - at) if kind < 5 else 0
+        if kind == 0 and removed:
             changed[at] ^= 1 << int(random.integers(8))
         elif kind == 1:
-            changed[at : at + length] = random.bytes(min(length, len(changed) - at))
-        elif kind == 2:
-            changed[at : at + length] = bytes([255 * int(random.integers(2))]) * min(length, len(changed) - at)
-        elif kind == 3:
             del changed[at:]
-        elif kind == 4:
-            del changed[at : at + length]
-        elif kind == 5:
-            changed[at:at] = random.bytes(length)
-        elif kind == 6:
-            changed += random.bytes(length)
-        else:
+        elif kind == 2:
             changed[:] = random.bytes(int(random.integers(200)))
+        else:
+            fill = [random.bytes(length), b"", bytes(length), b"\xff" * length][random.integers(4)]
+            changed[at : at + removed] = fill
     return bytes(changed)
 
 

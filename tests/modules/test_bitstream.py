@@ -67,12 +67,12 @@ def put(at: int, values: bytes) -> Callable[[bytearray], None]:
         (with_header(put(30, struct.pack("<I", 2**32 - 1))), "4294967349 bytes: far more than 5×3 pixels can have"),
     ],
 )
-def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
+def test_errors_say_what_is_wrong(data: bytes, message: str) -> None:
     with pytest.raises(BitstreamError, match=message):
         CodedImage.parse(data)
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed() -> None:
+def test_every_flipped_bit_and_truncation_is_detected() -> None:
     data = CODED.pack()
     broken = [data[:at] for at in range(len(data))]
     for bit in range(8 * len(data)):
@@ -106,7 +106,7 @@ def test_an_image_too_large_for_the_format_is_refused_before_coding(codec: Image
         codec.encode(torch.empty(1, 3, 2**14, 2**14, device="meta"))
 
 
-def test_identity_is_of_what_a_decoder_computes_with(codec: ImageCodec) -> None:
+def test_the_identity_covers_all_that_a_decoder_computes_with(codec: ImageCodec) -> None:
     model = HPCM(codec.model.config)
     model.load_state_dict(codec.model.state_dict())
     assert model_identity(model) == codec.identity

@@ -1,5 +1,7 @@
 """The Bi-WKV4 op in PyTorch's own machinery: tracing, compilation, autocast, checkpoints, fake tensors."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,13 +10,17 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules.biwkv4.op import biwkv4
+from tests.modules.test_biwkv4 import assert_same_bits, computed
+from tests.modules.test_biwkv4 import draw as inputs
 
 
 def draw(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    w, u = torch.randn(6, generator=g) / 9, torch.randn(6, generator=g)
-    k, v = (torch.randn(2, 9, 6, generator=g).to(dtype) for _ in range(2))
-    return [x.to(device) for x in (w, u, k, v)]
+    return [x.to(device) for x in inputs((2, 9, 6), dtype)[0]]
+
+
+def results(function: Callable[..., Tensor]) -> list[Tensor]:
+    """y and the gradients of w, u, k, v."""
+    return computed(*inputs((2, 9, 6)), function)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,13 +37,7 @@ def test_compiles_as_one_graph(dynamic: bool) -> None:
         return torch.sigmoid(v) * biwkv4(w / k.shape[1], u / k.shape[1], k * 2, v)
 
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    results = []
-    for function in (block, compiled):
-        leaves = [x.requires_grad_() for x in draw()]
-        y = function(*leaves)
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(results(compiled), results(block))
 
 
 def test_autocast_keeps_w_and_gives_the_layers_dtype() -> None:
@@ -57,12 +57,7 @@ def test_autocast_keeps_w_and_gives_the_layers_dtype() -> None:
 
 
 def test_checkpointing_changes_no_bit() -> None:
-    results = []
-    for through in (biwkv4, lambda *x: checkpoint(biwkv4, *x, use_reentrant=False)):
-        leaves = [x.requires_grad_() for x in draw()]
-        y = through(*leaves)
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same_bits(results(lambda *x: checkpoint(biwkv4, *x, use_reentrant=False)), results(biwkv4))
 
 
 def test_inference_mode_and_no_grad_change_no_bit() -> None:
@@ -74,7 +69,7 @@ def test_inference_mode_and_no_grad_change_no_bit() -> None:
         assert torch.equal(biwkv4(*draw()), y)
 
 
-def test_only_some_gradients() -> None:
+def test_gradients_of_some_inputs_only() -> None:
     every = [x.requires_grad_() for x in draw()]
     full = torch.autograd.grad(biwkv4(*every).sum(), every)
     w, u, k, v = draw()
@@ -83,7 +78,7 @@ def test_only_some_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_shapes_without_data(dtype: torch.dtype) -> None:
+def test_meta_and_fake_tensors(dtype: torch.dtype) -> None:
     y = biwkv4(*draw(dtype, "meta"))
     assert (y.device.type, y.dtype, y.shape) == ("meta", dtype, (2, 9, 6))
     with FakeTensorMode():
@@ -93,7 +88,7 @@ def test_shapes_without_data(dtype: torch.dtype) -> None:
         assert (y.dtype, y.shape) == (dtype, (2, 9, 6))
 
 
-def test_second_derivatives_say_what_to_use() -> None:
+def test_second_derivatives_raise_an_error_that_names_the_reference() -> None:
     leaves = [x.requires_grad_() for x in draw()]
     (dk,) = torch.autograd.grad(biwkv4(*leaves).square().sum(), leaves[2:3], create_graph=True)
     with pytest.raises(NotImplementedError, match="biwkv4_reference"):

@@ -34,7 +34,7 @@ def test_gradient_at_the_mode_is_finite(model: GeneralizedGaussian) -> None:
     assert torch.isfinite(scales.grad).all()
 
 
-def test_lower_bounds_let_descent_raise_what_is_below(model: GeneralizedGaussian) -> None:
+def test_lower_bounds_pass_only_gradients_that_raise_the_value(model: GeneralizedGaussian) -> None:
     scales = torch.full((2,), 0.05, dtype=torch.float64, requires_grad=True)
     likelihood = model(torch.tensor([1.0, 0.0]).double(), scales)
     likelihood.log().sum().neg().backward()
@@ -43,7 +43,7 @@ def test_lower_bounds_let_descent_raise_what_is_below(model: GeneralizedGaussian
     assert model(torch.tensor(1e3).double(), torch.tensor(0.12).double()).item() == pytest.approx(1e-9)
 
 
-def test_quantile_leaves_the_tail(model: GeneralizedGaussian) -> None:
+def test_quantile_matches_scipy(model: GeneralizedGaussian) -> None:
     assert model.quantile(TAIL_MASS / 2) == pytest.approx(gennorm(1.5).isf(TAIL_MASS / 2), rel=1e-9)
 
 

@@ -46,7 +46,7 @@ def crowded(count: int) -> Tensor:
 
 @pytest.mark.parametrize("epsilon", [LEAST_EPSILON, 1e-5, EPSILON, 1e-4, 1e-3, MOST_EPSILON])
 @pytest.mark.parametrize("scales_of", [log_uniform, crowded])
-def test_two_machines_within_epsilon_choose_the_same_tables(epsilon: float, scales_of) -> None:
+def test_encoder_and_decoder_within_epsilon_choose_the_same_tables(epsilon: float, scales_of) -> None:
     exact = scales_of(6001).double()
     encoder, decoder = (exact * (1 + epsilon * (2 * torch.rand_like(exact) - 1)) for _ in range(2))
     offsets = choose_offsets(encoder.float(), TABLE, epsilon)
@@ -67,12 +67,12 @@ def test_offsets_leave_the_tables_nearly_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("scales", [torch.zeros(64), torch.full((64,), -1.0), torch.full((64,), float("nan"))])
-def test_scales_that_are_no_scales_have_a_table(scales: Tensor) -> None:
+def test_zero_negative_and_nan_scales_have_a_table(scales: Tensor) -> None:
     offsets = choose_offsets(scales, TABLE, EPSILON)
     assert table_index(moved(scales, offsets, EPSILON), TABLE).shape == (64,)
 
 
-def test_without_epsilon_nothing_is_moved() -> None:
+def test_an_epsilon_of_zero_moves_nothing() -> None:
     assert choose_offsets(crowded(100), TABLE, 0) == UNMOVED
     assert moved(TABLE, UNMOVED, 0) is TABLE
 
@@ -116,12 +116,12 @@ def test_the_bytes_are_the_documented_ones() -> None:
         (lambda head: head[:44] + bytes([255]) + head[45:], "bytes follow the table offsets"),
     ],
 )
-def test_lists_that_lie_are_refused(change, message: str) -> None:
+def test_offsets_that_do_not_fit_are_refused(change, message: str) -> None:
     with pytest.raises(BitstreamError, match=message):
         Guards.parse(change(some_guards().pack()), SYMBOLS)
 
 
-def test_a_list_for_another_size_is_refused() -> None:
+def test_offsets_for_another_size_are_refused() -> None:
     with pytest.raises(BitstreamError, match="not those of an image of this size"):
         Guards.parse(some_guards().pack(), 4 * SYMBOLS)
 
@@ -132,7 +132,7 @@ def test_an_epsilon_out_of_range_is_refused(epsilon: float) -> None:
         check_epsilon(epsilon)
 
 
-def test_no_coding_table_of_y_hangs_on_the_last_bits_of_a_machines_functions() -> None:
+def test_coding_tables_do_not_depend_on_the_last_bits_of_float64_functions() -> None:
     """Each rounded value on the way to a table is a million times further from a tie than the error of float64."""
     exact = [math.exp(math.log(0.12) + (math.log(64) - math.log(0.12)) * level / 59) for level in range(60)]
     ulps = [abs(value - float(entry)) / math.ulp(value) for value, entry in zip(exact, TABLE, strict=True)]

@@ -84,14 +84,6 @@ def test_every_row_is_coded_once() -> None:
     assert torch.equal(coded[plan.restore], torch.arange(16 * 24 * EIGHTHS))
 
 
-def test_parameters_are_the_two_halves_of_the_context() -> None:
-    context = torch.randn(1, 32, 8, 12)
-    for step in hierarchy(16, 24, CPU).scales[1].steps:
-        scales, means = to_rows(context, 2).index_select(1, step.parameters).chunk(2, dim=1)
-        assert torch.equal(scales, to_rows(context[:, :16], 2).index_select(1, step.local))
-        assert torch.equal(means, to_rows(context[:, 16:], 2).index_select(1, step.local))
-
-
 def test_hyper_prior_keeps_its_place_on_s3() -> None:
     plan, hyper = hierarchy(16, 24, CPU).scales[2], torch.randn(1, 32, 16, 24)
     coded = to_rows(torch.zeros(1, 32, 8, 12), 2)
@@ -103,7 +95,7 @@ def test_hyper_prior_keeps_its_place_on_s3() -> None:
         assert torch.equal(half, expected)
 
 
-def test_hyper_prior_is_misplaced_on_s2() -> None:
+def test_hyper_prior_has_the_official_order_on_s2() -> None:
     plan, hyper = hierarchy(16, 24, CPU).scales[1], torch.randn(1, 32, 16, 24)
     s1_context = torch.randn(1, 32, 4, 6)
     rows = torch.cat((to_rows(s1_context, 2), to_rows(hyper, 2)), 1)
@@ -118,7 +110,7 @@ def test_hyper_prior_is_misplaced_on_s2() -> None:
             assert torch.equal(half[0, channel][cell == quarter], coded[0, channel].flatten())
 
 
-def test_tables_made_in_inference_mode_serve_training() -> None:
+def test_tables_built_in_inference_mode_can_be_used_in_training() -> None:
     with torch.inference_mode():
         plan = hierarchy(40, 40, CPU)
     assert hierarchy(40, 40, CPU) is plan

@@ -48,7 +48,7 @@ def test_images_in_the_right_form_are_coded(codec: ImageCodec) -> None:
         assert codec.model(RIGHT.bfloat16())["x_hat"].shape == RIGHT.shape
 
 
-def test_values_are_not_read_on_other_devices(codec: ImageCodec) -> None:
+def test_values_on_other_devices_are_not_read(codec: ImageCodec) -> None:
     """A meta tensor has no values to check, and a training step must not wait for the values of a GPU."""
     sketch = HPCM.on_meta(codec.model.config)
     assert sketch(torch.empty(2, 3, 8, 8, device="meta"), training=True)["x_hat"].shape == (2, 3, 8, 8)

@@ -40,7 +40,7 @@ def test_a_saved_codec_is_loaded_ready_to_code(saved: tuple[HPCM, Path]) -> None
     assert loaded.compress(image) == model.compress(image)
 
 
-def test_the_card_says_what_the_codec_is(saved: tuple[HPCM, Path]) -> None:
+def test_the_model_card_describes_the_codec(saved: tuple[HPCM, Path]) -> None:
     model, folder = saved
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: hpcm-rwkv\nlicense: mit\n")
@@ -48,12 +48,12 @@ def test_the_card_says_what_the_codec_is(saved: tuple[HPCM, Path]) -> None:
     assert "| `attn_s1` | rwkv | hidden_rate 1, mix_rate 1 |" in card
 
 
-def test_a_published_stages_folder_loads_too(saved: tuple[HPCM, Path], tmp_path: Path) -> None:
+def test_the_folder_of_a_published_stage_loads(saved: tuple[HPCM, Path], tmp_path: Path) -> None:
     publish(tmp_path / "checkpoint.safetensors", saved[0], Lineage(name="phase4"))
     assert same(HPCM.from_pretrained(str(tmp_path)), saved[0])
 
 
-def test_a_name_is_downloaded(saved: tuple[HPCM, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub_is_downloaded(saved: tuple[HPCM, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(repo_id: str, filename: str, **options: object) -> str:
@@ -66,7 +66,7 @@ def test_a_name_is_downloaded(saved: tuple[HPCM, Path], monkeypatch: pytest.Monk
     assert set(asked) == {("somebody/codec", name, "v2") for name in ("config.json", "model.safetensors")}
 
 
-def test_what_cannot_be_loaded_is_named(saved: tuple[HPCM, Path], tmp_path: Path) -> None:
+def test_errors_name_what_cannot_be_loaded(saved: tuple[HPCM, Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither config\.json and model\.safetensors nor"):
         HPCM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder, and not a name on the Hugging Face Hub"):

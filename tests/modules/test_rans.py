@@ -23,7 +23,7 @@ def written(symbols: Tensor, indexes: Tensor, tables: CodingTables) -> bytes:
     return writer.string()
 
 
-def test_every_magnitude_of_every_table_comes_back(tables: CodingTables) -> None:
+def test_every_magnitude_is_decoded_with_every_table(tables: CodingTables) -> None:
     reach = tables.reach.long()[:, None]
     steps = torch.tensor([0, 1, 2, 63, 64, 65, 8191, 8192, 2**20])
     magnitudes = torch.cat((torch.zeros_like(reach), reach // 2, reach + steps, torch.full_like(reach, LIMIT - 1)), 1)
@@ -41,7 +41,7 @@ def test_values_that_cannot_be_coded_are_refused(value: float, tables: CodingTab
         SymbolWriter(tables).put(torch.tensor([0.0, value]), torch.tensor([0, 0]))
 
 
-def test_another_table_is_noticed_even_where_it_gives_the_same_symbols() -> None:
+def test_another_table_is_detected_even_if_it_gives_the_same_symbols() -> None:
     twins = CodingTables.from_buffers(*GeneralizedGaussian().tables(torch.ones(2)))
     first, second = torch.zeros(64, dtype=torch.int32), torch.ones(64, dtype=torch.int32)
     check, coded = split_check(written(torch.arange(64), first, twins))
@@ -52,14 +52,14 @@ def test_another_table_is_noticed_even_where_it_gives_the_same_symbols() -> None
 
 
 @pytest.mark.parametrize("length", [0, 3, 7, 9])
-def test_what_no_coder_ends_with_is_refused(length: int, tables: CodingTables) -> None:
+def test_strings_that_no_coder_writes_are_refused(length: int, tables: CodingTables) -> None:
     with pytest.raises(BitstreamError, match="not a range coder's stream"):
         SymbolReader(b"\xff" * length, tables, 10)
     with pytest.raises(BitstreamError, match="not a range coder's stream"):
         SymbolReader(bytes(100), tables, 10)  # a state too small: the coder would read a word for every symbol
 
 
-def test_a_stream_is_as_long_as_its_information(tables: CodingTables) -> None:
+def test_stream_length_matches_the_likelihoods(tables: CodingTables) -> None:
     """Within 0.5 % + 64 bytes of the likelihoods' estimate, where symbols follow the distribution."""
     model, random = GeneralizedGaussian(), np.random.default_rng(0)
     scales = torch.from_numpy(np.exp(random.uniform(np.log(0.12), np.log(64), 200_000)).astype(np.float32))
@@ -70,7 +70,7 @@ def test_a_stream_is_as_long_as_its_information(tables: CodingTables) -> None:
     assert abs(coded - estimate) < 0.005 * estimate + 64
 
 
-def test_the_nearest_scale_by_ratio_has_the_table() -> None:
+def test_a_scale_selects_the_nearest_table_by_ratio() -> None:
     table = scale_table()
     scales = torch.logspace(-3, 3, 5000)
     distance = (scales[:, None].log() - table.log()).abs()
@@ -100,7 +100,7 @@ def words_read(stream: bytes, indexes: list[int], tables: CodingTables) -> int:
 
 
 @pytest.mark.parametrize("kind", ["random", "ones", "escapes"])
-def test_the_coder_reads_no_further_than_the_zeros_behind_a_stream(kind: str, tables: CodingTables) -> None:
+def test_the_coder_reads_no_further_than_the_appended_zeros(kind: str, tables: CodingTables) -> None:
     count = 300
     indexes = torch.arange(count) % tables.byte
     streams = {
