@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class TrainingCrops(Dataset[dict[str, Any]]):
         if index in self._decoded:
             return self._decoded[index]
         path = self.photos.paths[index]
-        image = read_image(path)
+        image = read_image(Path(path))
         if min(image.shape[:2]) < self.crop:
             raise DataError(f"{path}: smaller than {self.crop}×{self.crop} pixels")
         reader = get_worker_info()
@@ -133,7 +134,7 @@ def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0
         # Forked workers end when the trainer is killed; workers of a fork server would stay.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_stand_apart,
+        worker_init_fn=_leave_process_group,
         # Without its own generator, the loader would draw from the global one, and a resumed run would draw once more.
         generator=torch.Generator(),
     )
@@ -158,7 +159,7 @@ def noticing_lost_workers() -> Iterator[None]:
         ) from error
 
 
-def _stand_apart(worker: int) -> None:
+def _leave_process_group(worker: int) -> None:
     """Leave the trainer's process group, so that Ctrl-C reaches only the trainer, which saves before workers end."""
     os.setpgid(0, 0)
 
@@ -173,7 +174,7 @@ def validation_images(photos: Photos, limit: int | None = None) -> Iterator[tupl
         if given == limit:
             return
         try:
-            image = read_image(path)
+            image = read_image(Path(path))
         except DataError as problem:
             logger.warning("%s; skipped in validation", problem)
             continue

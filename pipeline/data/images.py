@@ -1,26 +1,21 @@
-"""Photographs on disk: finds the usable ones in a folder."""
+"""Finds the usable images in a folder and its subfolders."""
 
+import gc
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 from pipeline.common.files import readable
-from pipeline.data.image_index import (
-    FILE,
-    FileStamp,
-    ImageFacts,
-    ImageIndex,
-    digests,
-    remembered,
-    without_garbage_collection,
-)
-from pipeline.data.pictures import SUFFIXES, DataError, file_status, opened
+from pipeline.data.image_index import FILE, image_facts
+from pipeline.data.pictures import SUFFIXES, DataError
 
 # The wheels of scikit-image and scikit-learn contain these, so no network is needed.
 PACKAGED = {
@@ -37,48 +32,48 @@ PACKAGED = {
         ("scikit-learn", "sklearn/datasets/images/flower.jpg"),
     ),
 }
+MADE_BY_RUNS = ({"mlflow.db"}, {FILE}, {"record.json", "metrics.jsonl"})
+"""Files that mark a folder of runs or a stage's folder. The images in it are results of training."""
 
 logger = logging.getLogger(__name__)
+
+LeftOut = Callable[[Path, list[str]], bool]
+"""Whether to leave out a folder with its subfolders, by its path and the names of its files."""
 
 
 @dataclass(frozen=True)
 class Photos:
     """Usable images, in the order of their names.
 
-    `names` are printable, relative to the folder and use `/`. `pixels` is the total of all images. `skipped` pairs
-    each unusable file with the reason. `digest` is the SHA-256 (hexadecimal) of all names and contents; it changes
-    when an image is added, removed or changed. Tracking records `name` and `source` as the data of a run.
+    `names` are printable, relative to the folder and use `/`. `paths` are text: a million Path objects take twice the
+    memory and seconds to make. `pixels` is the total of all images. `skipped` pairs each unusable file with the
+    reason; files of other kinds are counted in one entry for the whole folder. `digest` is the SHA-256 (hexadecimal)
+    of all names and contents; it changes when an image is added, removed or changed. Tracking records `name` and
+    `source` as the data of a run.
     """
 
     name: str
     source: str
     names: tuple[str, ...]
-    paths: Sequence[Path]
+    paths: tuple[str, ...]
     pixels: int
-    skipped: tuple[tuple[Path, str], ...]
+    skipped: tuple[tuple[str, str], ...]
     digest: str
 
 
-@dataclass(frozen=True)
-class Paths(Sequence[Path]):
-    """A sequence of paths, stored as text. A million take less than half the memory of Path objects, and 4 s less."""
-
-    texts: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "Paths": ...
-
-    def __getitem__(self, index: int | slice) -> "Path | Paths":
-        return Paths(self.texts[index]) if isinstance(index, slice) else Path(self.texts[index])
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Suspend the search for reference cycles, which would scan millions of new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-@without_garbage_collection()
+@_without_garbage_collection()
 def find_images(folder: Path | None, split: Literal["train", "val"], minimum: int, runs: Path | None = None) -> Photos:
     """Find the usable images in and below a folder; for None, take the packaged photographs.
 
@@ -86,83 +81,64 @@ def find_images(folder: Path | None, split: Literal["train", "val"], minimum: in
     are left out: their images are reconstructions. For training, images with a side shorter than `minimum` pixels
     are skipped. Raises DataError if no usable image is left.
     """
+    others: Counter[str] = Counter()
     if folder is None:
-        found = sorted((name, str(distribution(wheel).locate_file(name))) for wheel, name in PACKAGED[split])
+        files = sorted((name, str(distribution(wheel).locate_file(name))) for wheel, name in PACKAGED[split])
         name, source = f"packaged-{split}", "photographs in the wheels of scikit-image and scikit-learn"
     else:
-        found = sorted(_names_below(folder, SUFFIXES, partial(_is_runs_folder, folder, runs)))
+        files = sorted(_walk(folder, SUFFIXES, partial(_made_by_runs, folder, runs), others))
         name, source = readable(folder.resolve().name), readable(str(folder.resolve()))
+    if folder is None or runs is None:
+        found = image_facts(files, Path(), None)
+    else:
+        found = image_facts(files, folder.resolve(), runs / FILE)
 
-    index = ImageIndex(runs / FILE if runs and folder else None, folder.resolve() if folder else Path())
-    with index.alone():
-        looked_at = _look(found, index)
     digest, pixels = hashlib.sha256(), 0
     usable: list[tuple[str, str]] = []
-    skipped: list[tuple[Path, str]] = []
-    for relative, path, facts in looked_at:
-        problem = facts if isinstance(facts, str) else ""
-        if not isinstance(facts, str) and split == "train" and min(facts.width, facts.height) < minimum:
-            problem = f"{facts.width}×{facts.height}, smaller than {minimum}×{minimum} pixels"
-        if problem or isinstance(facts, str):
-            skipped.append((Path(path), problem))
-            continue
-        usable.append((readable(relative), path))
-        pixels += facts.width * facts.height
-        digest.update(os.fsencode(relative) + f"\0{facts.digest}\n".encode())
+    skipped = [(source, other_kinds(others))] if others else []
+    for (relative, path), facts in zip(files, found, strict=True):
+        if isinstance(facts, str):
+            skipped.append((path, facts))
+        elif split == "train" and min(facts.width, facts.height) < minimum:
+            skipped.append((path, f"{facts.width}×{facts.height}, smaller than {minimum}×{minimum} pixels"))
+        else:
+            usable.append((readable(relative), path))
+            pixels += facts.width * facts.height
+            digest.update(os.fsencode(relative) + f"\0{facts.digest}\n".encode())
     if not usable:
         raise DataError(_nothing_usable(source, split, skipped))
     names, paths = zip(*usable, strict=True)
-    return Photos(name, source, names, Paths(paths), pixels, tuple(skipped), digest.hexdigest())
-
-
-def _look(found: list[tuple[str, str]], index: ImageIndex) -> list[tuple[str, str, ImageFacts | str]]:
-    """Facts about each file, or the reason why it cannot be used; new facts are added to the index."""
-    known = index.known()
-    looked_at: list[tuple[str, str, ImageFacts | str]] = []
-    new: list[tuple[int, FileStamp, tuple[int, int]]] = []
-    for relative, path in found:
-        facts: ImageFacts | str | None = remembered(known.get(relative), path)
-        if facts is None:
-            facts = "not read"
-            try:
-                stamp = FileStamp.of(file_status(Path(path)))
-                with opened(Path(path)) as picture:
-                    new.append((len(looked_at), stamp, picture.size))
-            except DataError as problem:
-                facts = str(problem).removeprefix(f"{path}: ")
-        looked_at.append((relative, path, facts))
-    paths, sizes = [Path(looked_at[place][1]) for place, _, _ in new], [stamp.size for _, stamp, _ in new]
-    for (place, _, size), digest in zip(new, digests(paths, sizes), strict=True):
-        read = str(digest.strerror) if isinstance(digest, OSError) else ImageFacts(*size, digest)
-        looked_at[place] = (*looked_at[place][:2], read)
-    index.remember(
-        (looked_at[place][0], stamp, facts)
-        for place, stamp, _ in new
-        if isinstance(facts := looked_at[place][2], ImageFacts)
-    )
-    return looked_at
+    return Photos(name, source, names, paths, pixels, tuple(skipped), digest.hexdigest())
 
 
 def check_folder(folder: Path, split: str) -> None:
     """Raise DataError if a folder does not exist or has no file with an image's suffix."""
-    if next(_names_below(folder, SUFFIXES, None), None) is None:
-        raise DataError(_nothing_usable(readable(str(folder.resolve())), split, []))
+    others: Counter[str] = Counter()
+    if next(_walk(folder, SUFFIXES, None, others), None) is None:
+        source = readable(str(folder.resolve()))
+        raise DataError(_nothing_usable(source, split, [(source, other_kinds(others))] if others else []))
 
 
-def files_below(
-    folder: Path, suffixes: tuple[str, ...] = SUFFIXES, left_out: Callable[[Path, list[str]], bool] | None = None
-) -> list[tuple[str, Path]]:
-    """Files with these suffixes in and below a folder, each with its name relative to it; raises DataError.
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]], Counter[str]]:
+    """Files with these suffixes in and below a folder, by names relative to it, and numbers of other files by suffix.
 
-    `left_out` gets the path and file names of each folder and returns whether to skip it and its subfolders.
+    Raises DataError if there is no such folder.
     """
-    return [(name, Path(path)) for name, path in _names_below(folder, suffixes, left_out)]
+    others: Counter[str] = Counter()
+    return sorted((name, Path(path)) for name, path in _walk(folder, suffixes, None, others)), others
 
 
-def _names_below(
-    folder: Path, suffixes: tuple[str, ...], left_out: Callable[[Path, list[str]], bool] | None
+def other_kinds(others: Counter[str]) -> str:
+    """The numbers of files that are skipped for their kind, in words."""
+    most = [f"{suffix}: {count:,}" for suffix, count in others.most_common(5)]
+    more = ", …" if len(others) > len(most) else ""
+    return f"{others.total():,} of kinds that are not read ({', '.join(most)}{more})"
+
+
+def _walk(
+    folder: Path, suffixes: tuple[str, ...], left_out: LeftOut | None, others: Counter[str]
 ) -> Iterator[tuple[str, str]]:
-    """As `files_below`, one by one, with paths as text."""
+    """Relative names and paths of the files with these suffixes. Others are counted, except hidden ones."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise DataError(f"{folder}: {what}; give a folder of images ({' '.join(suffixes)})")
@@ -170,20 +146,26 @@ def _names_below(
         if left_out is not None and left_out(Path(root), files):
             folders.clear()
             continue
+        others.update("links to folders" for name in folders if os.path.islink(f"{root}/{name}"))  # noqa: PTH114
         below = Path(root).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
-        yield from ((prefix + file, f"{root}/{file}") for file in files if file.lower().endswith(suffixes))
+        for file in files:
+            if file.lower().endswith(suffixes):
+                yield prefix + file, f"{root}/{file}"
+            elif file[0] != ".":
+                others[readable(os.path.splitext(file)[1].lower()) or "no suffix"] += 1  # noqa: PTH122
 
 
-def _is_runs_folder(images: Path, runs: Path | None, folder: Path, files: list[str]) -> bool:
-    """Whether `folder` is a folder of runs; raises DataError if it is the folder of images itself."""
-    found = "mlflow.db" in files or (runs is not None and folder.resolve() == runs.resolve())
+def _made_by_runs(images: Path, runs: Path | None, folder: Path, files: list[str]) -> bool:
+    """Whether `folder` holds results of runs. Raises DataError if it is the folder of images itself."""
+    marked = any(files_of_runs.issubset(files) for files_of_runs in MADE_BY_RUNS)
+    found = marked or (runs is not None and folder.resolve() == runs.resolve())
     if found and folder == images:
         raise DataError(f"{images}: this is a folder of runs, and its images are reconstructions; give another folder")
     return found
 
 
-def _nothing_usable(source: str, split: str, skipped: list[tuple[Path, str]]) -> str:
+def _nothing_usable(source: str, split: str, skipped: list[tuple[str, str]]) -> str:
     lines = [
         f"{source}: no usable image for {split}; looked for {' '.join(SUFFIXES)} here and below",
         *(f"  skipped {path}: {reason}" for path, reason in skipped[:5]),

@@ -1,6 +1,5 @@
-"""Decodes one image file. The file may come from anyone."""
+"""Decodes image files into 8-bit RGB, and refuses files that are damaged or too large."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,66 +13,38 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import check_regular
 from pipeline.common.memory import too_large
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-# Pillow detects the format by content, and some formats start other programs (EPS runs Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".avif": "AVIF",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".gif": "GIF",
+}
+"""Suffixes of images, in lower case, and Pillow's names of their formats.
+
+Others are not read: Pillow detects a format by content, and some start other programs (EPS runs Ghostscript).
+"""
+SUFFIXES = tuple(FORMATS)
+SUPPORTED = tuple(dict.fromkeys(FORMATS.values()))
 
 PIXEL_BYTES = 16
-"""Most bytes per pixel that decoding takes: two copies of four channels of 16 bits."""
+"""Maximum memory in bytes that decoding takes per pixel: two copies of four channels of 16 bits."""
 LARGEST_EXTRA = 2**28
-"""Most bytes of a file besides its pixels: profiles, previews, further pages."""
+"""Maximum size in bytes of what a file contains besides its pixels: profiles, previews, further pages."""
+
+# `opened` refuses these images itself, with the name of the file.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DataError(UserError):
-    """Images cannot be used; the message names the file or folder and says what to do."""
-
-
-def file_status(path: Path) -> os.stat_result:
-    """The status of a file that is regular and not empty; raises DataError for any other."""
-    status = check_regular(path, DataError)
-    if status.st_size == 0:
-        raise DataError(f"{path}: empty file")
-    return status
-
-
-@contextmanager
-def opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """An open image, not decoded yet; raises DataError for one that is damaged or too large, also while it is read."""
-    size, limit = file_status(path).st_size, Image.MAX_IMAGE_PIXELS
-    most = max(limit or 0, max_pixels or 0)
-    if size > LARGEST_EXTRA + PIXEL_BYTES * most:  # Pillow reads a whole WebP file to open it.
-        raise DataError(f"{path}: {size:,} bytes, far more than an image of {most:,} pixels can have")
-    try:
-        if max_pixels is not None and limit is not None:
-            Image.MAX_IMAGE_PIXELS = most
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                _check_size(path, picture, size, max_pixels)
-                yield picture
-    except DataError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: damaged, or not an image ({' '.join(FORMATS)})") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    # On damaged files, Pillow's plugins raise many classes: OSError, SyntaxError, struct.error, KeyError …
-    except Exception as problem:
-        raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def _check_size(path: Path, picture: Image.Image, size: int, max_pixels: int | None) -> None:
-    """Raise DataError for an image too large to decode, and for a file far larger than its pixels."""
-    pixels = picture.width * picture.height
-    if max_pixels is not None:
-        if pixels > max_pixels:
-            raise DataError(f"{path}: {picture.width}×{picture.height}, more than --max-pixels {max_pixels}")
-    elif reason := too_large(PIXEL_BYTES * pixels):
-        raise DataError(f"{path}: {picture.width}×{picture.height} pixels: {reason}; --max-pixels allows it")
-    if size > LARGEST_EXTRA + PIXEL_BYTES * pixels:
-        raise DataError(f"{path}: {size:,} bytes, far more than {picture.width}×{picture.height} pixels can have")
+    """Images cannot be used. The message names the file or folder and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +68,14 @@ def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
     """Decode an image of at most `max_pixels` and apply its EXIF orientation; for None, memory sets the limit.
 
     Channels of 16 bits become 8 bits. Transparency is blended with white. Gray, palette and CMYK become RGB; a color
-    profile that is not for RGB is dropped. Only the first page or frame is read. Raises DataError naming the file.
+    profile that is not for RGB is dropped. Only the first page or frame is read. AVIF's 10 and 12 bits become 8 without
+    a note in `changes`, because Pillow does not report them. Raises DataError naming the file.
     """
     with opened(path, max_pixels) as picture:
         changes = ["16 bits a channel became 8"] if _is_deep(picture) else []
         if getattr(picture, "is_animated", False):  # `n_frames` would read every page of a TIFF to count them.
             changes.append("only the first frame was kept")
-        icc_profile = picture.info.get("icc_profile", b"")
+        icc_profile = picture.info.get("icc_profile") or b""
         if icc_profile and icc_profile[16:20] != b"RGB ":
             changes.append(f"the color profile of the {picture.mode} image was dropped because it is not for RGB")
             icc_profile = b""
@@ -115,6 +87,48 @@ def read_picture(path: Path, max_pixels: int | None = None) -> Picture:
             opaque = Image.new("RGBA", upright.size, "white")
             upright = Image.alpha_composite(opaque, upright.convert("RGBA"))
         return Picture(np.array(upright.convert("RGB")), icc_profile, tuple(changes))
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Open an image of acceptable size without decoding it. Raises DataError naming the file, also for its decoding."""
+    file_bytes, limit = check_regular(path, DataError).st_size, Image.MAX_IMAGE_PIXELS
+    most = max(limit or 0, max_pixels or 0)
+    if file_bytes == 0:
+        raise DataError(f"{path}: empty file")
+    if file_bytes > LARGEST_EXTRA + PIXEL_BYTES * most:  # Pillow reads a whole WebP or AVIF file to open it.
+        raise DataError(f"{path}: {file_bytes:,} bytes, far more than an image of {most:,} pixels can have")
+    try:
+        if max_pixels is not None and limit is not None:
+            Image.MAX_IMAGE_PIXELS = most
+        with Image.open(path, formats=SUPPORTED) as picture:
+            _check_size(path, picture, file_bytes, max_pixels)
+            yield picture
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{path}: damaged, or not an image of a supported format ({', '.join(SUPPORTED)})") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    # On damaged files, Pillow's plugins raise many classes: OSError, SyntaxError, struct.error, KeyError …
+    except Exception as problem:
+        raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(path: Path, picture: Image.Image, file_bytes: int, max_pixels: int | None) -> None:
+    """Raise DataError for an image too large to decode, and for a file far larger than its pixels."""
+    pixels, size = picture.width * picture.height, f"{picture.width}×{picture.height}"
+    if max_pixels is not None:
+        if pixels > max_pixels:
+            raise DataError(f"{path}: {size}, more than --max-pixels {max_pixels}")
+    elif Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels")
+    elif reason := too_large(PIXEL_BYTES * pixels):
+        raise DataError(f"{path}: {size} pixels: {reason}; --max-pixels allows it")
+    if file_bytes > LARGEST_EXTRA + PIXEL_BYTES * pixels:
+        raise DataError(f"{path}: {file_bytes:,} bytes, far more than {size} pixels can have")
 
 
 def _is_deep(picture: Image.Image) -> bool:

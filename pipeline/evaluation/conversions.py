@@ -1,16 +1,19 @@
 """Plans which image files become which `.hpcm` files, and back. Without PyTorch, so mistakes are reported at once."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.images import files_below
+from pipeline.data.images import files_below, other_kinds
 from pipeline.data.pictures import SUFFIXES, DataError
 
 SUFFIX = ".hpcm"
 COMPRESSION = (SUFFIXES, SUFFIX)
 DECOMPRESSION = ((SUFFIX,), ".png")
 """Suffixes to read, and the suffix to write."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,13 @@ def find(sources: Sequence[Path], suffixes: tuple[str, ...]) -> list[tuple[str, 
     found = []
     for source in sources:
         if source.is_dir():
-            below = sorted(files_below(source, suffixes))
+            below, others = files_below(source, suffixes)
             if not below:
                 raise DataError(f"{source}: no files with the suffix {' '.join(suffixes)} in or below this folder")
+            for suffix in (*SUFFIXES, SUFFIX):
+                del others[suffix]  # Pictures and their coded files may lie in one folder.
+            if others:
+                logger.warning("%s: skipped %s", source, other_kinds(others))
             found += below
         elif source.is_file():
             found.append((source.name, source))

@@ -124,7 +124,7 @@ class OneImage(TrainingCrops):
 
 def photograph(size: Size) -> Tensor:
     """A packaged photograph, cropped or extended by reflection to (1, 3, H, W)."""
-    pixels = read_image(find_images(None, "val", 1).paths[0])[: size[0], : size[1]]
+    pixels = read_image(Path(find_images(None, "val", 1).paths[0]))[: size[0], : size[1]]
     missing = [(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
     pixels = np.pad(pixels, [*missing, (0, 0)], mode="symmetric")
     return torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255)

@@ -7,6 +7,7 @@ import argparse
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Products(TorchDispatchMode):
 
 def photograph(height: int, width: int) -> Tensor:
     """A packaged photograph, scaled, (1, 3, H, W)."""
-    pixels = torch.from_numpy(read_image(find_images(None, "val", 1).paths[0]))
+    pixels = torch.from_numpy(read_image(Path(find_images(None, "val", 1).paths[0])))
     image = pixels.permute(2, 0, 1)[None] / 255
     return F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 

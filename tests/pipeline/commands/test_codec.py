@@ -97,7 +97,7 @@ def test_the_format_follows_the_suffix_of_the_output(photos: Path, checkpoint: P
     target = photos / "renamed.hpcm"
     hpcm("compress", photos / "one.png", "-o", target, "-c", checkpoint)
     decoded = {}
-    for suffix in ("png", "webp", "jpg"):
+    for suffix in ("png", "webp", "jpg", "avif"):
         back = photos / f"back.{suffix}"
         hpcm("decompress", target, "-o", back, "-c", checkpoint)
         with Image.open(back) as image:
@@ -105,7 +105,8 @@ def test_the_format_follows_the_suffix_of_the_output(photos: Path, checkpoint: P
             if suffix == "jpg":
                 assert get_sampling(image) == 0  # color in full resolution
                 assert max(image.quantization[0]) < 13  # quality 95
-    assert decoded["PNG"].shape == decoded["JPEG"].shape == (40, 60, 3)
+    assert decoded["PNG"].shape == decoded["JPEG"].shape == decoded["AVIF"].shape == (40, 60, 3)
+    assert np.abs(decoded["PNG"].astype(int) - decoded["AVIF"]).mean() < 5
     assert np.array_equal(decoded["PNG"], decoded["WEBP"])
     printed = hpcm("decompress", target, "-o", photos / "one.pdf", "-c", checkpoint, code=1)
     assert "unknown format; give a name that ends in one of .png" in printed.err

@@ -1,4 +1,4 @@
-"""Batches depend only on seed and step."""
+"""Training batches depend only on seed and step; validation images come whole and in order."""
 
 import logging
 import os
@@ -12,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data import crops as data
-from pipeline.data.crops import StepBatches, TrainingCrops, training_loader, validation_images
+from pipeline.data import crops as crops_module
+from pipeline.data.crops import (
+    StepBatches,
+    TrainingCrops,
+    noticing_lost_workers,
+    training_loader,
+    validation_images,
+)
 from pipeline.data.images import Photos, find_images
 from pipeline.data.pictures import DataError
 
@@ -22,7 +28,7 @@ SIDE = 40
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
-    """Five images; the red of image i is 50·i everywhere, green and blue say row and column."""
+    """Five images. The red of image i is 50·i everywhere; green is the row, and blue the column."""
     folder = tmp_path_factory.mktemp("photos")
     rows, columns = np.mgrid[:SIDE, :SIDE]
     for number in range(5):
@@ -31,23 +37,42 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
     return find_images(folder, "train", 16)
 
 
-def seen(crops: TrainingCrops, batches: StepBatches, workers: int = 0) -> list[dict[str, torch.Tensor]]:
+@pytest.fixture
+def damaged(tmp_path: Path) -> Photos:
+    """Four images, of which 1 and 2 are truncated after their header."""
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        pixels[:, :, 0] = 50 * number
+        Image.fromarray(pixels).save(path)
+        if number in (1, 2):
+            os.truncate(path, 1000)
+    photos = find_images(tmp_path, "train", 16)
+    assert len(photos.paths) == 4
+    return photos
+
+
+def crops_of(photos: Photos, seed: int = 1) -> TrainingCrops:
+    return TrainingCrops(photos, crop=16, seed=seed)
+
+
+def load(crops: TrainingCrops, batches: StepBatches, workers: int = 0) -> list[dict[str, torch.Tensor]]:
     return list(training_loader(crops, batches, workers))
 
 
-def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
-    return len(one) == len(other) and all(
-        torch.equal(a["image"], b["image"]) and torch.equal(a["sample"], b["sample"])
-        for a, b in zip(one, other, strict=True)
-    )
+def assert_equal(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["sample"], b["sample"])
 
 
-def photo_of(crops: TrainingCrops, n: int) -> int:
-    return round(float(crops[n]["image"][0, 0, 0]) * 255 / 50)
+def photo_numbers(crops: TrainingCrops, samples: range) -> list[int]:
+    """The photograph of each sample, by its red."""
+    return [round(float(crops[n]["image"][0, 0, 0]) * 255 / 50) for n in samples]
 
 
-def test_a_crop_is_a_piece_of_its_photograph(photos: Photos) -> None:
-    crops = TrainingCrops(photos, crop=16, seed=1)
+def test_a_crop_is_part_of_its_photograph(photos: Photos) -> None:
+    crops = crops_of(photos)
     corners, flips = set(), set()
     for n in range(60):
         image = crops[n]["image"]
@@ -61,71 +86,52 @@ def test_a_crop_is_a_piece_of_its_photograph(photos: Photos) -> None:
     assert len(corners) > 50
     unflipped = TrainingCrops(photos, crop=16, seed=1, flip=False)
     assert all(unflipped[n]["image"][2].diff(dim=1).min() > 0 for n in range(20))
-
-
-def test_a_crop_as_large_as_the_image_is_the_image(photos: Photos) -> None:
     assert TrainingCrops(photos, crop=SIDE, seed=1)[0]["image"].shape == (3, SIDE, SIDE)
 
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
 @settings(max_examples=20)
 def test_an_epoch_shows_every_photograph_once(photos: Photos, seed: int, epoch: int) -> None:
-    crops = TrainingCrops(photos, crop=16, seed=seed)
-    assert sorted(photo_of(crops, n) for n in range(5 * epoch, 5 * epoch + 5)) == [0, 1, 2, 3, 4]
+    assert sorted(photo_numbers(crops_of(photos, seed), range(5 * epoch, 5 * epoch + 5))) == [0, 1, 2, 3, 4]
 
 
 def test_orders_differ_between_epochs_and_seeds(photos: Photos) -> None:
-    one, other = (TrainingCrops(photos, crop=16, seed=seed) for seed in (1, 2))
-    orders = {tuple(photo_of(one, n) for n in range(5 * epoch, 5 * epoch + 5)) for epoch in range(10)}
-    assert len(orders) > 5
-    assert [photo_of(one, n) for n in range(30)] != [photo_of(other, n) for n in range(30)]
+    one, other = (photo_numbers(crops_of(photos, seed), range(50)) for seed in (1, 2))
+    assert len({tuple(one[first : first + 5]) for first in range(0, 50, 5)}) > 5
+    assert one != other
 
 
-def test_a_crop_does_not_depend_on_what_was_seen_before(photos: Photos) -> None:
-    forwards, backwards = (TrainingCrops(photos, crop=16, seed=1) for _ in range(2))
-    ahead = [forwards[n]["image"] for n in range(30)]
-    behind = [backwards[n]["image"] for n in reversed(range(30))][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(ahead, behind, strict=True))
+def test_a_crop_depends_neither_on_earlier_crops_nor_on_the_cache(
+    photos: Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, backward, uncached = (crops_of(photos) for _ in range(3))
+    expected = [forward[n]["image"] for n in range(30)]
+    assert len(forward._decoded) == 5
+    assert all(torch.equal(backward[n]["image"], expected[n]) for n in reversed(range(30)))
+    monkeypatch.setattr(crops_module, "MEMORY_BUDGET", 3 * photos.pixels - 1)
+    assert all(torch.equal(uncached[n]["image"], expected[n]) for n in range(30))
+    assert not uncached._decoded
 
 
-def test_keeping_images_in_memory_changes_nothing(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = TrainingCrops(photos, crop=16, seed=1)
-    first = [kept[n]["image"] for n in range(15)]
-    assert len(kept._decoded) == 5
-    monkeypatch.setattr(data, "MEMORY_BUDGET", 3 * photos.pixels - 1)
-    unkept = TrainingCrops(photos, crop=16, seed=1)
-    assert all(torch.equal(unkept[n]["image"], first[n]) for n in range(15))
-    assert not unkept._decoded
+def test_batches_do_not_depend_on_the_number_of_workers(photos: Photos) -> None:
+    crops, batches = crops_of(photos), StepBatches(start_step=3, steps=5, batch_size=4)
+    assert_equal(load(crops, batches, workers=2), load(crops, batches))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(photos: Photos, workers: int) -> None:
-    crops = TrainingCrops(photos, crop=16, seed=1)
-    batches = StepBatches(start_step=3, steps=5, batch_size=4)
-    assert same(seen(crops, batches, workers), seen(crops, batches))
-
-
-def test_a_resumed_run_sees_what_it_would_have_seen(photos: Photos) -> None:
-    crops = TrainingCrops(photos, crop=16, seed=1)
-    whole = seen(crops, StepBatches(start_step=0, steps=9, batch_size=4))
-    rest = seen(TrainingCrops(photos, crop=16, seed=1), StepBatches(start_step=6, steps=3, batch_size=4))
-    assert same(whole[6:], rest)
-
-
-def test_a_late_step_costs_no_more_than_the_first(photos: Photos) -> None:
-    (batch,) = seen(TrainingCrops(photos, 16, seed=1), StepBatches(start_step=10**9, steps=1, batch_size=4))
-    assert batch["sample"].tolist() == [4 * 10**9 + i for i in range(4)]
+def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_run(photos: Photos) -> None:
+    whole = load(crops_of(photos), StepBatches(start_step=0, steps=9, batch_size=4))
+    assert_equal(whole[6:], load(crops_of(photos), StepBatches(start_step=6, steps=3, batch_size=4)))
 
 
 def test_processes_share_a_batch(photos: Photos) -> None:
-    crops = TrainingCrops(photos, crop=16, seed=1)
-    (whole,) = seen(crops, StepBatches(start_step=7, steps=1, batch_size=6))
-    parts = [seen(crops, StepBatches(7, 1, 6, rank=rank, world_size=3))[0]["image"] for rank in range(3)]
+    (whole,) = load(crops_of(photos), StepBatches(start_step=10**9, steps=1, batch_size=6))
+    parts = [load(crops_of(photos), StepBatches(10**9, 1, 6, rank, world_size=3))[0]["image"] for rank in range(3)]
     assert torch.equal(torch.cat(parts), whole["image"])
 
 
 @given(st.integers(0, 10**9), st.integers(0, 20), st.integers(1, 8), st.integers(1, 8))
-def test_processes_see_each_sample_once_and_in_order(start: int, steps: int, share: int, world: int) -> None:
+@settings(max_examples=40)
+def test_processes_get_each_sample_once_and_in_order(start: int, steps: int, share: int, world: int) -> None:
     ranks = [StepBatches(start, steps, share * world, rank, world) for rank in range(world)]
     assert all(len(rank) == steps for rank in ranks)
     samples = [n for step in zip(*ranks, strict=True) for part in step for n in part]
@@ -137,83 +143,84 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
         StepBatches(start_step=0, steps=1, batch_size=8, world_size=3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loading_leaves_the_random_numbers_of_the_model_alone(photos: Photos, workers: int) -> None:
-    crops = TrainingCrops(photos, crop=16, seed=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_does_not_use_the_global_random_numbers(photos: Photos, workers: int) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    seen(crops, StepBatches(start_step=0, steps=2, batch_size=4), workers)
+    load(crops_of(photos), StepBatches(start_step=0, steps=2, batch_size=4), workers)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-class GroupOf(TrainingCrops):
-    """Tells the process group that reads in place of a crop's number."""
+class CropsWithProcessGroup(TrainingCrops):
+    """Returns the process group of the reading process in place of a crop's number."""
 
     def __getitem__(self, n: int) -> dict[str, object]:
         return super().__getitem__(n) | {"sample": os.getpgrp()}
 
 
-def test_workers_stand_outside_the_trainers_process_group(photos: Photos) -> None:
-    (batch,) = seen(GroupOf(photos, crop=16, seed=1), StepBatches(0, steps=1, batch_size=2), workers=1)
+def test_workers_leave_the_process_group_of_the_trainer(photos: Photos) -> None:
+    crops = CropsWithProcessGroup(photos, crop=16, seed=1)
+    (batch,) = load(crops, StepBatches(0, steps=1, batch_size=2), workers=1)
     assert os.getpgrp() not in batch["sample"].tolist()
 
 
-@pytest.fixture
-def damaged(tmp_path: Path) -> Photos:
-    """Four images, of which 1 and 2 have good headers and end too soon."""
-    for number in range(4):
-        path = tmp_path / f"{number}.png"
-        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        pixels[:, :, 0] = 50 * number
-        Image.fromarray(pixels).save(path)
-        if number in (1, 2):
-            path.write_bytes(path.read_bytes()[:1000])
-    photos = find_images(tmp_path, "train", 16)
-    assert len(photos.paths) == 4
-    return photos
-
-
-def test_a_damaged_photograph_is_replaced_by_the_next_and_named_once(
+def test_a_damaged_photograph_is_named_once_and_replaced_by_the_next(
     damaged: Photos, caplog: pytest.LogCaptureFixture
 ) -> None:
-    crops = TrainingCrops(damaged, crop=16, seed=1)
+    crops, again = crops_of(damaged), crops_of(damaged)
     for epoch in range(3):
-        assert sorted(photo_of(crops, n) for n in range(4 * epoch, 4 * epoch + 4)) == [0, 3, 3, 3]
+        assert sorted(photo_numbers(crops, range(4 * epoch, 4 * epoch + 4))) == [0, 3, 3, 3]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert {"1.png" in warning for warning in warnings} == {True, False}
-    again = TrainingCrops(damaged, crop=16, seed=1)
     assert all(torch.equal(crops[n]["image"], again[n]["image"]) for n in range(8))
 
 
-def test_of_all_workers_one_names_a_damaged_photograph(damaged: Photos, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_one_of_several_workers_names_a_damaged_photograph(
+    damaged: Photos, capfd: pytest.CaptureFixture[str]
+) -> None:
     handler = logging.StreamHandler()
-    data.logger.addHandler(handler)
+    crops_module.logger.addHandler(handler)
     try:
-        crops = TrainingCrops(damaged, crop=16, seed=1)
-        seen(crops, StepBatches(0, steps=1, batch_size=8), workers=1)
-        seen(crops, StepBatches(1, steps=4, batch_size=8), workers=2)
+        crops = crops_of(damaged)
+        load(crops, StepBatches(0, steps=1, batch_size=8), workers=1)
+        load(crops, StepBatches(1, steps=4, batch_size=8), workers=2)
     finally:
-        data.logger.removeHandler(handler)
+        crops_module.logger.removeHandler(handler)
     assert capfd.readouterr().err.count("1.png") == 1
 
 
-def test_photographs_that_all_fail_are_an_error(damaged: Photos) -> None:
-    for path in damaged.paths:
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match="none of the 4 images can be decoded"):
-        TrainingCrops(damaged, crop=16, seed=1)[0]
-    with pytest.raises(DataError, match="none of the 4 images can be decoded"):
-        list(validation_images(damaged))
-
-
-def test_a_photograph_that_has_shrunk_since_the_scan_is_replaced(
-    damaged: Photos, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_photograph_that_became_too_small_is_replaced(damaged: Photos, caplog: pytest.LogCaptureFixture) -> None:
     Image.new("RGB", (8, 8)).save(damaged.paths[3])
-    crops = TrainingCrops(damaged, crop=16, seed=1)
-    assert {photo_of(crops, n) for n in range(4)} == {0}
+    assert set(photo_numbers(crops_of(damaged), range(4))) == {0}
     assert "3.png: smaller than 16×16 pixels" in caplog.text
+
+
+def test_it_is_an_error_if_no_photograph_can_be_decoded(damaged: Photos) -> None:
+    for path in damaged.paths:
+        os.truncate(path, 1000)
+    message = f"{damaged.source}: none of the 4 images can be decoded"
+    with pytest.raises(DataError, match=message):
+        list(validation_images(damaged))
+    for workers in (0, 1):  # A worker's error is one line too.
+        with pytest.raises(DataError) as caught, noticing_lost_workers():
+            load(crops_of(damaged), StepBatches(0, steps=1, batch_size=2), workers)
+        assert str(caught.value) == message
+
+
+class KillsItsReader(TrainingCrops):
+    """Kills the process that reads it."""
+
+    def __getitem__(self, n: int) -> dict[str, object]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_killed_worker_gives_a_short_error(photos: Photos) -> None:
+    message = r"a data worker died: DataLoader worker .*\n.*--set data.workers=…$"
+    with pytest.raises(DataError, match=message) as caught, noticing_lost_workers():
+        load(KillsItsReader(photos, crop=16, seed=1), StepBatches(0, steps=1, batch_size=2), workers=1)
+    assert str(caught.value).count("\n") == 1
 
 
 def test_validation_images_come_whole_and_in_order(photos: Photos) -> None:
@@ -225,30 +232,7 @@ def test_validation_images_come_whole_and_in_order(photos: Photos) -> None:
     assert [name for name, _ in validation_images(photos, limit=2)] == ["0.png", "1.png"]
 
 
-def test_a_damaged_validation_image_is_left_out_by_name(damaged: Photos, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_validation_image_is_named_and_skipped(damaged: Photos, caplog: pytest.LogCaptureFixture) -> None:
     assert [name for name, _ in validation_images(damaged, limit=2)] == ["0.png", "3.png"]
     assert "1.png" in caplog.text
     assert "2.png" in caplog.text
-
-
-class DiesIn(TrainingCrops):
-    """Ends the process that reads it."""
-
-    def __getitem__(self, n: int) -> dict[str, object]:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-
-def test_a_killed_worker_is_an_error_of_a_few_words(photos: Photos) -> None:
-    message = r"a data worker died: DataLoader worker .*\n.*--set data.workers=…$"
-    with pytest.raises(DataError, match=message) as caught, data.noticing_lost_workers():
-        seen(DiesIn(photos, crop=16, seed=1), StepBatches(0, steps=1, batch_size=2), workers=1)
-    assert str(caught.value).count("\n") == 1
-
-
-def test_an_error_within_a_worker_is_one_line(damaged: Photos) -> None:
-    for path in damaged.paths:
-        path.unlink()
-    with pytest.raises(DataError) as caught, data.noticing_lost_workers():
-        seen(TrainingCrops(damaged, crop=16, seed=1), StepBatches(0, steps=1, batch_size=2), workers=1)
-    assert str(caught.value) == f"{damaged.source}: none of the 4 images can be decoded"
