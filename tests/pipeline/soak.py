@@ -69,10 +69,11 @@ class Soak:
             runs, code = self._one_chain(self.folder / f"chain-{self.chains}", [f"data.workers={workers}"], goal, end)
             reference = references[self.chains % len(WORKERS)]
             found = [f"exit code {code}"] if code else differences(mini_chain(runs, self.stage), reference)
-            found += [line for chain in audit(runs) for stage in chain.stages for line in stage.problems]
+            chains, problems = audit(runs)
+            found += [*problems, *(line for chain in chains for stage in chain.stages for line in stage.problems)]
             self.different += [f"chain {self.chains}: {line}" for line in found]
             self.chains += 1
-            self.tell()
+            self.report()
             shutil.rmtree(runs)
 
     def _one_chain(self, runs: Path, settings: list[str], kills: int, end: float) -> tuple[Path, int]:
@@ -104,7 +105,7 @@ class Soak:
             if code == KILLED:
                 self.kills[place] += 1
                 if sum(self.kills.values()) % 10 == 0:
-                    self.tell()
+                    self.report()
 
     def _attempted(self, event: str) -> tuple[str, Sequence[str], Sequence[str]]:
         """The stage to run to, changed settings and options of an attempt."""
@@ -124,7 +125,7 @@ class Soak:
         shutil.rmtree(runs)
         return target
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Print the tally."""
         places, events = (
             ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))

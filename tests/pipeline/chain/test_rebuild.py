@@ -23,6 +23,7 @@ from pipeline.commands.confirmation import NotConfirmed
 from pipeline.commands.main import app
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
+from pipeline.evidence.audit import audit
 
 
 @pytest.fixture
@@ -125,6 +126,8 @@ def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(bui
     (superseded,) = (built.folder / "superseded").iterdir()
     assert (superseded / "checkpoint.safetensors").read_bytes() == before
     assert record_of(built, "phase1").key != json.loads((superseded / "record.json").read_text())["key"]
+    chains, problems = audit(built.runs)
+    assert [*problems, *(line for chain in chains for stage in chain.stages for line in stage.problems)] == []
 
 
 def test_a_kill_within_publication_loses_nothing(built: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
