@@ -25,6 +25,11 @@ class Chain:
     the file `start` the root's training starts from those weights.
     """
 
+    note = ""
+    """What the root's file said about the chain's λ and metric."""
+    doubt = ""
+    """A contradiction between the root's file and the chain's λ or metric. A run asks before it imports the file."""
+
     def __init__(
         self,
         recipe: str,

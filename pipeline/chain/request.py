@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from pipeline.chain.chain import Chain
+from pipeline.chain.root_loss import RootLoss, loss_of_baseline, loss_of_start
 from pipeline.recipes.loading import Recipe, load_recipe
 from pipeline.recipes.schema import Stage
 from pipeline.weights.metadata import CheckpointError
-from pipeline.weights.published import Lineage
+from pipeline.weights.trained_for import trained_for
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,21 @@ class ChainRequest:
     def chain(self) -> Chain:
         """Build the chain. Raises RecipeError and ChainError."""
         recipe = load_recipe(self.recipe, self.overrides)
+        loss = self._loss(recipe.chain(self.stage)[0])
+        if loss.overrides:
+            recipe = load_recipe(self.recipe, (*self.overrides, *loss.overrides))
         stages = recipe.chain(self.stage)
         baseline = self.baseline
         if not (baseline or self.start or self.scratch):
             baseline = _root_weights(recipe, stages)
-        return Chain(recipe.name, stages, self.runs, baseline, self.start, recipe.sources)
+        chain = Chain(recipe.name, stages, self.runs, baseline, self.start, recipe.sources)
+        chain.note, chain.doubt = loss.note, loss.doubt
+        return chain
+
+    def _loss(self, root: Stage) -> RootLoss:
+        if self.baseline is not None:
+            return loss_of_baseline(self.baseline, root, self.overrides)
+        return loss_of_start(self.start, root, self.overrides) if self.start is not None else RootLoss()
 
 
 def _root_weights(recipe: Recipe, stages: Sequence[Stage]) -> Path | None:
@@ -59,7 +68,7 @@ def _root_weights(recipe: Recipe, stages: Sequence[Stage]) -> Path | None:
     if root.weights is None:
         return None
     path = (recipe.folder / root.weights).resolve()
-    trained = yaml.safe_load(Lineage.read(path).stage or "") or {}
-    if not {"lmbda", "metric"} <= trained.keys():
+    known = trained_for(path)
+    if known is None:
         raise CheckpointError(f"{path}: its metadata lack the λ or metric it was trained for; give it with --baseline")
-    return path if (trained["lmbda"], trained["metric"]) == (root.lmbda, root.metric) else None
+    return path if (known.lmbda, known.metric) == (root.lmbda, root.metric) else None

@@ -50,7 +50,9 @@ def _prepare(chain: Chain, plan: Sequence[PlannedStage], context: RunContext, ex
     exits.enter_context(held(chain.folder))
     unfinished = [planned.task for planned in plan if planned.status != "done"]
     restarted = [task for task in unfinished if context.rebuild.fresh and any(task.trainings.glob("*/*"))]
-    if found := consequences(chain.recipe, plan, restarted, context.processes.accelerator.device.type):
+    doubts = [chain.doubt] if chain.doubt and plan[0].status != "done" else []
+    found = [*doubts, *consequences(chain.recipe, plan, restarted, context.processes.accelerator.device.type)]
+    if found:
         context.rebuild.confirm(found)
     for task in restarted:
         free_name(chain.folder / "abandoned" / task.stage.name, task.trainings.rename)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class StageRun:
 
     def train(self) -> HPCM:
         """The child after its schedule, or the imported codec, in evaluation mode."""
-        codec = self._train() if self.task.imported is None else load_fitting(self.task, self.task.imported)
+        codec = self._train() if self.task.imported is None else self._codec_of(self.task.imported)
         return codec.to(self.device).eval().requires_grad_(False)
 
     def evaluate(self, codec: HPCM) -> None:
@@ -165,6 +166,14 @@ class StageRun:
                 f"{error}.\n  Restore the file from its copy in MLflow, or run: hpcm run {self.stage.parent} --force"
             ) from error
 
+    def _codec_of(self, file: Path) -> HPCM:
+        """The codec of the root's file. The lineage records which vectors the file lacked."""
+        codec = load_fitting(self.task, file)
+        if codec.filled_with_ones:
+            lineage = self.log.record.lineage
+            self.log.update(lineage=replace(lineage, imported_from=file.name, filled_with_ones=codec.filled_with_ones))
+        return codec
+
     def _record(self, chain: ChainFacts) -> StageRecord:
         """The record of a training that begins."""
         parent = read_metadata(self.task.parent)["config"] if self.task.parent else None
@@ -215,7 +224,7 @@ class StageRun:
         """Transfer weights, and compare child and parent before the first step."""
         child.to(self.device)
         if self.task.start is not None:
-            source = load_fitting(self.task, self.task.start).to(self.device)
+            source = self._codec_of(self.task.start).to(self.device)
             initial = InitialWeights(transfer_weights(source, child, Transfer()))
         elif self.parent is None:
             initial = InitialWeights(Ledger.of_root(child))

@@ -7,13 +7,13 @@ import torch
 
 from modules import HPCM
 from modules.biwkv4.build import cpu_kernels, cuda_kernels
-from modules.config import PRESETS, HPCMConfig, preset_config
+from modules.config import PRESETS, HPCMConfig, preset_config, preset_of
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.errors import UserError
 from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import ModelChoice
 from pipeline.recipes.yaml_source import Misfit
-from pipeline.weights.checkpoints import import_official, load_codec
+from pipeline.weights.checkpoints import load_codec
 
 
 class StageError(UserError):
@@ -46,9 +46,17 @@ def kernel(task: StageTask, device: torch.device) -> str:
     return "compiled" if kernels else "PyTorch reference"
 
 
+def _hint(config: HPCMConfig) -> str:
+    """How to choose the preset of a codec, if it is one."""
+    try:
+        return f", such as with --set model.preset={preset_of(config)[0]}"
+    except StopIteration:
+        return ""
+
+
 def load_fitting(task: StageTask, path: Path) -> HPCM:
     """Load a codec with the configuration of a stage from a checkpoint, official or not. Raises StageError."""
-    model = load_codec(path) if path.suffix == ".safetensors" else import_official(path)
+    model = load_codec(path)
     if model.config != codec_config(task):
         found, expected = model.config.to_dict(), codec_config(task).to_dict()
         differing = [
@@ -56,6 +64,6 @@ def load_fitting(task: StageTask, path: Path) -> HPCM:
         ]
         raise StageError(
             f"{path}: does not match the recipe's {task.stage.name}: {'; '.join(differing)}.\n"
-            "  Give a checkpoint with these settings, or choose a recipe that matches the file."
+            f"  Give a checkpoint with these settings, or choose a recipe that matches the file{_hint(model.config)}."
         )
     return model

@@ -78,7 +78,10 @@ class ChainOptions(RecipeOptions):
 
     lmbda: Annotated[
         float | None,
-        typer.Option(help="λ of the rate-distortion loss [default: the recipe's].", rich_help_panel=RECIPE),
+        typer.Option(
+            help="λ of the rate-distortion loss [default: that of --baseline or --start, else the recipe's].",
+            rich_help_panel=RECIPE,
+        ),
     ] = None
     start: Annotated[
         Path | None,

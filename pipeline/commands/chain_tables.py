@@ -12,8 +12,8 @@ from pipeline.records.record import StageRecord
 
 def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
     """What `hpcm plan` prints."""
-    title = f"{chain.recipe}, λ = {shortest(chain.lmbda)}, in {chain.folder}"
-    table = Table(title, ("stage", "status", "why", "segments (steps)"), left=4)
+    title = f"{chain.recipe}, {chain.note or f'λ = {shortest(chain.lmbda)}'}, in {chain.folder}"
+    table = Table(f"{title}\n{chain.doubt}".strip(), ("stage", "status", "why", "segments (steps)"), left=4)
     for planned in plan:
         segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
         if planned.task.imported is not None:

@@ -31,11 +31,16 @@ class StageLog:
         Raises FileError for a damaged record.
         """
         earlier = StageRecord.read(folder) if folder and (folder / FILE).exists() else None
-        attempts = earlier.attempts if earlier else ()
-        kept = replace(earlier, lineage=record.lineage, val_images=record.val_images) if earlier else record
+        attempts: tuple[Attempt, ...] = ()
+        if earlier:  # A resume does not load the root's file again, of which the lineage tells.
+            known = earlier.lineage
+            lineage = replace(
+                record.lineage, imported_from=known.imported_from, filled_with_ones=known.filled_with_ones
+            )
+            attempts, record = earlier.attempts, replace(earlier, lineage=lineage, val_images=record.val_images)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        log = cls(folder, kept)
+        log = cls(folder, record)
         log.update(status="training", attempts=(*attempts, Attempt(int(1000 * time.time()), how, source)))
         return log
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.common.contracts import contract_of
-from pipeline.weights.metadata import CheckpointError, is_official, read_metadata
+from pipeline.weights.metadata import CheckpointError, check_file, is_official, read_metadata
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,6 @@ class Lineage:
         Of an official file only the name is known.
         """
         if is_official(path):
+            check_file(path)
             return cls(imported_from=path.name)
         return contract_of(cls, read_metadata(path), path, CheckpointError)

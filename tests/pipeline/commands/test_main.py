@@ -49,7 +49,7 @@ def bad_checkpoint(tmp_path: Path) -> list[object]:
     tensors["means_hyper"] = torch.zeros(1, 9, 1, 1)
     write(tmp_path / "odd.safetensors", tensors, {"config": model.config.to_dict()})
     runs, file = tmp_path / "runs", tmp_path / "odd.safetensors"
-    return ["run", "baseline", "--recipe", FOLDER, "--runs", runs, "--baseline", file]
+    return ["run", "baseline", "--recipe", FOLDER, "--runs", runs, "--baseline", file, "--lmbda", "0.013"]
 
 
 def bad_pickle(tmp_path: Path) -> list[object]:
