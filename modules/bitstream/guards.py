@@ -1,8 +1,8 @@
 """Chooses the coding table of each symbol so that every machine chooses the same one.
 
 A symbol's scale selects its table. The boundaries between tables lie 11 % apart. Machines round differently, so a scale
-next to a boundary may lie on the other side of it on another machine. The encoder therefore moves the boundaries away
-from its scales. For each run of symbols it takes the smallest of 255 offsets that leaves no scale within a relative 2ε
+next to a boundary may lie on the other side of it on another machine. The encoder therefore moves the boundaries until
+none is near one of its scales. For each run of symbols it takes the smallest of 255 offsets that leaves no scale within a relative 2ε
 of a boundary. If the scales of encoder and decoder are each within ε of the exact ones, both choose the same tables.
 
 The file could instead list the symbols near a boundary, each with its side. That would need three to five times the
@@ -21,6 +21,7 @@ from torch import Tensor
 from modules.bitstream.file_format import GUARDS_HEAD, BitstreamError, LatentHeader
 
 STEPS = 11
+"""Number of coding steps."""
 
 _SPACING = 5
 """Distance between neighboring offsets, in ε. A scale blocks offsets over a width of 2 · 2ε, so at most one of them."""

@@ -10,9 +10,9 @@ from modules.context.components import Component, Kind, check_setting, register
 
 
 class PassThroughCell(Component):
-    """No attention: the new context is the prior's output.
+    """No attention: the next context is the prior's output.
 
-    It is a module so that a migration can record its inputs and outputs, and replace it.
+    It is a module of its own, so that a migration can record its inputs and outputs, and replace it.
     """
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:

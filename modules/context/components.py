@@ -33,7 +33,7 @@ class Component(nn.Module):
     """A context component, which a migration can put in the place of another."""
 
     def start_as_identity(self) -> None:
-        """Initialize so that the output is as close to the predecessor's as possible; weights are taken over later."""
+        """Initialize so that, once weights are taken over, the output is as close to the predecessor's as possible."""
 
     @property
     def last_linear(self) -> LinearLayer | None:

@@ -14,7 +14,7 @@ _LATENT_GAIN = 4.0
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values. One on the meta device has none, and arithmetic on it imports PyTorch's compiler."""
+    """Whether a tensor has values. On the meta device it has none, and computing with it imports PyTorch's compiler."""
     return not tensor.is_meta
 
 
