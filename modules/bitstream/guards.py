@@ -2,8 +2,9 @@
 
 A symbol's scale selects its table. The boundaries between tables lie 11 % apart. Machines round differently, so a scale
 next to a boundary may lie on the other side of it on another machine. The encoder therefore moves the boundaries until
-none is near one of its scales. For each run of symbols it takes the smallest of 255 offsets that leaves no scale within a relative 2ε
-of a boundary. If the scales of encoder and decoder are each within ε of the exact ones, both choose the same tables.
+none is near one of its scales. For each run of symbols it takes the smallest of 255 offsets that leaves no scale within
+a relative 2ε of a boundary. If the scales of encoder and decoder are each within ε of the exact ones, both choose the
+same tables.
 
 The file could instead list the symbols near a boundary, each with its side. That would need three to five times the
 bytes: a position among hundreds of symbols takes more bits than the smallest free offset of a run that has a few
