@@ -109,11 +109,12 @@ def _begun(task: StageTask, working: Path) -> PlannedStage:
         raise ChainError(f"{error}.\n  Restore the file, or delete the training with `hpcm clean`.") from error
     if record.status == "done":
         return PlannedStage(task, "interrupted", "interrupted in publication", complete=working)
-    at = Position.after(record.trained.steps, task.stage.schedule)
+    schedule = task.stage.schedule if task.imported is None else ()
+    at = Position.after(record.trained.steps, schedule)
     refused = record.result if record.status == "refused" else None
     if refused and (reasons := judge(task.stage.accept, refused.quality, refused.parent)):
         return PlannedStage(task, "refused", f"refused: {'; '.join(reasons)}; --accept-anyway publishes it", at)
-    return PlannedStage(task, "interrupted", f"interrupted in {at.named(task.stage.schedule)}", at)
+    return PlannedStage(task, "interrupted", f"interrupted in {at.named(schedule)}", at)
 
 
 def _other_training(task: StageTask, inputs: dict[str, str]) -> str:

@@ -62,10 +62,10 @@ class StageTask:
 
     def superseded(self, inputs: dict[str, str]) -> Path | None:
         """The folder of an earlier published stage with these inputs; None if there is none."""
-        for folder in sorted((self.chain_folder / "superseded").glob(f"{self.stage.name}-*")):
-            record = record_in(folder)
+        for path in sorted((self.chain_folder / "superseded").glob(f"{self.stage.name}-*/{CHECKPOINT}")):
+            record = record_in(path.parent)
             if record and record.name == self.stage.name and record.lineage.inputs == inputs:
-                return folder
+                return path.parent
         return None
 
     def located(self, misfit: Misfit, *prefix: str | int) -> str:
