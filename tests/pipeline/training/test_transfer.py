@@ -118,7 +118,7 @@ modules_by_phase = {
 }
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.dictionaries(st.sampled_from(modules_by_phase[2]), st.sampled_from(modules_by_phase[4]), max_size=3),
     st.sampled_from(["function-preserving", "design", "scratch"]),
