@@ -46,12 +46,13 @@ class RWKVContextCell(RWKVComponent):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Start as output_proj(x): the block is the identity, and the input projection selects x."""
+        """Start as x: the block and the output projection are the identity, and the input projection selects x."""
         super().start_as_identity()
         channels = self.input_proj.out_channels
-        for parameter in self.input_proj.parameters():
-            nn.init.zeros_(parameter)
-        self.input_proj.weight[:, :channels, 0, 0].fill_diagonal_(1)
+        for projection in (self.input_proj, self.output_proj):
+            for parameter in projection.parameters():
+                nn.init.zeros_(parameter)
+            projection.weight[:, :channels, 0, 0].fill_diagonal_(1)
 
 
 class RWKVFusionNet(RWKVComponent):

@@ -10,6 +10,7 @@ from torch import Tensor
 from modules import HPCM, preset_config
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Transfer
+from pipeline.training.narrowing import fit
 from pipeline.training.objectives import Handover
 from pipeline.training.transfer import TransferError, new_components, transfer_weights
 from pipeline.weights.checkpoints import state_digest
@@ -47,6 +48,17 @@ def test_phase3_starts_where_phase2_ended(picture: Tensor) -> None:
     expected, actual = parent(picture), child(picture)
     torch.testing.assert_close(actual["x_hat"], expected["x_hat"])
     torch.testing.assert_close(actual["likelihoods"]["y"], expected["likelihoods"]["y"])
+
+
+@torch.no_grad()
+def test_phases_start_exactly_where_phi_context_ended(picture: Tensor) -> None:
+    sizes = mini_stage("baseline").model.overrides
+    parent, child = (HPCM(preset_config("phi-context", phase, **sizes)).eval() for phase in (0, 2))
+    transfer_weights(parent, child, Transfer(fit=True))
+    assert fit(parent, child, [picture]) == []
+    expected, actual = (model(picture) for model in (parent, child))
+    for name in ("y_hat", "scales"):
+        assert torch.equal(expected[name], actual[name])
 
 
 @torch.no_grad()
