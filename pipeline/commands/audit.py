@@ -8,6 +8,7 @@ import typer
 
 from pipeline.commands.display import console, show, show_json
 from pipeline.commands.options import AsJson, Runs
+from pipeline.common.errors import UserError
 from pipeline.evidence import audit_display
 from pipeline.evidence.audit import audit as audit_runs
 
@@ -20,6 +21,8 @@ def audit(
     """Show what each stage changed, and check its published files against its record; exits 1 if one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
+    if not runs.is_dir():
+        raise UserError(f"nothing was run in {runs}: no such folder; choose a folder with --runs")
     chains, problems = audit_runs(runs)
     if as_json:
         show_json(audit_display.to_json(chains))

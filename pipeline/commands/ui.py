@@ -11,6 +11,7 @@ import typer
 
 from pipeline.commands.options import Runs
 from pipeline.common.errors import UserError
+from pipeline.records.chains import CHAIN_FILE
 from pipeline.tracking.store import EXPERIMENT, Store
 
 FIRST_PORT = 5000
@@ -26,6 +27,8 @@ def ui(
     """Serve MLflow's pages on these runs, and print the address of the list of runs."""
     store = Store.default(runs)
     if store.database is not None and not store.database.exists():
+        if any(runs.glob(f"*/*/{CHAIN_FILE}")):
+            raise UserError(f"{runs}: MLflow has none of these runs yet; add them with hpcm sync --runs {runs}")
         raise UserError(f"{runs}: this folder has no runs yet; name another one with --runs")
     if store.uri.startswith("http"):
         print(address(store, store.uri))

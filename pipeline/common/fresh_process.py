@@ -20,8 +20,8 @@ def within_memory(call: Callable[[], Result]) -> Result | None:
         return call()
     except (MemoryError, RuntimeError) as error:
         # PyTorch raises a plain RuntimeError on a CPU; so do cuBLAS and cuDNN.
-        told = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
-        if not (told or isinstance(error, MemoryError)):
+        named = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        if not (named or isinstance(error, MemoryError)):
             raise
     torch.cuda.empty_cache()
     return None

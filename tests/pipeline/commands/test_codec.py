@@ -126,9 +126,9 @@ def test_mistakes_are_one_line(
     arguments: tuple[str, ...], message: str, photos: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     monkeypatch.chdir(photos)
-    told = hpcm(*arguments, code=1).err
-    assert message in told
-    assert len(told.splitlines()) == 1
+    printed = hpcm(*arguments, code=1).err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
     assert not list(photos.glob("*.jpg")) + list(photos.glob("*.hpcm"))
 
 
@@ -190,10 +190,10 @@ def test_one_bad_file_does_not_stop_the_others(photos: Path, checkpoint: Path, h
     (coded / "cut.hpcm").write_bytes(data[:-5])
     (coded / "newer.hpcm").write_bytes(data[:4] + b"\x07" + data[5:])
     (coded / "other.hpcm").write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y").pack())
-    told = hpcm("decompress", coded, "-o", decoded, "-c", checkpoint, code=1).err
-    assert f"cut.hpcm: truncated: {len(data) - 5} of {len(data)} bytes" in told
-    assert "newer.hpcm: format version 7; this program reads version 2" in told
-    assert "other.hpcm: made by another model" in told
+    printed = hpcm("decompress", coded, "-o", decoded, "-c", checkpoint, code=1).err
+    assert f"cut.hpcm: truncated: {len(data) - 5} of {len(data)} bytes" in printed
+    assert "newer.hpcm: format version 7; this program reads version 2" in printed
+    assert "other.hpcm: made by another model" in printed
     assert sorted(path.name for path in decoded.rglob("*.png")) == ["one.png", "turned.png"]
     hpcm("info", coded / "cut.hpcm", coded / "one.hpcm", code=1)
 
@@ -206,9 +206,9 @@ def test_whatever_one_file_makes_the_libraries_raise_the_next_is_coded(
     monkeypatch.setattr(
         ImageCodec, "encode", lambda *image: (_ for _ in ()).throw(errors.pop()) if errors else encode(*image)
     )
-    told = hpcm("compress", photos, "-o", photos.parent / "coded", "-c", checkpoint, code=1).err
-    assert "can't allocate memory" in told
-    assert "MemoryError" in told
+    printed = hpcm("compress", photos, "-o", photos.parent / "coded", "-c", checkpoint, code=1).err
+    assert "can't allocate memory" in printed
+    assert "MemoryError" in printed
     assert len(list((photos.parent / "coded").rglob("*.hpcm"))) == 1
 
 
@@ -222,10 +222,10 @@ def test_forged_and_odd_files_are_refused_before_anything_is_allocated(
     (tmp_path / "sparse.hpcm").write_bytes(header.pack())
     os.truncate(tmp_path / "sparse.hpcm", header.file_bytes)
     os.mkfifo(tmp_path / "pipe.hpcm")
-    told = hpcm("info", tmp_path, code=1).err
-    assert "thin.hpcm: 67108864×1 pixels: images have 1 to 67108864 pixels, padding included" in told
-    assert "sparse.hpcm: 2147483690 bytes: far more than 64×64 pixels can have" in told
-    assert "pipe.hpcm: not a regular file" in told
+    printed = hpcm("info", tmp_path, code=1).err
+    assert "thin.hpcm: 67108864×1 pixels: images have 1 to 67108864 pixels, padding included" in printed
+    assert "sparse.hpcm: 2147483690 bytes: far more than 64×64 pixels can have" in printed
+    assert "pipe.hpcm: not a regular file" in printed
 
 
 def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
@@ -241,8 +241,8 @@ def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
     assert "one.hpcm" in printed.out
     assert "more than --max-pixels 16384" in hpcm(*arguments, "--overwrite", "--max-pixels", 16384, code=1).err
     coded = photos.parent / "coded" / "one.hpcm"
-    told = hpcm("decompress", coded, "-c", checkpoint, "--max-pixels", 16383, code=1).err
-    assert "one.hpcm: 60×40 pixels, 16,384 with padding: more than --max-pixels 16383" in told
+    printed = hpcm("decompress", coded, "-c", checkpoint, "--max-pixels", 16383, code=1).err
+    assert "one.hpcm: 60×40 pixels, 16,384 with padding: more than --max-pixels 16383" in printed
 
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(
@@ -311,8 +311,8 @@ def test_the_codec_of_a_file_is_named_if_it_is_known(photos: Path, checkpoint: P
     (found,) = json.loads(hpcm("info", image, "--json", *runs).out)
     assert found["checkpoint"] == str(stage / "checkpoint.safetensors")
     assert found["bytes"] == image.stat().st_size
-    told = hpcm("decompress", image, "-o", photos / "two.png", "-c", checkpoint, *runs, code=1).err
-    assert f"made by another model: {found['checkpoint']}" in told
+    printed = hpcm("decompress", image, "-o", photos / "two.png", "-c", checkpoint, *runs, code=1).err
+    assert f"made by another model: {found['checkpoint']}" in printed
 
 
 def test_checkpoints_are_described(tmp_path: Path, hpcm: Hpcm) -> None:

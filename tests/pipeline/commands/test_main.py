@@ -11,7 +11,7 @@ from typing import Any
 import mini
 import pytest
 import torch
-from mini import ENVIRONMENT, FOLDER, Malicious, mini_chain, mini_codec, runs_of, steps_of
+from mini import ENVIRONMENT, FOLDER, Malicious, history, mini_chain, mini_codec, record_of
 from typer.testing import CliRunner
 
 from pipeline.commands import main as cli
@@ -165,7 +165,7 @@ def test_a_run_that_gets_a_signal_saves_and_continues_there(runs: Path) -> None:
 
     chain = mini_chain(runs, "baseline", settings)
     reason = chain.plan()[0].reason
-    assert reason.startswith("cut off in scratch at step ")
+    assert reason.startswith("interrupted in scratch at step ")
     stood = int(reason.rsplit(" ", 1)[1])
     assert stood >= 9
     resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
@@ -174,10 +174,10 @@ def test_a_run_that_gets_a_signal_saves_and_continues_there(runs: Path) -> None:
     assert " training images (photographs in the wheels of " in resumed.stdout
     assert f"hpcm ui --runs {runs}" in resumed.stdout
 
-    client, found = runs_of(chain)
-    (own,) = [run for run in found if run.data.tags.get("hpcm.stage") == "baseline"]
-    assert own.info.status == "FINISHED"
-    logged = steps_of(client, own)
+    record = record_of(chain, "baseline")
+    assert record.status == "done"
+    assert len(record.attempts) == 2
+    logged = {key: [step for step, _ in values] for key, values in history(chain.folder / "baseline").items()}
     assert all(steps == sorted(set(steps)) for steps in logged.values())
     assert logged["train/scratch/bpp"] == list(range(2, 31, 2))
 

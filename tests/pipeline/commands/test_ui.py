@@ -4,7 +4,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from pipeline.commands import ui
@@ -14,7 +13,7 @@ from pipeline.tracking.store import EXPERIMENT, Store
 
 def test_the_page_is_that_of_the_experiment_by_name(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.default(runs)
-    client = MlflowClient(tracking_uri=store.uri)
+    client = store.client()
     client.rename_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id, "somebody's")
     wanted = store.client().get_experiment_by_name(EXPERIMENT).experiment_id  # a new one
     served = []
