@@ -53,6 +53,10 @@ class Limits:
     seconds: float = 10.0
 
 
+PLANNED = Limits()
+"""How `hpcm plan --measure` measures."""
+
+
 def try_segment(trial: Trial, photos: Photos) -> tuple[str, StepCost]:
     """Train some steps of a segment from random weights. Returns the device's name and the cost of a step.
 
@@ -92,7 +96,7 @@ def _seconds_per_pixel(images: Sequence[NamedImage], measure: Callable[[NamedIma
     for named in images:
         measure(named)
         pixels += named[1].shape[2] * named[1].shape[3]
-        if time.perf_counter() - began > Limits.seconds:
+        if time.perf_counter() - began > PLANNED.seconds:
             break
     return (time.perf_counter() - began) / pixels
 
@@ -127,7 +131,7 @@ def step_seconds(
 
     The weights are random. `processes` must not be entered: a signal shall end the measurement at once.
     """
-    limits = limits or Limits()
+    limits = limits or PLANNED
     child = HPCM(trial.config)
     parent = HPCM(trial.parent) if trial.parent else None
     new, components = frozenset(child.state_dict()), tuple[str, ...]()

@@ -35,7 +35,7 @@ def test_times_of_a_segment() -> None:
 
 def test_a_plan_is_measured_kept_and_compared_with_what_came(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "in_fresh_process", lambda call, *arguments: call(*arguments))
-    monkeypatch.setattr(trial, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(trial, "PLANNED", trial.Limits(warm=1, least=1, seconds=0.0))
     sweep = ["rd-curve", "phase1", *OPTIONS, "--lmbda", "0.013", "--lmbda", "0.05", "--runs", str(runs)]
     shown = CliRunner().invoke(app, sweep)
     assert shown.exit_code == 0, shown.output
