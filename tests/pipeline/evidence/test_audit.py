@@ -26,7 +26,7 @@ def problems(runs: Path) -> str:
 
 @pytest.fixture
 def chain(finished: tuple[Chain, Notes], tmp_path: Path) -> Path:
-    """A copy of the chain's folder up to Phase 1, to be damaged. Its name has characters that patterns give a meaning."""
+    """A copy of the chain up to Phase 1, to be damaged, below a folder with special characters in its name."""
     folder = tmp_path / "a?b#c%25[1]" / "mini" / finished[0].folder.name
     for name in STAGES[:2]:
         shutil.copytree(finished[0].folder / name, folder / name)

@@ -1,19 +1,9 @@
-"""Rate–distortion curves, the differences between them, and the sweep that makes them."""
-
-import shutil
-import signal
-from collections import Counter
-from pathlib import Path
+"""Rate–distortion curves and the differences between them."""
 
 import pytest
-from mini import FOLDER, STAGES, Notes
-from typer.testing import CliRunner
+from made import chain, stage
 
-from pipeline.chain.chain import Chain, ChainError
-from pipeline.chain.lambda_sweep import StartingPoint, Sweep
-from pipeline.commands.main import app
-from pipeline.common import fault_injection as faults
-from pipeline.common.errors import Interrupted
+from pipeline.evidence import figures
 from pipeline.evidence.rate_distortion import (
     KODAK_NAMES,
     PUBLISHED,
@@ -22,11 +12,8 @@ from pipeline.evidence.rate_distortion import (
     curves,
     delta,
     deltas_table,
-    draw,
     is_kodak,
 )
-from pipeline.tracking.records import Records
-from pipeline.weights.checkpoints import read
 from pipeline.weights.published import Quality
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
@@ -68,9 +55,21 @@ def test_curves_that_do_not_overlap_or_fold_back_give_no_figure() -> None:
     assert delta(folded, published(), "baseline").bd_rate is None
 
 
-def test_too_few_points_are_told_in_the_table() -> None:
-    table = deltas_table({"baseline": published(count=1), "phase1": published(count=1)}, {"phase1": "baseline"})
-    assert table.rows == [("phase1", "1 λ in common with baseline; a curve needs two or more", "–", "–", "–", "–")]
+def test_the_table_says_that_there_are_too_few_points() -> None:
+    table = deltas_table({"control": published(count=1), "phase1": published(count=1)}, {"phase1": "control"})
+    assert table.rows == [("phase1", "1 λ in common with control; a curve needs two or more", "–", "–", "–", "–")]
+
+
+def test_curves_have_the_seeds_that_every_point_has() -> None:
+    chains = [
+        chain(lmbda, seed, stage("baseline", lmbda, bpp, 30, None))
+        for lmbda, seed, bpp in ((0.0018, 0, 0.2), (0.013, 0, 0.5), (0.013, 1, 0.6))
+    ]
+    assert [(point.lmbda, point.seeds, point.quality.bpp) for point in curves(chains)["baseline"]] == [
+        (0.0018, 1, 0.2),
+        (0.013, 1, 0.5),
+    ]
+    assert [point.seeds for point in curves(chains[1:])["baseline"]] == [2]
 
 
 def test_kodak_is_known_by_its_names() -> None:
@@ -79,83 +78,5 @@ def test_kodak_is_known_by_its_names() -> None:
     assert not is_kodak(names[:-1])
     assert not is_kodak([*names[:-1], "other.png"])
     for kodak in (False, True):
-        labels = [line.get_label() for line in draw({"baseline": published()}, kodak).axes[0].lines]
+        labels = [line.get_label() for line in figures.curves({"baseline": published()}, kodak).axes[0].lines]
         assert ("HPCM-Base, published" in labels) == kodak
-
-
-LONG = 0.05000001
-
-
-def sweep(runs: Path, *more: str) -> list[str]:
-    """The command line of a sweep over two λ, one with more digits than its folder's name."""
-    points = ["--lmbda", "0.013", "--lmbda", str(LONG)]
-    return ["rd-curve", "phase1", "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", *points, *more]
-
-
-def words(output: str) -> str:
-    """What was printed, with single spaces."""
-    return " ".join(output.split())
-
-
-def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    shutil.copytree(finished[0].runs, runs)
-    done = CliRunner().invoke(app, sweep(runs, "--plan"))
-    assert done.exit_code == 0, done.output
-    for row in ("stage 0.013 0.05", "baseline done –", "phase1 done –", "steps left – 19"):
-        assert row in words(done.output)
-    assert not (runs / "mini" / "lmbda-0.05").exists()
-
-    before = (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns
-    done = CliRunner().invoke(app, sweep(runs))
-    assert done.exit_code == 0, done.output
-    assert (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns == before
-    assert (runs / "mini" / "rate-distortion.png").is_file()
-    found = curves(Records(runs).chains())
-    assert list(found) == STAGES
-    assert [point.lmbda for point in found["phase1"]] == [0.013, LONG]
-    assert "phase1 done done steps left – –" in words(CliRunner().invoke(app, sweep(runs, "--plan")).output)
-
-
-def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HPCM_FAULT", "publish.record:1")
-    monkeypatch.setenv("HPCM_FAULT_SIGNAL", str(int(signal.SIGTERM)))
-    command = sweep(runs)
-    command[1] = "baseline"
-    monkeypatch.setattr(faults, "_passed", Counter())
-    stopped = CliRunner().invoke(app, command)
-    assert isinstance(stopped.exception, Interrupted)
-    assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
-
-
-def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    file = finished[0].tasks[0].checkpoint
-    wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
-    with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec has one λ, but the sweep has 2; .* --from"):
-        wanted.table()
-
-
-def test_later_points_start_from_a_neighbour(runs: Path, tmp_path: Path) -> None:
-    options = ["--from", str(LONG), "--from-set", "baseline.schedule.scratch.steps=0"]
-    command = [*sweep(runs, *options)]
-    command[1] = "baseline"
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    first, second = (
-        read(runs / "mini" / f"lmbda-{lmbda}" / "baseline" / "checkpoint.safetensors") for lmbda in (LONG, 0.013)
-    )
-    assert first.metadata["digest"] == second.metadata["digest"]  # not a step was trained
-    assert "start" in second.metadata["inputs"]
-    assert "start" not in first.metadata["inputs"]
-    assert "done" in CliRunner().invoke(app, [*command, "--plan"]).output
-    file = runs / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
-    taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, StartingPoint(0.05), file)
-    assert [
-        (chain.tasks[0].imported, chain.tasks[0].start is None) for point in taken.points() for chain in point.chains
-    ] == [
-        (file, True),
-        (None, False),
-    ]
-    nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, StartingPoint(0.1))
-    with pytest.raises(ChainError, match="of --from is not in the sweep"):
-        nowhere.table()

@@ -1,0 +1,91 @@
+"""`hpcm rd-curve`: a sweep over λ, with a chain for each."""
+
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mini import FOLDER, STAGES, Notes, one_image
+from typer.testing import CliRunner
+
+from pipeline.chain.chain import Chain
+from pipeline.chain.lambda_sweep import StartingPoint, Sweep
+from pipeline.chain.plan import ChainError
+from pipeline.commands.main import app
+from pipeline.common import fault_injection as faults
+from pipeline.common.errors import Interrupted
+from pipeline.evidence.rate_distortion import curves
+from pipeline.records.chains import read_chains
+from pipeline.weights.checkpoints import read
+
+LONG = 0.05000001
+
+
+def sweep(runs: Path, target: str, *more: str) -> list[str]:
+    """The command line of a sweep over two λ, one with more digits than its folder's name."""
+    points = ["--lmbda", "0.013", "--lmbda", str(LONG)]
+    images = [word for setting in one_image(runs.parent / "val") for word in ("--set", setting)]
+    command = ["rd-curve", target, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway"]
+    return [*command, *points, *images, *more]
+
+
+def words(output: str) -> str:
+    """What was printed, with single spaces."""
+    return " ".join(output.split())
+
+
+def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(finished[0].runs, runs)
+    done = CliRunner().invoke(app, sweep(runs, "phase1", "--plan"))
+    assert done.exit_code == 0, done.output
+    for row in ("stage 0.013 0.05", "baseline done –", "phase1 done –", "steps left – 19"):
+        assert row in words(done.output)
+    assert not (runs / "mini" / "lmbda-0.05").exists()
+
+    before = (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns
+    done = CliRunner().invoke(app, sweep(runs, "phase1"))
+    assert done.exit_code == 0, done.output
+    assert "no Bjøntegaard deltas: no stage has a control" in words(done.output)
+    assert (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns == before
+    assert (runs / "mini" / "rate-distortion.png").is_file()
+    found = curves(read_chains(runs))
+    assert sorted(found) == STAGES
+    assert [point.lmbda for point in found["phase1"]] == [0.013, LONG]
+    shown = CliRunner().invoke(app, sweep(runs, "phase1", "--plan")).output
+    assert "phase1 done done steps left – –" in words(shown)
+
+
+def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCM_FAULT", "publish.record:1")
+    monkeypatch.setenv("HPCM_FAULT_SIGNAL", str(int(signal.SIGTERM)))
+    monkeypatch.setattr(faults, "_passed", Counter())
+    stopped = CliRunner().invoke(app, sweep(runs, "baseline"))
+    assert isinstance(stopped.exception, Interrupted)
+    assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
+
+
+def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    file = finished[0].tasks[0].checkpoint
+    wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
+    with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec has one λ, but the sweep has 2; .* --from"):
+        wanted.table()
+
+
+def test_later_points_start_from_a_neighbor(runs: Path, tmp_path: Path) -> None:
+    command = sweep(runs, "baseline", "--from", str(LONG), "--from-set", "baseline.schedule.scratch.steps=0")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    file = runs / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
+    first, second = read(runs / "mini" / f"lmbda-{LONG}" / "baseline" / "checkpoint.safetensors"), read(file)
+    assert first.metadata["digest"] == second.metadata["digest"]  # not a step was trained
+    assert "start" in second.metadata["inputs"]
+    assert "start" not in first.metadata["inputs"]
+    assert "done" in CliRunner().invoke(app, [*command, "--plan"]).output
+    taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, StartingPoint(0.05), file)
+    roots = [chain.tasks[0] for point in taken.points() for chain in point.chains]
+    assert [(root.imported, root.start is None) for root in roots] == [(file, True), (None, False)]
+    nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, StartingPoint(0.1))
+    with pytest.raises(ChainError, match="of --from is not in the sweep"):
+        nowhere.table()
