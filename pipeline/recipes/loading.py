@@ -1,7 +1,8 @@
 """Loads a recipe: reads a folder of stages, merges defaults and overrides, and checks the whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,6 @@ from pipeline.common.packaged import DEFAULTS, STAGES, label, recipe_names
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.segment import FORMS
 from pipeline.recipes.yaml_source import (
-    NoSuchPlace,
     RecipeError,
     YamlNode,
     dotted,
@@ -84,18 +84,16 @@ class Override:
     def apply(self, trees: Mapping[str, YamlNode]) -> dict[str, YamlNode]:
         """Return the stages with the value set. Raises RecipeError if no stage has the path."""
         head, *rest = self.path
-        scope = [head] if head in trees and rest else list(trees)
-        path = rest if scope == [head] else self.path
+        scope, path = ([head], rest) if head in trees and rest else (list(trees), self.path)
         changed: dict[str, YamlNode] = {}
-        refusal = NoSuchPlace("no stage has a parent to transfer from")
+        refusal = "no stage has a parent to transfer from"
         for name in scope:
-            root = trees[name].plain().get("parent") is None
-            if root and path[0] == "transfer" and len(scope) > 1:
+            if path[0] == "transfer" and len(scope) > 1 and trees[name].plain().get("parent") is None:
                 continue
             try:
                 changed[name] = put(trees[name], path, self.value)
-            except NoSuchPlace as problem:
-                refusal = problem
+            except RecipeError as problem:
+                refusal = str(problem)
         if not changed:
             raise RecipeError(f"--set {self.text}: {refusal}")
         return {**trees, **changed}
@@ -126,9 +124,9 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         except ValidationError as failure:
             problems += _explain(failure, tree)
         problems += _misplaced(name, trees)
-    _report(problems)
+    _report(problems or _cycles(trees))
     recipe = Recipe(path.name, stages, path, trees)
-    _report(_torn_chains(recipe, trees))
+    _report(_torn_chains(recipe))
     return recipe
 
 
@@ -146,43 +144,47 @@ def _find_folder(folder: str | Path) -> Path:
 
 
 def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:
-    """Problems with a stage's name and parent, and cycles of parents."""
-    tree = trees[name]
-    fields = tree.plain()
-    if fields.get("name", name) != name:
-        return [f"{tree.origin_of(['name'])}: name: should be '{name}', the name of the file"]
-    where = f"{tree.origin_of(['name'])}: name"
-    if name.lower() in CHAIN_NAMES:
-        return [f"{where}: '{name}' is a reserved name in a chain's folder; choose another name"]
+    """Problems with the name of a stage and of its parent."""
+    tree, fields = trees[name], trees[name].plain()
     same = [other for other in trees if other.lower() == name.lower()]
-    if len(same) > 1:
-        return [f"{where}: {' and '.join(same)} differ only in capitals, and some file systems ignore case; rename one"]
-    line = [name]
-    while isinstance(parent := trees[line[-1]].plain().get("parent"), str):
-        where = f"{trees[line[-1]].origin_of(['parent'])}: parent"
-        if parent not in trees:
-            hint = nearest(parent, list(trees)) or f"; expected one of {', '.join(trees)}, or null"
-            return [f"{where}: there is no stage {parent!r}{hint}"]
-        if parent in line:
-            once = parent == name == min(line)
-            return [f"{where}: the parents form a cycle: {' → '.join([*line, name])}"] if once else []
-        line.append(parent)
+    parent, problem = fields.get("parent"), ""
+    if fields.get("name", name) != name:
+        problem = f"should be '{name}', the name of the file"
+    elif name.lower() in CHAIN_NAMES:
+        problem = f"'{name}' is a reserved name in a chain's folder; choose another name"
+    elif len(same) > 1:
+        problem = f"{' and '.join(same)} differ only in capitals, and some file systems ignore case; rename one"
+    elif isinstance(parent, str) and parent not in trees:
+        hint = nearest(parent, list(trees)) or f"; expected one of {', '.join(trees)}, or null"
+        return [_line(tree, ["parent"], f"there is no stage {parent!r}{hint}")]
+    return [_line(tree, ["name"], problem)] if problem else []
+
+
+def _cycles(trees: Mapping[str, YamlNode]) -> list[str]:
+    """A line about stages that are each other's ancestors, if there are any."""
+    parents = {name: [parent] for name, tree in trees.items() if (parent := tree.plain()["parent"])}
+    try:
+        TopologicalSorter(parents).prepare()
+    except CycleError as error:
+        names = error.args[1]
+        return [_line(trees[names[0]], ["parent"], f"the parents form a cycle: {' → '.join(names)}")]
     return []
 
 
-def _torn_chains(recipe: Recipe, trees: Mapping[str, YamlNode]) -> list[str]:
-    """An error line for each setting that differs from the chain's first stage, although a chain can have only one."""
+def _torn_chains(recipe: Recipe) -> list[str]:
+    """A line for each setting that differs from the chain's first stage, although a chain can have only one."""
     lines = []
     for name, stage in recipe.stages.items():
         root = recipe.chain(name)[0]
         for key in ONE_PER_CHAIN:
             own, expected = shown(getattr(stage, key)), shown(getattr(root, key))
             if own != expected:
-                where = f"{root.name}, {trees[root.name].origin_of([key])}"
-                lines.append(
-                    f"{trees[name].origin_of([key])}: {key}: should be {expected}, as in the chain's first stage "
-                    f"({where}), not {own}; set one {key} for all stages, in {DEFAULTS} or with --set {key}=…"
+                where = f"{root.name}, {recipe.sources[root.name].origin_of([key])}"
+                problem = (
+                    f"should be {expected}, as in the chain's first stage ({where}), not {own}; set one {key} for all "
+                    f"stages, in {DEFAULTS} or with --set {key}=…"
                 )
+                lines.append(_line(recipe.sources[name], [key], problem))
     return lines
 
 
@@ -197,7 +199,7 @@ def _explain(failure: ValidationError, tree: YamlNode) -> list[str]:
     return lines
 
 
-def _line(tree: YamlNode, path: tuple[str | int, ...], problem: str) -> str:
+def _line(tree: YamlNode, path: Sequence[str | int], problem: str) -> str:
     return f"{tree.origin_of(path)}: {dotted(path)}: {problem}"
 
 

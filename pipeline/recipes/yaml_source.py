@@ -21,10 +21,6 @@ class RecipeError(UserError):
     """A recipe that cannot be used; the message fits one screen and says what to change."""
 
 
-class NoSuchPlace(RecipeError):
-    """A path names an entry that a list or scalar does not have."""
-
-
 class Misfit(RecipeError):
     """A value of a stage does not fit the codec or another value. `path` leads to it in the stage."""
 
@@ -50,13 +46,10 @@ class YamlNode:
 
     def origin_of(self, path: Sequence[str | int]) -> str:
         """Where the value at `path` was written; if it is absent, the origin of the nearest enclosing value."""
-        node = self
-        for key in path:
-            children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
-            if not (isinstance(children, dict) and key in children):
-                break
-            node = children[key]
-        return node.origin
+        children = dict(enumerate(self.value)) if isinstance(self.value, list) else self.value
+        if path and isinstance(children, dict) and path[0] in children:
+            return children[path[0]].origin_of(path[1:])
+        return self.origin
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -88,7 +81,7 @@ def merge(base: YamlNode, over: YamlNode) -> YamlNode:
 def put(node: YamlNode, path: Sequence[str], value: YamlNode) -> YamlNode:
     """Replace the value at `path`, where a list entry is given by its number or `name`.
 
-    Missing mappings along the path are created. Raises NoSuchPlace if a list has no such entry, or if the path
+    Missing mappings along the path are created. Raises RecipeError if a list has no such entry, or if the path
     leads into a scalar.
     """
     if not path:
@@ -99,7 +92,7 @@ def put(node: YamlNode, path: Sequence[str], value: YamlNode) -> YamlNode:
         items = [*node.value[:index], put(node.value[index], rest, value), *node.value[index + 1 :]]
         return YamlNode(items, node.origin)
     if not (isinstance(node.value, dict) or node.value is None):
-        raise NoSuchPlace(f"the value {shown(node.value)} ({node.origin}) has no key '{head}'")
+        raise RecipeError(f"the value {shown(node.value)} ({node.origin}) has no key '{head}'")
     children = node.value or {}
     child = put(children.get(head, YamlNode({}, value.origin)), rest, value)
     return YamlNode(children | {head: child}, node.origin)
@@ -113,7 +106,7 @@ def _entry(node: YamlNode, head: str) -> int:
     if head in words:
         return words.index(head)
     known = ", ".join(filter(None, words)) or "no names"
-    raise NoSuchPlace(f"no entry '{head}' in this list of {len(words)} ({known}){nearest(head, words)}")
+    raise RecipeError(f"no entry '{head}' in this list of {len(words)} ({known}){nearest(head, words)}")
 
 
 def read_file(path: Path, label: str) -> YamlNode:
@@ -127,7 +120,7 @@ def read_file(path: Path, label: str) -> YamlNode:
         raise RecipeError(f"{label}:{line}: not UTF-8 text; save the file as UTF-8") from None
     except OSError as problem:
         raise RecipeError(f"{label}: cannot be read: {problem.strerror}") from None
-    node = _parse(text, label, lines=True)
+    node = read_text(text, label)
     if node.value is None:
         raise RecipeError(f"{label}: the file is empty; expected 'key: value' lines")
     if not isinstance(node.value, dict):
@@ -135,28 +128,26 @@ def read_file(path: Path, label: str) -> YamlNode:
     return node
 
 
-def read_text(text: str, origin: str) -> YamlNode:
-    """Parse one value that is not from a file; all its parts have the same origin."""
-    return _parse(text, origin, lines=False)
-
-
-def _parse(text: str, label: str, lines: bool) -> YamlNode:
-    def origin(mark: yaml.Mark | None) -> str:
-        return f"{label}:{mark.line + 1}" if lines and mark else label
-
+def read_text(text: str, label: str) -> YamlNode:
+    """Parse one value. `label` is the name of its file, or the option `--set …`. Raises RecipeError."""
     try:
         loader = _Loader(text)
+        loader.name = label
         root = loader.get_single_node()
-        return _build(loader, root, origin) if root else YamlNode(None, origin(None))
+        return _convert(loader, root) if root else YamlNode(None, label)
     except yaml.reader.ReaderError as problem:
-        line = text.count("\n", 0, problem.position) + 1
-        where = f"{label}:{line}" if lines else label
+        where = _origin(label, text.count("\n", 0, problem.position))
         raise RecipeError(f"{where}: control character (code {problem.character}); delete it") from None
     except yaml.MarkedYAMLError as problem:
-        where = origin(problem.problem_mark or problem.context_mark)
+        mark = problem.problem_mark or problem.context_mark
+        where = _origin(label, mark.line) if mark else label
         raise RecipeError(f"{where}: {problem.problem or problem.context}{_advice(problem)}") from None
     except (ValueError, OverflowError):
         raise RecipeError(f"{label}: a '\\U' escape is not a valid character") from None
+
+
+def _origin(label: str, line: int) -> str:
+    return label if label.startswith("--set ") else f"{label}:{line + 1}"
 
 
 def _advice(problem: yaml.MarkedYAMLError) -> str:
@@ -208,19 +199,19 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first)
 
 
-def _build(loader: _Loader, node: yaml.Node, origin: Any) -> YamlNode:
-    where = origin(node.start_mark)
+def _convert(loader: _Loader, node: yaml.Node) -> YamlNode:
+    """A composed node with its children; `loader` constructs the scalars."""
+    where = _origin(loader.name, node.start_mark.line)
     if isinstance(node, yaml.SequenceNode):
-        return YamlNode([_build(loader, item, origin) for item in node.value], where)
+        return YamlNode([_convert(loader, item) for item in node.value], where)
     if not isinstance(node, yaml.MappingNode):
         return YamlNode(loader.construct_object(node), where)
     children: dict[str, YamlNode] = {}
-    for key_node, value_node in node.value:
-        key_origin = origin(key_node.start_mark)
-        key = key_node.value
-        if key_node.tag != "tag:yaml.org,2002:str":
-            raise RecipeError(f"{key_origin}: a key must be text; put quotes around numbers and true or false")
-        if key in children:
-            raise RecipeError(f"{key_origin}: {key}: written twice; first at {children[key].origin}")
-        children[key] = YamlNode(_build(loader, value_node, origin).value, key_origin)
+    for key, value in node.value:
+        where_key = _origin(loader.name, key.start_mark.line)
+        if key.tag != "tag:yaml.org,2002:str":
+            raise RecipeError(f"{where_key}: a key must be text; put quotes around numbers and true or false")
+        if key.value in children:
+            raise RecipeError(f"{where_key}: {key.value}: written twice; first at {children[key.value].origin}")
+        children[key.value] = YamlNode(_convert(loader, value).value, where_key)
     return YamlNode(children, where)

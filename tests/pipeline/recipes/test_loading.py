@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -58,7 +58,7 @@ def refusal(folder: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
-def test_shipped_recipes_go_from_baseline_to_phase_4(name: str) -> None:
+def test_packaged_recipes_have_a_chain_from_baseline_to_phase_4(name: str) -> None:
     chain = load_recipe(name).chain("phase4")
     assert all(bool(stage.needs) == (name in ("base", "large")) for stage in chain)
     assert [stage.name for stage in chain] == ["baseline", "phase1", "phase2", "phase3", "phase4"]
@@ -70,7 +70,7 @@ def test_shipped_recipes_go_from_baseline_to_phase_4(name: str) -> None:
         assert stage.schedule[-1].warmup > 0
 
 
-def test_a_stage_goes_before_the_defaults_and_an_override_before_both(folder: Path) -> None:
+def test_a_stage_overrides_the_defaults_and_set_overrides_both(folder: Path) -> None:
     (folder / "phase1.yaml").write_text(PHASE1 + "data: {crop: 128}\n")
     recipe = load_recipe(folder, ["data.batch_size=16"])
     assert recipe.stages["phase1"].data.crop == 128
@@ -78,7 +78,7 @@ def test_a_stage_goes_before_the_defaults_and_an_override_before_both(folder: Pa
     assert all(stage.data.batch_size == 16 and stage.seed == 3 for stage in recipe.chain("phase1"))
 
 
-def test_overrides_reach_lists_by_number_and_name_and_one_stage_by_its_name(folder: Path) -> None:
+def test_set_finds_list_entries_by_number_or_name_and_a_stage_by_name(folder: Path) -> None:
     overrides = ["schedule.frozen.steps=7", "baseline.schedule.0.steps=5", "phase1.seed=8"]
     recipe = load_recipe(folder, overrides)
     assert [phase.steps for phase in recipe.stages["phase1"].schedule] == [2, 7]
@@ -102,24 +102,22 @@ def test_an_override_replaces_a_mapping_as_a_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 0.001), ("1", 1.0), ("1_000.5", 1000.5), (".5", 0.5), ("2E+1", 20.0)]
+    ("text", "value"), [("1e-3", 0.001), ("1", 1.0), ("1_000.5", 1000.5), (".5", 0.5), ("2E+1", 20.0), ("3e-05", 3e-5)]
 )
-def test_numbers_are_read_as_people_write_them(folder: Path, text: str, value: float) -> None:
+def test_common_notations_of_numbers_are_read(folder: Path, text: str, value: float) -> None:
     assert load_recipe(folder, [f"lmbda={text}"]).stages["baseline"].lmbda == value
 
 
-def test_words_that_yaml_1_1_takes_for_other_things_stay_words() -> None:
+def test_words_that_yaml_1_1_converts_stay_words() -> None:
     words = "[no, yes, on, Off, 010, 1:30, 0x1f, 2024-01-01]"
     assert read_text(words, "here").plain() == tuple(words.strip("[]").split(", "))
 
 
-UNKNOWN_KEYS = {
+MISTAKES = {
     "schedule.1.hand_over=3": "schedule[1].hand_over: unknown key; did you mean 'handover'?",
     "sedd=3": "sedd: unknown key; did you mean 'seed'?",
     "schedule.0.decay={att: [2], factor: 0.5}": "schedule[0].decay.att: unknown key; did you mean 'at'?",
     "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, accumulate, workers",
-}
-WRONG_VALUES = {
     "data.crop=true": "data.crop: should be a valid integer, not true",
     "data.crop=64.0": "data.crop: should be a valid integer",
     "data.crop='64'": 'data.crop: should be a valid integer, not "64"',
@@ -149,8 +147,6 @@ WRONG_VALUES = {
     "schedule.0.decay=cosin": "decay: should be 'constant' or 'cosine', not \"cosin\"; did you mean 'cosine'?",
     "keep=bets": "keep: should be 'last' or 'best', not \"bets\"; did you mean 'best'?",
     "model={}": "model.preset: missing; expected here or in common.yaml",
-}
-MISFITS = {
     "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the segment's 1",
     "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the segment's 4",
     "phase1.schedule.1.decay={at: [3, 2], factor: 0.5}": "schedule[1].decay.at: the steps [3, 2] are not in ascending",
@@ -169,8 +165,6 @@ MISFITS = {
     "baseline.parent=phase1": "the parents form a cycle: baseline → phase1 → baseline",
     "baseline.parent=baseline": "the parents form a cycle: baseline → baseline",
     "phase1.name=phase2": "name: should be 'phase1', the name of the file",
-}
-NO_PLACE = {
     "schedule.5.steps=1": "no entry '5' in this list of 2 (align, frozen)",
     "schedule.frosen.steps=1": "did you mean 'frozen'?",
     "seed.x=1": "has no key 'x'",
@@ -183,8 +177,8 @@ NO_PLACE = {
 }
 
 
-@pytest.mark.parametrize(("override", "message"), (UNKNOWN_KEYS | WRONG_VALUES | MISFITS | NO_PLACE).items(), ids=str)
-def test_mistakes_are_named(folder: Path, override: str, message: str) -> None:
+@pytest.mark.parametrize(("override", "message"), MISTAKES.items(), ids=str)
+def test_a_mistake_is_reported_with_its_key(folder: Path, override: str, message: str) -> None:
     assert message in refusal(folder, override)
 
 
@@ -192,7 +186,7 @@ def test_a_mistake_in_an_override_names_the_override(folder: Path) -> None:
     assert refusal(folder, "data.crop=x") == '--set data.crop=x: data.crop: should be a valid integer, not "x"'
 
 
-def test_every_mistake_has_the_file_and_line_where_it_was_written(folder: Path) -> None:
+def test_each_mistake_is_reported_with_its_file_and_line(folder: Path) -> None:
     (folder / "common.yaml").write_text(COMMON.replace("crop: 64", "crop: wide"))
     (folder / "phase1.yaml").write_text(PHASE1.replace("handover", "hand_over").replace("steps: 2", "steps: -2"))
     assert refusal(folder).splitlines() == [
@@ -202,12 +196,12 @@ def test_every_mistake_has_the_file_and_line_where_it_was_written(folder: Path) 
     ]
 
 
-def test_a_missing_key_is_placed_where_it_belongs(folder: Path) -> None:
+def test_a_missing_key_is_reported_at_its_mapping(folder: Path) -> None:
     (folder / "phase1.yaml").write_text(PHASE1.replace("    steps: 4\n", "").replace("    handover: 2\n", ""))
     assert "phase1.yaml:7: schedule[1].steps: missing" in refusal(folder)
 
 
-def test_a_long_list_of_mistakes_fits_one_screen(folder: Path) -> None:
+def test_at_most_ten_mistakes_are_listed(folder: Path) -> None:
     lines = refusal(folder, *(f"wrong{i}=1" for i in range(15))).splitlines()
     assert len(lines) == 11
     assert lines[-1] == "… and 5 more"
@@ -221,7 +215,7 @@ def test_a_long_list_of_mistakes_fits_one_screen(folder: Path) -> None:
         (b"- 1\n", "common.yaml:1: expected a mapping"),
         (b"a: 1\nb: \xff\n", "common.yaml:2: not UTF-8 text"),
         (b"a: 1\n\nb: \x07\n", "common.yaml:3: control character (code 7); delete it"),
-        (b"a: 1\nb:\n\tc: 2\n", "common.yaml:3: found character '\\t'"),
+        (b"a: 1\nb:\n\tc: 2\n", "common.yaml:3: found character '\\t' that cannot start any token; indent with spaces"),
         (b"a: 1\na: 2\n", "common.yaml:2: a: written twice; first at"),
         (b"a: &x 1\nb: *x\n", "common.yaml:1: anchors and aliases"),
         (b"a: 1\nb: *x\n", "common.yaml:2: anchors and aliases"),
@@ -231,20 +225,24 @@ def test_a_long_list_of_mistakes_fits_one_screen(folder: Path) -> None:
         (b"a: " + 10**5 * b"[", "common.yaml:1: nested deeper than 20 levels"),
         (b"a: 1\n---\nb: 1\n", "common.yaml:2: "),
         (b"a: 1\n b: [\n", "common.yaml:2: "),
+        (b"a: 1\n  b: 2\n", "common.yaml:2: mapping values are not allowed here; check the indentation"),
+        (b"a:\n  b: 1\n c: 2\n", "; check the indentation: all keys of a mapping begin in the same column"),
+        (b"a: 0\nmodel: {phase: 2\nb: 1\n", "; check the brackets that begin in line 2"),
+        (b"a: [1, 2\nb: 1\n", "; check the brackets that begin in line 1"),
     ],
 )
-def test_files_that_are_no_recipe(folder: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(folder: Path, content: bytes, message: str) -> None:
     (folder / "common.yaml").write_bytes(content)
     assert message in refusal(folder)
 
 
-def test_a_byte_order_mark_is_no_mistake(folder: Path) -> None:
+def test_a_byte_order_mark_is_accepted(folder: Path) -> None:
     plain = load_recipe(folder)
     (folder / "common.yaml").write_text(COMMON, encoding="utf-8-sig")
     assert load_recipe(folder) == plain
 
 
-def test_missing_folder_files_and_stages(folder: Path) -> None:
+def test_missing_folders_files_and_stages_are_reported(folder: Path) -> None:
     with pytest.raises(RecipeError, match="no recipe 'tyni'; did you mean 'tiny'"):
         load_recipe("tyni")
     with pytest.raises(RecipeError, match=r"no stage 'fase1'; did you mean 'phase1'\? \(baseline, phase1\)"):
@@ -260,24 +258,24 @@ def test_missing_folder_files_and_stages(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("outbox", "name: 'outbox' is a reserved name in a chain's folder"),
+        ("training", "name: 'training' is a reserved name in a chain's folder"),
         ("Superseded", "name: 'Superseded' is a reserved name in a chain's folder"),
         ("Phase1", "name: Phase1 and phase1 differ only in capitals"),
     ],
 )
-def test_a_stages_name_collides_with_no_other_folder(folder: Path, name: str, message: str) -> None:
+def test_a_stage_cannot_have_a_reserved_or_ambiguous_name(folder: Path, name: str, message: str) -> None:
     (folder / f"{name}.yaml").write_text(BASELINE.replace("baseline", name))
     assert message in refusal(folder)
 
 
-def test_a_pipe_is_no_recipe_and_not_waited_for(folder: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(folder: Path) -> None:
     (folder / "baseline.yaml").unlink()
     os.mkfifo(folder / "baseline.yaml")
     assert "baseline.yaml: not a regular file" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["mlartifacts", "MLflow.db"])
-def test_a_recipes_name_collides_with_no_other_folder(name: str, folder: Path) -> None:
+def test_a_recipe_cannot_have_a_reserved_name(name: str, folder: Path) -> None:
     taken = folder.rename(folder.parent / name)
     assert f"{name} is a reserved name in the folder of runs" in refusal(taken)
 
@@ -318,7 +316,7 @@ def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
         ("accept.psnr_drop=0.5", True),
     ],
 )
-def test_the_digest_follows_what_influences_the_weights(folder: Path, override: str, same: bool) -> None:
+def test_the_digest_covers_what_influences_the_weights(folder: Path, override: str, same: bool) -> None:
     plain, changed = (load_recipe(folder, sets).stages["phase1"] for sets in ([], [override]))
     assert plain != changed or override == "lmbda=13e-3"
     assert (plain.digest() == changed.digest()) is same
@@ -337,61 +335,13 @@ def test_the_order_of_learning_rates_matters_to_the_digest(folder: Path) -> None
     assert stages[0].digest() != stages[1].digest()
 
 
-counts = st.integers(1, 10**6)
-rates = st.floats(1e-12, 1.0)
-
-
-@st.composite
-def phases(draw: st.DrawFn, name: str) -> dict[str, object]:
-    """A phase of a schedule that a stage with a parent may have."""
-    steps = draw(counts)
-    align = draw(st.booleans())
-    return {
-        "name": name,
-        "objective": "align" if align else "rate-distortion",
-        "train": "new" if align else draw(st.sampled_from(["all", "new", ["attn_*", "h_s.*"]])),
-        "steps": steps,
-        "handover": 0 if align else draw(st.integers(0, steps)),
-        "warmup": draw(st.integers(0, steps)),
-        "decay": draw(st.sampled_from(["constant", "cosine"])),
-        "lr": draw(st.dictionaries(st.sampled_from(["default", "new", "rwkv", "attn_*"]), rates, min_size=1)),
-    }
-
-
-@st.composite
-def stages(draw: st.DrawFn) -> dict[str, object]:
-    """A stage that the schema accepts."""
-    names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,7}", fullmatch=True), max_size=4, unique=True))
-    return {
-        "name": "child",
-        "parent": "root",
-        "model": {"preset": "tiny", "phase": draw(st.integers(1, 4))},
-        "lmbda": draw(rates),
-        "metric": draw(st.sampled_from(["mse", "ms-ssim"])),
-        "data": {"crop": draw(st.integers(161, 10**6)), "batch_size": draw(counts), "workers": draw(st.integers(0, 8))},
-        "optimizer": {"betas": [0.5, draw(st.floats(0.0, 0.999))], "clip_norm": draw(rates)},
-        "precision": draw(st.sampled_from(["no", "bf16"])),
-        "seed": draw(st.integers(0, 2**32 - 1)),
-        "accept": {"psnr_drop": draw(st.none() | st.floats(-1, 1))},
-        "schedule": [draw(phases(name)) for name in names],
-    }
-
-
-@given(stages())
-def test_every_stage_reads_back_as_itself(fields: dict[str, object]) -> None:
-    stage = Stage.model_validate(read_text(yaml.safe_dump(fields), "here").plain())
-    again = Stage.model_validate(read_text(stage.to_yaml(), "resolved").plain())
-    assert again == stage
-    assert again.digest() == stage.digest()
-
-
-@given(stages(), st.data())
-def test_a_value_of_another_kind_is_refused_by_its_key(fields: dict[str, object], data: st.DataObject) -> None:
-    key = data.draw(st.sampled_from(sorted(fields)))
-    wrong = data.draw(st.sampled_from([{"no": 1}, [[]], "\n", -1.5, math.inf, True]))
-    with pytest.raises(ValidationError) as caught:
-        Stage.model_validate(tuples(fields | {key: wrong}))
-    assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} <= {key}
+@pytest.mark.parametrize("key", Stage.model_fields)
+def test_a_value_of_a_wrong_type_is_reported_at_its_key(folder: Path, key: str) -> None:
+    fields = load_recipe(folder).stages["phase1"].model_dump()
+    for wrong in ({"no": 1}, ((),), "\n", -1.5, math.inf):
+        with pytest.raises(ValidationError) as caught:
+            Stage.model_validate(fields | {key: wrong})
+        assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} <= {key}
 
 
 plain_values = st.recursive(
@@ -412,13 +362,14 @@ def tuples(value: object) -> object:
 
 
 @given(plain_values)
-def test_whatever_yaml_writes_is_read_as_it_was(value: object) -> None:
+@settings(max_examples=40)
+def test_yaml_that_was_written_reads_back_as_itself(value: object) -> None:
     text = yaml.safe_dump(value, allow_unicode=True)
     assert read_text(text, "here").plain() == tuples(value)
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_a_value_or_an_error_with_its_place(text: str) -> None:
+def test_any_text_is_a_value_or_an_error_with_its_origin(text: str) -> None:
     refused = ""
     try:
         value = read_text(text, "here").plain()
@@ -428,6 +379,7 @@ def test_any_text_is_a_value_or_an_error_with_its_place(text: str) -> None:
 
 
 @given(plain_values, plain_values)
+@settings(max_examples=40)
 def test_merging_keeps_the_upper_layer(base: object, over: object) -> None:
     layers = [read_text(yaml.safe_dump(value), "here") for value in (base, over)]
     merged = merge(*layers).plain()
@@ -437,24 +389,3 @@ def test_merging_keeps_the_upper_layer(base: object, over: object) -> None:
     else:
         assert merged == tuples(over)
     assert merge(layers[1], layers[1]) == layers[1]
-
-
-@given(st.floats(min_value=1e-12, max_value=1e3))
-def test_learning_rates_survive_any_spelling(rate: float) -> None:
-    for text in (repr(rate), f"{rate:e}", f"{rate:.17g}"):
-        assert math.isclose(read_text(text, "here").plain(), rate, rel_tol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("text", "advice"),
-    [
-        ("a: 1\n  b: 2\n", "check the indentation"),
-        ("a:\n  b: 1\n c: 2\n", "check the indentation"),
-        ("a:\n\tb: 1\n", "indent with spaces, not tabs"),
-        ("a: 0\nmodel: {phase: 2\nb: 1\n", "check the brackets that begin in line 2"),
-        ("a: [1, 2\nb: 1\n", "check the brackets that begin in line 1"),
-    ],
-)
-def test_errors_of_syntax_say_what_to_check(text: str, advice: str) -> None:
-    with pytest.raises(RecipeError, match=advice):
-        read_text(text, "stage.yaml")
