@@ -1,7 +1,7 @@
 """`hpcm evaluate`: the rate and quality of codecs on images, alone or against JPEG, WebP and AVIF."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +22,17 @@ from pipeline.data.pictures import SUFFIXES
 from pipeline.evaluation.codec_files import read_to_code
 from pipeline.evaluation.coding import code
 from pipeline.evaluation.conversions import find
-from pipeline.evaluation.pillow_codecs import codecs_named
+from pipeline.evaluation.pillow_codecs import PillowCodec, codecs_named
 from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.rd_curves import PUBLISHED, is_kodak, read_curve
 from pipeline.evaluation.results import Evaluation, ImageResult
 from pipeline.evidence import codec_comparison
 from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.published import Lineage
+from pipeline.weights.published import Lineage, Quality
 from pipeline.weights.shipped import of_quality, qualities
 
-Outcome = tuple[dict[str, object], Table, bool]
-"""The values for JSON, the table, and whether all images succeeded."""
+Outcome = tuple[dict[str, object], list[Table], bool]
+"""The values for JSON, the tables, and whether all images succeeded."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class EvaluationOptions:
         ),
     ] = None
     against: Annotated[
-        str | None, typer.Option(help="Compare with these codecs at equal file sizes: `jpeg,webp,avif`.")
+        str | None,
+        typer.Option(
+            help="Compare with these, separated by commas: codecs at equal file sizes (`jpeg`, `webp`, `avif`), the "
+            "published curves `hpcm-base-kodak` and `hpcm-large-kodak`, and files with a curve, as CSV or CompressAI's "
+            "JSON."
+        ),
     ] = None
     plot: Annotated[Path | None, typer.Option(help="With --against: draw rate–distortion curves to this PNG.")] = None
     device: Device = "cpu"
@@ -80,20 +86,20 @@ def evaluate(
     The JSON has the layout of CompressAI's eval_model; `python -m compressai.utils.plot -f` plots it.
 
     With --against, the bits are those of whole files. Pillow encodes each image at the quality that gives the file
-    nearest in size to our codec's file.
+    nearest in size to our codec's file. BD-rate against each curve is printed, for two or more checkpoints.
     """
     options.check()
     for path in filter(None, (output, options.plot)):
         if path.is_dir():
             raise typer.BadParameter(f"{path} is a folder; give the file to write")
         path.parent.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
-    values, table, complete = (_against if options.against else _alone)(pictures, options)
+    values, tables, complete = (_against if options.against else _alone)(pictures, options)
     if output and values:
         write_json(output, values)
     if as_json and values:
         show_json(values)
-    elif table.rows:
-        show(table)
+    else:
+        show(*(table for table in tables if table.rows))
     if not complete:
         raise typer.Exit(1)
 
@@ -114,11 +120,11 @@ def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     complete = each_file([(path, (name, path)) for name, path in found], measure)
     table = Table("", ("image", "coded bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
     if not results:
-        return {}, table, complete
+        return {}, [], complete
     evaluation = Evaluation(tuple(results))
     for result in (*results, evaluation.mean):
         table.add(*_cells(result))
-    return evaluation.to_json(Lineage.read(file).name or file.stem), table, complete
+    return evaluation.to_json(Lineage.read(file).name or file.stem), [table], complete
 
 
 def _cells(result: ImageResult) -> list[str]:
@@ -135,18 +141,33 @@ def _cells(result: ImageResult) -> list[str]:
 
 
 def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
-    """Compare codecs with Pillow's."""
-    others, named = codecs_named(options.against or ""), _named_codecs(options.checkpoint or ())
+    """Compare codecs with Pillow's and with published curves."""
+    others, published = _named_references(options.against or "")
+    named = _named_codecs(options.checkpoint or ())
     ours = [(name, ImageCodec(options.load(file))) for name, file in named]
     images, complete = _images(pictures, [codec for _, codec in ours], options.max_pixels)
     if not images:
-        return {}, Table("", ()), False
+        return {}, [], False
+    for name in published:
+        if name.endswith("-kodak") and not is_kodak(image for image, _ in images):
+            errors.print(f"{name}: measured on the 24 Kodak images, and these are others", soft_wrap=True)
     comparer = codec_comparison.CodecComparer(images, others, lambda line: errors.print(f"  {line}", soft_wrap=True))
-    found = comparer.compare([comparer.point(*codec) for codec in ours], curves=options.plot is not None)
+    measured = comparer.compare([comparer.point(*codec) for codec in ours], curves=options.plot is not None)
+    found = replace(measured, published=published)
     if options.plot is not None:
         save(codec_comparison.draw(found), options.plot)
         errors.print(f"curves: {options.plot}", soft_wrap=True)
-    return found.to_json(), codec_comparison.table(found), complete
+    return found.to_json(), [codec_comparison.table(found), codec_comparison.deltas_table(found)], complete
+
+
+def _named_references(names: str) -> tuple[list[PillowCodec], dict[str, tuple[Quality, ...]]]:
+    """Pillow's codecs, and the curves that are published or in files. Raises UserError for unknown names."""
+    parts = list(filter(None, (part.strip() for part in names.split(","))))
+    curves = {name: PUBLISHED[name] for name in parts if name in PUBLISHED}
+    files = [name for name in parts if name not in PUBLISHED and Path(name).suffix]
+    curves |= dict(read_curve(Path(name)) for name in files)
+    codecs = [name for name in parts if name not in PUBLISHED and name not in files]
+    return codecs_named(",".join(codecs)) if codecs or not curves else [], curves
 
 
 def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:

@@ -1,7 +1,7 @@
-"""Compares our codecs with Pillow's, at equal file sizes and as rate–distortion curves."""
+"""Compares our codecs with Pillow's at equal file sizes, and with these and published curves over rates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import to_8_bits
 from pipeline.evaluation.pillow_codecs import PillowCodec, PillowFiles
 from pipeline.evaluation.quality import NamedImage, quality_of
+from pipeline.evaluation.rd_curves import bd_rate, bd_rate_ms_ssim, ms_ssim_db
 from pipeline.evaluation.results import mean_quality
-from pipeline.evidence.rate_distortion import ms_ssim_db
 from pipeline.weights.published import Quality
 
 SWEPT = (1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -48,6 +48,8 @@ class CodecComparison:
     images: int
     points: tuple[OperatingPoint, ...]
     curves: dict[str, tuple[Quality, ...]]
+    published: dict[str, tuple[Quality, ...]] = field(default_factory=dict)
+    """Curves that were not measured here, by title."""
 
     def to_json(self) -> dict[str, Any]:
         """All values."""
@@ -105,6 +107,17 @@ def table(comparison: CodecComparison) -> Table:
     return found
 
 
+def deltas_table(comparison: CodecComparison) -> Table:
+    """The rate of our codecs relative to each curve, at equal quality."""
+    title = "BD-rate of our codecs in per cent, by pchip (–: fewer than two points, no overlap, or not monotone)"
+    found = Table(title, ("against", "points", "at equal PSNR", "at equal MS-SSIM"))
+    ours = [point.ours for point in comparison.points]
+    for name, curve in (comparison.curves | comparison.published).items():
+        values = bd_rate(ours, curve), bd_rate_ms_ssim(ours, curve)
+        found.add(name, str(len(curve)), *(number(value, "+.2f") for value in values))
+    return found
+
+
 def draw(comparison: CodecComparison) -> Figure:
     """PSNR and, if known, MS-SSIM over rate: curves of the others, and our points."""
     ours = [point.ours for point in comparison.points]
@@ -113,6 +126,7 @@ def draw(comparison: CodecComparison) -> Figure:
     shown: list[tuple[str, Sequence[Quality], dict[str, Any]]] = [
         (title, curve, {"linewidth": 1.3}) for title, curve in comparison.curves.items()
     ]
+    shown += [(name, curve, {"linestyle": ":", "marker": "x"}) for name, curve in comparison.published.items()]
     shown.append(("HPCM, this project", ours, {"color": "#111111", "marker": "o", "markersize": 5}))
     for name, curve, style in shown:
         rates = [quality.bpp for quality in curve]

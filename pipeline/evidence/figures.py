@@ -11,8 +11,9 @@ from matplotlib.ticker import LogLocator
 
 from pipeline.common.figure_style import codec_colors, new_figure
 from pipeline.common.tables import shortest
+from pipeline.evaluation.rd_curves import PUBLISHED, ms_ssim_db
 from pipeline.evidence.gains import Gain
-from pipeline.evidence.rate_distortion import PUBLISHED, Curve, ms_ssim_db
+from pipeline.evidence.rate_distortion import Curve
 from pipeline.records.chains import ChainRecord
 from pipeline.records.metrics import read_history
 
@@ -24,7 +25,7 @@ MEASURES = (("bpp", "estimated rate in bits per pixel"), ("psnr_db", "PSNR in dB
 
 
 def curves(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
-    """PSNR and, if known, MS-SSIM over rate. With `kodak`, the published curve is added."""
+    """PSNR and, if known, MS-SSIM over rate. With `kodak`, the published curves are added."""
     similar = all(point.quality.ms_ssim is not None for curve in found.values() for point in curve)
     figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
     colors = codec_colors(list(found))
@@ -37,7 +38,9 @@ def curves(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
         if similar:
             axes[1].plot(rates, np.array([ms_ssim_db(point.quality) for point in curve], float), **style)
     if kodak:
-        axes[0].plot(*zip(*PUBLISHED, strict=True), ":", color="0.5", marker="x", label="HPCM-Base, published")
+        for (name, points), color in zip(PUBLISHED.items(), ("0.5", "0.3"), strict=True):
+            line = zip(*((point.bpp, point.psnr_db) for point in points), strict=True)
+            axes[0].plot(*line, ":", color=color, marker="x", label=f"{name}, published")
     for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
         axis.set(xlabel="coded rate in bits per pixel", ylabel=label)
         axis.grid(alpha=0.3)

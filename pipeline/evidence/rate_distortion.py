@@ -1,25 +1,16 @@
 """Rate–distortion curves of published stages, and the Bjøntegaard deltas between them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import bjontegaard
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from pipeline.common.tables import Table, number, shortest
+from pipeline.evaluation.rd_curves import bd_psnr, bd_rate, bd_rate_ms_ssim, is_kodak
 from pipeline.evaluation.results import mean_quality
 from pipeline.records.chains import ChainRecord
 from pipeline.weights.published import Quality
-
-METHOD = "pchip"
-"""Interpolation: monotone between the points, and a line through two points. Cubic fits need four."""
-KODAK_NAMES = frozenset(f"kodim{n:02d}" for n in range(1, 25))
-PUBLISHED = (
-    (0.1211, 29.4022), (0.1757, 30.7547), (0.2729, 32.4012), (0.4125, 34.2063), (0.5898, 36.0145), (0.8209, 37.7525),
-)  # fmt: skip
-"""Bits per pixel and PSNR in dB of HPCM-Base on Kodak, published by its authors."""
 
 NO_CONTROL = "no stage has a control: one with the root's codec, trained for as many steps and on the same images"
 
@@ -85,29 +76,9 @@ def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
     if len(shared) < 2:
         raise ValueError(f"{len(shared)} λ in common with {reference_name}; a curve needs two or more")
     ours, theirs = ([point.quality for point in points if point.lmbda in shared] for points in (curve, reference))
-    similarity = [[ms_ssim_db(quality) for quality in qualities] for qualities in (theirs, ours)]
-    rates = [[quality.bpp for quality in qualities] for qualities in (theirs, ours)]
-    psnr = [[quality.psnr_db for quality in qualities] for qualities in (theirs, ours)]
     return Delta(
-        reference_name,
-        len(shared),
-        _bjontegaard(bjontegaard.bd_rate, rates, psnr),
-        _bjontegaard(bjontegaard.bd_psnr, rates, psnr),
-        _bjontegaard(bjontegaard.bd_rate, rates, similarity),
+        reference_name, len(shared), bd_rate(ours, theirs), bd_psnr(ours, theirs), bd_rate_ms_ssim(ours, theirs)
     )
-
-
-def _bjontegaard(measure: Any, rates: Sequence[Sequence[float]], distortions: Sequence[Sequence[Any]]) -> float | None:
-    """The measure of (reference, other); None if the curves are not monotone or do not overlap."""
-    if any(value is None for values in distortions for value in values):
-        return None
-    along = distortions if measure is bjontegaard.bd_rate else rates
-    if max(map(min, along)) >= min(map(max, along)):
-        return None
-    ordered = [(*zip(*sorted(zip(*pair, strict=True)), strict=True),) for pair in zip(rates, distortions, strict=True)]
-    if any(np.any(np.diff(values) <= 0) for pair in ordered for values in pair):
-        return None
-    return float(measure(*ordered[0], *ordered[1], method=METHOD, min_overlap=0))
 
 
 def slope(curve: Curve, lmbda: float) -> float | None:
@@ -118,11 +89,6 @@ def slope(curve: Curve, lmbda: float) -> float | None:
         return None
     at = next(point.quality.bpp for point in curve if point.lmbda == lmbda)
     return float(PchipInterpolator(rates, psnr).derivative()(at)) or None
-
-
-def ms_ssim_db(quality: Quality) -> float | None:
-    """MS-SSIM in dB: −10·log₁₀(1 − MS-SSIM)."""
-    return None if quality.ms_ssim is None else -10 * float(np.log10(max(1 - quality.ms_ssim, 1e-10)))
 
 
 def points_table(title: str, found: Mapping[str, Curve]) -> Table:
@@ -160,9 +126,3 @@ def all_on_kodak(chains: Iterable[ChainRecord]) -> bool:
     """Whether there are published stages and all were evaluated on the 24 Kodak images."""
     conditions = [stage.record.lineage.validation for chain in chains for stage in chain.published.values()]
     return bool(conditions) and all(known and is_kodak(known.images) for known in conditions)
-
-
-def is_kodak(names: Iterable[str]) -> bool:
-    """Whether these are the names of the 24 Kodak images, in any folder and with any suffix."""
-    stems = [name.rsplit("/", 1)[-1].split(".")[0] for name in names]
-    return len(stems) == len(KODAK_NAMES) and set(stems) == KODAK_NAMES

@@ -3,17 +3,9 @@
 import pytest
 from made import chain, stage
 
+from pipeline.evaluation.rd_curves import KODAK_NAMES, PUBLISHED, is_kodak
 from pipeline.evidence import figures
-from pipeline.evidence.rate_distortion import (
-    KODAK_NAMES,
-    PUBLISHED,
-    Curve,
-    Point,
-    curves,
-    delta,
-    deltas_table,
-    is_kodak,
-)
+from pipeline.evidence.rate_distortion import Curve, Point, curves, delta, deltas_table
 from pipeline.weights.published import Quality
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
@@ -21,8 +13,8 @@ LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
 
 def published(rate: float = 1.0, gain_db: float = 0.0, count: int = 6) -> Curve:
     """The published curve with its rates scaled and its PSNR raised."""
-    points = list(zip(LMBDAS, PUBLISHED, strict=True))[:count]
-    return [Point(lmbda, Quality(bpp * rate, psnr + gain_db, None, 0.0), 1) for lmbda, (bpp, psnr) in points]
+    points = list(zip(LMBDAS, PUBLISHED["hpcm-base-kodak"], strict=True))[:count]
+    return [Point(lmbda, Quality(p.bpp * rate, p.psnr_db + gain_db, None, 0.0), 1) for lmbda, p in points]
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -79,4 +71,4 @@ def test_kodak_is_known_by_its_names() -> None:
     assert not is_kodak([*names[:-1], "other.png"])
     for kodak in (False, True):
         labels = [line.get_label() for line in figures.curves({"baseline": published()}, kodak).axes[0].lines]
-        assert ("HPCM-Base, published" in labels) == kodak
+        assert ("hpcm-base-kodak, published" in labels) == kodak
