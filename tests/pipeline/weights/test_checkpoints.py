@@ -56,7 +56,7 @@ def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_others_may_read_a_checkpoint_as_far_as_the_umask_allows(published: tuple[Path, HPCM], tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_permissions_that_the_umask_allows(published: tuple[Path, HPCM], tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.touch()
     assert published[0].stat().st_mode == ordinary.stat().st_mode
@@ -151,14 +151,14 @@ def test_flipped_bits_are_recognized(published: tuple[Path, HPCM]) -> None:
         load_codec(path)
 
 
-def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:
+def test_a_header_with_a_false_length_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load_codec(path)
 
 
-def test_foreign_safetensors_are_told_apart(tmp_path: Path) -> None:
+def test_safetensors_of_other_programs_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline; .*hpcm import"):
@@ -258,7 +258,7 @@ def test_settings_that_shape_no_tensor_are_checked(tmp_path: Path) -> None:
             load_codec(tmp_path / "odd.safetensors")
 
 
-def test_what_is_no_official_checkpoint_is_told_apart(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_official_checkpoint_is_refused(tmp_path: Path) -> None:
     whole, cut, text = (tmp_path / name for name in ("whole.pth.tar", "cut.pth.tar", "notes.txt"))
     torch.save(mini_codec(0).state_dict(), whole)
     cut.write_bytes(whole.read_bytes()[:5000])
