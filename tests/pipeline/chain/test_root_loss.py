@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from modules import HPCM
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
+from pipeline.chain.precheck import check_stages
 from pipeline.chain.request import ChainRequest
 from pipeline.chain.stage_codec import StageError, load_fitting
 from pipeline.commands import main as cli
@@ -68,6 +69,18 @@ def test_a_baselines_name_gives_lmbda_and_metric(tmp_path: Path) -> None:
     assert plan_table(chain, []).title.startswith("mini, λ = 0.0035 for mse, by the name of 0.0035.pth.tar, in ")
     chain = request(empty(tmp_path / "HPCM_Base_ms-ssim_2.4.pth.tar"), LARGE_CROPS).chain()
     assert loss_of(chain) == [(2.4, "ms-ssim")] * 2
+
+
+@pytest.mark.parametrize(("recipe", "preset"), [("base", "base"), ("large", "large"), ("base", "phi-context")])
+def test_every_published_kind_is_planned_for_both_metrics(recipe: str, preset: str, tmp_path: Path) -> None:
+    settings = (f"model.preset={preset}",)
+    for name, loss in (("mse_0.0483", (0.0483, "mse")), ("ms-ssim_60.5", (60.5, "ms-ssim"))):
+        file = empty(tmp_path / f"HPCM_{preset}_{name}.pth.tar")
+        chain = ChainRequest(recipe, settings, "phase4", tmp_path / "runs", baseline=file).chain()
+        assert loss_of(chain) == [loss] * 5
+        check_stages(chain.tasks)
+    start = ChainRequest("ms-ssim", ("lmbda=2.4", *settings), "tuned", tmp_path / "runs", start=file).chain()
+    check_stages(start.tasks)
 
 
 def test_the_lineage_of_a_baseline_gives_them(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:
         Stage.model_validate(stage.model_dump() | {"parent": None})
 
 
-@pytest.mark.parametrize("name", ["tiny", "base", "large", "evidence"])
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "ms-ssim", "evidence"])
 def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
     for stage in load_recipe(name).stages.values():
         text = stage.to_yaml()
