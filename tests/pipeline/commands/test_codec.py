@@ -17,6 +17,8 @@ from skimage.data import coffee
 from modules.bitstream.file_format import CodedImage
 from modules.image_codec import ImageCodec
 from pipeline.common import memory
+from pipeline.data.pictures import SUFFIXES
+from pipeline.evaluation import conversions
 from pipeline.evaluation.limits import coding_bytes, padded_pixels
 from pipeline.weights.checkpoints import load_codec
 
@@ -88,6 +90,13 @@ def test_the_format_follows_the_suffix_of_the_output(photos: Path, checkpoint: P
     assert np.array_equal(decoded["PNG"], decoded["WEBP"])
     printed = hpcm("decompress", target, "-o", photos / "one.pdf", "-c", checkpoint, code=1)
     assert "unknown format; give a name that ends in one of .png" in printed.err
+
+
+def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.heic", "coded.hpcm"):
+        (tmp_path / name).touch()
+    assert conversions.find([tmp_path], SUFFIXES) == [("a.png", tmp_path / "a.png")]
+    assert caplog.messages == [f"{tmp_path}: skipped 1 of kinds that are not read (.heic: 1)"]
 
 
 @pytest.mark.parametrize(
