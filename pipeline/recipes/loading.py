@@ -126,7 +126,7 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         problems += _misplaced(name, trees)
     _report(problems or _cycles(trees))
     recipe = Recipe(path.name, stages, path, trees)
-    _report(_torn_chains(recipe))
+    _report(_differing_settings(recipe))
     return recipe
 
 
@@ -171,7 +171,7 @@ def _cycles(trees: Mapping[str, YamlNode]) -> list[str]:
     return []
 
 
-def _torn_chains(recipe: Recipe) -> list[str]:
+def _differing_settings(recipe: Recipe) -> list[str]:
     """A line for each setting that differs from the chain's first stage, although a chain can have only one."""
     lines = []
     for name, stage in recipe.stages.items():

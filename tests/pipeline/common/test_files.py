@@ -77,11 +77,11 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         pass
 
 
-def test_no_two_numbers_have_one_name() -> None:
+def test_different_numbers_are_written_differently() -> None:
     assert [shortest(value) for value in (0.013, 0.0018, 1.0, 0.0130000001)] == ["0.013", "0.0018", "1", "0.0130000001"]
 
 
-def test_a_dollar_in_a_label_is_a_dollar(tmp_path: Path) -> None:
+def test_a_dollar_in_a_label_is_not_a_formula(tmp_path: Path) -> None:
     figure, (axes,) = new_figure(1)
     axes.plot([0, 1], label="costs $^{$")  # no formula: as one, it would be an error
     axes.set_title("$\\frac{$")
@@ -90,6 +90,6 @@ def test_a_dollar_in_a_label_is_a_dollar(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_what_does_not_fit_into_half_the_memory_is_refused() -> None:
+def test_more_than_half_the_memory_is_refused() -> None:
     assert too_large(0.4 * memory_limit()) == ""
     assert "of memory; " in too_large(0.6 * memory_limit())

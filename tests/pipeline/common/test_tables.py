@@ -12,7 +12,7 @@ def table() -> Table:
     return found
 
 
-def test_a_pipe_gets_a_line_a_row_in_aligned_columns() -> None:
+def test_plain_tables_have_one_line_per_row_and_aligned_columns() -> None:
     assert table().plain().splitlines() == [
         "a title",
         "stage     why                                               steps",
@@ -39,7 +39,7 @@ def test_a_narrow_terminal_shows_all_columns_and_folds_long_names() -> None:
     assert {"W×H", "bytes", "1024×768", "22586", "forensics-img-20", "200827-231612.hp"} <= {*printed.split()}
 
 
-def test_columns_without_names_have_no_head() -> None:
+def test_a_table_without_column_names_has_no_heading() -> None:
     found = Table("", ("", ""), left=2)
     found.add("stage", "phase1")
     assert found.plain() == "stage  phase1"
