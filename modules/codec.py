@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from modules.config import HPCMConfig
 from modules.layers.entropy import scale_table as default_scale_table
 from modules.loading import STEP_VECTORS, bare_names, checked_config, lacks_step_vectors, nearest_config
 from modules.pretrained import Pretrained
+from modules.refinement import ITERATIONS, GoOn, refine
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ class HPCM(Pretrained, CompressionModel):
 
     filled_with_ones: str | None = None
     """Name of the vectors that the loaded file lacked, as official files of 2025 do; None if it lacked none."""
+
+    lmbda: float | None = None
+    """λ of bpp + λ·255²·MSE that the codec was trained for; None if that is not known. Refinement needs it."""
 
     def __init__(self, config: HPCMConfig | None = None):
         super().__init__(config)
@@ -61,19 +66,34 @@ class HPCM(Pretrained, CompressionModel):
         return True
 
     @torch.no_grad()
-    def compress(self, x: Tensor, epsilon: float = EPSILON) -> dict[str, Any]:
+    def compress(
+        self, x: Tensor, epsilon: float = EPSILON, effort: int = 0, go_on: GoOn = lambda *_: True
+    ) -> dict[str, Any]:
         """Encode images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
 
         A decoder reads the same symbols if its scales and the encoder's are both within a relative error of ε of the
-        exact scales. ε = 0 gives the shortest strings. Raises BitstreamError if the latent holds NaN or values too
-        large to code, ValueError if ε is out of range, and what `check_images` raises.
+        exact scales. ε = 0 gives the shortest strings. With an effort from 1 to 4, each latent is refined in 5, 10, 30
+        or 100 iterations, for the rate–distortion loss with `lmbda`. `go_on` can end this early. Raises BitstreamError
+        if the latent holds NaN or values too large to code, ValueError if ε or the effort is out of range or `lmbda`
+        is not known, and what `check_images` raises.
         """
         self.check_images(x, wait=True)
-        tables, epsilon = self.coding_tables, check_epsilon(epsilon)
+        tables, epsilon, lmbda = self.coding_tables, check_epsilon(epsilon), self.check_effort(effort)
         # One image at a time: rounding may depend on the batch, which a decoder does not know.
-        coded = [encode(self, self.padded(image), tables, epsilon) for image in x.split(1)]
+        coded = [
+            encode(self, image, tables, epsilon, partial(refine, self, image, lmbda, ITERATIONS[effort], go_on))
+            for image in x.split(1)
+        ]
         strings_y, strings_z = (list(strings) for strings in zip(*coded, strict=True))
         return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
+
+    def check_effort(self, effort: int) -> float:
+        """The λ for an effort from 0 to 4; raises ValueError if the effort is out of range or needs an unknown λ."""
+        if not 0 <= effort < len(ITERATIONS):
+            raise ValueError(f"effort {effort}: give a number from 0 to {len(ITERATIONS) - 1}")
+        if effort and not (self.lmbda and self.lmbda > 0):
+            raise ValueError("the λ of this codec is not known: give the λ for bpp + λ·255²·MSE")
+        return self.lmbda or 0.0
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Any]:

@@ -6,12 +6,18 @@ from modules.bitstream.coding import Decoded
 from modules.bitstream.file_format import EPSILON, BitstreamError, CodedImage, check_dimensions
 from modules.bitstream.identity import model_identity
 from modules.codec import HPCM
+from modules.refinement import GoOn
 
 
 class ImageCodec:
-    """Codes images to files and back with a model. Builds the model's coding tables if they are missing."""
+    """Codes images to files and back with a model. Builds the model's coding tables if they are missing.
 
-    def __init__(self, model: HPCM):
+    `effort` and `go_on` are those of `HPCM.compress`. Raises ValueError if the model's λ is needed and not known.
+    """
+
+    def __init__(self, model: HPCM, effort: int = 0, go_on: GoOn = lambda *_: True):
+        model.check_effort(effort)
+        self.effort, self.go_on = effort, go_on
         model.update()
         self.model = model.eval()
         self.identity = model_identity(model)
@@ -23,7 +29,7 @@ class ImageCodec:
             raise ValueError(f"a file holds one image, not {len(image)}: encode them one by one")
         height, width = image.shape[2:]
         check_dimensions(height, width)
-        (y,), (z,) = self.model.compress(image, epsilon)["strings"]
+        (y,), (z,) = self.model.compress(image, epsilon, self.effort, self.go_on)["strings"]
         return CodedImage(self.identity, height, width, z, y, icc_profile)
 
     def decode(self, coded: CodedImage) -> Decoded:

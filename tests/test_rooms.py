@@ -19,6 +19,7 @@ MODULES = (
     "context",
     "config.py",
     "network.py",
+    "refinement.py",
     "bitstream",
     "loading.py",
     "pretrained.py",

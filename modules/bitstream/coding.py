@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from modules.bitstream.rans import SymbolReader, SymbolWriter, split_check
 from modules.bitstream.tables import CodingTables, Tables
 from modules.context.coding_order import to_rows
 from modules.network import HPCMNetwork
+from modules.refinement import Latent
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -36,12 +38,21 @@ class Trace(NamedTuple):
     x_hat: Tensor
 
 
-def encode(network: HPCMNetwork, image: Tensor, tables: Tables, epsilon: float) -> tuple[bytes, bytes]:
-    """The strings of y and z of a padded image (1, 3, H, W) in [0, 1]. `modules.bitstream.guards` explains ε."""
+def encode(
+    network: HPCMNetwork,
+    image: Tensor,
+    tables: Tables,
+    epsilon: float,
+    refined: Callable[[Latent], Latent] = lambda latent: latent,
+) -> tuple[bytes, bytes]:
+    """The strings of y and z of an image (1, 3, H, W) in [0, 1]. `modules.bitstream.guards` explains ε.
+
+    `refined` may replace the latent before it is coded.
+    """
     with deterministic_float32(image.device):
-        y = network.g_a(image)
+        y = network.g_a(network.padded(image))
+        y, z = refined(Latent(y, network.h_a(y)))
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)
-        z = network.h_a(y)
         z_hat = z_writer.put((z - network.means_hyper).round(), _z_indexes(z)) + network.means_hyper
         encoder = Encoder(to_rows(y, network.config.M // 8), tables.scales, y_writer, epsilon)
         network.walk(network.h_s(z_hat), encoder)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.layers.residual import PConvRB
 
@@ -56,7 +57,11 @@ class ImageTransform(Transform):
             for first, around in zip((top, left), outer, strict=True)
         ]
         rows, columns = (slice(s.start * self.units[0], s.stop * self.units[0]) for s in outer)
-        y = super().forward(x[:, :, rows, columns].contiguous(memory_format=torch.channels_last))
+        piece = x[:, :, rows, columns].contiguous(memory_format=torch.channels_last)
+        if piece.requires_grad:  # Of all tiles together, the backward pass would need too much memory.
+            y = checkpoint(super().forward, piece, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = super().forward(piece)
         rows, columns = (slice(s.start * self.units[1], s.stop * self.units[1]) for s in inner)
         return y[:, :, rows, columns]
 

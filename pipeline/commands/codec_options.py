@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from modules import HPCM
 from modules.bitstream.file_format import BitstreamError
 from modules.image_codec import ImageCodec
+from modules.refinement import ITERATIONS
 from pipeline.commands.checkpoint_info import checkpoint_file, known_models
 from pipeline.commands.devices import device_of
 from pipeline.commands.options import Device, Quiet
@@ -30,6 +32,30 @@ MaxPixels = Annotated[
     ),
 ]
 
+Effort = Annotated[
+    int,
+    typer.Option(
+        "--effort",
+        min=0,
+        max=len(ITERATIONS) - 1,
+        help="Refine what is coded of each image, for smaller files: 1 to 4 are 5, 10, 30 and 100 iterations. Each takes "
+        "2.5 s of processor time a megapixel with the bundled codecs.",
+    ),
+]
+Lmbda = Annotated[
+    float | None,
+    typer.Option(
+        "--lmbda", min=1e-9, help="λ of the loss that --effort lowers, bpp + λ·255²·MSE [default: the codec's]."
+    ),
+]
+
+
+def set_lmbda(model: HPCM, lmbda: float | None, effort: int) -> None:
+    """Set a codec's λ; None keeps its own. Raises BadParameter if the effort needs a λ and there is none."""
+    model.lmbda = model.lmbda if lmbda is None else lmbda
+    if effort and model.lmbda is None:
+        raise typer.BadParameter("--effort: the checkpoint does not name the λ that it was trained for; give --lmbda")
+
 
 @dataclass(frozen=True)
 class CodecOptions:
@@ -48,10 +74,10 @@ class CodecOptions:
     max_pixels: MaxPixels = None
     quiet: Quiet = False
 
-    def codec(self, quality: int | None = None) -> ImageCodec:
+    def model(self, quality: int | None = None) -> HPCM:
         """The codec of the checkpoint, or the bundled one of a quality."""
         file = checkpoint_file(self.checkpoint) if self.checkpoint else of_quality(quality)
-        return ImageCodec(load_codec(file).to(device_of(self.device)))
+        return load_codec(file).to(device_of(self.device))
 
     def finder(self, runs: Path) -> Callable[[bytes], ImageCodec]:
         """A function from the identity in a coded file to its codec: the checkpoint's, or a bundled one.
@@ -59,7 +85,7 @@ class CodecOptions:
         The function raises DataError, which names the path, if a codec in `runs` made the file instead, and
         BitstreamError if the codec is not known.
         """
-        given = self.codec() if self.checkpoint else None
+        given = ImageCodec(self.model()) if self.checkpoint else None
         shipped = ShippedCodecs(str(device_of(self.device)))
 
         def find(identity: bytes) -> ImageCodec:

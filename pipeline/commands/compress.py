@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from modules.bitstream.file_format import EPSILON, check_epsilon
-from pipeline.commands.codec_options import CodecOptions, Output, Pictures
+from modules.image_codec import ImageCodec
+from pipeline.commands.codec_options import CodecOptions, Effort, Lmbda, Output, Pictures, set_lmbda
 from pipeline.commands.display import console
-from pipeline.commands.each_file import convert_each
+from pipeline.commands.each_file import Refinement, convert_each
 from pipeline.commands.streams import with_standard_streams
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import compress_file
@@ -27,6 +28,8 @@ class CompressionOptions(CodecOptions):
     epsilon: Annotated[
         float, typer.Option(help="Relative error in a decoder's scales that the file tolerates; 0: none.")
     ] = EPSILON
+    effort: Effort = 0
+    lmbda: Lmbda = None
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Decode each file before writing it, to check it.")
     ] = True
@@ -50,6 +53,8 @@ def compress(pictures: Pictures, options: CompressionOptions, output: Output = N
 
     The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
     per channel are reduced to 8; a message says so.
+
+    With --effort, Ctrl-C completes the current image with the best that was found. A second Ctrl-C stops at once.
     """
     options.check()
     conversions = plan(pictures, output, COMPRESSION, options.overwrite or options.skip_existing)
@@ -59,7 +64,9 @@ def compress(pictures: Pictures, options: CompressionOptions, output: Output = N
             console.print(f"skipped: {skipped} of {len(found)}, because their files exist")
         if not conversions:
             return
-    codec = options.codec(options.quality)
+    model, refinement = options.model(options.quality), Refinement()
+    set_lmbda(model, options.lmbda, options.effort)
+    codec = ImageCodec(model, options.effort, refinement.go_on)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
@@ -75,4 +82,4 @@ def compress(pictures: Pictures, options: CompressionOptions, output: Output = N
         )
         return done.changes
 
-    convert_each(conversions, convert, table)
+    convert_each(conversions, convert, table, refinement if options.effort else None)

@@ -1,7 +1,9 @@
 """One piece of work for each of several files, where one bad file does not stop the next."""
 
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,22 +17,58 @@ from pipeline.evaluation.conversions import Conversion
 Item = TypeVar("Item")
 
 
-def each_file(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterable[str]]) -> bool:
+class Refinement:
+    """The iterations on one file, in a line of their own. The first Ctrl-C ends them, a second one the process."""
+
+    stopped = False
+
+    @contextmanager
+    def shown(self, bar: Progress) -> Iterator[None]:
+        """Show the iterations below the files, and receive Ctrl-C."""
+        self._bar, self._task = bar, bar.add_task("refinement", visible=False)
+        before = signal.signal(signal.SIGINT, self._stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def go_on(self, iteration: int, iterations: int) -> bool:
+        """Show the number of iterations that are done. Returns False after Ctrl-C."""
+        if iteration == 0:
+            self._bar.reset(self._task, total=iterations, visible=True)
+        self._bar.update(self._task, completed=iteration)
+        return not self.stopped
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def each_file(
+    items: Sequence[tuple[Path, Item]],
+    work: Callable[[Item], Iterable[str]],
+    refinement: Refinement | None = None,
+) -> bool:
     """Call `work` on every item and print the messages that it returns.
 
     Each item has a path, which starts its messages. An error is printed and the next item follows. Returns whether all
-    items succeeded.
+    items succeeded. After Ctrl-C in a refinement, its file is completed, and no other file is begun.
     """
     complete = True
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     shown = errors.is_terminal and not errors.quiet
-    with Progress(
-        *columns, console=errors, transient=True, disable=not shown, redirect_stdout=console.is_terminal
-    ) as bar:
+    with (
+        Progress(
+            *columns, console=errors, transient=True, disable=not shown, redirect_stdout=console.is_terminal
+        ) as bar,
+        refinement.shown(bar) if refinement else nullcontext(),
+    ):
         task = bar.add_task("", total=len(items))
         for done, (path, item) in enumerate(items):
             bar.update(task, description=path.name)
             try:
+                if refinement and refinement.stopped:
+                    raise KeyboardInterrupt
                 for message in work(item):
                     print_above_bar(f"{path}: {message}")
             except KeyboardInterrupt:
@@ -45,10 +83,13 @@ def each_file(items: Sequence[tuple[Path, Item]], work: Callable[[Item], Iterabl
 
 
 def convert_each(
-    conversions: Sequence[Conversion], convert: Callable[[Conversion], Iterable[str]], table: Table
+    conversions: Sequence[Conversion],
+    convert: Callable[[Conversion], Iterable[str]],
+    table: Table,
+    refinement: Refinement | None = None,
 ) -> None:
     """Do every conversion, and show the table that they filled. Exits 1 if one failed."""
-    complete = each_file([(conversion.source, conversion) for conversion in conversions], convert)
+    complete = each_file([(conversion.source, conversion) for conversion in conversions], convert, refinement)
     if table.rows:
         show(table)
     if not complete:

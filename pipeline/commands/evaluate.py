@@ -10,7 +10,7 @@ import typer
 from modules import HPCM
 from modules.image_codec import ImageCodec
 from pipeline.commands.checkpoint_info import checkpoint_file
-from pipeline.commands.codec_options import MaxPixels, Pictures
+from pipeline.commands.codec_options import Effort, Lmbda, MaxPixels, Pictures, set_lmbda
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.each_file import each_file
@@ -57,6 +57,8 @@ class EvaluationOptions:
         ),
     ] = None
     plot: Annotated[Path | None, typer.Option(help="With --against: draw rate–distortion curves to this PNG.")] = None
+    effort: Effort = 0
+    lmbda: Lmbda = None
     device: Device = "cpu"
     max_pixels: MaxPixels = None
 
@@ -69,7 +71,9 @@ class EvaluationOptions:
 
     def load(self, file: Path) -> HPCM:
         """Load a codec on the chosen device."""
-        return load_codec(file).to(device_of(self.device))
+        model = load_codec(file).to(device_of(self.device))
+        set_lmbda(model, self.lmbda, self.effort)
+        return model
 
 
 def evaluate(
@@ -113,8 +117,8 @@ def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
 
     def measure(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
-        picture, image = read_to_code(path, options.max_pixels, model)
-        results.append(code(model, name, image, lmbda=0.0, metric="mse")[0])
+        picture, image = read_to_code(path, options.max_pixels, model, refined=options.effort > 0)
+        results.append(code(model, name, image, lmbda=0.0, metric="mse", effort=options.effort)[0])
         return picture.changes
 
     complete = each_file([(path, (name, path)) for name, path in found], measure)
@@ -144,8 +148,8 @@ def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     """Compare codecs with Pillow's and with published curves."""
     others, published = _named_references(options.against or "")
     named = _named_codecs(options.checkpoint or ())
-    ours = [(name, ImageCodec(options.load(file))) for name, file in named]
-    images, complete = _images(pictures, [codec for _, codec in ours], options.max_pixels)
+    ours = [(name, ImageCodec(options.load(file), options.effort)) for name, file in named]
+    images, complete = _images(pictures, [codec for _, codec in ours], options)
     if not images:
         return {}, [], False
     for name in published:
@@ -188,14 +192,16 @@ def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:
 
 
 def _images(
-    pictures: list[Path], codecs: Sequence[ImageCodec], max_pixels: int | None
+    pictures: list[Path], codecs: Sequence[ImageCodec], options: EvaluationOptions
 ) -> tuple[list[NamedImage], bool]:
     """The images, read into memory, and whether all could be read and are small enough for the codecs."""
     images: list[NamedImage] = []
 
     def read(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
-        picture, image = read_to_code(path, max_pixels, *(codec.model for codec in codecs))
+        picture, image = read_to_code(
+            path, options.max_pixels, *(codec.model for codec in codecs), refined=options.effort > 0
+        )
         images.append((name, image))
         return picture.changes
 

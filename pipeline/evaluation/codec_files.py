@@ -56,15 +56,15 @@ class Compressed:
         return 8 * self.file_bytes / (self.width * self.height)
 
 
-def read_to_code(path: Path, max_pixels: int | None, *models: HPCM) -> tuple[Picture, Tensor]:
+def read_to_code(path: Path, max_pixels: int | None, *models: HPCM, refined: bool = False) -> tuple[Picture, Tensor]:
     """Read a picture to code with these models. Returns it with its tensor (1, 3, H, W) in [0, 1].
 
-    Raises DataError for a picture that cannot be read or is too large for one of the models.
+    Raises DataError for a picture that cannot be read or is too large for one of the models, or for its refinement.
     """
     picture = read_picture(path, max_pixels)
     height, width, _ = picture.pixels.shape
     for model in models:
-        check_size(model, height, width, max_pixels)
+        check_size(model, height, width, max_pixels, refined)
     return picture, to_tensor(picture)
 
 
@@ -80,7 +80,7 @@ def compress_file(
     Raises DataError for a picture that cannot be read or is too large, BitstreamError for one that cannot be coded,
     and FileError.
     """
-    picture, image = read_to_code(conversion.source, max_pixels, codec.model)
+    picture, image = read_to_code(conversion.source, max_pixels, codec.model, refined=codec.effort > 0)
     start = time.perf_counter()
     data = codec.encode(image, picture.icc_profile, epsilon).pack()
     seconds, quality, decode_seconds = time.perf_counter() - start, None, None

@@ -44,13 +44,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def code(model: HPCM, name: str, image: Tensor, lmbda: float, metric: str) -> tuple[ImageResult, Tensor]:
+def code(
+    model: HPCM, name: str, image: Tensor, lmbda: float, metric: str, effort: int = 0
+) -> tuple[ImageResult, Tensor]:
     """Encode and decode one image (1, 3, H, W) with a real bitstream; returns result and 8-bit reconstruction."""
     x = image.to(model.means_hyper.device)
     pixels = x.shape[2] * x.shape[3]
     estimated = float(bits_per_pixel(model(x, training=False, reconstruct=False)["likelihoods"], pixels))
     start = time.perf_counter()
-    coded = model.compress(x)
+    coded = model.compress(x, effort=effort)
     encoded = time.perf_counter()
     x_hat = model.decompress(**coded)["x_hat"].mul(255).round().div(255).cpu()
     decoded = time.perf_counter()

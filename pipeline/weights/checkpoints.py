@@ -25,6 +25,7 @@ from pipeline.weights.metadata import (
     CheckpointError,
     check_file,
     is_official,
+    lmbda_of,
     read_metadata,
     seal,
 )
@@ -119,9 +120,11 @@ def load_codec(path: Path | str) -> HPCM:
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
     try:
-        return HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
+        model = HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    model.lmbda = lmbda_of(checkpoint.metadata)
+    return model
 
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:

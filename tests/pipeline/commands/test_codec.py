@@ -1,6 +1,9 @@
 """`hpcm compress` and `decompress` on the command line."""
 
 import io
+import json
+import os
+import signal
 import struct
 import sys
 import zlib
@@ -16,9 +19,10 @@ from skimage.data import coffee
 
 from modules.bitstream.file_format import CodedImage
 from modules.image_codec import ImageCodec
+from pipeline.commands.each_file import Refinement, each_file
 from pipeline.common import memory
 from pipeline.data.pictures import SUFFIXES
-from pipeline.evaluation import conversions
+from pipeline.evaluation import conversions, limits
 from pipeline.evaluation.limits import coding_bytes, padded_pixels
 from pipeline.weights.checkpoints import load_codec
 
@@ -214,6 +218,54 @@ def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
     coded = photos.parent / "coded" / "one.hpcm"
     printed = hpcm("decompress", coded, "-c", checkpoint, "--max-pixels", 16383, code=1).err
     assert "one.hpcm: 60×40 pixels, 16,384 with padding: more than --max-pixels 16383" in printed
+
+
+def test_a_refined_image_is_smaller_and_its_file_is_an_ordinary_one(tmp_path: Path, hpcm: Hpcm) -> None:
+    photo, plain, refined = (tmp_path / name for name in ("coffee.png", "plain.hpcm", "refined.hpcm"))
+    Image.fromarray(coffee()[100:228, 100:228]).save(photo)
+    hpcm("compress", photo, "-o", plain)
+    hpcm("compress", photo, "-o", refined, "--effort", 1, "--lmbda", 1e-4, "--no-verify")
+    assert refined.stat().st_size < plain.stat().st_size
+    hpcm("decompress", refined, "-o", tmp_path / "back.png")
+    rate = {}
+    for effort in (0, 1):
+        hpcm("evaluate", photo, "--effort", effort, "--lmbda", 1e-4, "-o", tmp_path / "results.json")
+        rate[effort] = json.loads((tmp_path / "results.json").read_text())["results"]["bpp"]
+    assert rate[1] < rate[0]
+
+
+def test_an_effort_needs_lambda(photos: Path, checkpoint: Path, hpcm: Hpcm) -> None:
+    printed = hpcm("compress", photos, "-c", checkpoint, "--effort", 1, code=2)
+    assert "does not name the λ that it was trained for; give --lmbda" in printed.err
+
+
+def test_an_image_that_can_be_coded_but_not_refined_is_refused(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
+) -> None:
+    monkeypatch.setattr(limits, "refining_bytes", lambda config, pixels: 2**60 if pixels == 128**2 else 1)
+    arguments = ("compress", photos / "one.png", "-c", checkpoint, "-o", photos.parent / "one.hpcm")
+    assert "16,384 with padding: refining needs" in hpcm(*arguments, "--effort", 1, "--lmbda", 0.01, code=1).err
+    hpcm(*arguments)
+
+
+def test_the_first_interrupt_ends_the_refinement_and_no_other_file_is_begun(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refinement, done = Refinement(), []
+
+    def work(name: str) -> list[str]:
+        assert refinement.go_on(0, 5)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not refinement.go_on(1, 5)
+        done.append(name)
+        return []
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        each_file([(Path("first"), "first"), (Path("second"), "second")], work, refinement)
+    assert done == ["first"]
+    assert "stopped at second; 1 of 2 files are done" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(

@@ -1,0 +1,128 @@
+"""Refines the latent of one image before it is coded: a slower encoder for smaller files and the same decoder.
+
+g_a and h_a compute a latent in one pass. It serves all images well and none best. Gradient descent on y and z of this
+image, with the weights fixed, lowers its loss bpp + λ·255²·MSE further (Campos et al., CVPR Workshops 2019; Yang et
+al., NeurIPS 2020). `stages/evidence/README.md` lists the methods that were compared.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modules.compressai_parts import quantize_ste
+from modules.context.coding_order import Step, to_rows, walk
+from modules.network import Estimator, HPCMNetwork
+
+ITERATIONS = (0, 5, 10, 30, 100)
+"""The number of iterations of each effort, 0 … 4."""
+
+_STEP, _EXPONENT = 1.05, 0.7
+"""The first step is 1.05·λ^0.7 of a quantization bin, root mean square: large steps pay at high rates only."""
+
+_MOMENTUM = 0.6
+
+_SMOOTHING = 0.25
+"""The rate is differentiated as the mean of the rates at ± this distance from the residual, which has no jumps."""
+
+GoOn = Callable[[int, int], bool]
+"""Called before each iteration with its number, from 0, and the number of all. Returns whether to go on."""
+
+
+class Latent(NamedTuple):
+    """What is coded of an image, before rounding: `y` (1, M, h, w) and `z` (1, N, h/4, w/4)."""
+
+    y: Tensor
+    z: Tensor
+
+
+def refine(network: HPCMNetwork, image: Tensor, lmbda: float, iterations: int, go_on: GoOn, latent: Latent) -> Latent:
+    """The latent with the lowest loss that gradient descent meets, or the given one if that is the best.
+
+    `image` is (1, 3, H, W) in [0, 1], not padded; `latent` is that of the padded image. The loss is that of rounded
+    symbols and of the clipped reconstruction. The rate is estimated from likelihoods.
+    """
+    if not iterations:
+        return latent
+    best, lowest = latent, math.inf
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(network):
+        variables = [tensor.detach().clone() for tensor in latent]
+        velocities = [torch.zeros_like(tensor) for tensor in variables]
+        for iteration in range(iterations):
+            if not go_on(iteration, iterations):
+                return best
+            candidate = Latent(*(tensor.requires_grad_() for tensor in variables))
+            loss, smooth = _losses(network, image, candidate, lmbda)
+            if loss < lowest:
+                best, lowest = Latent(*(tensor.detach() for tensor in candidate)), loss
+            step = _STEP * lmbda**_EXPONENT * (1 + math.cos(math.pi * iteration / iterations)) / 2
+            step /= 1 - _MOMENTUM ** (iteration + 1)
+            directions = [_normalized(gradient) for gradient in torch.autograd.grad(smooth, candidate)]
+            velocities = [v.lerp(d, 1 - _MOMENTUM) for v, d in zip(velocities, directions, strict=True)]
+            variables = [t.detach() - step * v for t, v in zip(candidate, velocities, strict=True)]
+        candidate = Latent(*variables)
+        with torch.no_grad():
+            loss, _ = _losses(network, image, candidate, lmbda)
+    return candidate if loss < lowest else best
+
+
+def _normalized(gradient: Tensor) -> Tensor:
+    """The gradient with a root mean square of 1. Normalizing each value, as Adam does, gains half as much."""
+    return gradient / gradient.square().mean().sqrt().clamp_min(1e-30)
+
+
+def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -> tuple[float, Tensor]:
+    """The loss of the rounded latent, and the loss to differentiate, whose rate is smooth."""
+    recompute = image.shape[2] * image.shape[3] > (16 * network.g_s.tile) ** 2
+    z_residual = latent.z - network.means_hyper
+    estimator = Estimator(to_rows(latent.y, network.config.M // 8), training=True)
+    context_model = _Recomputed(network) if recompute else network
+    y_hat = walk(context_model, network.h_s(quantize_ste(z_residual) + network.means_hyper), estimator)
+    x_hat = network.g_s(y_hat)[:, :, : image.shape[2], : image.shape[3]].clamp(0, 1)
+    distortion = lmbda * 255**2 * (x_hat - image).square().mean()
+    symbols = [(torch.cat(estimator.residuals, dim=1), torch.cat(estimator.scales, dim=1))]
+    symbols.append((z_residual, network.scales_hyper))
+    pixels = image.shape[2] * image.shape[3]
+    with torch.no_grad():
+        bits = sum(_bits(network, residual.round(), scales) for residual, scales in symbols)
+    smooth_bits = sum(
+        (_bits(network, residual - _SMOOTHING, scales) + _bits(network, residual + _SMOOTHING, scales)) / 2
+        for residual, scales in symbols
+    )
+    return float(distortion.detach() + bits / pixels), distortion + smooth_bits / pixels
+
+
+def _bits(network: HPCMNetwork, residual: Tensor, scales: Tensor) -> Tensor:
+    likelihoods: Tensor = network.entropy_estimation(residual, scales)
+    return -likelihoods.log2().sum()
+
+
+class _Recomputed:
+    """The network's context model. It computes its activations again in the backward pass, so that few are kept."""
+
+    def __init__(self, network: HPCMNetwork):
+        self.network, self.fuse = network, network.fuse
+
+    def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network's `predict` returns."""
+        predicted: tuple[Tensor, Tensor] = checkpoint(
+            self.network.predict, step, context, y_hat, use_reentrant=False, preserve_rng_state=False
+        )
+        return predicted
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """No parameter needs a gradient. Then layers keep less for the backward pass."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
