@@ -120,7 +120,7 @@ def test_align_is_zero_where_the_child_agrees_and_falls_where_not(images: Tensor
 def test_a_codec_without_attention_aligns_and_hands_over(images: Tensor) -> None:
     sizes = mini_stage("baseline").model.overrides
     parent, child = (HPCM(preset_config("phi-context", segment, **sizes)).eval() for segment in (0, 1))
-    transfer_weights(parent.requires_grad_(False), child, Transfer())
+    transfer_weights(parent.requires_grad_(False), child, Transfer(initialization="design"))
     components = new_components(parent, child)
     noise = training_noise(parent, (128, 128), 0, range(4))
     Align(child, parent, components)(images, noise)["loss"].backward()
