@@ -7,23 +7,28 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.display import console, show, show_json
+from pipeline.commands.lazy import imported_when_called
 from pipeline.commands.options import AsJson, Runs
 from pipeline.common.errors import UserError
 from pipeline.evidence import audit_display
 from pipeline.evidence.audit import audit as audit_runs
+from pipeline.evidence.audit import nothing_more
+
+mlflow_check = imported_when_called("pipeline.tracking.mirror:check_of")
 
 
 def audit(
     runs: Runs = Path("runs"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: AsJson = False,
+    mlflow: Annotated[bool, typer.Option("--mlflow", help="Compare MLflow's store with the folders too.")] = False,
 ) -> None:
     """Show what each stage changed, and check its published files against its record; exits 1 if one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
     if not runs.is_dir():
         raise UserError(f"nothing was run in {runs}: no such folder; choose a folder with --runs")
-    chains, problems = audit_runs(runs)
+    chains, problems = audit_runs(runs, mlflow_check(runs) if mlflow else nothing_more)
     if as_json:
         show_json(audit_display.to_json(chains))
     elif markdown:

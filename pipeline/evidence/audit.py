@@ -1,6 +1,6 @@
 """Checks that the files of every stage are those that its record names. It reads folders only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +11,14 @@ from pipeline.training.estimate import Estimate
 from pipeline.weights import checkpoints
 from pipeline.weights.metadata import CheckpointError
 from pipeline.weights.published import Lineage
+
+Check = Callable[[ChainRecord, StoredStage], Sequence[str]]
+"""Finds further problems of a stage, such as differences from MLflow."""
+
+
+def nothing_more(chain: ChainRecord, stage: StoredStage) -> Sequence[str]:
+    """Find no further problems."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class ChainAudit:
     stages: tuple[StageAudit, ...]
 
 
-def audit(runs: Path) -> tuple[list[ChainAudit], list[str]]:
+def audit(runs: Path, check: Check = nothing_more) -> tuple[list[ChainAudit], list[str]]:
     """Check all chains in a folder of runs. Returns them, newest first, and the problems that belong to no stage."""
     chains, problems = list[ChainAudit](), list[str]()
     # A chain whose `chain.json` was lost is found by the usual name of its folder.
@@ -53,17 +61,19 @@ def audit(runs: Path) -> tuple[list[ChainAudit], list[str]]:
             problems.append(str(error))
             continue
         if chain.stages:
-            chains.append(ChainAudit(chain, tuple(_audit_stage(chain, stage, estimate) for stage in chain.stages)))
+            chains.append(
+                ChainAudit(chain, tuple(_audit_stage(chain, stage, estimate, check) for stage in chain.stages))
+            )
     return sorted(chains, key=lambda chain: chain.record.stages[0].record.began, reverse=True), problems
 
 
-def _audit_stage(chain: ChainRecord, stage: StoredStage, estimate: Estimate | None) -> StageAudit:
+def _audit_stage(chain: ChainRecord, stage: StoredStage, estimate: Estimate | None, check: Check) -> StageAudit:
     record, expected = stage.record, dict[str, float]()
     for segment in record.schedule if estimate else ():
         found = estimate and estimate.find(record.name, segment["name"], segment["steps"], segment["handover"])
         if found and found.seconds is not None:
             expected[segment["name"]] = found.seconds
-    return StageAudit(stage, tuple(_problems(chain, stage)), expected)
+    return StageAudit(stage, (*_problems(chain, stage), *check(chain, stage)), expected)
 
 
 def _problems(chain: ChainRecord, stage: StoredStage) -> Iterator[str]:

@@ -5,7 +5,7 @@ A mirror may be repeated and interrupted at any call: nothing is deleted after i
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from pipeline.records import metrics
 from pipeline.records.chains import ChainRecord, StoredStage, read_chain
 from pipeline.records.record import DataSet
 from pipeline.tracking.registry import register
-from pipeline.tracking.store import KEY, Store, experiment_id, find_run
+from pipeline.tracking.store import KEY, Store, brief, experiment_id, find_run
 from pipeline.tracking.view import Artifact, RunView, chain_view, stage_view
 
 Item = TypeVar("Item")
@@ -212,6 +212,21 @@ def differences(store: Store, chain: ChainRecord, stage: StoredStage) -> list[st
         if any(point.step in values and not _equal(values[point.step], point.value) for point in here):
             found.append(f"another value of {key}")
     return found + _other_contents(run, view)
+
+
+def check_of(runs: Path) -> Callable[[ChainRecord, StoredStage], list[str]]:
+    """A function that gives the `differences` of a stage, or one line if the store cannot be read."""
+    store = Store.default(runs)
+
+    def check(chain: ChainRecord, stage: StoredStage) -> list[str]:
+        if store.database is not None and not store.database.is_file():
+            return [f"{store.database}: no such file; `hpcm sync` makes it"]
+        try:
+            return [f"MLflow: {line}" for line in differences(store, chain, stage)]
+        except Exception as error:  # MLflow passes on the errors of its backends.
+            return [f"{store.shown}: cannot be read: {brief(error)}"]
+
+    return check
 
 
 def _other_contents(run: StoredRun, view: RunView) -> list[str]:

@@ -162,3 +162,14 @@ def test_an_empty_folder_has_no_chains(runs: Path) -> None:
     done = CliRunner().invoke(app, ["audit", "--runs", str(runs)])
     assert done.exit_code == 0
     assert "no chains yet" in done.stdout
+
+
+def test_mlflow_is_compared_on_request(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    done = CliRunner().invoke(app, ["audit", "--mlflow", "--runs", str(chain.parents[1]), "--json"])
+    assert done.exit_code == 1
+    assert "`hpcm sync` makes it" in json.loads(done.stdout)[0]["stages"][0]["problems"][0]
+    assert not (chain.parents[1] / "mlflow.db").exists()
+    assert CliRunner().invoke(app, ["sync", "--runs", str(chain.parents[1])]).exit_code == 0
+    agreed = CliRunner().invoke(app, ["audit", "--mlflow", "--runs", str(chain.parents[1])])
+    assert agreed.exit_code == 0, agreed.output
