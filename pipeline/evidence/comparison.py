@@ -157,7 +157,7 @@ def draw(comparison: Comparison) -> Figure:
         groups = {
             heading.replace(", ", ",\n").replace("unfrozen", "training step"): column
             for heading, column in _columns(comparison, size).items()
-            if heading != "frozen"
+            if any(ratio for _, ratio in column.values())
         }
         if size == size_name(COUNTED_AT):
             first = comparison.codecs[0].kmacs_per_pixel
