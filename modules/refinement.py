@@ -71,7 +71,7 @@ def refine(network: HPCMNetwork, image: Tensor, lmbda: float, iterations: int, g
 
 
 def _normalized(gradient: Tensor) -> Tensor:
-    """The gradient with a root mean square of 1. Normalizing each value, as Adam does, gains half as much."""
+    """The gradient with a root mean square of 1. Adam, which normalizes each value, gained less with equal steps."""
     return gradient / gradient.square().mean().sqrt().clamp_min(1e-30)
 
 

@@ -25,11 +25,11 @@ from pipeline.weights.metadata import (
     CheckpointError,
     check_file,
     is_official,
-    lmbda_of,
     read_metadata,
     seal,
 )
 from pipeline.weights.published import Lineage
+from pipeline.weights.trained_for import trained_for
 
 MOST_INFLATED = 2
 """Largest ratio of an archive's content to its size; PyTorch stores weights uncompressed."""
@@ -114,17 +114,20 @@ def load_codec(path: Path | str) -> HPCM:
     `path` may also be an official `.pth.tar`. Raises CheckpointError, naming the tensors, if they do not fit the
     configuration.
     """
-    if is_official(Path(path)):
-        return import_official(Path(path))
-    checkpoint = read(Path(path))
+    model = import_official(Path(path)) if is_official(Path(path)) else _published_codec(Path(path))
+    loss = trained_for(Path(path))
+    model.lmbda = loss.lmbda if loss and loss.metric == "mse" else None
+    return model
+
+
+def _published_codec(path: Path) -> HPCM:
+    checkpoint = read(path)
     if "config" not in checkpoint.metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
     try:
-        model = HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
+        return HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    model.lmbda = lmbda_of(checkpoint.metadata)
-    return model
 
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from pipeline.common.errors import UserError
@@ -23,12 +22,6 @@ class CheckpointError(UserError):
 def is_official(path: Path) -> bool:
     """Whether a path is named like the official checkpoints, `.pth.tar`, rather than like those of this pipeline."""
     return path.suffix in (".tar", ".pth", ".pt")
-
-
-def lmbda_of(metadata: Mapping[str, Any]) -> float | None:
-    """λ of bpp + λ·255²·MSE that a codec was trained for; None if it is not known or the metric was another."""
-    stage = yaml.safe_load(metadata.get("stage") or "")
-    return float(stage["lmbda"]) if isinstance(stage, dict) and stage.get("metric") == "mse" else None
 
 
 def check_file(path: Path) -> None:

@@ -30,8 +30,11 @@ def trained_for(path: Path) -> TrainedFor | None:
     Raises CheckpointError if the file is no checkpoint.
     """
     lineage = Lineage.read(path)
-    stage = yaml.safe_load(lineage.stage or "") or {}
-    if {"lmbda", "metric"} <= stage.keys():
+    try:
+        stage = yaml.safe_load(lineage.stage or "")
+    except yaml.YAMLError:  # A file may come from anyone.
+        stage = None
+    if isinstance(stage, dict) and isinstance(stage.get("lmbda"), float) and stage.get("metric") in SPELLINGS:
         return TrainedFor(stage["lmbda"], stage["metric"], f"the lineage of {path.name}")
     return by_name(lineage.imported_from or path.name)
 
