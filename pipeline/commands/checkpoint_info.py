@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.common.packaged import WEIGHTS
 from pipeline.common.tables import Table
-from pipeline.weights.metadata import CheckpointError, read_metadata
+from pipeline.weights.metadata import CheckpointError, is_official, read_metadata
 
 FILE = "checkpoint.safetensors"
 
@@ -21,7 +21,7 @@ def checkpoint_file(path: Path) -> Path:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a checkpoint or a stage's folder that contains one."""
-    return path.suffix == ".safetensors" or (path / FILE).is_file()
+    return path.suffix == ".safetensors" or is_official(path) or (path / FILE).is_file()
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     evaluation = Evaluation(tuple(results))
     for result in (*results, evaluation.mean):
         table.add(*_cells(result))
-    return evaluation.to_json(Lineage.read(file).name or file.stem), [table], complete
+    return evaluation.to_json(Lineage.read(file).name or file.stem.removesuffix(".pth")), [table], complete
 
 
 def _cells(result: ImageResult) -> list[str]:
@@ -186,7 +186,7 @@ def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:
     found = []
     for file, lineage in zip(files, lineages, strict=True):
         trained = f", λ = {shortest(lineage.validation.lmbda)}" if lineage.validation else ""
-        found.append((f"{lineage.name or file.stem}{trained}", file))
+        found.append((f"{lineage.name or file.name.split('.pth')[0]}{trained}", file))
     several = len({name for name, _ in found}) < len(found)
     return [(f"{name} ({file})" if several else name, file) for name, file in found]
 

@@ -34,6 +34,10 @@ def check_file(path: Path) -> None:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata only; raises CheckpointError for a file that `checkpoints.write` did not write."""
     check_file(path)
+    if is_official(path):
+        raise CheckpointError(
+            f"{path}: an official checkpoint; first convert it: hpcm import {path} baseline.safetensors"
+        )
     try:
         with safe_open(path, "numpy") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
