@@ -23,7 +23,7 @@ def sync(runs: Runs = Path("runs")) -> None:
     mirror, failed = Mirror(Store.default(runs)), False
     for path in sorted(runs.glob(f"*/*/{CHAIN_FILE}")):
         try:
-            mirror.chain(path.parent, running=is_held(path.parent))
+            mirror.chain(path.parent, working=is_held(path.parent))
             print_above_bar(f"{path.parent}: {mirror.store.shown} has all of it")
         except Exception as error:  # MLflow passes on the errors of its backends.
             console.print(f"{path.parent}: {error if isinstance(error, UserError) else brief(error)}", soft_wrap=True)

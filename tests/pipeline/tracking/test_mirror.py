@@ -76,7 +76,7 @@ def store(chain: Path, empty_store: Path) -> Store:
     """A store to which the chain was mirrored; not to be changed."""
     shutil.copytree(empty_store, chain.parents[1], dirs_exist_ok=True)
     found = Store.default(chain.parents[1])
-    Mirror(found).chain(chain, running=False)
+    Mirror(found).chain(chain, working=False)
     return found
 
 
@@ -124,12 +124,12 @@ def test_mlflow_shows_what_the_folders_say(chain: Path, store: Store) -> None:
 
 
 def test_a_repeated_mirror_changes_nothing(copied: tuple[Path, Store], store: Store) -> None:
-    Mirror(copied[1]).chain(copied[0], running=False)
+    Mirror(copied[1]).chain(copied[0], working=False)
     assert shown(copied[1]) == shown(store)
 
 
 def test_an_empty_store_gets_a_copy_of_everything(chain: Path, store: Store, fresh: Store) -> None:
-    Mirror(fresh).chain(chain, running=False)
+    Mirror(fresh).chain(chain, working=False)
     assert shown(fresh) == shown(store)
 
 
@@ -140,9 +140,9 @@ def test_an_interrupted_mirror_is_completed_by_the_next(
     for module in (mirror, registry):
         monkeypatch.setattr(module, "fault", _raise_at(place))
     with pytest.raises(KeyboardInterrupt):
-        Mirror(fresh).chain(chain, running=False)
+        Mirror(fresh).chain(chain, working=False)
     monkeypatch.undo()
-    Mirror(fresh).chain(chain, running=False)
+    Mirror(fresh).chain(chain, working=False)
     assert shown(fresh) == shown(store)
 
 
@@ -167,13 +167,13 @@ def test_only_lines_that_no_resume_cuts_are_sent(chain: Path, tmp_path: Path, fr
         replace(done, status="training", trained=training, attempts=(running,), digest=None).write(working)
         if lines == 3:
             live_mirror = Mirror(fresh)
-        live_mirror.chain(folder, running=True)
+        live_mirror.chain(folder, working=True)
         status, *_, histories, artifacts, _ = shown(fresh)["mini phase1"]
         sent = sum(len(values) for key, values in histories.items() if not key.startswith("system/"))
         first = [report.values for report in metrics.read_reports(working / metrics.FILE, 0, lines)]
         assert sent == sum(map(len, first)) < sum(map(len, history.values()))
         assert (status, artifacts) == ("RUNNING", [])
-    Mirror(fresh).chain(folder, running=False)
+    Mirror(fresh).chain(folder, working=False)
     assert shown(fresh)["mini phase1"][0] == "KILLED"
 
 
@@ -213,9 +213,9 @@ def test_an_experiment_in_the_trash_is_named_and_filled_once_restored(chain: Pat
     client = fresh.client()
     client.delete_experiment(experiment_id(client))
     with pytest.raises(StoreError, match=r"in MLflow's trash: .*mlflow experiments restore --experiment-id 1"):
-        Mirror(fresh).chain(chain, running=False)
+        Mirror(fresh).chain(chain, working=False)
     client.restore_experiment("1")
-    Mirror(fresh).chain(chain, running=False)
+    Mirror(fresh).chain(chain, working=False)
     assert shown(fresh) == shown(store)
 
 
@@ -227,7 +227,7 @@ def test_a_link_among_the_artifacts_is_not_followed(copied: tuple[Path, Store], 
     (place / "ledger.json").unlink()
     (place / "link").symlink_to(outside)
     with pytest.raises(StoreError, match="links are not followed"):
-        Mirror(store).chain(folder, running=False)
+        Mirror(store).chain(folder, working=False)
     assert list(outside.iterdir()) == []
 
 
