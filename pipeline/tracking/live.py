@@ -25,6 +25,8 @@ class LiveMirror:
     def __init__(self, store: Store, note: Callable[[str], None], folder: Path):
         self.store, self.note, self.folder = store, note, folder
         self._mirror = Mirror(store)
+        self.tries = 0
+        """How often it has begun to mirror."""
         self._problem = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -47,6 +49,7 @@ class LiveMirror:
         self._bring(working=False)
 
     def _bring(self, working: bool) -> None:
+        self.tries += 1
         try:
             self._mirror.chain(self.folder, working)
         except Exception as error:  # MLflow passes on the errors of its backends, and training must go on.

@@ -60,13 +60,13 @@ class Store:
 
     @classmethod
     def default(cls, runs: Path) -> "Store":
-        """The store at MLFLOW_TRACKING_URI if that is set, else in the folder of runs.
-
-        Raises StoreError for an address whose password ends in an unclear place.
-        """
+        """The store at MLFLOW_TRACKING_URI if that is set, else in the folder of runs."""
         runs, uri = runs.absolute(), os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri:
-            return cls(_sqlite_address(runs / DATABASE), runs)
+        return cls.at(uri) if uri else cls(_sqlite_address(runs / DATABASE), runs)
+
+    @classmethod
+    def at(cls, uri: str) -> "Store":
+        """The store at an address. Raises StoreError if it is unclear where a password in it ends."""
         if re.match(r"(?!sqlite:|file:)[\w+]+://([^/?#@]*@[^/?#@]*@|[^/?#]*[/?#].*@)", uri):
             raise StoreError("MLFLOW_TRACKING_URI: write @, /, ? and # in a password as %40, %2F, %3F and %23")
         return cls(uri)

@@ -19,8 +19,8 @@ def shown(store: Store) -> dict[str, Any]:
     models = client.search_logged_models([experiment_id(client)])
     found["logged models"] = sorted(
         (
-            model.name, str(model.status), names[str(model.source_run_id)], model.tags,
-            sorted((m.key, m.value, m.step, m.timestamp, m.dataset_name, m.dataset_digest) for m in model.metrics or ()),
+            model.name, str(model.status), names[str(model.source_run_id)], _own(model.tags),
+            sorted((m.key, m.value, m.step, m.timestamp, m.dataset_digest) for m in model.metrics or ()),
             sorted(_files(store.model_artifacts(model))),
         )
         for model in models
@@ -48,6 +48,11 @@ def _run(store: Store, client: MlflowClient, run: Run, names: dict[str, str]) ->
         "data": sorted((entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs),
         "models": len(outputs),
     }
+
+
+def _own(tags: dict[str, str]) -> dict[str, str]:
+    """The tags that the mirror sets; a server sets another one itself."""
+    return {name: value for name, value in tags.items() if name.startswith("hpcm.")}
 
 
 def _files(repository: ArtifactRepository, folder: str | None = None) -> list[str]:

@@ -180,16 +180,14 @@ def test_only_lines_that_no_resume_cuts_are_sent(chain: Path, tmp_path: Path, fr
 def test_values_that_stores_change_are_sent_once(chain: Path, tmp_path: Path, fresh: Store) -> None:
     folder = tmp_path / "runs" / "mini" / chain.name
     working = training(chain, folder, 0)
-    name = os.fsdecode(b"b\xff")
     record = StageRecord.read(working)
-    source = replace(record.attempts[0].source, command=f"hpcm run {name} \0{9000 * 'x'}")
-    images = replace(record.val_images, source=f"photos/{name}")
-    replace(record, attempts=(replace(record.attempts[0], source=source),), val_images=images).write(working)
+    source = replace(record.attempts[0].source, command=f"hpcm run \0{9000 * 'x'}")
+    replace(record, attempts=(replace(record.attempts[0], source=source),)).write(working)
     log = MetricsLog(working / metrics.SYSTEM)
     log.append({"nan": float("nan"), "high": float("inf"), "low": float("-inf"), "odd\nname": 1.0}, 2)
     Mirror(fresh).chain(folder, working=False)
     before = shown(fresh)
-    assert before["mini phase1"]["tags"]["hpcm.command"].startswith("hpcm run b? ?xxx")
+    assert before["mini phase1"]["tags"]["hpcm.command"].startswith("hpcm run ?xxx")
     assert before["mini phase1"]["metrics"]["odd_name"]
     Mirror(fresh).chain(folder, working=False)
     assert shown(fresh) == before
@@ -287,7 +285,7 @@ def test_a_strangers_record_sends_nothing_outside_its_folder(
     os.mkfifo(folder / "phase1" / "pipe")
     record = StageRecord.read(folder / "phase1")
     replace(record, files={**record.files, name: "0"}).write(folder / "phase1")
-    with pytest.raises(StoreError, match="does not lie in the stage's folder|no such file"):
+    with pytest.raises(StoreError, match=r"does not lie in the stage's folder|no such file"):
         Mirror(fresh).chain(folder, working=False)
     artifacts = (tmp_path / "fresh" / "mlartifacts").rglob("*")
     assert not any("mine" in path.read_text() for path in artifacts if path.is_file() and path.stat().st_size < 10)
