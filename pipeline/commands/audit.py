@@ -10,17 +10,24 @@ from pipeline.commands.display import console, show, show_json
 from pipeline.commands.options import AsJson, Runs
 from pipeline.evidence import audit_display
 from pipeline.evidence.audit import audit as audit_runs
+from pipeline.tracking.mirror import differences
+from pipeline.tracking.store import Store
 
 
 def audit(
     runs: Runs = Path("runs"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: AsJson = False,
+    mlflow: Annotated[bool, typer.Option("--mlflow", help="Compare MLflow's runs with the records too.")] = False,
 ) -> None:
     """Show what each stage changed, and check its published files against its record; exits 1 if one differs."""
     if markdown and as_json:
         raise typer.BadParameter("give --markdown or --json, not both")
     chains, problems = audit_runs(runs)
+    for chain in chains if mlflow else ():
+        for stage in chain.record.stages:
+            found = differences(Store.default(runs), chain.record, stage)
+            problems += [f"{stage.folder}: in MLflow, {line}" for line in found]
     if as_json:
         show_json(audit_display.to_json(chains))
     elif markdown:

@@ -8,7 +8,7 @@ from typing import Self
 
 from pipeline.common.errors import Interrupted, UserError
 from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.store import Store, brief
+from pipeline.tracking.store import Store
 
 PAUSE = 5.0
 """Seconds between two mirrors."""
@@ -52,11 +52,11 @@ class LiveMirror:
         self.tries += 1
         try:
             self._mirror.chain(self.folder, working)
-        except Exception as error:  # MLflow passes on the errors of its backends, and training must go on.
+        except UserError as error:
             self._mirror = Mirror(self.store)  # It asks again for everything, whatever the store has lost meanwhile.
             if not self._problem:
-                self._problem = str(error) if isinstance(error, UserError) else brief(error)
-                self.note(f"MLflow ({self.store.shown}): {self._problem}; the run goes on, and it is tried again")
+                self._problem = str(error)
+                self.note(f"{error}; the run goes on, and it is tried again")
         else:
             if self._problem:
                 self._problem = ""

@@ -16,9 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
-from pipeline.common.folder_lock import alone_at
+from pipeline.common.folder_lock import alone_at, is_held
 from pipeline.records import metrics
 from pipeline.records.chains import ChainRecord, StoredStage, read_chain
 from pipeline.records.record import DataSet
@@ -154,11 +153,11 @@ class Mirror:
     def chain(self, folder: Path, working: bool) -> None:
         """Bring the runs of a chain and of its stages up to the chain's folder.
 
-        `working` says whether a process works on the chain. Raises StoreError or FileError for what cannot be
-        mirrored, after everything else was, and whatever MLflow raises if the store does not answer.
+        `working` says whether a process works on the chain. Raises StoreError if the store does not answer, and for
+        what cannot be mirrored, after everything else was.
         """
         problems: list[str] = []
-        with alone_at(folder / "mirror.lock"):  # Two mirrors would each create the runs.
+        with alone_at(folder / "mirror.lock"), self.store.told():  # Two mirrors would each create the runs.
             chain = read_chain(folder, problems)
             if chain.stages and self._mirrored.get(chain.facts.key) != (chain, working):
                 self._bring(chain_view(chain, working))
@@ -166,10 +165,12 @@ class Mirror:
             for stage in chain.stages:
                 try:
                     self._stage(chain, stage, working)
-                except (UserError, MlflowException) as error:
-                    if isinstance(error, MlflowException) and error.get_http_status_code() != 400:
+                except FileError as error:
+                    problems.append(f"{stage.folder}: {error}")
+                except MlflowException as error:
+                    if error.get_http_status_code() != 400:
                         raise
-                    problems.append(f"{stage.folder}: {error if isinstance(error, UserError) else brief(error)}")
+                    problems.append(f"{stage.folder}: refused by MLflow: {brief(error)}")
         if problems:
             raise StoreError("\n".join(problems))
 
@@ -201,11 +202,13 @@ class Mirror:
 
 def differences(store: Store, chain: ChainRecord, stage: StoredStage) -> list[str]:
     """What MLflow lacks of a stage, or shows differently; empty if it agrees with the stage's folder."""
-    client = store.client()
-    run_id = find_run(client, stage.record.key)
-    if run_id is None:
-        return ["MLflow has no run of it; `hpcm sync` adds it"]
-    return StoredRun(store, client, run_id, stage_view(chain, stage, False, {})).missing(contents=True).lines()
+    with store.told():
+        client = store.client()
+        run_id = find_run(client, stage.record.key)
+        if run_id is None:
+            return ["MLflow has no run of it; `hpcm sync` adds it"]
+        view = stage_view(chain, stage, is_held(chain.folder), {})
+        return StoredRun(store, client, run_id, view).missing(contents=True).lines()
 
 
 def _data_set(images: DataSet, use: str) -> DatasetInput:

@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -81,27 +82,38 @@ class Store:
         """The address without passwords."""
         return str(self.database) if self.database else without_password(self.uri)
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise StoreError, without passwords, for whatever MLflow raises in the context."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # MLflow passes on the errors of its backends.
+            raise StoreError(f"MLflow ({self.shown}): {brief(error)}") from None
+
     def client(self) -> MlflowClient:
         """A client. Creates the store and the experiment if they are missing.
 
-        Raises StoreError if the experiment is in MLflow's trash or if the address is not an MLflow server's.
+        Raises StoreError if the experiment is in MLflow's trash, or if no MLflow server answers at the address.
         """
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        if self.database is not None:
-            make_database(self.database)
-        client = MlflowClient(tracking_uri=self.uri)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            try:
-                client.create_experiment(EXPERIMENT, self._artifact_folder.as_uri() if self.runs else None)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
-                    raise
-        found = experiment(client)
-        if self.database is not None:
-            self._point_artifacts_here(found.artifact_location.rstrip("/"), self.database)
+        with self.told():
+            if self.database is not None:
+                make_database(self.database)
+            client = MlflowClient(tracking_uri=self.uri)
+            if client.get_experiment_by_name(EXPERIMENT) is None:
+                try:
+                    client.create_experiment(EXPERIMENT, self._artifact_folder.as_uri() if self.runs else None)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
+                        raise
+            found = experiment(client)
+            if self.database is not None:
+                self._point_artifacts_here(found.artifact_location.rstrip("/"), self.database)
         return client
 
     def artifacts(self, client: MlflowClient, run_id: str) -> ArtifactRepository:
@@ -161,9 +173,13 @@ def make_database(path: Path) -> None:
         # Under another name first: a database that a kill left half made cannot be repaired.
         partial = path.with_name("mlflow.db.partial")
         partial.unlink(missing_ok=True)
-        address = _sqlite_address(partial)
-        MlflowClient(tracking_uri=address).search_experiments()
+        _create_tables(partial)
         partial.replace(path)
+
+
+def _create_tables(path: Path) -> None:
+    address = _sqlite_address(path)
+    MlflowClient(tracking_uri=address).search_experiments()
     # MLflow also makes a folder named as the escaped address.
     mistaken = Path(address.removeprefix("sqlite:///")).parent
     if mistaken != path.parent:
@@ -185,7 +201,7 @@ def experiment(client: MlflowClient) -> Experiment:
     """The experiment of all runs. Raises StoreError if it accepts no entries."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None or not found.experiment_id:
-        raise StoreError("the server at this address is not an MLflow server")
+        raise StoreError(f"MLflow ({without_password(str(client.tracking_uri))}): this is not an MLflow server")
     if found.lifecycle_stage == "deleted":
         raise StoreError(
             f"the experiment {EXPERIMENT} is in MLflow's trash: restore it with "

@@ -13,15 +13,19 @@ from pathlib import Path
 READY_SECONDS = 300
 
 
+def free_port() -> int:
+    """A port that nothing uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Server:
     """`mlflow server` with served artifacts, on the store at an address."""
 
     def __init__(self, folder: Path, store: str, *options: str, **environment: str) -> None:
         self.folder, self.store, self.options, self.environment = folder, store, options, environment
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.log, self._started_at = folder / "server.log", 0
+        self.port, self.log, self._started_at = free_port(), folder / "server.log", 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

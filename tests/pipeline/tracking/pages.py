@@ -1,11 +1,15 @@
-"""What MLflow's pages show, for comparing stores."""
+"""What MLflow's pages show, for comparing stores, and a training that they show."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
+from pipeline.records.record import StageRecord
 from pipeline.tracking.store import Store, experiment_id
 
 
@@ -59,3 +63,21 @@ def _files(repository: ArtifactRepository, folder: str | None = None) -> list[st
     listed = repository.list_artifacts(folder)
     inside = [path for file in listed if file.is_dir for path in _files(repository, file.path)]
     return [file.path for file in listed if not file.is_dir] + inside
+
+
+def training(chain: Path, folder: Path, lines: int, key: str = "") -> Path:
+    """Write a chain with an unfinished Phase 1, of which the first lines are settled. Returns the working folder.
+
+    With `key`, the stage has this key, and the name `phase1 <key>`.
+    """
+    working = folder / "training" / "phase1" / "0123"
+    if not working.exists():
+        shutil.copytree(chain / "phase1", working)
+        shutil.copy(chain / "chain.json", folder)
+    done = StageRecord.read(chain / "phase1")
+    changed = {"status": "training", "digest": None, "result": None, "files": {}}
+    attempts = (replace(done.attempts[-1], state="running", ended=None),)
+    named = {"key": key, "name": f"phase1 {key}"} if key else {}
+    trained = replace(done.trained, lines=lines)
+    replace(done, trained=trained, attempts=attempts, **changed, **named).write(working)
+    return working

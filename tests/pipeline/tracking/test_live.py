@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 from mini import Notes
 from mlflow import MlflowClient
-from mlflow_server import Server
 from pages import shown
 
 from pipeline.common.errors import Interrupted
 from pipeline.records.metrics import SYSTEM, read_reports
 from pipeline.tracking import live
 from pipeline.tracking.live import LiveMirror
-from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.store import Store, StoreError
+from pipeline.tracking.store import Store
 from pipeline.tracking.system_metrics import sampling
 
 

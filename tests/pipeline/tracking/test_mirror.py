@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow_server import Server
-from pages import shown
+from pages import shown, training
 
 from pipeline.common.files import write_json
 from pipeline.records import metrics
@@ -147,19 +147,6 @@ def test_a_store_ignores_a_metric_that_it_has(fresh: Store, server: Server) -> N
         for _ in range(3):
             client.log_batch(run, metrics=[Metric(key, value, 1000, 7) for key, value in values.items()])
         assert {key: len(client.get_metric_history(run, key)) for key in values} == dict.fromkeys(values, 1)
-
-
-def training(chain: Path, folder: Path, lines: int) -> Path:
-    """Write a chain with an unfinished Phase 1, of which the first lines are settled. Returns the working folder."""
-    working = folder / "training" / "phase1" / "0123"
-    if not working.exists():
-        shutil.copytree(chain / "phase1", working)
-        shutil.copy(chain / "chain.json", folder)
-    done = StageRecord.read(chain / "phase1")
-    changed = {"status": "training", "digest": None, "result": None, "files": {}}
-    attempts = (replace(done.attempts[-1], state="running", ended=None),)
-    replace(done, trained=replace(done.trained, lines=lines), attempts=attempts, **changed).write(working)
-    return working
 
 
 def test_only_lines_that_no_resume_cuts_are_sent(chain: Path, tmp_path: Path, fresh: Store) -> None:
