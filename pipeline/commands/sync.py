@@ -10,7 +10,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.folder_lock import is_held
 from pipeline.records.chains import CHAIN_FILE
 from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.store import Store, brief
+from pipeline.tracking.store import Store
 
 
 def sync(runs: Runs = Path("runs")) -> None:
@@ -23,10 +23,10 @@ def sync(runs: Runs = Path("runs")) -> None:
     mirror, failed = Mirror(Store.default(runs)), False
     for path in sorted(runs.glob(f"*/*/{CHAIN_FILE}")):
         try:
-            mirror.chain(path.parent, running=is_held(path.parent))
+            mirror.chain(path.parent, working=is_held(path.parent))
             print_above_bar(f"{path.parent}: {mirror.store.shown} has all of it")
-        except Exception as error:  # MLflow passes on the errors of its backends.
-            console.print(f"{path.parent}: {error if isinstance(error, UserError) else brief(error)}", soft_wrap=True)
+        except UserError as error:
+            console.print(f"{path.parent}: {error}", soft_wrap=True)
             failed = True
     if failed:
         raise typer.Exit(1)

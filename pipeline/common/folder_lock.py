@@ -13,8 +13,8 @@ from typing import IO
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError, open_own
 
-_WORKING = threading.Lock()
-"""Excludes other threads; a file lock excludes only other processes."""
+_THREADS: dict[Path, threading.Lock] = {}
+"""Exclude other threads, by lock file; a file lock excludes only other processes."""
 
 
 class FolderInUse(UserError):
@@ -46,19 +46,22 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process uses the folder."""
+    """Whether a process holds the folder's lock."""
     try:
-        with held(folder):
+        with (folder / "lock").open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except FolderInUse:
+    except (BlockingIOError, PermissionError):
         return True
+    except OSError:  # There is no lock, or the file system has none.
+        return False
 
 
 @contextmanager
 def alone_at(path: Path) -> Iterator[None]:
     """Wait until no other process or thread holds the lock file `path`, then hold it; raises FileError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _WORKING, open_own(path, "a+") as file:
+    with _THREADS.setdefault(path.absolute(), threading.Lock()), open_own(path, "a+") as file:
         _lock(file, fcntl.LOCK_EX)
         yield
 

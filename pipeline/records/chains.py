@@ -48,6 +48,11 @@ class StoredStage:
     place: Place
     record: StageRecord
 
+    @property
+    def settled(self) -> int | None:
+        """Number of lines of `metrics.jsonl` that no resume will cut; None for all."""
+        return self.record.trained.lines if self.record.status == "training" else None
+
 
 @dataclass(frozen=True)
 class ChainRecord:

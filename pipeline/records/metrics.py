@@ -37,7 +37,7 @@ class MetricsLog:
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self.lines = len(_whole_lines(path)) if path is not None else 0
+        self.lines = count_lines(path) if path is not None else 0
         """Number of lines in the file."""
 
     def append(self, values: Mapping[str, float], step: int) -> None:
@@ -77,6 +77,11 @@ def read_reports(path: Path, first: int = 0, last: int | None = None) -> Iterato
     """
     for number, line in enumerate(islice(_whole_lines(path), first, last), first + 1):
         yield parse_contract(Report, line, f"{path}:{number}")
+
+
+def count_lines(path: Path) -> int:
+    """Number of whole lines in a file; 0 if it is missing."""
+    return len(_whole_lines(path))
 
 
 def read_history(folder: Path) -> dict[str, History]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.common.files import readable
 from pipeline.records.record import Source
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ def source_of(device: torch.device, environment: Mapping[str, str]) -> Source:
     versions = {"torch": torch.__version__, "compressai": metadata.version("compressai"), "cuda": torch.version.cuda}
     commit = _commit()
     return Source(
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500],
+        command=readable(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:500],
         user=_user(),
         commit=commit.removesuffix("-dirty"),
         changed=commit.endswith("-dirty"),

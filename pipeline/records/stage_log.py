@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.common.files import FileError
+from pipeline.common.files import FileError, readable
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.records.record import FILE, Attempt, Source, StageRecord
@@ -55,7 +55,7 @@ class StageLog:
 
     def end(self, state: Literal["finished", "interrupted", "failed"], reason: str = "", **changes: Any) -> None:
         """End the attempt, and change other fields of the record."""
-        last = replace(self.record.attempts[-1], state=state, ended=int(1000 * time.time()), reason=reason)
+        last = replace(self.record.attempts[-1], state=state, ended=int(1000 * time.time()), reason=readable(reason))
         self.update(attempts=(*self.record.attempts[:-1], last), **changes)
 
 

@@ -1,217 +1,214 @@
 """Brings MLflow up to the folders of a chain. It asks the store what is there, and adds what is missing.
 
-A mirror may be repeated and interrupted at any call: nothing is deleted after it was sent, and nothing is sent twice.
+A mirror may be repeated, and interrupted at any call: nothing is deleted after it was sent, and nothing is sent twice.
+MLflow ignores a metric that it has with the same step, time and value.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, FileInfo, InputTag, Metric, Param, Run, RunTag
-from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
-from pipeline.common.fault_injection import fault
-from pipeline.common.folder_lock import alone_at
+from pipeline.common.files import FileError
+from pipeline.common.folder_lock import alone_at, is_held
 from pipeline.records import metrics
 from pipeline.records.chains import ChainRecord, StoredStage, read_chain
 from pipeline.records.record import DataSet
-from pipeline.tracking.registry import register
-from pipeline.tracking.store import KEY, Store, brief, experiment_id, find_run
+from pipeline.tracking.registry import DIGITS, register
+from pipeline.tracking.store import KEY, Store, StoreError, brief, experiment_id, find_run
 from pipeline.tracking.view import Artifact, RunView, chain_view, stage_view
-
-Item = TypeVar("Item")
-DIGEST = 36
-"""Characters of a data set's digest; MLflow refuses longer ones."""
-
-
-@dataclass(frozen=True)
-class Missing:
-    """What a run in the store lacks, compared with what it should show."""
-
-    parameters: dict[str, str]
-    tags: dict[str, str]
-    points: tuple[Metric, ...]
-    data: tuple[DatasetInput, ...]
-    artifacts: tuple[Artifact, ...]
-    status: bool
-
-    def lines(self) -> Iterator[str]:
-        """One line for each kind of thing that is missing or differs."""
-        for what, names in (
-            ("parameters", self.parameters),
-            ("tags", self.tags),
-            ("metrics", dict.fromkeys(point.key for point in self.points)),
-            ("data sets", [entry.dataset.name for entry in self.data]),
-            ("artifacts", [str(artifact.path) for artifact in self.artifacts]),
-        ):
-            if names:
-                yield f"{what} missing or different: {', '.join(names)}"
-        if self.status:
-            yield "another status"
-
-
-class StoredRun:
-    """A run in an MLflow store."""
-
-    def __init__(self, store: Store, client: MlflowClient, run_id: str):
-        self.store, self.client, self.run_id = store, client, run_id
-
-    @classmethod
-    def of(cls, store: Store, client: MlflowClient, view: RunView) -> "StoredRun":
-        """The run that shows the view; it is created if the store has none."""
-        run_id = find_run(client, view.key)
-        if run_id is None:
-            tags = {KEY: view.key}
-            parent = find_run(client, view.parent) if view.parent else None
-            tags |= {"mlflow.parentRunId": parent} if parent else {}
-            experiment = experiment_id(client)
-            run_id = client.create_run(experiment, view.began, tags, view.name).info.run_id
-            fault("mirror.run")
-        return cls(store, client, run_id)
-
-    @cached_property
-    def shown(self) -> Run:
-        """The run as the store has it."""
-        return self.client.get_run(self.run_id)
-
-    @cached_property
-    def artifacts(self) -> ArtifactRepository:
-        """The repository of the run's artifacts."""
-        return self.store.artifacts(self.client, self.run_id)
-
-    def missing(self, view: RunView) -> Missing:
-        """What the run lacks."""
-        data, info = self.shown.data, self.shown.info
-        inputs = {entry.dataset.digest for entry in self.shown.inputs.dataset_inputs} if self.shown.inputs else set()
-        return Missing(
-            {key: value for key, value in view.parameters.items() if key not in data.params},
-            # MLflow shortens long values.
-            {key: value for key, value in view.tags.items() if not _is_shown(data.tags.get(key), value)},
-            tuple(self._missing_points(view)),
-            tuple(_data_set(*entry) for entry in view.data if entry[0].digest[:DIGEST] not in inputs),
-            tuple(self._missing_artifacts(view)),
-            (info.status, info.end_time if view.ended else None) != (view.status, view.ended),
-        )
-
-    def _missing_points(self, view: RunView) -> Iterator[Metric]:
-        steps: dict[str, set[int]] = {}
-        for point in view.points:
-            if point.key not in steps:
-                known = point.key in self.shown.data.metrics
-                history = self.client.get_metric_history(self.run_id, point.key) if known else []
-                steps[point.key] = {metric.step for metric in history}
-            if point.step not in steps[point.key]:
-                steps[point.key].add(point.step)
-                yield point
-
-    def _missing_artifacts(self, view: RunView) -> Iterator[Artifact]:
-        folders = {artifact.path.parent for artifact in view.artifacts}
-        there = {PurePosixPath(file.path) for folder in folders for file in self._listed(folder)}
-        for artifact in view.artifacts:
-            current = artifact.digest is None or self.shown.data.tags.get(artifact.tag) == artifact.digest
-            if artifact.path not in there or not current:
-                yield artifact
-
-    def _listed(self, folder: PurePosixPath) -> list[FileInfo]:
-        return self.artifacts.list_artifacts(None if folder == PurePosixPath() else str(folder))
-
-    def add(self, view: RunView, missing: Missing) -> None:
-        """Add what is missing."""
-        for part in _parts(missing.parameters.items(), 100):
-            self.client.log_batch(self.run_id, params=[Param(*item) for item in part], synchronous=True)
-        for part in _parts(missing.tags.items(), 100):
-            self.client.log_batch(self.run_id, tags=[RunTag(*item) for item in part], synchronous=True)
-        fault("mirror.tags")
-        if missing.data:
-            self.client.log_inputs(self.run_id, datasets=list(missing.data))
-        for points in _parts(missing.points, 1000):
-            self.client.log_batch(self.run_id, metrics=points, synchronous=True)
-            fault("mirror.metrics")
-        for artifact in missing.artifacts:
-            self._add(artifact)
-            fault("mirror.artifact")
-        if missing.status and view.ended is not None:
-            self.client.set_terminated(self.run_id, view.status, view.ended)
-        elif missing.status:
-            self.client.update_run(self.run_id, view.status)
-
-    def _add(self, artifact: Artifact) -> None:
-        with TemporaryDirectory(prefix="hpcm-") as folder:
-            file = Path(folder, artifact.path.name)
-            artifact.make(file)
-            parent = str(artifact.path.parent)
-            self.artifacts.log_artifact(str(file), None if parent == "." else parent)
-        if artifact.digest is not None:
-            self.client.set_tag(self.run_id, artifact.tag, artifact.digest)
 
 
 @dataclass
+class Missing:
+    """What a run in the store lacks, compared with its view."""
+
+    parameters: dict[str, str]
+    tags: dict[str, str]
+    data: list[DatasetInput]
+    points: list[Metric] = field(default_factory=list)
+    artifacts: list[Artifact] = field(default_factory=list)
+    status: bool = False
+    other: list[str] = field(default_factory=list)
+    """Names of what the store has with another value, which cannot be changed."""
+
+    def lines(self) -> list[str]:
+        """What is missing or different, in one line each."""
+        names = {
+            "parameters": list(self.parameters),
+            "tags": list(self.tags),
+            "data sets": [entry.dataset.name for entry in self.data],
+            "metrics": list(dict.fromkeys(point.key for point in self.points)),
+            "artifacts": [artifact.path for artifact in self.artifacts],
+        }
+        lines = [f"{kind} missing or different: {', '.join(found)}" for kind, found in names.items() if found]
+        return lines + ["another status or end"] * self.status + self.other
+
+
+class StoredRun:
+    """A run in an MLflow store, beside its view."""
+
+    def __init__(self, store: Store, client: MlflowClient, run_id: str, view: RunView):
+        self.client, self.run_id, self.view = client, run_id, view
+        self.shown = client.get_run(run_id)
+        self.artifacts = store.artifacts(client, run_id)
+
+    def missing(self, contents: bool = False) -> Missing:
+        """What the run lacks. With `contents`, all artifacts are read, and not only texts."""
+        view, data, info = self.view, self.shown.data, self.shown.info
+        inputs = {entry.dataset.digest for entry in self.shown.inputs.dataset_inputs} if self.shown.inputs else set()
+        found = Missing(
+            {key: value for key, value in view.parameters.items() if key not in data.params},
+            {key: value for key, value in view.tags.items() if data.tags.get(key) != value},
+            [_data_set(*entry) for entry in view.data if entry[0].digest[:DIGITS] not in inputs],
+            status=(info.status, info.end_time if view.ended else None) != (view.status, view.ended),
+        )
+        for key, value in view.parameters.items():
+            if data.params.get(key, value) != value:
+                found.other.append(f"another value of the parameter {key}")
+        self._compare_metrics(found)
+        found.artifacts += self._missing_artifacts(contents)
+        return found
+
+    def _compare_metrics(self, found: Missing) -> None:
+        stored: dict[str, dict[tuple[int, int], float]] = {}
+        for point in self.view.points:
+            if point.key not in stored:
+                known = point.key in self.shown.data.metrics
+                history = self.client.get_metric_history(self.run_id, point.key) if known else []
+                stored[point.key] = {(metric.step, metric.timestamp): metric.value for metric in history}
+            value = stored[point.key].get((point.step, point.timestamp))
+            if value is None:
+                found.points.append(point)
+            elif not _equal(value, point.value):
+                found.other.append(f"another value of {point.key} at step {point.step}")
+        shown = self.shown.data.metrics
+        for point in self.view.latest:
+            if point.key not in shown or not _equal(shown[point.key], point.value):
+                # The step counts the values that were replaced.
+                steps = [metric.step for metric in self.client.get_metric_history(self.run_id, point.key)]
+                found.points.append(Metric(point.key, point.value, point.timestamp, max(steps, default=-1) + 1))
+
+    def _missing_artifacts(self, contents: bool) -> Iterator[Artifact]:
+        folders = {_folder(PurePosixPath(artifact.path)) for artifact in self.view.artifacts}
+        there = {file.path for folder in folders for file in self.artifacts.list_artifacts(folder)}
+        for artifact in self.view.artifacts:
+            read = artifact.text is not None or (contents and not artifact.derived)
+            if artifact.path not in there or (read and not self._has(artifact)):
+                yield artifact
+
+    def _has(self, artifact: Artifact) -> bool:
+        with TemporaryDirectory(prefix="hpcm-") as folder:
+            written = Path(folder, "written")
+            artifact.write(written)
+            stored = self.artifacts.download_artifacts(artifact.path, folder)
+            return Path(stored).read_bytes() == written.read_bytes()
+
+    def add(self, missing: Missing) -> None:
+        """Add what is missing. Raises FileError if the stage's folder lacks files, after the others were sent."""
+        parameters = [Param(*item) for item in missing.parameters.items()]
+        tags = [RunTag(*item) for item in missing.tags.items()]
+        if missing.points or parameters or tags:  # MLflow divides them into requests that a server accepts.
+            self.client.log_batch(self.run_id, missing.points, parameters, tags, synchronous=True)
+        if missing.data:
+            self.client.log_inputs(self.run_id, datasets=missing.data)
+        if missing.status and self.view.ended is not None:
+            self.client.set_terminated(self.run_id, self.view.status, self.view.ended)
+        elif missing.status:
+            self.client.update_run(self.run_id, self.view.status)
+        problems = []
+        for artifact in missing.artifacts:
+            path = PurePosixPath(artifact.path)
+            with TemporaryDirectory(prefix="hpcm-") as folder:
+                try:
+                    artifact.write(Path(folder, path.name))
+                except FileError as error:  # The other files are sent.
+                    problems.append(str(error))
+                else:
+                    self.artifacts.log_artifact(str(Path(folder, path.name)), _folder(path))
+        if problems:
+            raise FileError("; ".join(problems))
+
+
 class Mirror:
     """Mirrors chains to a store. It remembers what it has mirrored, so that a repetition looks at what is new only."""
 
-    store: Store
-    _seen: dict[str, object] = field(default_factory=dict)
-    _lines: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    def __init__(self, store: Store):
+        self.store = store
+        self._mirrored: dict[str, object] = {}
+        self._lines: dict[str, Mapping[str, int]] = {}
 
     @cached_property
     def client(self) -> MlflowClient:
         """A client of the store."""
         return self.store.client()
 
-    def chain(self, folder: Path, running: bool) -> None:
+    def chain(self, folder: Path, working: bool) -> None:
         """Bring the runs of a chain and of its stages up to the chain's folder.
 
-        `running` says whether a process works on the chain. Raises FileError for damaged records, StoreError, and
-        whatever MLflow raises.
+        `working` says whether a process works on the chain. Raises StoreError if the store does not answer, and for
+        what cannot be mirrored, after everything else was.
         """
-        chain = read_chain(folder)
-        if not chain.stages:
-            return
-        _ = self.client  # It locks the folder of runs, and locks are not nested.
-        with alone_at(folder / "mirror.lock"):  # Two mirrors would each create the runs.
-            self._bring(chain_view(chain, running))
+        problems: list[str] = []
+        with alone_at(folder / "mirror.lock"), self.store.told():  # Two mirrors would each create the runs.
+            chain = read_chain(folder, problems)
+            if chain.stages and self._mirrored.get(chain.facts.key) != (chain, working):
+                self._bring(chain_view(chain, working))
+                self._mirrored[chain.facts.key] = chain, working
             for stage in chain.stages:
-                self._stage(chain, stage, running)
+                try:
+                    self._stage(chain, stage, working)
+                except FileError as error:
+                    problems.append(f"{stage.folder}: {error}")
+                except MlflowException as error:
+                    if error.get_http_status_code() != 400:
+                        raise
+                    problems.append(f"{stage.folder}: refused by MLflow: {brief(error)}")
+        if problems:
+            raise StoreError("\n".join(problems))
 
-    def _stage(self, chain: ChainRecord, stage: StoredStage, running: bool) -> None:
+    def _stage(self, chain: ChainRecord, stage: StoredStage, working: bool) -> None:
         record = stage.record
-        lines = {name: len(list(metrics.read_reports(stage.folder / name))) for name in (metrics.FILE, metrics.SYSTEM)}
-        state = (record, running, lines)
-        if self._seen.get(record.key) == state:
+        lines = {name: metrics.count_lines(stage.folder / name) for name in (metrics.FILE, metrics.SYSTEM)}
+        state = (stage, working, lines)
+        if self._mirrored.get(record.key) == state:
             return
-        run = self._bring(stage_view(chain, stage, running, self._lines.get(record.key, {})))
+        view = stage_view(chain, stage, working, self._lines.get(record.key, {}))
+        run_id = self._bring(view)
         if record.status == "done":
-            register(self.store, self.client, run.run_id, stage)
-        settled = {metrics.FILE: record.trained.lines} if record.status == "training" else {}
-        self._lines[record.key] = {**lines, **settled}
-        self._seen[record.key] = state
+            final = [point for point in view.points if point.key.startswith("final/")]
+            register(self.store, self.client, run_id, stage, final)
+        settled = lines[metrics.FILE] if stage.settled is None else stage.settled
+        self._lines[record.key] = {**lines, metrics.FILE: settled}
+        self._mirrored[record.key] = state
 
-    def _bring(self, view: RunView) -> StoredRun:
-        run = StoredRun.of(self.store, self.client, view)
-        run.add(view, run.missing(view))
-        return run
+    def _bring(self, view: RunView) -> str:
+        run_id = find_run(self.client, view.key)
+        if run_id is None:
+            parent = find_run(self.client, view.parent) if view.parent else None
+            tags = {KEY: view.key, **({"mlflow.parentRunId": parent} if parent else {})}
+            run_id = self.client.create_run(experiment_id(self.client), view.began, tags, view.name).info.run_id
+        run = StoredRun(self.store, self.client, run_id, view)
+        run.add(run.missing())
+        return run_id
 
 
 def differences(store: Store, chain: ChainRecord, stage: StoredStage) -> list[str]:
     """What MLflow lacks of a stage, or shows differently; empty if it agrees with the stage's folder."""
-    client = store.client()
-    run_id = find_run(client, stage.record.key)
-    if run_id is None:
-        return ["MLflow has no run of it; `hpcm sync` adds it"]
-    run, view = StoredRun(store, client, run_id), stage_view(chain, stage, False, {})
-    found = list(run.missing(view).lines())
-    for key in dict.fromkeys(point.key for point in view.points):
-        values = {metric.step: metric.value for metric in client.get_metric_history(run_id, key)}
-        here = [point for point in view.points if point.key == key]
-        if any(point.step in values and not _equal(values[point.step], point.value) for point in here):
-            found.append(f"another value of {key}")
-    return found + _other_contents(run, view)
+    with store.told():
+        client = store.client()
+        run_id = find_run(client, stage.record.key)
+        if run_id is None:
+            return ["MLflow has no run of it; `hpcm sync` adds it"]
+        view = stage_view(chain, stage, is_held(chain.folder), {})
+        return StoredRun(store, client, run_id, view).missing(contents=True).lines()
 
 
 def check_of(runs: Path) -> Callable[[ChainRecord, StoredStage], list[str]]:
@@ -229,36 +226,17 @@ def check_of(runs: Path) -> Callable[[ChainRecord, StoredStage], list[str]]:
     return check
 
 
-def _other_contents(run: StoredRun, view: RunView) -> list[str]:
-    """The artifacts whose contents in the store differ from what the view makes."""
-    lacking = {artifact.path for artifact in run.missing(view).artifacts}
-    found = []
-    with TemporaryDirectory(prefix="hpcm-") as folder:
-        for artifact in view.artifacts:
-            if artifact.path not in lacking:
-                made = Path(folder, artifact.path.name)
-                artifact.make(made)
-                if Path(run.artifacts.download_artifacts(str(artifact.path))).read_bytes() != made.read_bytes():
-                    found.append(f"another content of {artifact.path}")
-    return found
-
-
 def _data_set(images: DataSet, use: str) -> DatasetInput:
     profile, source = json.dumps({"images": images.images}), json.dumps({"uri": images.source})
-    data = Dataset(images.name, images.digest[:DIGEST], source_type="local", source=source, profile=profile)
+    data = Dataset(images.name, images.digest[:DIGITS], source_type="local", source=source, profile=profile)
     return DatasetInput(data, [InputTag("mlflow.data.context", use)])
 
 
-def _parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of this size; MLflow takes no more at once."""
-    every = list(items)
-    return (every[first : first + size] for first in range(0, len(every), size))
-
-
-def _is_shown(shown: str | None, value: str) -> bool:
-    """Whether a tag has the value. MLflow shortens long ones."""
-    return shown is not None and (shown == value or (len(shown) >= 250 and value.startswith(shown)))
+def _folder(path: PurePosixPath) -> str | None:
+    return None if path.parent == PurePosixPath() else str(path.parent)
 
 
 def _equal(a: float, b: float) -> bool:
-    return a == b or not (math.isfinite(a) and math.isfinite(b))  # Stores change values that are not finite.
+    """Whether two values are equal as far as a store keeps them. It has no infinity, and may have no NaN."""
+    limit = sys.float_info.max
+    return a == b or b != b or (abs(a) >= limit and abs(b) >= limit)

@@ -1,7 +1,6 @@
 """A codec as a model of MLflow. `mlflow.pytorch.load_model` reads its pickle, `load_registered` its checkpoint."""
 
 import logging
-import os
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +13,10 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from modules import HPCM
+from pipeline.records.record import CHECKPOINT
+from pipeline.tracking.store import Store, brief
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.metadata import CheckpointError
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
@@ -43,28 +42,25 @@ def load_registered(address: str) -> HPCM:
     The store is the one set by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI, or else the one in the folder `runs`.
     Raises CheckpointError if it has no such model.
     """
-    with TemporaryDirectory(prefix="hpcm-") as folder:
-        return load_codec(_fetch(address, Path(folder)))
-
-
-def _fetch(address: str, into: Path) -> Path:
-    local = Path("runs", "mlflow.db").absolute()
-    chosen = mlflow.is_tracking_uri_set() or "MLFLOW_TRACKING_URI" in os.environ or not local.exists()
-    store = mlflow.get_tracking_uri() if chosen else f"sqlite:///{local}"
+    store = Store.at(mlflow.get_tracking_uri()) if mlflow.is_tracking_uri_set() else Store.default(Path("runs"))
     try:
+        if store.database is not None and not store.database.exists():
+            raise FileNotFoundError(f"{store.database}: no such file")
         # Use a client of this store, because MLflow's own loading of `models:/…` uses the process's default store.
-        client = MlflowClient(tracking_uri=store)
+        client = MlflowClient(tracking_uri=store.uri) if store.database is None else store.client()
         name, *version = get_model_name_and_version(client, address)
         if version:
             place = client.get_model_version_download_uri(name, version[0])
         else:
             place = client.get_logged_model(name).artifact_location
-        return Path(get_artifact_repository(place, tracking_uri=store).download_artifacts(CHECKPOINT, str(into)))
+        with TemporaryDirectory(prefix="hpcm-") as folder:
+            files = get_artifact_repository(place, tracking_uri=store.uri)
+            return load_codec(files.download_artifacts(CHECKPOINT, folder))
     except (MlflowException, OSError) as error:
         raise CheckpointError(
-            f"{address}: MLflow has no such codec: {str(error).splitlines()[0]}.\n"
+            f"{address}: MLflow has no such codec: {brief(error)}.\n"
             "  MLFLOW_TRACKING_URI names the store; `hpcm ui` shows the models in a folder of runs."
-        ) from error
+        ) from None  # The error may show a password.
 
 
 def _requirements() -> list[str]:

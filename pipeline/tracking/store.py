@@ -2,7 +2,7 @@
 
 Runs are found by a tag, not by an id in a file: after a kill at any moment, the same chain and stage find the same run.
 Artifacts in a folder of runs are found by the run's id, not by the address in the database: the folder may have been
-moved or copied.
+moved or copied, and the database may be a stranger's.
 """
 
 import logging
@@ -10,32 +10,42 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from urllib.parse import quote
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel
+from mlflow.entities import Experiment, LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from sqlalchemy.engine import make_url
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import FileError
 from pipeline.common.folder_lock import alone_at
 
 EXPERIMENT = "hpcm"
 DATABASE = "mlflow.db"
-_MODEL_ADDRESSES = (
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 KEY = "hpcm.key"
 """Tag by which a run is found."""
+_ADDRESSES = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+"""Columns of MLflow's tables with addresses of artifacts."""
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow prints two addresses for each run that ends, between the lines of a chain's progress.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # The mirror is repeated as a whole, after it has seen what the store has.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 
 
 class StoreError(UserError):
@@ -52,9 +62,15 @@ class Store:
     @classmethod
     def default(cls, runs: Path) -> "Store":
         """The store at MLFLOW_TRACKING_URI if that is set, else in the folder of runs."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        runs = runs.absolute()
-        return cls(uri) if uri else cls(_sqlite_address(runs / DATABASE), runs)
+        runs, uri = runs.absolute(), os.environ.get("MLFLOW_TRACKING_URI")
+        return cls.at(uri) if uri else cls(_sqlite_address(runs / DATABASE), runs)
+
+    @classmethod
+    def at(cls, uri: str) -> "Store":
+        """The store at an address. Raises StoreError if it is unclear where a password in it ends."""
+        if re.match(r"(?!sqlite:|file:)[\w+]+://([^/?#@]*@[^/?#@]*@|[^/?#]*[/?#].*@)", uri):
+            raise StoreError("MLFLOW_TRACKING_URI: write @, /, ? and # in a password as %40, %2F, %3F and %23")
+        return cls(uri)
 
     @property
     def database(self) -> Path | None:
@@ -66,45 +82,48 @@ class Store:
         """The address without passwords."""
         return str(self.database) if self.database else without_password(self.uri)
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise StoreError, without passwords, for whatever MLflow raises in the context."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # MLflow passes on the errors of its backends.
+            raise StoreError(f"MLflow ({self.shown}): {brief(error)}") from None
+
     def client(self) -> MlflowClient:
         """A client. Creates the store and the experiment if they are missing.
 
-        Raises StoreError if the experiment is in MLflow's trash or if the address is not an MLflow server's.
+        Raises StoreError if the experiment is in MLflow's trash, or if no MLflow server answers at the address.
         """
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # It prints two addresses for each run that ends, between the lines of a chain's progress.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # The mirror is repeated as a whole, after it has seen what the store has.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        if self.runs is None:
+        with self.told():
+            if self.database is not None:
+                make_database(self.database)
             client = MlflowClient(tracking_uri=self.uri)
-            _create_experiment(client, None)
-        else:
-            # Two processes may start in an empty folder at the same time.
-            with self._alone():
-                make_database(self.runs / DATABASE)
-                client = MlflowClient(tracking_uri=self.uri)
-                _create_experiment(client, self._artifact_folder.as_uri())
-                self._point_artifacts_here(client)
-        experiment_id(client)
+            if client.get_experiment_by_name(EXPERIMENT) is None:
+                try:
+                    client.create_experiment(EXPERIMENT, self._artifact_folder.as_uri() if self.runs else None)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
+                        raise
+            found = experiment(client)
+            if self.database is not None:
+                self._point_artifacts_here(found.artifact_location.rstrip("/"), self.database)
         return client
 
     def artifacts(self, client: MlflowClient, run_id: str) -> ArtifactRepository:
         """The repository of a run's artifacts. Raises StoreError if a link lies in its folder."""
-        if self.runs is None:
-            return self._artifacts_at(client.get_run(run_id).info.artifact_uri)
-        return self._artifacts_at(self._own_artifacts(run_id))
+        address = self._own_artifacts(run_id) if self.runs else client.get_run(run_id).info.artifact_uri
+        return get_artifact_repository(address, tracking_uri=self.uri)
 
     def model_artifacts(self, model: LoggedModel) -> ArtifactRepository:
         """The repository of a LoggedModel's files. Raises StoreError if a link lies in its folder."""
-        if self.runs is None:
-            return self._artifacts_at(model.artifact_location)
-        return self._artifacts_at(self._own_artifacts(f"models/{model.model_id}"))
-
-    def _artifacts_at(self, address: str) -> ArtifactRepository:
+        address = self._own_artifacts(f"models/{model.model_id}") if self.runs else model.artifact_location
         return get_artifact_repository(address, tracking_uri=self.uri)
 
     def _own_artifacts(self, name: str) -> str:
@@ -112,70 +131,55 @@ class Store:
         if not re.fullmatch("[0-9a-f]{32}|models/m-[0-9a-f]{32}", name):
             raise StoreError(f"{self.shown}: {name!r} is not an id of MLflow")
         folder = self._artifact_folder / name / "artifacts"
-        for place in (folder.parent, folder, *folder.rglob("*")):
+        for place in (self._artifact_folder, folder.parent, folder, *folder.rglob("*")):
             if place.is_symlink():
                 raise StoreError(f"{place}: this is a link, and links are not followed; remove it")
         return folder.as_uri()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        assert self.runs is not None
-        with ExitStack() as exits:
-            try:
-                exits.enter_context(alone_at(self.runs / "mlflow.lock"))
-            except (FileError, OSError):
-                if not (self.runs / DATABASE).exists():
-                    raise
-                # The folder may be read-only; its database exists.
-            yield
 
     @property
     def _artifact_folder(self) -> Path:
         assert self.runs is not None
         return self.runs / "mlartifacts"
 
-    def _point_artifacts_here(self, client: MlflowClient) -> None:
+    def _point_artifacts_here(self, there: str, database: Path) -> None:
         """Update the addresses of artifacts in a moved or copied database, for MLflow's own web pages."""
-        experiment = client.get_experiment_by_name(EXPERIMENT)
         here = self._artifact_folder.as_uri()
-        if experiment is None or experiment.artifact_location == here:
+        if there == here:
             return
-        if not _is_in_a_folder_of_runs(experiment.artifact_location):
+        if not re.match(r"file:.*/mlartifacts$", there):
             raise StoreError(
-                f"{self.shown}: its artifacts are kept outside the folder of runs, in {experiment.artifact_location}. "
+                f"{self.shown}: its artifacts are kept outside the folder of runs, in {there}. "
                 f"If that is meant, give the database itself: MLFLOW_TRACKING_URI={self.uri}"
             )
-        there = experiment.artifact_location.rstrip("/")
         # MLflow has no call for this. A read-only database stays as it is.
-        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.runs / DATABASE)) as connection:  # type: ignore[operator]
-            connection.execute(
-                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
-                (here, experiment.experiment_id),
-            )
-            connection.execute(
-                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
-                "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-                (here, len(there) + 1, experiment.experiment_id, len(there) + 1, f"{there}/"),
-            )
-            for table, column in _MODEL_ADDRESSES:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
-                )
-            connection.commit()
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database)) as connection, connection:
+            for table, columns in _ADDRESSES.items():
+                for column in columns:
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
+                    )
 
 
 def make_database(path: Path) -> None:
-    """Make an empty MLflow database if there is none. The caller must hold the lock."""
+    """Make an empty MLflow database if there is none. Raises FileError."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first: a database that a kill left half made cannot be repaired.
-    partial = path.with_name("mlflow.db.partial")
-    partial.unlink(missing_ok=True)
-    address = _sqlite_address(partial)
+    # Two processes may start in an empty folder at the same time.
+    with alone_at(path.with_name("mlflow.lock")):
+        if path.exists():
+            return
+        # Under another name first: a database that a kill left half made cannot be repaired.
+        partial = path.with_name("mlflow.db.partial")
+        partial.unlink(missing_ok=True)
+        _create_tables(partial)
+        partial.replace(path)
+
+
+def _create_tables(path: Path) -> None:
+    address = _sqlite_address(path)
     MlflowClient(tracking_uri=address).search_experiments()
-    partial.replace(path)
     # MLflow also makes a folder named as the escaped address.
     mistaken = Path(address.removeprefix("sqlite:///")).parent
     if mistaken != path.parent:
@@ -193,43 +197,37 @@ def _sqlite_address(path: Path) -> str:
     return address
 
 
-def _is_in_a_folder_of_runs(address: str) -> bool:
-    return address.startswith("file:") and "/mlartifacts" in address
-
-
-def _create_experiment(client: MlflowClient, artifacts: str | None) -> None:
-    if client.get_experiment_by_name(EXPERIMENT) is None:
-        try:
-            client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+def experiment(client: MlflowClient) -> Experiment:
+    """The experiment of all runs. Raises StoreError if it accepts no entries."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None or not found.experiment_id:
+        raise StoreError(f"MLflow ({without_password(str(client.tracking_uri))}): this is not an MLflow server")
+    if found.lifecycle_stage == "deleted":
+        raise StoreError(
+            f"the experiment {EXPERIMENT} is in MLflow's trash: restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return found
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """Id of the experiment. Raises StoreError if it accepts no entries."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is not None and experiment.lifecycle_stage == "deleted":
-        raise StoreError(
-            f"the experiment {EXPERIMENT} is in MLflow's trash: restore it with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-        )
-    if experiment is None or not experiment.experiment_id:
-        raise StoreError("the server at this address is not an MLflow server")
-    return str(experiment.experiment_id)
+    """Id of the experiment of all runs. Raises StoreError if it accepts no entries."""
+    return str(experiment(client).experiment_id)
 
 
 def find_run(client: MlflowClient, key: str) -> str | None:
-    """Id of the run with this key, or None."""
-    found = client.search_runs(
-        [experiment_id(client)], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
-    )
+    """Id of the run with this key, or None. Of several, which only two mirrors at once can make, it is the oldest."""
+    if not re.fullmatch(r"[\w -]+", key):
+        raise StoreError(f"{key!r} in record.json or chain.json is not a key of this program")
+    oldest = ["attributes.start_time ASC", "attributes.run_id ASC"]
+    found = client.search_runs([experiment_id(client)], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=oldest)
     return found[0].info.run_id if found else None
 
 
 def without_password(text: str) -> str:
     """A text with user names, passwords and query strings removed from its addresses."""
-    return re.sub(r"(\w+://)[^/@\s]*@", r"\1***@", re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text))
+    text = re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text)
+    return re.sub(r"\b((?!sqlite|file)[\w+]+://)\S*@", r"\1***@", text)
 
 
 def brief(error: Exception) -> str:

@@ -42,6 +42,7 @@ def sampling(folder: Path) -> Iterator[None]:
 def _sample(folder: Path, ended: threading.Event) -> None:
     """Write means of the measurements until `ended` is set."""
     log, monitors = MetricsLog(folder / SYSTEM), _monitors()
+    log.cut(log.lines)  # A kill may have left half a line.
     node = settings.MLFLOW_SYSTEM_METRICS_NODE_ID.get()
     prefix = f"system/{node}/" if node else "system/"
     while True:

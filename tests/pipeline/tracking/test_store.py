@@ -1,51 +1,53 @@
 """The store in a folder of runs: made once, found after the folder was moved, shown without passwords."""
 
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.commands.main import app
+from pipeline.records.record import StageRecord
 from pipeline.tracking import store as store_module
-from pipeline.tracking.store import Store, brief, find_run, without_password
+from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.store import KEY, Store, StoreError, brief, experiment_id, find_run, without_password
 
 
 def test_of_two_first_runs_neither_replaces_the_others_database(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making, runs, kept = threading.Barrier(2), tmp_path / "runs", []
+    runs, kept, together = tmp_path / "runs", [], threading.Barrier(2)
 
-    def make_slowly(path: Path) -> None:
-        if path.exists():
-            return
-        time.sleep(0.3)  # The other one comes meanwhile.
-        partial = path.with_name(f"{threading.get_ident()}.partial")
-        shutil.copy(empty_store / "mlflow.db", partial)
-        partial.replace(path)
+    def create_slowly(path: Path) -> None:
+        time.sleep(0.2)  # The other one comes meanwhile.
+        shutil.copy(empty_store / "mlflow.db", path)
 
-    def begin(name: str) -> None:
-        making.wait()
+    monkeypatch.setattr(store_module, "_create_tables", create_slowly)
+
+    def begin() -> None:
+        together.wait()
         client = Store.default(runs).client()
-        kept.append(client.create_run(store_module.experiment_id(client), tags={"name": name}).info.run_id)
+        kept.append(client.create_run(experiment_id(client)).info.run_id)
 
-    monkeypatch.setattr(store_module, "make_database", make_slowly)
-    threads = [threading.Thread(target=begin, args=(name,)) for name in "ab"]
+    threads = [threading.Thread(target=begin) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     client = Store.default(runs).client()
-    found = client.search_runs([store_module.experiment_id(client)])
-    assert sorted(run.info.run_id for run in found) == sorted(kept)
+    assert sorted(run.info.run_id for run in client.search_runs([experiment_id(client)])) == sorted(kept)
     assert len(kept) == 2
 
 
 def keep_a_file(runs: Path, key: str) -> None:
     store = Store.default(runs)
     client = store.client()
-    run_id = client.create_run(store_module.experiment_id(client), tags={store_module.KEY: key}).info.run_id
+    run_id = client.create_run(experiment_id(client), tags={KEY: key}).info.run_id
     (runs / "note.txt").write_text(key)
     store.artifacts(client, run_id).log_artifact(str(runs / "note.txt"))
 
@@ -87,9 +89,55 @@ def test_a_folder_that_may_only_be_read_is_read(runs: Path, tmp_path: Path) -> N
         subprocess.run(["umount", "--lazy", shown], check=True)  # MLflow keeps its connections open.
 
 
-def test_passwords_are_not_shown() -> None:
+def test_a_strangers_database_does_not_say_where_files_are_written(copied: tuple[Path, Store], tmp_path: Path) -> None:
+    folder, store = copied
+    outside, record = tmp_path / "outside", StageRecord.read(folder / "phase1")
+    outside.mkdir()
+    client = store.client()
+    run_id = find_run(client, record.key)
+    own = folder.parents[1] / "mlartifacts" / str(run_id) / "artifacts"
+    (own / "ledger.json").unlink()
+    with closing(sqlite3.connect(folder.parents[1] / "mlflow.db")) as database, database:
+        database.execute("UPDATE runs SET artifact_uri = ?", (outside.as_uri(),))
+    Mirror(store).chain(folder, working=False)
+    assert (own / "ledger.json").exists()
+
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(outside)
+    with pytest.raises(StoreError, match=f"{own}: this is a link, and links are not followed"):
+        Mirror(store).chain(folder, working=False)
+
+    with closing(sqlite3.connect(folder.parents[1] / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ?", (outside.as_uri(),))
+    with pytest.raises(StoreError, match=r"its artifacts are kept outside the folder of runs, in file:.*/outside"):
+        Mirror(store).chain(folder, working=False)
+    assert list(outside.iterdir()) == []
+
+
+def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store("https://me:s3cret@host:5000/path?token=s3cret")
     assert store.shown == "https://***@host:5000/path"
-    error = RuntimeError("API request to http://me:s3cret@host/api failed; postgresql://u:s3cret@h/db?password=s3cret")
+    error = RuntimeError("API request to http://me:s3cret@host/api failed; postgresql+x://u:s3cret@h/d?password=s3cret")
     assert "s3cret" not in brief(error)
     assert without_password("sqlite:////tmp/a@b/mlflow.db") == "sqlite:////tmp/a@b/mlflow.db"
+    for uri in (
+        "http://me:s3/cret@host",
+        "http://me:s3@cret@host",
+        "http://me:s3?cret@host",
+        "postgresql://u:s3#cret@h/d",
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(StoreError, match=r"write @, /, \? and # in a password as %40") as raised:
+            Store.default(Path("runs"))
+        assert "cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("command", ["sync", "ui", "audit --mlflow"])
+def test_no_command_prints_a_password(
+    command: str, copied: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    done = CliRunner().invoke(app, [*command.split(), "--runs", str(copied[0].parents[1])])
+    assert done.exit_code == 1
+    assert "http://***@127.0.0.1:9" in done.output + repr(done.exception)
+    assert "s3cret" not in done.output + repr(done.exception)
