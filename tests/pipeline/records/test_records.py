@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.common.files import FileError, write_json
 from pipeline.evaluation.results import Evaluation, ImageResult
@@ -13,6 +15,7 @@ from pipeline.records import metrics
 from pipeline.records.chains import CHAIN_FILE, RecordsError, read_chains
 from pipeline.records.metrics import MetricsLog, read_history, read_reports
 from pipeline.records.record import FILE, DataSet, Result, Source, StageRecord
+from pipeline.records.source import source_of
 from pipeline.records.stage_log import StageLog
 from pipeline.weights.published import Lineage, Quality
 
@@ -47,6 +50,16 @@ def test_an_attempt_continues_the_record_and_its_key(tmp_path: Path) -> None:
     log = StageLog.begin(tmp_path, again, "resumed in all at step 2", SOURCE)
     assert log.record.key == "key of phase1"
     assert [attempt.reason for attempt in log.record.attempts] == ["SIGTERM", ""]
+
+
+def test_names_that_are_not_utf8_are_recorded_readably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"b\xff")
+    monkeypatch.setattr("sys.argv", ["/opt/bin/hpcm", "run", "phase4", "--data", name])
+    source = source_of(torch.device("cpu"), {})
+    StageLog.begin(tmp_path, record("phase1", "baseline"), "started", source).end("failed", f"{name}: no such file")
+    (attempt,) = StageRecord.read(tmp_path).attempts
+    assert attempt.source.command == "hpcm run phase4 --data b\\xff"
+    assert attempt.reason == "b\\xff: no such file"
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
