@@ -1,5 +1,6 @@
 """`hpcm ui`: MLflow's pages on a folder of runs."""
 
+import json
 import os
 import socket
 import sys
@@ -12,10 +13,21 @@ import typer
 from pipeline.commands.options import Runs
 from pipeline.common.errors import UserError
 from pipeline.records.chains import CHAIN_FILE
-from pipeline.tracking.store import EXPERIMENT, Store
+from pipeline.tracking.store import Store, experiment
 
 FIRST_PORT = 5000
 PORTS_TRIED = 100
+VIEW = "mlflow.sharedViewState.results"
+"""Tag of the experiment in which MLflow's pages look up a view of this name."""
+COLUMNS = json.dumps(
+    {
+        "selectedColumns": [
+            *(f"metrics.`final/{name}`" for name in ("bpp", "psnr_db", "ms_ssim", "rd_loss")),
+            "metrics.`model/kmacs_per_pixel`",
+            "attributes.`Models`",
+        ]
+    }
+)
 
 
 def ui(
@@ -39,11 +51,15 @@ def ui(
 
 
 def address(store: Store, server: str) -> str:
-    """Address of the page that lists the runs, on the server at `server`."""
-    experiment = store.client().get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None  # The client creates it if it is missing.
+    """Address of the page that lists the runs, on the server at `server`, with a column for each result."""
+    client = store.client()
+    with store.told():
+        found = experiment(client)
+        if found.tags.get(VIEW) != COLUMNS:
+            client.set_experiment_tag(found.experiment_id, VIEW, COLUMNS)
     # MLflow opens its page for language models unless the workflow type selects the page of runs.
-    return f"{server.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    options = f"workflowType=machine_learning&viewStateShareKey={VIEW.rpartition('.')[2]}"
+    return f"{server.rstrip('/')}/#/experiments/{found.experiment_id}/runs?{options}"
 
 
 def free_port() -> int:

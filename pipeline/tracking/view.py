@@ -140,9 +140,11 @@ def chain_view(chain: ChainRecord, working: bool) -> RunView:
 
 
 def _results(published: Sequence[StageRecord]) -> Iterator[Metric]:
-    for record in published:
-        if record.quality is not None:
-            for key, value in record.quality.metrics(record.name).items():
+    """The results of all stages by name, and those of the newest as the chain's own."""
+    newest = max(published, key=lambda record: record.ended or 0, default=None)
+    for record, prefix in [*((record, record.name) for record in published), (newest, "final")]:
+        if record is not None and record.quality is not None:
+            for key, value in record.quality.metrics(prefix).items():
                 yield Metric(key, value, record.ended or record.began, 0)
 
 
@@ -181,8 +183,9 @@ def _artifacts(stage: StoredStage) -> Iterator[Artifact]:
     for path in [stage.folder / name for name in record.files] or found:
         yield Artifact(readable(path.relative_to(stage.folder).as_posix()), file=_own(stage, path))
     for path in pictures:
-        # Paths as `MlflowClient.log_image` makes them, but always the same for a record.
-        key = f"reconstructions~{re.sub(r'[^A-Za-z0-9_. -]', '_', path.stem)}"
+        # Paths as `MlflowClient.log_image` makes them, but always the same for a record. MLflow's page orders its
+        # charts by name: `coded` is before `final`.
+        key = f"coded~{re.sub(r'[^A-Za-z0-9_. -]', '_', path.stem)}"
         name = f"images/{key}+step+{record.trained.steps}+timestamp+{record.began}"
         unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{record.key}/{readable(path.stem)}")
         for ending in (".png", f"+compressed{_SMALL}"):

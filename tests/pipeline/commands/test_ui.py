@@ -19,8 +19,10 @@ def test_the_page_is_that_of_the_experiment_by_name(runs: Path, monkeypatch: pyt
     served = []
     monkeypatch.setattr(ui, "serve", lambda store, port: served.append((store.uri, port)))
     done = CliRunner().invoke(app, ["ui", "--runs", str(runs), "--port", "5123"])
-    assert done.output == f"runs: http://127.0.0.1:5123/#/experiments/{wanted}/runs?workflowType=machine_learning\n"
+    options = "workflowType=machine_learning&viewStateShareKey=results"
+    assert done.output == f"runs: http://127.0.0.1:5123/#/experiments/{wanted}/runs?{options}\n"
     assert served == [(store.uri, 5123)]
+    assert "metrics.`final/bpp`" in client.get_experiment(wanted).tags["mlflow.sharedViewState.results"]
 
 
 def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

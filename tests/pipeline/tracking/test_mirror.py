@@ -57,7 +57,7 @@ def test_mlflow_shows_what_the_folders_say(chain: Path, store: Store) -> None:
     system = {"system/cpu_utilization_percentage": [(0, 50.0), (1, 51.0)]}
     assert logged == {key: sorted(values) for key, values in read_history(chain / "phase1").items()} | system
     assert {*record.files, "record.json", "images.json"} <= set(run["artifacts"])
-    pictures = [path for path in run["artifacts"] if path.startswith("images/reconstructions~")]
+    pictures = [path for path in run["artifacts"] if path.startswith("images/coded~")]
     assert [Path(path).suffix for path in pictures] == [".webp", ".png"]
     assert run["data"] == sorted((i.name, i.digest[:36]) for i in (record.train_images, record.val_images))
     assert found[CHAIN]["artifacts"] == ["stages.json"]
