@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
 from pipeline.common.folder_lock import alone_at, is_held
 from pipeline.records import metrics
@@ -220,8 +221,8 @@ def check_of(runs: Path) -> Callable[[ChainRecord, StoredStage], list[str]]:
             return [f"{store.database}: no such file; `hpcm sync` makes it"]
         try:
             return [f"MLflow: {line}" for line in differences(store, chain, stage)]
-        except Exception as error:  # MLflow passes on the errors of its backends.
-            return [f"{store.shown}: cannot be read: {brief(error)}"]
+        except UserError as error:
+            return [str(error)]
 
     return check
 

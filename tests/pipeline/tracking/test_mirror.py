@@ -77,6 +77,7 @@ def test_a_server_gets_the_same_and_keeps_it(chain: Path, store: Store, server: 
         Mirror(other).chain(chain, working=False)
         assert shown(other) == shown(store)
     assert differences(other, read_chain(chain), read_chain(chain).published["phase1"]) == []
+    assert repeated(other) == 1
 
 
 def test_mirrors_that_are_killed_between_any_two_calls_leave_nothing_twice(
@@ -142,14 +143,18 @@ def test_what_a_store_accepts_and_loses_is_sent_by_the_next_mirror(
     assert shown(fresh) == shown(store)
 
 
-def test_a_store_ignores_a_metric_that_it_has(fresh: Store, server: Server) -> None:
-    for store in (fresh, Store(server.uri)):
-        client = store.client()
-        run = client.create_run(experiment_id(client)).info.run_id
-        values = {"loss": 0.5, "nan": float("nan"), "high": float("inf"), "low": float("-inf")}
-        for _ in range(3):
-            client.log_batch(run, metrics=[Metric(key, value, 1000, 7) for key, value in values.items()])
-        assert {key: len(client.get_metric_history(run, key)) for key in values} == dict.fromkeys(values, 1)
+def test_a_store_ignores_a_metric_that_it_has(fresh: Store) -> None:
+    assert repeated(fresh) == 1
+
+
+def repeated(store: Store) -> int:
+    """How often a store keeps metrics that are sent three times."""
+    client = store.client()
+    run = client.create_run(experiment_id(client)).info.run_id
+    values = {"loss": 0.5, "nan": float("nan"), "high": float("inf"), "low": float("-inf")}
+    for _ in range(3):
+        client.log_batch(run, metrics=[Metric(key, value, 1000, 7) for key, value in values.items()])
+    return max(len(client.get_metric_history(run, key)) for key in values)
 
 
 def test_only_lines_that_no_resume_cuts_are_sent(chain: Path, tmp_path: Path, fresh: Store) -> None:
