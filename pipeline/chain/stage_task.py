@@ -1,13 +1,12 @@
 """A stage's settings, folders, parent and input digests."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pipeline.common.files import FileError
+from pipeline.common.files import FileError, file_digest
 from pipeline.data.images import Photos, check_folder, find_images
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import Misfit, YamlNode, dotted
@@ -112,8 +111,7 @@ class StageTask:
         path = self.imported or self.start
         assert path is not None
         check_file(path)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
 
 
 def record_in(folder: Path) -> StageRecord | None:

@@ -53,7 +53,7 @@ def ui(
 def address(store: Store, server: str) -> str:
     """Address of the page that lists the runs, on the server at `server`, with a column for each result."""
     client = store.client()
-    with store.told():
+    with store.errors_as_its_own():
         found = experiment(client)
         if found.tags.get(VIEW) != COLUMNS:
             client.set_experiment_tag(found.experiment_id, VIEW, COLUMNS)

@@ -59,13 +59,13 @@ class CodecComparison:
 class CodecComparer:
     """Codes the same images with our codecs and with Pillow's. The images and Pillow's files stay in memory."""
 
-    def __init__(self, images: Sequence[NamedImage], against: Sequence[PillowCodec], told: Callable[[str], None]):
-        self.images, self.told = images, told
+    def __init__(self, images: Sequence[NamedImage], against: Sequence[PillowCodec], note: Callable[[str], None]):
+        self.images, self.note = images, note
         self.files = {codec.title: [PillowFiles(codec, named) for named in images] for codec in against}
 
     def point(self, name: str, codec: ImageCodec) -> OperatingPoint:
         """Code all images with one of our codecs, then with the others at the sizes of its files."""
-        self.told(f"{name}: {len(self.images)} images")
+        self.note(f"{name}: {len(self.images)} images")
         ours, sizes = zip(*(_coded(codec, named) for named in self.images), strict=True)
         others = [
             Measured(title, mean_quality([f.measure(f.nearest(size)) for f, size in zip(files, sizes, strict=True)]))
@@ -82,7 +82,7 @@ class CodecComparer:
         return CodecComparison(len(self.images), tuple(ordered), kept)
 
     def _curve(self, title: str, files: Sequence[PillowFiles]) -> list[Quality]:
-        self.told(f"{title}: {len(SWEPT)} qualities")
+        self.note(f"{title}: {len(SWEPT)} qualities")
         return [mean_quality([file.measure(quality) for file in files]) for quality in SWEPT]
 
 

@@ -158,7 +158,8 @@ class Mirror:
         what cannot be mirrored, after everything else was.
         """
         problems: list[str] = []
-        with alone_at(folder / "mirror.lock"), self.store.told():  # Two mirrors would each create the runs.
+        # The lock is for two mirrors at once, which would each create the runs.
+        with alone_at(folder / "mirror.lock"), self.store.errors_as_its_own():
             chain = read_chain(folder, problems)
             if chain.stages and self._mirrored.get(chain.facts.key) != (chain, working):
                 self._bring(chain_view(chain, working))
@@ -203,7 +204,7 @@ class Mirror:
 
 def differences(store: Store, chain: ChainRecord, stage: StoredStage) -> list[str]:
     """What MLflow lacks of a stage, or shows differently; empty if it agrees with the stage's folder."""
-    with store.told():
+    with store.errors_as_its_own():
         client = store.client()
         run_id = find_run(client, stage.record.key)
         if run_id is None:

@@ -83,7 +83,7 @@ class Store:
         return str(self.database) if self.database else without_password(self.uri)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def errors_as_its_own(self) -> Iterator[None]:
         """Raise StoreError, without passwords, for whatever MLflow raises in the context."""
         try:
             yield
@@ -101,7 +101,7 @@ class Store:
             os.environ.setdefault(name, value)
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        with self.told():
+        with self.errors_as_its_own():
             if self.database is not None:
                 make_database(self.database)
             client = MlflowClient(tracking_uri=self.uri)

@@ -32,7 +32,7 @@ def test_the_quality_with_the_nearest_size_is_found(size: int, quality: int) -> 
     assert len(set(asked)) <= 9
 
 
-def test_codecs_are_named_and_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codecs_and_missing_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [codec.title for codec in codecs_named("jpeg")] == ["JPEG"]
     with pytest.raises(UserError, match="there is no codec 'jpg'; expected some of jpeg,webp,avif"):
         codecs_named("jpg,webp")
