@@ -1,14 +1,13 @@
 """The codec's networks: sizes, batches, modes, gradients, presets and configurations."""
 
-import itertools
 import json
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modules import HPCM, HPCM_Phase4, HPCMConfig, Noise, preset_config
-from modules.context.attention import CrossAttentionCell, NoAttentionKind
+from modules import HPCM, HPCM_Phase4, HPCMConfig, preset_config
+from modules.context.attention import NoAttentionKind
 from modules.context.rwkv_kinds import RWKVContextKind
 
 PHASES = range(5)
@@ -35,12 +34,6 @@ def test_images_of_a_batch_are_independent(codecs: list[HPCM], phase: int) -> No
 
 
 @torch.no_grad()
-def test_memory_layout_of_images_does_not_matter(codecs: list[HPCM], picture: Tensor) -> None:
-    plain, channels_last = picture.contiguous(), picture.to(memory_format=torch.channels_last)
-    assert torch.equal(codecs[4](plain)["x_hat"], codecs[4](channels_last)["x_hat"])
-
-
-@torch.no_grad()
 def test_the_argument_training_overrides_the_mode(codecs: list[HPCM], picture: Tensor) -> None:
     model = HPCM(codecs[0].config).eval()
     still, again, noisy = model(picture), model(picture), model(picture, training=True)
@@ -52,14 +45,6 @@ def test_the_argument_training_overrides_the_mode(codecs: list[HPCM], picture: T
     assert not torch.equal(likelihood[0], likelihood[2])
     assert not torch.equal(likelihood[2], likelihood[3])
     torch.testing.assert_close(still["x_hat"], noisy["x_hat"])
-
-
-@torch.no_grad()
-def test_given_noise_determines_the_likelihoods(codecs: list[HPCM], picture: Tensor) -> None:
-    noise = Noise(*(torch.rand(1, *shape) - 0.5 for shape in codecs[2].latent_shapes(256, 256)))
-    first, second = (codecs[2](picture, training=True, noise=noise)["likelihoods"] for _ in range(2))
-    assert torch.equal(first["y"], second["y"])
-    assert torch.equal(first["z"], second["z"])
 
 
 def modules_with_gradients(model: HPCM, loss: Tensor) -> set[str]:
@@ -79,44 +64,9 @@ def test_distortion_trains_the_transforms_and_rate_all_but_the_synthesis(codecs:
     assert modules_with_gradients(model, rate) == everything - {"g_s"}
 
 
-def test_components_run_in_their_order(picture: Tensor, codecs: list[HPCM]) -> None:
-    model, order, attended = HPCM(codecs[0].config).eval(), [], []
-    for scale in (1, 2, 3):
-        for index, adaptor in enumerate(getattr(model, f"y_spatial_prior_adaptor_list_s{scale}")):
-            adaptor.register_forward_hook(lambda *_, at=(scale, index): order.append(at))
-        getattr(model, f"attn_s{scale}").register_forward_hook(lambda *_, scale=scale: attended.append(scale))
-    number = {id(q): index for index, q in enumerate(model.adaptive_params_list)}
-    for prior in (model.y_spatial_prior_s1_s2, model.y_spatial_prior_s3):
-        prior.register_forward_pre_hook(lambda _, inputs: order.append(number[id(inputs[1])]))
-    with torch.no_grad():
-        model(picture)
-    adaptors = [(1, 0), (2, 2), (2, 0), (2, 1), (3, 5), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4)]
-    assert order == list(itertools.chain.from_iterable(zip(adaptors, range(10), strict=True)))
-    assert attended == [1, 2, 2, 2, 3, 3, 3, 3, 3]  # No step needs the context after the last.
-
-
-def test_cross_attention_matches_its_formula() -> None:
-    cell = CrossAttentionCell(12, heads=3, window=4).double()
-    x, h = torch.randn(2, 2, 12, 8, 12, dtype=torch.float64)
-    q, k, v = cell.conv_q(x), cell.conv_k(h), cell.conv_v(h)
-    expected = torch.empty_like(x)
-    for i, j, head in itertools.product(range(0, 8, 4), range(0, 12, 4), range(3)):
-        tile = (slice(None), slice(4 * head, 4 * head + 4), slice(i, i + 4), slice(j, j + 4))
-        tq, tk, tv = (t[tile].flatten(2) for t in (q, k, v))
-        weights = torch.softmax(tq.transpose(1, 2) @ tk / 2, dim=-1)
-        expected[tile] = (tv @ weights.transpose(1, 2)).unflatten(2, (4, 4))
-    torch.testing.assert_close(cell(x, h), expected + cell.conv_out(x))
-
-
 def test_padding_follows_the_attention_windows() -> None:
     factors = [HPCM.on_meta(preset_config("base", phase)).downsampling_factor for phase in PHASES]
     assert factors == [256, 256, 128, 128, 128]
-
-
-def test_phi_context_has_no_attention() -> None:
-    model = HPCM(preset_config("phi-context", M=32, N=16, widths=(8, 8, 8)))
-    assert not any(name.startswith("attn") for name in model.state_dict())
-    assert model(torch.rand(1, 3, 128, 128))["x_hat"].shape == (1, 3, 128, 128)
 
 
 def test_named_constructors_take_overrides() -> None:

@@ -72,8 +72,3 @@ def test_a_package_that_fails_says_so_each_time(package: Path) -> None:
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="a_package_that_nobody_has"):
             _ = module.anything
-
-
-def test_a_missing_package_is_missing() -> None:
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_nobody_has"):
-        import_on_demand("a_package_that_nobody_has")

@@ -54,15 +54,6 @@ def numbered() -> Tensor:
     return torch.arange(16 * 16 * 24, dtype=torch.float64).view(1, 16, 16, 24)
 
 
-def test_grids_are_polyphase_components(numbered: Tensor) -> None:
-    s1, s2, s3 = hierarchy(16, 24, CPU).scales
-    rows = to_rows(numbered, 2)
-    s2_grid = rows.index_select(1, s3.coarser)
-    assert torch.equal(from_rows(s2_grid, 8, 12), s2_of(numbered))
-    assert torch.equal(from_rows(s2_grid.index_select(1, s2.coarser), 4, 6), s1_of(s2_of(numbered)))
-    assert len(s1.coarser) == 0
-
-
 @pytest.mark.parametrize("scale", [0, 1, 2])
 def test_steps_code_the_positions_of_their_masks(scale: int, numbered: Tensor) -> None:
     plan = hierarchy(16, 24, CPU).scales[scale]
@@ -82,17 +73,6 @@ def test_every_row_is_coded_once() -> None:
     coded = torch.cat([step.rows for scale in plan.scales for step in scale.steps])
     assert torch.equal(coded.sort().values, torch.arange(16 * 24 * EIGHTHS))
     assert torch.equal(coded[plan.restore], torch.arange(16 * 24 * EIGHTHS))
-
-
-def test_hyper_prior_keeps_its_place_on_s3() -> None:
-    plan, hyper = hierarchy(16, 24, CPU).scales[2], torch.randn(1, 32, 16, 24)
-    coded = to_rows(torch.zeros(1, 32, 8, 12), 2)
-    context = from_rows(torch.cat((coded, to_rows(hyper, 2)), 1).index_select(1, plan.context), 16, 24)
-    for half, source in zip(context.chunk(2, 1), hyper.chunk(2, 1), strict=True):
-        expected = source.clone()
-        for group, (r, c) in enumerate(OFFSETS):
-            expected[:, 2 * group : 2 * group + 2, r::2, c::2] = 0
-        assert torch.equal(half, expected)
 
 
 def test_hyper_prior_has_the_official_order_on_s2() -> None:

@@ -30,7 +30,7 @@ def codec() -> ImageCodec:
 def image() -> Tensor:
     from formula import image
 
-    return torch.from_numpy(image("portable", 120, 200))
+    return torch.from_numpy(image("portable", 120, 100))
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def test_configurations_of_one_process_read_and_write_the_same_symbols(
     try:
         torch.set_num_threads(CONFIGURATIONS[name].threads)
         CONFIGURATIONS[name].prepare(other)
-        decoded = other.decompress([[coded.y], [coded.z]], (120, 200))
+        decoded = other.decompress([[coded.y], [coded.z]], (120, 100))
         written = other.compress(image.to(other.means_hyper.dtype))
     finally:
         torch.set_num_threads(threads)

@@ -25,8 +25,6 @@ from modules.layers.rwkv import (
     RWKVConvBlock,
     SpatialMix,
     TokenLinear,
-    _image,
-    _tokens,
 )
 
 CHANNELS = 16
@@ -183,10 +181,3 @@ def test_components_that_start_as_the_identity_reduce_to_their_last_1x1() -> Non
     prior, (x, q) = built("prior s3")
     prior.start_as_identity()
     torch.testing.assert_close(prior(x, q), prior.branch_2[-1](x * q))
-
-
-def test_tokens_are_a_view_of_a_channels_last_image() -> None:
-    x = torch.randn(2, CHANNELS, 6, 10).to(memory_format=torch.channels_last)
-    assert _tokens(x).data_ptr() == x.data_ptr()
-    assert _image(_tokens(x), x).data_ptr() == x.data_ptr()
-    assert torch.equal(_image(_tokens(x), x), x)
