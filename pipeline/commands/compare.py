@@ -9,7 +9,7 @@ import typer
 
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
-from pipeline.commands.options import AsJson, Device, Quiet, Runs, Settings
+from pipeline.commands.options import RECIPE, AsJson, Device, Quiet, Runs, Settings
 from pipeline.common.figure_style import save
 from pipeline.evidence import comparison, contenders
 from pipeline.evidence.contenders import Contender
@@ -20,19 +20,14 @@ from pipeline.recipes.loading import load_recipe
 class CodecChoice:
     """The codecs to compare."""
 
+    PANEL = RECIPE
+
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(help="Published codecs; each is compared with the first [default: --recipe]."),
     ] = None
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "--preset",
-            help="Compare the stages of this recipe, untrained [default: tiny].",
-            rich_help_panel="Recipe and images",
-        ),
-    ] = None
+    recipe: Annotated[str | None, typer.Option("--recipe", "--preset")] = None
+    """Compare the stages of this recipe, untrained [default: tiny]."""
     settings: Settings = None
 
     def contenders(self) -> tuple[str, list[Contender]]:
@@ -50,16 +45,14 @@ class MeasurementOptions:
     """What is measured, and where."""
 
     device: Device = "cpu"
-    size: Annotated[
-        list[str] | None,
-        typer.Option(help="Image size for coding, HEIGHTxWIDTH; repeatable [default: 256x256 512x768 1024x1536]."),
-    ] = None
-    train_size: Annotated[
-        list[str] | None,
-        typer.Option(help="Image size for training steps of one image; repeatable [default: 256x256 512x768]."),
-    ] = None
-    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements; the median is shown.")] = 3
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too, in fresh processes.")] = True
+    size: list[str] | None = None
+    """Image size for coding, HEIGHTxWIDTH; repeatable [default: 256x256 512x768 1024x1536]."""
+    train_size: list[str] | None = None
+    """Image size for training steps of one image; repeatable [default: 256x256 512x768]."""
+    rounds: Annotated[int, typer.Option(min=1)] = 3
+    """Number of measurements; the median is shown."""
+    memory: bool = True
+    """Measure peak memory too, in fresh processes."""
 
     def plan(self) -> comparison.Plan:
         """The measurements. Raises BadParameter."""

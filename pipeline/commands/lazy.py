@@ -1,19 +1,25 @@
 """Commands whose modules are imported when they are called, so that the command line answers at once.
 
 The function of the command `rd-curve` is `rd_curve` in `pipeline/commands/rd_curve.py`. Its parameters may be
-dataclasses: each of their fields is an option. So commands share options, and pass them on as one value.
+dataclasses: each of their fields is an option, and the docstring below the field is its help. So commands share
+options, and pass them on as one value.
 """
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from importlib import import_module
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature, getsource, signature
+from itertools import pairwise
 from keyword import iskeyword
-from typing import Any, Literal
+from textwrap import dedent
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
+from typer.models import ParameterInfo
 
 MARKUP: Literal["markdown"] = "markdown"
 """The markup of help texts."""
@@ -40,7 +46,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         option.replace(kind=Parameter.KEYWORD_ONLY)
         for name, parameter in parameters.items()
-        for option in (signature(groups[name]).parameters.values() if name in groups else [parameter])
+        for option in (_options(groups[name]) if name in groups else [parameter])
     ]
 
     @wraps(command)
@@ -52,6 +58,29 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     flat.__signature__ = Signature(options)  # type: ignore[attr-defined]
     flat.__annotations__ = {option.name: option.annotation for option in options}
     return flat
+
+
+def _options(group: Any) -> Iterator[Parameter]:
+    """The fields of a dataclass as options, in the panel `PANEL` of the class. A switch that is off has no `--no-`."""
+    helps = {name: text for kind in reversed(group.__mro__) if is_dataclass(kind) for name, text in _docstrings(kind)}
+    for name, parameter in signature(group).parameters.items():
+        others = getattr(parameter.annotation, "__metadata__", ())
+        form = parameter.annotation.__origin__ if others else parameter.annotation
+        given = next((info for info in others if isinstance(info, ParameterInfo)), None)
+        if given is None or not given.help:
+            names = [f"--{name.replace('_', '-')}"] if form is bool and parameter.default is False else []
+            info = copy(given) if given else typer.Option(*names)
+            info.help, info.rich_help_panel = helps[name], getattr(group, "PANEL", None)
+            parameter = parameter.replace(annotation=Annotated[form, info])
+        yield parameter
+
+
+def _docstrings(group: Any) -> Iterator[tuple[str, str]]:
+    """The names of the fields that a class defines, and the docstrings below them, each in one line."""
+    (definition,) = ast.parse(dedent(getsource(group))).body
+    for field, text in pairwise(definition.body):  # type: ignore[attr-defined]
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            yield field.target.id, " ".join(ast.literal_eval(text.value).split())
 
 
 def imported_when_called(place: str) -> Callable[..., Any]:

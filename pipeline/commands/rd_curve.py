@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pipeline.chain.lambda_sweep import LMBDAS, StartingPoint, Sweep
-from pipeline.commands.chain_options import RECIPE, MeasureOptions, RecipeOptions, RunOptions
+from pipeline.commands.chain_options import MeasureOptions, RecipeOptions, RunOptions
 from pipeline.commands.display import IS_FIRST_PROCESS, console, show
 from pipeline.commands.lazy import imported_when_called
 
@@ -19,32 +19,14 @@ draw_curves = imported_when_called("pipeline.commands.curves:draw_curves")
 class SweepOptions(RecipeOptions):
     """The λ and seeds of a sweep, and where its chains start."""
 
-    lmbda: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="λ to train at; repeatable [default: the six λ of the official codecs].", rich_help_panel=RECIPE
-        ),
-    ] = None
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Seed of all stages; repeatable, to train several chains per λ.", rich_help_panel=RECIPE),
-    ] = None
-    start_from: Annotated[
-        float | None,
-        typer.Option(
-            "--from",
-            help="Train the first stage at this λ, and start it at the other λ from that result.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = None
-    from_settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--from-set",
-            help="Like --set, for stages that --from starts, as in `baseline.ema=0.9`; repeatable.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = None
+    lmbda: list[float] | None = None
+    """λ to train at; repeatable [default: the six λ of the official codecs]."""
+    seed: list[int] | None = None
+    """Seed of all stages; repeatable, to train several chains per λ."""
+    start_from: Annotated[float | None, typer.Option("--from")] = None
+    """Train the first stage at this λ, and start it at the other λ from that result."""
+    from_settings: Annotated[list[str] | None, typer.Option("--from-set")] = None
+    """Like --set, for stages that --from starts, as in `baseline.ema=0.9`; repeatable."""
 
     def sweep(self, targets: list[str]) -> Sweep:
         """The sweep to these stages. Raises BadParameter."""

@@ -14,7 +14,7 @@ from pipeline.commands.display import IS_FIRST_PROCESS, console
 from pipeline.commands.progress import ProgressWatcher
 from pipeline.common.processes import ProcessGroup, start_accelerator
 from pipeline.common.timing import machine
-from pipeline.tracking.live import LiveMirror
+from pipeline.tracking.live import live_mirror
 from pipeline.tracking.store import Store
 from pipeline.tracking.system_metrics import sampling
 from pipeline.training.watcher import Watcher
@@ -30,7 +30,7 @@ def run_planned(
         console.print(f"{_images(chain)}; on {machine(str(accelerator.device))}", soft_wrap=True)
         watching = ProgressWatcher(steps_left(plan), verbose)
     with ProcessGroup(accelerator) as processes, watching as watcher:
-        mirror = partial(LiveMirror, Store.default(chain.runs), watcher.note)
+        mirror = partial(live_mirror, Store.default(chain.runs), watcher.note)
         run_chain(chain, plan, RunContext(processes, watcher, accept_anyway, rebuild, mirror, sampling))
 
 
