@@ -74,27 +74,18 @@ def solve_part(weight: Tensor, bias: Tensor, moments: Moments, index: Tensor) ->
     """The layer that best approximates weight · x + bias from only the inputs `index` (k,)."""
     weight, bias = weight.double(), bias.double()
     covariance, mean = moments.covariance, moments.mean
-    cross = weight @ covariance[:, index]
-    part = _ridge(covariance[index][:, index], cross)
+    own, cross = covariance[index][:, index], weight @ covariance[:, index]
+    ridge = RIDGE * float(own.diagonal().mean()) + 1e-30
+    part = torch.linalg.solve(own + ridge * torch.eye(len(own), dtype=torch.float64), cross.T).T
     total = float((weight @ covariance * weight).sum())
-    missed = total - 2 * float((part * cross).sum()) + float((part @ covariance[index][:, index] * part).sum())
+    missed = total - 2 * float((part * cross).sum()) + float((part @ own * part).sum())
     return Solution(part, bias + weight @ mean - part @ mean[index], max(0.0, missed) / max(total, 1e-30))
 
 
 def solve_fit(moments: Moments, inputs: int) -> Solution:
     """The layer that predicts the rest of the vectors from their first `inputs` entries."""
-    covariance, mean = moments.covariance, moments.mean
-    own, cross = covariance[:inputs, :inputs], covariance[inputs:, :inputs]
-    weight = _ridge(own, cross)
-    total = float(covariance[inputs:, inputs:].diagonal().sum())
-    missed = total - 2 * float((weight * cross).sum()) + float((weight @ own * weight).sum())
-    return Solution(weight, mean[inputs:] - weight @ mean[:inputs], max(0.0, missed) / max(total, 1e-30))
-
-
-def _ridge(covariance: Tensor, cross: Tensor) -> Tensor:
-    """cross · (covariance + ridge)⁻¹, (out, k)."""
-    ridge = RIDGE * float(covariance.diagonal().mean()) + 1e-30
-    return torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), dtype=torch.float64), cross.T).T
+    rest = torch.eye(len(moments.sum), dtype=torch.float64)[inputs:]
+    return solve_part(rest, torch.zeros(len(rest)), moments, torch.arange(inputs))
 
 
 def rows_of(x: Tensor, layer: LinearLayer) -> Tensor:

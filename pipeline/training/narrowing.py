@@ -5,9 +5,10 @@ inner channels, and its last linear layer is solved again for the output of the 
 order of computation. Each is solved on the outputs of the modules narrowed before it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def narrow(parent: HPCM, child: HPCM, pairs: Mapping[str, str], crops: Crops) ->
         child.set_submodule(path, parent.get_submodule(source))
     sites = []
     try:
-        for path in _order_of_calls(child, list(pairs), crops):
+        for path in _order_of_calls(child, pairs, crops):
             wide, narrower = child.get_submodule(path), narrow_forms[path]
             assert isinstance(wide, Narrowable)
             assert isinstance(narrower, Narrowable)
@@ -103,7 +104,8 @@ def fit(parent: HPCM, child: HPCM, crops: Crops) -> list[Site]:
         if layer is not None and any(True for _ in parent.get_submodule(name).parameters()):
             solution = _fitted(parent, name, component, layer, crops)
             set_layer(layer, solution)
-            sites.append(Site(f"{name}.{_path_in(component, layer)}", name, solution.error))
+            path = next(path for path, module in component.named_modules() if module is layer)
+            sites.append(Site(f"{name}.{path}", name, solution.error))
     return sites
 
 
@@ -116,41 +118,32 @@ def _fitted(parent: HPCM, name: str, component: nn.Module, layer: LinearLayer, c
         component(*given)
         moments.add(torch.cat((rows_of(read.pop(), layer), target.movedim(1, -1).flatten(0, -2)), dim=1))
 
-    hook = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
-    try:
-        _watch(parent, parent.get_submodule(name), take, crops)
-    finally:
-        hook.remove()
+    predecessor = parent.get_submodule(name)
+    with (
+        layer.register_forward_pre_hook(lambda module, given: read.append(given[0])),
+        predecessor.register_forward_hook(take),
+    ):
+        _run(parent, crops)
     return solve_fit(moments, inputs)
 
 
 def _moments(model: HPCM, layer: LinearLayer, crops: Crops) -> Moments:
     """Moments of a layer's inputs over all its calls."""
     moments = Moments(layer.weight.shape[1])
-    _watch(model, layer, lambda module, given, output: moments.add(rows_of(given[0], layer)), crops)
+    with layer.register_forward_hook(lambda module, given, output: moments.add(rows_of(given[0], layer))):
+        _run(model, crops)
     return moments
 
 
-def _order_of_calls(model: HPCM, paths: list[str], crops: Crops) -> list[str]:
+def _order_of_calls(model: HPCM, paths: Iterable[str], crops: Crops) -> list[str]:
     """The modules in order of their first call."""
     order: dict[str, None] = {}
-    handles = [
-        model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.setdefault(path)) for path in paths
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path in paths:
+            note = partial(lambda path, *_: order.setdefault(path), path)
+            hooks.enter_context(model.get_submodule(path).register_forward_hook(note))
         _run(model, crops[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(order)
-
-
-def _watch(model: HPCM, module: nn.Module, see: Callable[[nn.Module, Any, Any], None], crops: Crops) -> None:
-    handle = module.register_forward_hook(see)
-    try:
-        _run(model, crops)
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -170,7 +163,3 @@ def _narrowable_around(model: nn.Module, name: str) -> str | None:
 def _inner(module: nn.Module) -> int:
     assert isinstance(module, Narrowable)
     return int(module.last_linear.weight.shape[1])
-
-
-def _path_in(component: nn.Module, layer: nn.Module) -> str:
-    return next(path for path, module in component.named_modules() if module is layer)

@@ -6,14 +6,14 @@ process with B samples. It is a module, so DDP and torch.compile can wrap the wh
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from modules import HPCM, Noise
 from pipeline.evaluation.metrics import metric_named
@@ -147,19 +147,11 @@ class Align(Objective):
 def recorded_calls(model: HPCM, components: Sequence[str]) -> Iterator[dict[str, list[tuple[Any, Tensor]]]]:
     """Within the context, record inputs and output of every call of these components."""
     sites: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
-
-    def watch(name: str) -> RemovableHandle:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            sites[name].append((inputs, output))
-
-        return model.get_submodule(name).register_forward_hook(record)
-
-    handles = [watch(name) for name in components]
-    try:
+    with ExitStack() as hooks:
+        for name in components:
+            record = partial(lambda name, module, inputs, output: sites[name].append((inputs, output)), name)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(record))
         yield sites
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Handover:
@@ -169,21 +161,15 @@ class Handover:
     """
 
     def __init__(self, child: HPCM, parent: HPCM, components: Sequence[str]):
-        device = child.means_hyper.device
-        self.share = torch.zeros((), device=device)
+        self.share = torch.zeros((), device=child.means_hyper.device)
         """a, from 0 (only the parent) to 1 (only the child)."""
-        self._handles = [
-            child.get_submodule(name).register_forward_hook(self._blend(parent.get_submodule(name)))
-            for name in components
-        ]
+        self._handles = []
+        for name in components:
+            blend = partial(self._blend, parent.get_submodule(name).requires_grad_(False))
+            self._handles.append(child.get_submodule(name).register_forward_hook(blend))
 
-    def _blend(self, predecessor: nn.Module) -> Any:
-        predecessor.requires_grad_(False)
-
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return (1 - self.share) * predecessor(*inputs) + self.share * output
-
-        return hook
+    def _blend(self, predecessor: nn.Module, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return (1 - self.share) * predecessor(*inputs) + self.share * output
 
     def end(self) -> None:
         """Remove the parent's components from the outputs."""
