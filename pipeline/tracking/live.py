@@ -1,10 +1,9 @@
 """Mirrors a chain to MLflow while it runs, so that MLflow's charts are live. Training never waits for it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pipeline.common.errors import Interrupted, UserError
 from pipeline.tracking.mirror import Mirror
@@ -16,48 +15,42 @@ PATIENCE, PATIENCE_INTERRUPTED = 30.0, 10.0
 """Seconds that the end of a run waits for its last mirror; after a signal, less."""
 
 
-class LiveMirror:
-    """A thread that mirrors a chain's folder every few seconds, and once at the end.
+@contextmanager
+def live_mirror(store: Store, note: Callable[[str], None], folder: Path) -> Iterator[None]:
+    """Mirror a chain's folder in a thread, every few seconds and once at the end.
 
     `note` is called when the store stops answering, and when it answers again.
     """
+    ended, problem = threading.Event(), ""
 
-    def __init__(self, store: Store, note: Callable[[str], None], folder: Path):
-        self.store, self.note, self.folder = store, note, folder
-        self._mirror = Mirror(store)
-        self.tries = 0
-        """How often it has begun to mirror."""
-        self._problem = ""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+    def run() -> None:
+        nonlocal problem
+        mirror = Mirror(store)
+        working = True
+        while working:
+            working = not ended.wait(PAUSE)
+            try:
+                mirror.chain(folder, working)
+            except UserError as error:
+                mirror = Mirror(store)  # It asks again for everything, whatever the store has lost meanwhile.
+                if not problem:
+                    note(f"{error}; the run goes on, and it is tried again")
+                problem = str(error)
+            else:
+                if problem:
+                    note(f"MLflow ({store.shown}) answers again")
+                problem = ""
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join(PATIENCE_INTERRUPTED if isinstance(error, Interrupted | KeyboardInterrupt) else PATIENCE)
-        if self._thread.is_alive() or self._problem:
-            self.note("MLflow does not have all of this run yet; `hpcm sync` sends the rest")
-
-    def _run(self) -> None:
-        while not self._ended.wait(PAUSE):
-            self._bring(working=True)
-        self._bring(working=False)
-
-    def _bring(self, working: bool) -> None:
-        self.tries += 1
-        try:
-            self._mirror.chain(self.folder, working)
-        except UserError as error:
-            self._mirror = Mirror(self.store)  # It asks again for everything, whatever the store has lost meanwhile.
-            if not self._problem:
-                self._problem = str(error)
-                self.note(f"{error}; the run goes on, and it is tried again")
-        else:
-            if self._problem:
-                self._problem = ""
-                self.note(f"MLflow ({self.store.shown}) answers again")
+    thread = threading.Thread(target=run, name="mirror", daemon=True)
+    thread.start()
+    patience = PATIENCE
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        patience = PATIENCE_INTERRUPTED
+        raise
+    finally:
+        ended.set()
+        thread.join(patience)
+        if thread.is_alive() or problem:
+            note("MLflow does not have all of this run yet; `hpcm sync` sends the rest")

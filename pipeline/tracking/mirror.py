@@ -31,20 +31,20 @@ from pipeline.tracking.view import Artifact, RunView, chain_view, stage_view
 class Missing:
     """What a run in the store lacks, compared with its view."""
 
-    parameters: dict[str, str]
-    tags: dict[str, str]
-    data: list[DatasetInput]
+    parameters: list[Param] = field(default_factory=list)
+    tags: list[RunTag] = field(default_factory=list)
+    data: list[DatasetInput] = field(default_factory=list)
     points: list[Metric] = field(default_factory=list)
     artifacts: list[Artifact] = field(default_factory=list)
     status: bool = False
     other: list[str] = field(default_factory=list)
-    """Names of what the store has with another value, which cannot be changed."""
+    """What the store has with another value, which cannot be changed."""
 
     def lines(self) -> list[str]:
         """What is missing or different, in one line each."""
         names = {
-            "parameters": list(self.parameters),
-            "tags": list(self.tags),
+            "parameters": [parameter.key for parameter in self.parameters],
+            "tags": [tag.key for tag in self.tags],
             "data sets": [entry.dataset.name for entry in self.data],
             "metrics": list(dict.fromkeys(point.key for point in self.points)),
             "artifacts": [artifact.path for artifact in self.artifacts],
@@ -63,34 +63,32 @@ class StoredRun:
 
     def missing(self, contents: bool = False) -> Missing:
         """What the run lacks. With `contents`, all artifacts are read, and not only texts."""
-        view, data, info = self.view, self.shown.data, self.shown.info
-        inputs = {entry.dataset.digest for entry in self.shown.inputs.dataset_inputs} if self.shown.inputs else set()
-        found = Missing(
-            {key: value for key, value in view.parameters.items() if key not in data.params},
-            {key: value for key, value in view.tags.items() if data.tags.get(key) != value},
-            [_data_set(*entry) for entry in view.data if entry[0].digest[:DIGITS] not in inputs],
-            status=(info.status, info.end_time if view.ended else None) != (view.status, view.ended),
-        )
+        found, view, data, info = Missing(), self.view, self.shown.data, self.shown.info
         for key, value in view.parameters.items():
-            if data.params.get(key, value) != value:
+            if key not in data.params:
+                found.parameters.append(Param(key, value))
+            elif data.params[key] != value:
                 found.other.append(f"another value of the parameter {key}")
+        found.tags = [RunTag(key, value) for key, value in view.tags.items() if data.tags.get(key) != value]
+        inputs = self.shown.inputs.dataset_inputs if self.shown.inputs else ()
+        known = {entry.dataset.digest for entry in inputs}
+        found.data = [_data_set(*entry) for entry in view.data if entry[0].digest[:DIGITS] not in known]
+        found.status = (info.status, info.end_time if view.ended else None) != (view.status, view.ended)
         self._compare_metrics(found)
-        found.artifacts += self._missing_artifacts(contents)
+        found.artifacts = list(self._missing_artifacts(contents))
         return found
 
     def _compare_metrics(self, found: Missing) -> None:
-        stored: dict[str, dict[tuple[int, int], float]] = {}
+        shown, histories = self.shown.data.metrics, dict[str, dict[tuple[int, int], float]]()
         for point in self.view.points:
-            if point.key not in stored:
-                known = point.key in self.shown.data.metrics
-                history = self.client.get_metric_history(self.run_id, point.key) if known else []
-                stored[point.key] = {(metric.step, metric.timestamp): metric.value for metric in history}
-            value = stored[point.key].get((point.step, point.timestamp))
+            if point.key not in histories:
+                history = self.client.get_metric_history(self.run_id, point.key) if point.key in shown else []
+                histories[point.key] = {(metric.step, metric.timestamp): metric.value for metric in history}
+            value = histories[point.key].get((point.step, point.timestamp))
             if value is None:
                 found.points.append(point)
             elif not _equal(value, point.value):
                 found.other.append(f"another value of {point.key} at step {point.step}")
-        shown = self.shown.data.metrics
         for point in self.view.latest:
             if point.key not in shown or not _equal(shown[point.key], point.value):
                 # The step counts the values that were replaced.
@@ -98,7 +96,7 @@ class StoredRun:
                 found.points.append(Metric(point.key, point.value, point.timestamp, max(steps, default=-1) + 1))
 
     def _missing_artifacts(self, contents: bool) -> Iterator[Artifact]:
-        folders = {_folder(PurePosixPath(artifact.path)) for artifact in self.view.artifacts}
+        folders = {_folder(artifact.path) for artifact in self.view.artifacts}
         there = {file.path for folder in folders for file in self.artifacts.list_artifacts(folder)}
         for artifact in self.view.artifacts:
             read = artifact.text is not None or (contents and not artifact.derived)
@@ -114,10 +112,8 @@ class StoredRun:
 
     def add(self, missing: Missing) -> None:
         """Add what is missing. Raises FileError if the stage's folder lacks files, after the others were sent."""
-        parameters = [Param(*item) for item in missing.parameters.items()]
-        tags = [RunTag(*item) for item in missing.tags.items()]
-        if missing.points or parameters or tags:  # MLflow divides them into requests that a server accepts.
-            self.client.log_batch(self.run_id, missing.points, parameters, tags, synchronous=True)
+        if missing.points or missing.parameters or missing.tags:  # MLflow divides them into requests.
+            self.client.log_batch(self.run_id, missing.points, missing.parameters, missing.tags, synchronous=True)
         if missing.data:
             self.client.log_inputs(self.run_id, datasets=missing.data)
         if missing.status and self.view.ended is not None:
@@ -126,14 +122,14 @@ class StoredRun:
             self.client.update_run(self.run_id, self.view.status)
         problems = []
         for artifact in missing.artifacts:
-            path = PurePosixPath(artifact.path)
             with TemporaryDirectory(prefix="hpcm-") as folder:
+                file = Path(folder, PurePosixPath(artifact.path).name)
                 try:
-                    artifact.write(Path(folder, path.name))
+                    artifact.write(file)
                 except FileError as error:  # The other files are sent.
                     problems.append(str(error))
                 else:
-                    self.artifacts.log_artifact(str(Path(folder, path.name)), _folder(path))
+                    self.artifacts.log_artifact(str(file), _folder(artifact.path))
         if problems:
             raise FileError("; ".join(problems))
 
@@ -143,7 +139,7 @@ class Mirror:
 
     def __init__(self, store: Store):
         self.store = store
-        self._mirrored: dict[str, object] = {}
+        self._mirrored: dict[str, tuple[object, ...]] = {}
         self._lines: dict[str, Mapping[str, int]] = {}
 
     @cached_property
@@ -204,6 +200,8 @@ class Mirror:
 
 def differences(store: Store, chain: ChainRecord, stage: StoredStage) -> list[str]:
     """What MLflow lacks of a stage, or shows differently; empty if it agrees with the stage's folder."""
+    if store.database is not None and not store.database.is_file():
+        return [f"{store.database}: no such file; `hpcm sync` makes it"]
     with store.errors_as_its_own():
         client = store.client()
         run_id = find_run(client, stage.record.key)
@@ -218,8 +216,6 @@ def check_of(runs: Path) -> Callable[[ChainRecord, StoredStage], list[str]]:
     store = Store.default(runs)
 
     def check(chain: ChainRecord, stage: StoredStage) -> list[str]:
-        if store.database is not None and not store.database.is_file():
-            return [f"{store.database}: no such file; `hpcm sync` makes it"]
         try:
             return [f"MLflow: {line}" for line in differences(store, chain, stage)]
         except UserError as error:
@@ -234,8 +230,8 @@ def _data_set(images: DataSet, use: str) -> DatasetInput:
     return DatasetInput(data, [InputTag("mlflow.data.context", use)])
 
 
-def _folder(path: PurePosixPath) -> str | None:
-    return None if path.parent == PurePosixPath() else str(path.parent)
+def _folder(path: str) -> str | None:
+    return path.rpartition("/")[0] or None
 
 
 def _equal(a: float, b: float) -> bool:

@@ -22,14 +22,15 @@ from pipeline.weights.metadata import CheckpointError
 def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint's codec as a model of MLflow's PyTorch flavor, with the checkpoint in it.
 
-    MLflow's flavor is a pickle of the codec; loading it needs this package. `load_registered` reads the checkpoint.
+    MLflow's flavor is a pickle of the codec; loading it needs this package, which is not on an index.
     """
+    needed = [f"{name}=={metadata.version(name)}" for name in ("torch", "compressai", "einops", "safetensors")]
     logger = logging.getLogger("mlflow.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)  # MLflow warns of pickles each time.
     try:
         mlflow.pytorch.save_model(
-            load_codec(checkpoint), folder, pip_requirements=_requirements(), serialization_format="pickle"
+            load_codec(checkpoint), folder, pip_requirements=needed, serialization_format="pickle"
         )
     finally:
         logger.setLevel(level)
@@ -61,8 +62,3 @@ def load_registered(address: str) -> HPCM:
             f"{address}: MLflow has no such codec: {brief(error)}.\n"
             "  MLFLOW_TRACKING_URI names the store; `hpcm ui` shows the models in a folder of runs."
         ) from None  # The error may show a password.
-
-
-def _requirements() -> list[str]:
-    """The installed versions of the packages that the pickled codec needs. This package is not on an index."""
-    return [f"{name}=={metadata.version(name)}" for name in ("torch", "compressai", "einops", "safetensors")]

@@ -19,8 +19,8 @@ from pipeline.records.record import CHECKPOINT, StageRecord
 from pipeline.tracking.mlflow_model import save_mlflow_model
 from pipeline.tracking.store import Store, experiment_id
 
-DIGEST, CONDITIONS, LOSS, STAGE = "hpcm.checkpoint_digest", "hpcm.validation", "hpcm.rd_loss", "hpcm.stage"
-BEST = "best"
+DIGEST, LOSS, CONDITIONS = "hpcm.checkpoint_digest", "hpcm.rd_loss", "hpcm.validation"
+"""Tags of a version. Losses that were measured under equal conditions can be compared."""
 DIGITS = 36
 """Digits of a data set's digest; MLflow refuses longer ones."""
 DESCRIPTION = (
@@ -41,12 +41,9 @@ def register(store: Store, client: MlflowClient, run_id: str, stage: StoredStage
     """
     model = _logged_model(store, client, run_id, stage)
     known, images = {metric.key for metric in model.metrics or ()}, stage.record.val_images
+    data = model.model_id, images.name, images.digest[:DIGITS], run_id
     # With the run's time and step, so that the run does not get them again.
-    fresh = [
-        Metric(m.key, m.value, m.timestamp, m.step, model.model_id, images.name, images.digest[:DIGITS], run_id)
-        for m in final
-        if m.key not in known
-    ]
+    fresh = [Metric(m.key, m.value, m.timestamp, m.step, *data) for m in final if m.key not in known]
     if fresh:
         client.log_batch(run_id, metrics=fresh, synchronous=True)
     outputs = client.get_run(run_id).outputs
@@ -80,49 +77,36 @@ def _version(client: MlflowClient, run_id: str, record: StageRecord, model: Logg
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    for version in _versions(client, name):
+    for version in client.search_model_versions(f"name = '{name}'"):
         if version.run_id == run_id and version.tags.get(DIGEST) == record.digest:
             return version
     # Not `models:/…`, because MLflow looks up such an address in the default store of its process.
     return client.create_model_version(
         name, model.artifact_location, run_id, _tags(record), await_creation_for=0, model_id=model.model_id,
-        description=f"{_loss(record):.4f} R-D loss on {record.val_images.name} ({record.name})",
+        description=f"{record.evaluated.quality.rd_loss:.4f} R-D loss on {record.val_images.name} ({record.name})",
     )  # fmt: skip
 
 
 def _set_aliases(client: MlflowClient, record: StageRecord, version: ModelVersion) -> None:
     """Set the stage's alias to its version, and `best` to the lowest loss under the newest version's conditions."""
     name = registered_name(record)
-    versions = _versions(client, name)
+    versions = list(client.search_model_versions(f"name = '{name}'"))
     newest = max(versions, key=lambda version: int(version.version))
     comparable = [other for other in versions if other.tags.get(CONDITIONS) == newest.tags.get(CONDITIONS)]
     best = min(comparable, key=lambda version: float(version.tags.get(LOSS, "inf")))
     aliases = dict(client.get_registered_model(name).aliases)
-    for alias, wanted in ((record.name, version), (BEST, best)):
+    for alias, wanted in ((record.name, version), ("best", best)):
         # MLflow reserves `latest` and v1, v2, ….
         allowed = re.fullmatch(r"[\w-]+", alias, re.ASCII) and not re.fullmatch(r"(?i)latest|v\d+", alias)
         if allowed and str(aliases.get(alias)) != str(wanted.version):
             client.set_registered_model_alias(name, alias, str(wanted.version))
 
 
-def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    return list(client.search_model_versions(f"name = '{name}'"))
-
-
 def _tags(record: StageRecord) -> dict[str, str]:
     lineage = {f"hpcm.input.{name.replace(' ', '_')}": digest for name, digest in record.lineage.inputs.items()}
+    known = record.lineage.validation
     return {
         **lineage, "hpcm.recipe": record.recipe, "hpcm.lmbda": repr(record.lmbda), "hpcm.seed": str(record.seed),
-        STAGE: record.name, DIGEST: str(record.digest), LOSS: repr(_loss(record)), CONDITIONS: _conditions(record),
+        "hpcm.stage": record.name, DIGEST: str(record.digest), LOSS: repr(record.evaluated.quality.rd_loss),
+        CONDITIONS: f"{known.metric} on {len(known.images)} images of {known.digest[:DIGITS]}" if known else "",
     }  # fmt: skip
-
-
-def _loss(record: StageRecord) -> float:
-    assert record.quality is not None  # a published stage was evaluated
-    return record.quality.rd_loss
-
-
-def _conditions(record: StageRecord) -> str:
-    """What the loss was measured with. Losses with equal conditions can be compared."""
-    found = record.lineage.validation
-    return f"{found.metric} on {len(found.images)} images of {found.digest[:DIGITS]}" if found else ""

@@ -8,11 +8,13 @@ moved or copied, and the database may be a stranger's.
 import logging
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from urllib.parse import quote
 
@@ -24,19 +26,21 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from sqlalchemy.engine import make_url
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import replacing
 from pipeline.common.folder_lock import alone_at
 
 EXPERIMENT = "hpcm"
 DATABASE = "mlflow.db"
 KEY = "hpcm.key"
 """Tag by which a run is found."""
-_ADDRESSES = {
-    "experiments": ["artifact_location"],
-    "runs": ["artifact_uri"],
-    "logged_models": ["artifact_location"],
-    "model_versions": ["source", "storage_location"],
-}
-"""Columns of MLflow's tables with addresses of artifacts."""
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns of MLflow's database with addresses of artifacts."""
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -107,7 +111,7 @@ class Store:
             client = MlflowClient(tracking_uri=self.uri)
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 try:
-                    client.create_experiment(EXPERIMENT, self._artifact_folder.as_uri() if self.runs else None)
+                    client.create_experiment(EXPERIMENT, self._artifacts.as_uri() if self.runs else None)
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":  # Another process was faster.
                         raise
@@ -118,32 +122,32 @@ class Store:
 
     def artifacts(self, client: MlflowClient, run_id: str) -> ArtifactRepository:
         """The repository of a run's artifacts. Raises StoreError if a link lies in its folder."""
-        address = self._own_artifacts(run_id) if self.runs else client.get_run(run_id).info.artifact_uri
-        return get_artifact_repository(address, tracking_uri=self.uri)
+        return self._repository(run_id, "" if self.runs else client.get_run(run_id).info.artifact_uri)
 
     def model_artifacts(self, model: LoggedModel) -> ArtifactRepository:
         """The repository of a LoggedModel's files. Raises StoreError if a link lies in its folder."""
-        address = self._own_artifacts(f"models/{model.model_id}") if self.runs else model.artifact_location
+        return self._repository(f"models/{model.model_id}", model.artifact_location)
+
+    def _repository(self, name: str, address: str) -> ArtifactRepository:
+        """The artifacts of a run or model: in the folder of runs, whatever its database says, or at the address."""
+        if self.runs:
+            if not re.fullmatch("[0-9a-f]{32}|models/m-[0-9a-f]{32}", name):
+                raise StoreError(f"{self.shown}: {name!r} is not an id of MLflow")
+            folder = self._artifacts / name / "artifacts"
+            for place in (self._artifacts, folder.parent, folder, *folder.rglob("*")):
+                if place.is_symlink():
+                    raise StoreError(f"{place}: this is a link, and links are not followed; remove it")
+            address = folder.as_uri()
         return get_artifact_repository(address, tracking_uri=self.uri)
 
-    def _own_artifacts(self, name: str) -> str:
-        """The address of the artifacts of a run or model in the folder of runs, whatever its database says."""
-        if not re.fullmatch("[0-9a-f]{32}|models/m-[0-9a-f]{32}", name):
-            raise StoreError(f"{self.shown}: {name!r} is not an id of MLflow")
-        folder = self._artifact_folder / name / "artifacts"
-        for place in (self._artifact_folder, folder.parent, folder, *folder.rglob("*")):
-            if place.is_symlink():
-                raise StoreError(f"{place}: this is a link, and links are not followed; remove it")
-        return folder.as_uri()
-
     @property
-    def _artifact_folder(self) -> Path:
+    def _artifacts(self) -> Path:
         assert self.runs is not None
         return self.runs / "mlartifacts"
 
     def _point_artifacts_here(self, there: str, database: Path) -> None:
         """Update the addresses of artifacts in a moved or copied database, for MLflow's own web pages."""
-        here = self._artifact_folder.as_uri()
+        here = self._artifacts.as_uri()
         if there == here:
             return
         if not re.match(r"file:.*/mlartifacts$", there):
@@ -153,13 +157,8 @@ class Store:
             )
         # MLflow has no call for this. A read-only database stays as it is.
         with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database)) as connection, connection:
-            for table, columns in _ADDRESSES.items():
-                for column in columns:
-                    connection.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                        (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
-                    )
+            for table, column in _ADDRESSES:
+                connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (there, here))
 
 
 def make_database(path: Path) -> None:
@@ -168,23 +167,17 @@ def make_database(path: Path) -> None:
         return
     # Two processes may start in an empty folder at the same time.
     with alone_at(path.with_name("mlflow.lock")):
-        if path.exists():
-            return
-        # Under another name first: a database that a kill left half made cannot be repaired.
-        partial = path.with_name("mlflow.db.partial")
-        partial.unlink(missing_ok=True)
-        _create_tables(partial)
-        partial.replace(path)
+        if not path.exists():
+            # Elsewhere first: a database that a kill left half made cannot be repaired, and MLflow also makes the
+            # folder that an escaped address seems to name.
+            with TemporaryDirectory(prefix="hpcm-") as folder:
+                _create_tables(Path(folder, path.name))
+                with replacing(path) as partial:
+                    shutil.copyfile(Path(folder, path.name), partial)
 
 
 def _create_tables(path: Path) -> None:
-    address = _sqlite_address(path)
-    MlflowClient(tracking_uri=address).search_experiments()
-    # MLflow also makes a folder named as the escaped address.
-    mistaken = Path(address.removeprefix("sqlite:///")).parent
-    if mistaken != path.parent:
-        with suppress(OSError):
-            mistaken.rmdir()
+    MlflowClient(tracking_uri=_sqlite_address(path)).search_experiments()
 
 
 def _sqlite_address(path: Path) -> str:

@@ -40,27 +40,16 @@ def sampling(folder: Path) -> Iterator[None]:
 
 
 def _sample(folder: Path, ended: threading.Event) -> None:
-    """Write means of the measurements until `ended` is set."""
-    log, monitors = MetricsLog(folder / SYSTEM), _monitors()
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(Exception):  # It raises many types if NVIDIA's library or a GPU is missing.
+        monitors.append(GPUMonitor())
+    log = MetricsLog(folder / SYSTEM)
     log.cut(log.lines)  # A kill may have left half a line.
-    node = settings.MLFLOW_SYSTEM_METRICS_NODE_ID.get()
-    prefix = f"system/{node}/" if node else "system/"
-    while True:
-        for _ in range(settings.MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING.get() or 1):
-            for monitor in monitors:
-                monitor.collect_metrics()
-            if ended.wait(settings.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or SECONDS):
-                return
+    while not ended.wait(settings.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or SECONDS):
         values: dict[str, float] = {}
         for monitor in monitors:
-            values |= {f"{prefix}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.collect_metrics()
+            values |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
         with suppress(FileError):  # The disk is full, which the training itself reports.
             log.append(values, log.lines)
-
-
-def _monitors() -> list[Any]:
-    found = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with suppress(Exception):  # It raises many types if NVIDIA's library or a GPU is missing.
-        found.append(GPUMonitor())
-    return found

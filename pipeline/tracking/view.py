@@ -20,7 +20,7 @@ from pipeline.common.tables import shortest
 from pipeline.data.pictures import read_image
 from pipeline.records import metrics
 from pipeline.records.chains import ChainRecord, StoredStage
-from pipeline.records.record import CHECKPOINT, FILE, DataSet, Source, StageRecord
+from pipeline.records.record import CHECKPOINT, FILE, DataSet, StageRecord
 from pipeline.tracking.descriptions import chain_description, images_table, stage_description, stages_table
 
 LONGEST = 5000
@@ -83,18 +83,15 @@ def stage_view(chain: ChainRecord, stage: StoredStage, working: bool, seen: Mapp
     """
     record = stage.record
     status, ended = _end(chain, stage, working)
-    artifacts = tuple(_artifacts(stage))
-    tags = _tags(chain, record)
+    tags = {**_tags(chain, record), "hpcm.stage": record.name, "mlflow.note.content": stage_description(record)}
     tags |= {f"hpcm.input.{name.replace(' ', '_')}": digest for name, digest in record.lineage.inputs.items()}
-    tags |= {"hpcm.stage": record.name, "mlflow.note.content": stage_description(record)}
     if counts := record.start.tensors:
         tags["hpcm.ledger"] = ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
     if record.start.step0:
         tags["hpcm.step0_loss"] = str(record.start.step0.rd_loss)
     if record.result:
         tags["hpcm.acceptance"] = "; ".join([record.result.verdict, *record.result.reasons])
-        tags["mlflow.loggedArtifacts"] = _tables("images.json")
-        tags["mlflow.loggedImages"] = "True"
+        tags |= {"mlflow.loggedArtifacts": _tables("images.json"), "mlflow.loggedImages": "True"}
     if record.digest:
         checkpoint = (stage.folder / CHECKPOINT).relative_to(chain.folder.parents[1])
         tags |= {"hpcm.checkpoint": readable(str(checkpoint)), "hpcm.checkpoint_digest": record.digest}
@@ -112,7 +109,7 @@ def stage_view(chain: ChainRecord, stage: StoredStage, working: bool, seen: Mapp
         tags={name: _text(value) for name, value in tags.items()},
         data=((record.train_images, "training"), (record.val_images, "validation")),
         points=tuple(_points(stage, seen)),
-        artifacts=artifacts,
+        artifacts=tuple(_artifacts(stage)),
     )
 
 
@@ -120,9 +117,8 @@ def chain_view(chain: ChainRecord, working: bool) -> RunView:
     """The run of a chain, with the results of all published stages."""
     last, published = _last(chain), [stage.record for stage in chain.published.values()]
     status, ended = _end(chain, last, working)
-    tags, artifacts = _tags(chain, last.record), []
+    tags = _tags(chain, last.record)
     if published:
-        artifacts = [Artifact("stages.json", stages_table(published))]
         tags["mlflow.loggedArtifacts"] = _tables("stages.json")
         tags["mlflow.note.content"] = chain_description(chain.recipe, chain.lmbda, published)
     return RunView(
@@ -135,17 +131,16 @@ def chain_view(chain: ChainRecord, working: bool) -> RunView:
         parameters={"recipe": _text(chain.recipe), "lmbda": str(chain.lmbda), "seed": str(chain.seed)},
         tags={name: _text(value) for name, value in tags.items()},
         latest=tuple(_results(published)),
-        artifacts=tuple(artifacts),
+        artifacts=(Artifact("stages.json", stages_table(published)),) if published else (),
     )
 
 
 def _results(published: Sequence[StageRecord]) -> Iterator[Metric]:
     """The results of all stages by name, and those of the newest as the chain's own."""
     newest = max(published, key=lambda record: record.ended or 0, default=None)
-    for record, prefix in [*((record, record.name) for record in published), (newest, "final")]:
-        if record is not None and record.quality is not None:
-            for key, value in record.quality.metrics(prefix).items():
-                yield Metric(key, value, record.ended or record.began, 0)
+    for record, prefix in [*((record, record.name) for record in published), *([(newest, "final")] if newest else [])]:
+        for key, value in record.evaluated.quality.metrics(prefix).items():
+            yield Metric(key, value, record.ended or record.began, 0)
 
 
 def _last(chain: ChainRecord) -> StoredStage:
@@ -200,15 +195,14 @@ def _own(stage: StoredStage, path: Path) -> Path:
 
 
 def _tags(chain: ChainRecord, record: StageRecord) -> dict[str, str]:
+    """Recipe, λ and seed, MLflow's own tags of a run's source, and the versions of the software."""
     tags = {"hpcm.recipe": chain.recipe, "hpcm.lmbda": repr(chain.lmbda), "hpcm.seed": str(chain.seed)}
-    return tags | (_source_tags(record.attempts[-1].source) if record.attempts else {})
-
-
-def _source_tags(source: Source) -> dict[str, str]:
-    """MLflow's own tags of a run's source, and the versions of the software."""
+    if not record.attempts:
+        return tags
+    source = record.attempts[-1].source
     # MLflow's pages show only what follows the last slash of a source's name.
     words = takewhile(lambda word: not word.startswith("-") and "/" not in word, source.command.split())
-    tags = {"mlflow.source.name": " ".join(words), "mlflow.source.type": "LOCAL", "mlflow.user": source.user}
+    tags |= {"mlflow.source.name": " ".join(words), "mlflow.source.type": "LOCAL", "mlflow.user": source.user}
     tags |= {"hpcm.command": source.command, "hpcm.device": source.device}
     if source.commit:
         tags |= {"mlflow.source.git.commit": source.commit, "hpcm.source_changed": str(source.changed).lower()}

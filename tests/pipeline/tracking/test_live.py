@@ -14,7 +14,8 @@ from pages import shown
 from pipeline.common.errors import Interrupted
 from pipeline.records.metrics import SYSTEM, read_reports
 from pipeline.tracking import live
-from pipeline.tracking.live import LiveMirror
+from pipeline.tracking.live import live_mirror
+from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.store import Store
 from pipeline.tracking.system_metrics import sampling
 
@@ -24,6 +25,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "PAUSE", 0.05)
     monkeypatch.setattr(live, "PATIENCE", 60.0)
     monkeypatch.setattr(live, "PATIENCE_INTERRUPTED", 60.0)
+
+
+@pytest.fixture
+def tries(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of the mirrors that were begun."""
+    begun: list[Path] = []
+    chain = Mirror.chain
+    monkeypatch.setattr(
+        Mirror, "chain", lambda mirror, folder, working: (begun.append(folder), chain(mirror, folder, working))
+    )
+    return begun
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -36,17 +48,17 @@ def until(condition: Callable[[], object]) -> None:
 
 def test_everything_is_sent_before_a_run_ends(chain: Path, store: Store, fresh: Store) -> None:
     notes = Notes()
-    with pytest.raises(Interrupted), LiveMirror(fresh, notes.note, chain):
+    with pytest.raises(Interrupted), live_mirror(fresh, notes.note, chain):
         raise Interrupted(15)
     assert notes.lines == []
     assert shown(fresh) == shown(store)
 
 
-def test_a_server_that_is_away_is_told_once(chain: Path) -> None:
+def test_a_server_that_is_away_is_told_once(chain: Path, tries: list[Path]) -> None:
     notes = Notes()
-    with LiveMirror(Store("http://me:s3cret@127.0.0.1:9"), notes.note, chain) as mirror:
+    with live_mirror(Store("http://me:s3cret@127.0.0.1:9"), notes.note, chain):
         until(lambda: notes.lines)
-        until(lambda: mirror.tries > 3)
+        until(lambda: len(tries) > 3)
     told, ended = notes.lines
     assert told.startswith("MLflow (http://***@127.0.0.1:9): ")
     assert "the run goes on" in told
@@ -55,7 +67,7 @@ def test_a_server_that_is_away_is_told_once(chain: Path) -> None:
 
 
 def test_a_server_that_comes_back_gets_everything(
-    chain: Path, store: Store, fresh: Store, monkeypatch: pytest.MonkeyPatch
+    chain: Path, store: Store, fresh: Store, tries: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes, log_batch, away = Notes(), MlflowClient.log_batch, threading.Event()
 
@@ -66,8 +78,8 @@ def test_a_server_that_comes_back_gets_everything(
 
     monkeypatch.setattr(MlflowClient, "log_batch", log)
     away.set()
-    with LiveMirror(fresh, notes.note, chain) as mirror:
-        until(lambda: mirror.tries > 3)
+    with live_mirror(fresh, notes.note, chain):
+        until(lambda: len(tries) > 3)
         away.clear()
         until(lambda: len(notes.lines) == 2)
     assert "ConnectionError: away; the run goes on" in notes.lines[0]
@@ -79,7 +91,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(chain: Path, monkeypatc
     answered, notes = threading.Event(), Notes()
     monkeypatch.setattr(Store, "client", lambda store: answered.wait())
     monkeypatch.setattr(live, "PATIENCE", 0.1)
-    with LiveMirror(Store("http://127.0.0.1:9"), notes.note, chain):
+    with live_mirror(Store("http://127.0.0.1:9"), notes.note, chain):
         pass  # The mirror still waits; the run has ended.
     assert notes.lines == ["MLflow does not have all of this run yet; `hpcm sync` sends the rest"]
     answered.set()
@@ -109,10 +121,10 @@ def nonsense(request: pytest.FixtureRequest) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_server_that_answers_nonsense_is_told_once(nonsense: str, chain: Path) -> None:
+def test_a_server_that_answers_nonsense_is_told_once(nonsense: str, chain: Path, tries: list[Path]) -> None:
     notes = Notes()
-    with LiveMirror(Store(nonsense), notes.note, chain) as mirror:
-        until(lambda: mirror.tries > 2)
+    with live_mirror(Store(nonsense), notes.note, chain):
+        until(lambda: len(tries) > 2)
     assert len(notes.lines) == 2
     assert notes.lines[0].startswith(f"MLflow ({nonsense}): ")
 

@@ -22,7 +22,7 @@ from pipeline.common.files import write_json
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.tracking import live
-from pipeline.tracking.live import LiveMirror
+from pipeline.tracking.live import live_mirror
 from pipeline.tracking.store import Store
 
 USER, PASSWORD = "admin", "a long password"
@@ -131,7 +131,7 @@ def test_every_step_arrives_once_whatever_fails(chain: Path, tmp_path: Path, mon
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         notes, store = Notes(), Store(server.uri)
         chains = [Training(chain, tmp_path / "others" / "mini" / str(number), number) for number in range(3)]
-        mirrors = [LiveMirror(store, notes.note, each.folder) for each in chains]
+        mirrors = [live_mirror(store, notes.note, each.folder) for each in chains]
         for mirror in mirrors:
             mirror.__enter__()
         for part, (break_it, mend_it) in enumerate(
