@@ -16,14 +16,12 @@ from typer.testing import CliRunner
 from modules import preset_config
 from pipeline.commands.main import app
 from pipeline.common.fresh_process import in_fresh_process, within_memory
-from pipeline.evaluation.coding import macs_per_pixel
 from pipeline.evidence import comparison, contenders
 from pipeline.evidence.comparison import Plan, tables
-from pipeline.evidence.contenders import ComparisonError, Contender, photograph
+from pipeline.evidence.contenders import ComparisonError, Contender
 from pipeline.recipes.loading import load_recipe
 from pipeline.records.comparison import Comparison, read_comparisons
-from pipeline.training.trial import Trainer
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec, publish, write
+from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage
 
@@ -85,17 +83,6 @@ def test_a_comparison_reads_back_as_written(measured: Comparison, tmp_path: Path
     assert comparison.new_folder(tmp_path, "mini").name == "mini-3"
 
 
-def test_a_frozen_step_trains_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[set[str]] = []
-
-    def train(self: Trainer, state: object) -> None:
-        trained.append({name.split(".")[0] for name in self.migration.new})
-
-    monkeypatch.setattr(Trainer, "train", train)
-    grown(1)[0].seconds("frozen", (128, 128), "cpu")
-    assert trained == [{"attn_s3"}]
-
-
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     hog = torch.ones(64 * 2**20)  # 256 MiB here, which must not count there
     found = in_fresh_process(grown(0)[0].peak, "coding", (128, 128), "cpu")
@@ -142,13 +129,6 @@ def test_only_a_lack_of_memory_is_passed_over(error: Exception, memory: bool) ->
         assert within_memory(fail) is None
 
 
-def test_a_photograph_of_any_size() -> None:
-    small, large = photograph((64, 96)), photograph((1200, 1700))
-    assert small.shape == (1, 3, 64, 96)
-    assert large.shape == (1, 3, 1200, 1700)
-    assert torch.equal(large[:, :, :64, :96], small)
-
-
 def test_checkpoints_find_their_parents_by_digest(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("other", "parent", "child")]
     for path, phase in zip(paths[:2], (0, 1), strict=True):
@@ -163,21 +143,9 @@ def test_checkpoints_find_their_parents_by_digest(tmp_path: Path) -> None:
         contenders.of_checkpoints([paths[0], paths[0]])
 
 
-def test_a_configuration_of_no_codec_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "odd", codec_tensors(mini_codec(0)), {"config": {"M": "many"}})
-    with pytest.raises(CheckpointError, match="odd: its configuration is not valid"):
-        contenders.of_checkpoints([tmp_path / "odd"])
-
-
 def test_a_codec_like_its_parent_has_no_frozen_step() -> None:
     config = mini_codec(1).config
     assert Contender("control1", config, parent=config).activities == ("coding", "unfrozen")
-
-
-def test_counting_draws_no_weights() -> None:
-    before = torch.get_rng_state()
-    macs_per_pixel(preset_config("tiny", 4))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_recipe_gives_each_codec_once() -> None:
@@ -223,8 +191,6 @@ def test_a_preset_is_the_recipe_of_its_name(runs: Path, monkeypatch: pytest.Monk
         ("--preset=tiny", "baseline.safetensors", "not both"),
         ("--set=seed=1", "baseline.safetensors", "not both"),
         ("--device", "xpu", "give cpu, cuda or cuda:N"),
-        ("--device", "hpu", "give cpu, cuda or cuda:N"),
-        ("--device", "meta", "give cpu, cuda or cuda:N"),
     ],
 )
 def test_what_cannot_be_measured_is_named(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.recipes.loading import RecipeError, load_recipe
 from pipeline.recipes.schema import Stage
-from pipeline.recipes.yaml_source import merge, read_text
+from pipeline.recipes.yaml_source import read_text
 
 COMMON = """\
 model: {preset: tiny}
@@ -84,6 +84,8 @@ def test_set_finds_list_entries_by_number_or_name_and_a_stage_by_name(folder: Pa
     assert [phase.steps for phase in recipe.stages["phase1"].schedule] == [2, 7]
     assert recipe.stages["baseline"].schedule[0].steps == 5
     assert (recipe.stages["baseline"].seed, recipe.stages["phase1"].seed) == (3, 8)
+    # A mapping is replaced as a whole.
+    assert load_recipe(folder, ["transfer.rename={}"]).stages["phase1"].transfer.rename == {}
 
 
 def test_a_chain_has_one_lambda(folder: Path) -> None:
@@ -95,10 +97,6 @@ def test_a_chain_has_one_lambda(folder: Path) -> None:
     (folder / "phase1.yaml").write_text(PHASE1 + "lmbda: 0.05\n")
     assert refusal(folder) == message
     assert load_recipe(folder, ["lmbda=0.05"]).stages["baseline"].lmbda == 0.05
-
-
-def test_an_override_replaces_a_mapping_as_a_whole(folder: Path) -> None:
-    assert load_recipe(folder, ["transfer.rename={}"]).stages["phase1"].transfer.rename == {}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +116,7 @@ MISTAKES = {
     "sedd=3": "sedd: unknown key; did you mean 'seed'?",
     "schedule.0.decay={att: [2], factor: 0.5}": "schedule[0].decay.att: unknown key; did you mean 'at'?",
     "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, accumulate, workers",
+    "data.crop=x": '--set data.crop=x: data.crop: should be a valid integer, not "x"',
     "data.crop=true": "data.crop: should be a valid integer, not true",
     "data.crop=64.0": "data.crop: should be a valid integer",
     "data.crop='64'": 'data.crop: should be a valid integer, not "64"',
@@ -182,23 +181,16 @@ def test_a_mistake_is_reported_with_its_key(folder: Path, override: str, message
     assert message in refusal(folder, override)
 
 
-def test_a_mistake_in_an_override_names_the_override(folder: Path) -> None:
-    assert refusal(folder, "data.crop=x") == '--set data.crop=x: data.crop: should be a valid integer, not "x"'
-
-
 def test_each_mistake_is_reported_with_its_file_and_line(folder: Path) -> None:
     (folder / "common.yaml").write_text(COMMON.replace("crop: 64", "crop: wide"))
-    (folder / "phase1.yaml").write_text(PHASE1.replace("handover", "hand_over").replace("steps: 2", "steps: -2"))
+    phase1 = PHASE1.replace("    steps: 4\n", "").replace("handover", "hand_over").replace("steps: 2", "steps: -2")
+    (folder / "phase1.yaml").write_text(phase1)
     assert refusal(folder).splitlines() == [
         f'{folder}/common.yaml:3: data.crop: should be a valid integer, not "wide"',
         f"{folder}/phase1.yaml:6: schedule[0].steps: should be greater than or equal to 0, not -2",
-        f"{folder}/phase1.yaml:11: schedule[1].hand_over: unknown key; did you mean 'handover'?",
+        f"{folder}/phase1.yaml:7: schedule[1].steps: missing; expected here or in common.yaml",
+        f"{folder}/phase1.yaml:10: schedule[1].hand_over: unknown key; did you mean 'handover'?",
     ]
-
-
-def test_a_missing_key_is_reported_at_its_mapping(folder: Path) -> None:
-    (folder / "phase1.yaml").write_text(PHASE1.replace("    steps: 4\n", "").replace("    handover: 2\n", ""))
-    assert "phase1.yaml:7: schedule[1].steps: missing" in refusal(folder)
 
 
 def test_at_most_ten_mistakes_are_listed(folder: Path) -> None:
@@ -280,14 +272,6 @@ def test_a_recipe_cannot_have_a_reserved_name(name: str, folder: Path) -> None:
     assert f"{name} is a reserved name in the folder of runs" in refusal(taken)
 
 
-def test_stages_are_frozen_and_checked_without_yaml(folder: Path) -> None:
-    stage = load_recipe(folder).stages["phase1"]
-    with pytest.raises(ValidationError, match="frozen"):
-        stage.seed = 4  # type: ignore[misc]
-    with pytest.raises(ValidationError):
-        Stage.model_validate(stage.model_dump() | {"parent": None})
-
-
 @pytest.mark.parametrize("name", ["tiny", "base", "large", "ms-ssim", "evidence"])
 def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
     for stage in load_recipe(name).stages.values():
@@ -307,6 +291,11 @@ def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
         ("model.overrides.hidden_rate=2", False),
         ("data.batch_size=8", False),
         ("lmbda=13e-3", True),
+        ("phase1.schedule.frozen.lr={rwkv: 1.0e-4, new: 1.0e-3}", False),  # the first that matches is taken
+        ("keep=best", False),
+        ("validate_every=2", True),
+        ("data.accumulate=2", True),
+        ("cuda_graph=true", True),
         ("data.workers=4", True),
         ("data.train=photos", True),
         ("log_every=7", True),
@@ -317,22 +306,14 @@ def test_a_resolved_stage_reads_back_as_itself(name: str) -> None:
     ],
 )
 def test_the_digest_covers_what_influences_the_weights(folder: Path, override: str, same: bool) -> None:
-    plain, changed = (load_recipe(folder, sets).stages["phase1"] for sets in ([], [override]))
-    assert plain != changed or override == "lmbda=13e-3"
-    assert (plain.digest() == changed.digest()) is same
+    def digest(*overrides: str) -> str:
+        rates = "phase1.schedule.frozen.lr={new: 1.0e-3, rwkv: 1.0e-4}"
+        return load_recipe(folder, [rates, "validate_every=3", *overrides]).stages["phase1"].digest()
 
-
-def test_the_order_of_keys_does_not_matter_to_the_digest(folder: Path) -> None:
-    before = load_recipe(folder).stages["phase1"].digest()
-    fields = yaml.safe_load(PHASE1)
-    (folder / "phase1.yaml").write_text(yaml.safe_dump(fields, sort_keys=True))
-    assert load_recipe(folder).stages["phase1"].digest() == before
-
-
-def test_the_order_of_learning_rates_matters_to_the_digest(folder: Path) -> None:
-    rates = ["{new: 1.0e-3, rwkv: 1.0e-4}", "{rwkv: 1.0e-4, new: 1.0e-3}"]
-    stages = [load_recipe(folder, [f"phase1.schedule.frozen.lr={order}"]).stages["phase1"] for order in rates]
-    assert stages[0].digest() != stages[1].digest()
+    plain = digest()
+    assert (digest(override) == plain) is same
+    (folder / "phase1.yaml").write_text(yaml.safe_dump(yaml.safe_load(PHASE1)))
+    assert digest() == plain  # The order of keys does not matter.
 
 
 @pytest.mark.parametrize("key", Stage.model_fields)
@@ -344,48 +325,11 @@ def test_a_value_of_a_wrong_type_is_reported_at_its_key(folder: Path, key: str) 
         assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} <= {key}
 
 
-plain_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**17), 10**17)
-    | st.floats(allow_nan=False)
-    | st.text(st.characters(exclude_categories=["Cs", "Cc"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcno1 .", max_size=4), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-def tuples(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: tuples(item) for key, item in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-
-@given(plain_values)
-@settings(max_examples=40)
-def test_yaml_that_was_written_reads_back_as_itself(value: object) -> None:
-    text = yaml.safe_dump(value, allow_unicode=True)
-    assert read_text(text, "here").plain() == tuples(value)
-
-
 @given(st.text(max_size=60))
 def test_any_text_is_a_value_or_an_error_with_its_origin(text: str) -> None:
-    refused = ""
+    origin = "here"
     try:
-        value = read_text(text, "here").plain()
+        read_text(text, origin).plain()
     except RecipeError as error:
-        refused = str(error)
-    assert refused.startswith("here") if refused else value == tuples(yaml.safe_load(yaml.safe_dump(value)))
-
-
-@given(plain_values, plain_values)
-@settings(max_examples=40)
-def test_merging_keeps_the_upper_layer(base: object, over: object) -> None:
-    layers = [read_text(yaml.safe_dump(value), "here") for value in (base, over)]
-    merged = merge(*layers).plain()
-    if isinstance(base, dict) and isinstance(over, dict):
-        assert merged.keys() == base.keys() | over.keys()
-        assert all(merged[key] == tuples(base[key]) for key in base.keys() - over.keys())
-    else:
-        assert merged == tuples(over)
-    assert merge(layers[1], layers[1]) == layers[1]
+        origin = str(error)
+    assert origin.startswith("here")

@@ -5,14 +5,8 @@ import torch
 from torch import Tensor
 
 from modules import HPCM, Noise
-from pipeline.recipes.loading import load_recipe
 from pipeline.training.cuda_graph import GraphedGradients, GraphError
 from pipeline.training.objectives import RateDistortion, training_noise
-
-
-def test_a_graph_does_not_make_a_stage_stale() -> None:
-    stages = load_recipe("tiny", ["cuda_graph=false"]).stages, load_recipe("tiny", ["cuda_graph=true"]).stages
-    assert stages[0]["phase4"].digest() == stages[1]["phase4"].digest()
 
 
 @pytest.mark.gpu

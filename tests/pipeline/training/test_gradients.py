@@ -7,8 +7,7 @@ import pytest
 import torch
 from mini import logged, mini_stage, trainer_of
 
-from pipeline.data.crops import StepBatches, TrainingCrops
-from pipeline.data.pictures import DataError
+from pipeline.data.crops import TrainingCrops
 from pipeline.recipes.schema import Stage
 
 
@@ -43,15 +42,3 @@ def test_training_in_parts_is_training_with_the_whole_batch(tmp_path: Path) -> N
     for step, values in expected.items():
         values.pop("train/scratch/step_seconds")
         assert {key: found[step][key] for key in values} == pytest.approx(values, rel=1e-9)
-
-
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    message = (
-        "8 cannot be shared evenly by 2 processes with 8 micro-batches each; make data.batch_size a multiple of 16"
-    )
-    with pytest.raises(DataError, match=message):
-        StepBatches(0, 1, 8, rank=0, world_size=2, accumulate=8)
-
-
-def test_how_a_batch_is_computed_does_not_make_a_stage_stale() -> None:
-    assert baseline(3).digest() == baseline(1).digest()
