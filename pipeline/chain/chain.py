@@ -1,5 +1,6 @@
 """A chain of stages: its folder, its tasks and their plan."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
@@ -15,7 +16,6 @@ from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import YamlNode
 from pipeline.records.chains import CHAIN_FILE, ChainFacts
 from pipeline.records.record import CHECKPOINT
-from pipeline.records.stage_log import fresh_key
 
 
 class Chain:
@@ -67,7 +67,7 @@ class Chain:
         """The contents of `chain.json`, which is written with the first call. Raises ChainError if it is damaged."""
         path = self.folder / CHAIN_FILE
         if not path.exists():
-            write_json(path, asdict(ChainFacts(fresh_key(), self.recipe, self.lmbda, self.seed)))
+            write_json(path, asdict(ChainFacts(uuid.uuid4().hex, self.recipe, self.lmbda, self.seed)))
         try:
             return read_contract(ChainFacts, path)
         except FileError as error:

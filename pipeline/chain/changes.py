@@ -1,6 +1,6 @@
-"""The settings that changed since a stage was published, by key."""
+"""The differences between a published stage and what its recipe asks for now."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,6 +13,15 @@ MOST = 4
 _ABSENT = object()
 
 
+def changed_inputs(known: Mapping[str, str], inputs: Mapping[str, str]) -> str:
+    """The names of the inputs that differ, as in `parent changed, start is new`."""
+    return ", ".join(
+        f"{name} changed" if name in known and name in inputs else f"{name} is {'new' if name in inputs else 'gone'}"
+        for name in sorted(known.keys() | inputs.keys())
+        if known.get(name) != inputs.get(name)
+    )
+
+
 def recipe_changes(text: str, stage: Stage) -> str:
     """The settings that make a published stage stale, as in `data.batch_size: 8 → 4`; empty if they are not known.
 
@@ -23,8 +32,7 @@ def recipe_changes(text: str, stage: Stage) -> str:
     except (RecipeError, ValidationError):  # Published by a version with other settings.
         return ""
     found = list(_differences(_by_name(published), _by_name(stage), ""))
-    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
-    return ", ".join([*found[:MOST], *more])
+    return ", ".join([*found[:MOST], *([f"and {len(found) - MOST} more"] if len(found) > MOST else [])])
 
 
 def _by_name(stage: Stage) -> dict[str, Any]:
@@ -39,8 +47,5 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
         for key in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(key, _ABSENT), now.get(key, _ABSENT), f"{path}.{key}".lstrip("."))
     elif before != now or (mappings and list(before) != list(now)):
-        yield f"{path}: {_text(before)} → {_text(now)}"
-
-
-def _text(value: Any) -> str:
-    return "none" if value is _ABSENT else value if isinstance(value, str) else shown(value)
+        shown_values = ("none" if x is _ABSENT else x if isinstance(x, str) else shown(x) for x in (before, now))
+        yield f"{path}: {' → '.join(shown_values)}"

@@ -5,17 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.chain.request import Rebuild
 from pipeline.common.processes import ProcessGroup
-from pipeline.training.watcher import Watcher
+from pipeline.training.reporting import Watcher
 
 Beside = Callable[[Path], AbstractContextManager[object]]
 """Makes a context that works on a folder beside the run, such as a thread that mirrors it to MLflow."""
-
-
-def nothing(folder: Path) -> AbstractContextManager[object]:
-    """Do nothing beside the run."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -25,8 +19,13 @@ class RunContext:
     processes: ProcessGroup
     watcher: Watcher = field(default_factory=Watcher)
     accept_anyway: bool = False
-    rebuild: Rebuild = field(default_factory=Rebuild)
-    mirror: Beside = nothing
+    force: bool = False
+    """Rebuild the chain's last stage even if it is current."""
+    fresh: bool = False
+    """Restart interrupted trainings from step 0."""
+    confirm: Callable[[list[str]], None] = lambda consequences: None
+    """Raises an error that stops the run if the person does not agree to the consequences."""
+    mirror: Beside = nullcontext
     """Works beside the run on the chain's folder, in the first process."""
-    sample: Beside = nothing
+    sample: Beside = nullcontext
     """Works beside the training on the stage's folder, in the first process."""

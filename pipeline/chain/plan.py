@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.chain.acceptance import judge
-from pipeline.chain.changes import recipe_changes
+from pipeline.chain.changes import changed_inputs, recipe_changes
 from pipeline.chain.stage_task import StageTask, record_in
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
+from pipeline.recipes.schema import Accept
 from pipeline.recipes.segment import Segment
 from pipeline.records.record import FILE, StageRecord
 from pipeline.weights.metadata import CheckpointError, read_digest
+from pipeline.weights.published import Quality
 
 Status = Literal["done", "interrupted", "refused", "superseded", "stale", "missing"]
 FORCED = "--force rebuilds it"
@@ -98,7 +99,10 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
         return PlannedStage(task, "superseded", reason, complete=superseded)
     if changed:
         return PlannedStage(task, "stale", f"stale: {changed}")
-    return PlannedStage(task, "missing", f"not built yet{_other_training(task, inputs)}")
+    kept = next(filter(None, (record_in(path.parent) for path in sorted(task.trainings.glob(f"*/{FILE}")))), None)
+    other = "; an interrupted training with other inputs is kept: "
+    differing = other + changed_inputs(kept.lineage.inputs, inputs) if kept else ""
+    return PlannedStage(task, "missing", f"not built yet{differing}")
 
 
 def _begun(task: StageTask, working: Path) -> PlannedStage:
@@ -117,20 +121,9 @@ def _begun(task: StageTask, working: Path) -> PlannedStage:
     return PlannedStage(task, "interrupted", f"interrupted in {at.named(schedule)}", at)
 
 
-def _other_training(task: StageTask, inputs: dict[str, str]) -> str:
-    """Mentions an interrupted training of the stage with other inputs."""
-    for path in sorted(task.trainings.glob(f"*/{FILE}")):
-        if record := record_in(path.parent):
-            differences = _differences(record.lineage.inputs, inputs)
-            return f"; an interrupted training with other inputs is kept: {differences}"
-    return ""
-
-
 def _check_source(task: StageTask) -> None:
     """Raise ChainError if a root came from a file and none is given: the option was probably forgotten."""
-    if task.imported or task.start:
-        return
-    record = record_in(task.folder)
+    record = None if task.imported or task.start else record_in(task.folder)
     for option, make in (("baseline", " (with make: BASELINE=)"), ("start", "")):
         if record and option in record.lineage.inputs:
             raise ChainError(
@@ -148,15 +141,23 @@ def _changes(task: StageTask, inputs: dict[str, str]) -> str:
         return str(error)
     if digest != record.digest:
         return "the checkpoint differs from the recorded one"
-    changed = _differences(record.lineage.inputs, inputs)
+    changed = changed_inputs(record.lineage.inputs, inputs)
     if "recipe changed" in changed and (by_key := recipe_changes(record.lineage.stage or "", task.stage)):
         changed = changed.replace("recipe changed", f"recipe changed ({by_key})")
     return changed
 
 
-def _differences(known: dict[str, str], inputs: dict[str, str]) -> str:
-    return ", ".join(
-        f"{name} changed" if name in known and name in inputs else f"{name} is {'new' if name in inputs else 'gone'}"
-        for name in sorted(known.keys() | inputs.keys())
-        if known.get(name) != inputs.get(name)
-    )
+def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]:
+    """The limits that a result exceeds, one phrase each. A result without parent exceeds none."""
+    if parent is None:
+        return []
+    measured = {
+        "bpp_change": quality.bpp / parent.bpp - 1,
+        "psnr_drop": parent.psnr_db - quality.psnr_db,
+        "rd_loss_change": quality.rd_loss / parent.rd_loss - 1,
+    }
+    return [
+        f"{name} is {value:+.4f}, allowed {allowed:+.4f}"
+        for name, value in measured.items()
+        if (allowed := getattr(limits, name)) is not None and not value <= allowed  # NaN exceeds every limit.
+    ]

@@ -1,27 +1,15 @@
-"""What a command asks for: a chain, and which of its stages to build again."""
+"""What a command asks for: a chain, whose λ and metric may follow from the file of its root."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.root_loss import RootLoss, loss_of_baseline, loss_of_start
+from pipeline.chain.plan import ChainError
+from pipeline.common.tables import shortest
 from pipeline.recipes.loading import Recipe, load_recipe
 from pipeline.recipes.schema import Stage
 from pipeline.weights.metadata import CheckpointError
-from pipeline.weights.trained_for import trained_for
-
-
-@dataclass(frozen=True)
-class Rebuild:
-    """Stages to rebuild on request, and the question that confirms it."""
-
-    force: bool = False
-    """Rebuild the chain's last stage even if it is current."""
-    fresh: bool = False
-    """Restart interrupted trainings from step 0."""
-    confirm: Callable[[list[str]], None] = lambda consequences: None
-    """Raises an error that stops the run if the person does not agree."""
+from pipeline.weights.trained_for import LMBDAS, TrainedFor, trained_for
 
 
 @dataclass(frozen=True)
@@ -40,31 +28,63 @@ class ChainRequest:
     """Train the root even if the recipe has weights for it."""
 
     def chain(self) -> Chain:
-        """Build the chain. Raises RecipeError and ChainError."""
+        """Build the chain. Raises RecipeError, and ChainError if λ is neither known nor given."""
         recipe = load_recipe(self.recipe, self.overrides)
-        loss = self._loss(recipe.chain(self.stage)[0])
-        if loss.overrides:
-            recipe = load_recipe(self.recipe, (*self.overrides, *loss.overrides))
+        decided, note, doubt = self._loss(recipe.chain(self.stage)[0])
+        if decided:
+            recipe = load_recipe(self.recipe, (*self.overrides, *decided))
         stages = recipe.chain(self.stage)
         baseline = self.baseline
         if not (baseline or self.start or self.scratch):
-            baseline = _root_weights(recipe, stages)
+            baseline = _root_weights(recipe, stages[0])
         chain = Chain(recipe.name, stages, self.runs, baseline, self.start, recipe.sources)
-        chain.note, chain.doubt = loss.note, loss.doubt
+        chain.note, chain.doubt = note, doubt
         return chain
 
-    def _loss(self, root: Stage) -> RootLoss:
-        if self.baseline is not None:
-            return loss_of_baseline(self.baseline, root, self.overrides)
-        return loss_of_start(self.start, root, self.overrides) if self.start is not None else RootLoss()
+    def _loss(self, root: Stage) -> tuple[tuple[str, ...], str, str]:
+        """The settings of λ and metric that the root's file decides, a note about them, and a contradiction.
+
+        A chain that continues with the codec of a file has the file's λ and metric, unless others are given. A root
+        that is trained from a file's weights may have had another loss: only λ is taken from the file, if it is not
+        given and the metric is the same.
+        """
+        file = self.baseline or self.start
+        if file is None or (self.start and self._gives("lmbda")):
+            return (), "", ""
+        known = trained_for(file)
+        if known is None or (self.start and known.metric != root.metric):
+            self._check_given(file, root.metric)
+            return (), "", ""
+        if self.start:
+            return (f"lmbda={known.lmbda}",), _shown(known), ""
+        lmbda = root.lmbda if self._gives("lmbda") else known.lmbda
+        metric = root.metric if self._gives("metric") else known.metric
+        decided = f"lmbda={lmbda}", f"metric={metric}"
+        if (lmbda, metric) == (known.lmbda, known.metric):
+            return decided, _shown(known), ""
+        return decided, "", f"{file.name} has {_shown(known)}, but this chain has λ = {shortest(lmbda)} for {metric}"
+
+    def _gives(self, key: str) -> bool:
+        return any(override.partition("=")[0].strip() == key for override in self.overrides)
+
+    def _check_given(self, file: Path, metric: str) -> None:
+        if not self._gives("lmbda"):
+            official = "; ".join(f"{', '.join(map(shortest, lmbdas))} for {name}" for name, lmbdas in LMBDAS.items())
+            raise ChainError(
+                f"{file}: neither the file nor its name says for which λ of {metric} it was trained. Give it with "
+                f"--lmbda (with make: LAMBDA=).\n  The official λ are {official}."
+            )
 
 
-def _root_weights(recipe: Recipe, stages: Sequence[Stage]) -> Path | None:
+def _shown(known: TrainedFor) -> str:
+    return f"λ = {shortest(known.lmbda)} for {known.metric}, by {known.source}"
+
+
+def _root_weights(recipe: Recipe, root: Stage) -> Path | None:
     """The file named by `weights` of the root stage; None without it, or if it was trained for another λ or metric.
 
     Raises CheckpointError if the file is not a checkpoint.
     """
-    root = stages[0]
     if root.weights is None:
         return None
     path = (recipe.folder / root.weights).resolve()

@@ -1,19 +1,19 @@
 """Runs a chain: ask, then each stage that is not done."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.consequences import consequences
 from pipeline.chain.context import RunContext
-from pipeline.chain.plan import PlannedStage, status_of
+from pipeline.chain.plan import FORCED, PlannedStage, status_of
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.publication import move_into_place
 from pipeline.chain.stage import run_stage
 from pipeline.chain.stage_codec import kernel
+from pipeline.chain.stage_task import StageTask
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import free_name, text_digest
 from pipeline.common.folder_lock import held
@@ -33,7 +33,7 @@ def run_chain(chain: Chain, plan: Sequence[PlannedStage], context: RunContext) -
         for task in chain.tasks:
             processes.stop_together()
             # The parent is published now, so the stage's status is known.
-            planned = status_of(task, force=context.rebuild.force and task is chain.tasks[-1])
+            planned = status_of(task, force=context.force and task is chain.tasks[-1])
             processes.agree_on(partial(_facts_of, planned, processes.accelerator.device))
             processes.accelerator.wait_for_everyone()  # No process changes a file before all have seen it.
             context.watcher.note(f"{planned.name}: {'done' if planned.status == 'done' else planned.reason}")
@@ -48,17 +48,48 @@ def run_chain(chain: Chain, plan: Sequence[PlannedStage], context: RunContext) -
 def _prepare(chain: Chain, plan: Sequence[PlannedStage], context: RunContext, exits: ExitStack) -> None:
     """Lock the folder, ask what must be asked, move away trainings to restart, and begin what works beside the run."""
     exits.enter_context(held(chain.folder))
-    unfinished = [planned.task for planned in plan if planned.status != "done"]
-    restarted = [task for task in unfinished if context.rebuild.fresh and any(task.trainings.glob("*/*"))]
-    doubts = [chain.doubt] if chain.doubt and plan[0].status != "done" else []
-    found = [*doubts, *consequences(chain.recipe, plan, restarted, context.processes.accelerator.device.type)]
-    if found:
-        context.rebuild.confirm(found)
+    todo = [planned for planned in plan if planned.status != "done"]
+    restarted = [planned.task for planned in todo if context.fresh and any(planned.task.trainings.glob("*/*"))]
+    consequences = list(_consequences(chain, todo, context.processes.accelerator.device.type))
+    if chain.doubt and plan[0].status != "done":
+        consequences.insert(0, chain.doubt)
+    for task in restarted:
+        consequences.append(f"{task.stage.name}: the interrupted training moves to {chain.folder / 'abandoned'}")
+    if consequences:
+        context.confirm(consequences)
     for task in restarted:
         free_name(chain.folder / "abandoned" / task.stage.name, task.trainings.rename)
         fault("abandon")
     chain.facts()
     exits.enter_context(context.mirror(chain.folder))
+
+
+def _consequences(chain: Chain, todo: Sequence[PlannedStage], device: str) -> Iterator[str]:
+    """One sentence for each need that is not met, and for each finished stage that is replaced."""
+    if todo and todo[0].progress is None:  # When a training resumes, the question was asked when it began.
+        yield from _unmet_needs(chain.recipe, [planned.task for planned in todo if planned.trains], device)
+    for planned in todo:
+        if planned.progress is not None or not planned.task.is_published:
+            continue
+        moves, reason = f"the published stage moves to {chain.folder / 'superseded'}", planned.reason
+        if reason == FORCED:
+            yield f"{planned.name}: {moves}"
+        elif reason.startswith("waits for"):
+            yield f"{planned.name}: if {planned.task.stage.parent} changes, it is rebuilt, and {moves}"
+        else:
+            yield f"{planned.name}: {reason}{'; it is rebuilt' if planned.status == 'stale' else ''}, and {moves}"
+
+
+def _unmet_needs(recipe: str, trained: Sequence[StageTask], device: str) -> Iterator[str]:
+    """One sentence for each need that the stages to train have and a run on this type of device does not meet."""
+    if device == "cpu" and any("gpu" in task.stage.needs for task in trained):
+        yield f"{recipe} is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long"
+    bare = [task for task in trained if "images" in task.stage.needs and task.stage.data.train is None]
+    if bare:
+        yield (
+            f"{recipe} is meant for a data set, and none is given (--data; with make: DATA=): "
+            f"it would train on the {len(bare[0].train_photos.paths)} packaged photographs"
+        )
 
 
 def _facts_of(planned: PlannedStage, device: torch.device) -> dict[str, str]:

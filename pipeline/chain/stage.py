@@ -1,18 +1,18 @@
 """Runs a stage: begin, train, evaluate, accept, publish."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from modules import HPCM, HPCMConfig
-from pipeline.chain.acceptance import judge
 from pipeline.chain.context import RunContext
-from pipeline.chain.plan import Position
+from pipeline.chain.plan import Position, judge
 from pipeline.chain.publication import publish_stage, save_pictures
 from pipeline.chain.stage_codec import StageError, codec_config, kernel, load_fitting
 from pipeline.chain.stage_task import CODE_VERSION, StageTask
@@ -21,13 +21,12 @@ from pipeline.common.errors import Interrupted, MainProcessStopped
 from pipeline.common.files import FileError
 from pipeline.common.processes import environment_of
 from pipeline.data.crops import TrainingCrops
-from pipeline.data.images import Photos
 from pipeline.evaluation.coding import macs_per_pixel
-from pipeline.recipes.schema import Segment, Transfer
+from pipeline.recipes.schema import Transfer
 from pipeline.records.chains import ChainFacts
-from pipeline.records.record import DataSet, Result, SegmentResult, StageRecord, Start, Trained
+from pipeline.records.record import DataSet, Result, StageRecord, Start
 from pipeline.records.source import source_of
-from pipeline.records.stage_log import StageLog, fresh_key
+from pipeline.records.stage_log import StageLog
 from pipeline.training.initial_weights import InitialWeights, start_child
 from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.trainer import Trainer
@@ -47,7 +46,7 @@ def run_stage(task: StageTask, context: RunContext, chain: ChainFacts) -> None:
     stage = StageRun(task, context)
     stage.begin(chain)
     with stage.noting_the_end():
-        with stage.sampling():
+        with context.sample(stage.folder) if context.processes.is_main else nullcontext():
             codec = stage.train()
             on_main_process(lambda: stage.evaluate(codec))
         on_main_process(stage.accept)
@@ -90,95 +89,21 @@ class StageRun:
         folder = self.folder if self.processes.is_main else None
         self.log = StageLog.begin(folder, self._record(chain), how, source_of(self.device, environment))
         self.log.metrics.cut(progress.lines)
-        finished = self.log.record.segments[: progress.segment]
-        self.log.update(trained=_trained(progress), segments=finished, result=None)
-        self._note_changes(environment)
-
-    def train(self) -> HPCM:
-        """The child after its schedule, or the imported codec, in evaluation mode."""
-        codec = self._train() if self.task.imported is None else self._codec_of(self.task.imported)
-        return codec.to(self.device).eval().requires_grad_(False)
-
-    def evaluate(self, codec: HPCM) -> None:
-        """Code the validation images with real bitstreams, and judge the result. Only the first process calls this."""
-        evaluation, reconstructions = self.validation.evaluate(codec, self.stage.evaluation.reconstructions)
-        quality, parent = evaluation.quality, self._parent_quality()
-        change = f", {quality.rd_loss - parent.rd_loss:+z.4f} relative to the parent" if parent else ""
-        self.watcher.note(
-            f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
-        )
-        reasons = judge(self.stage.accept, quality, parent)
-        verdict = "accepted" if not reasons else "accepted anyway" if self.context.accept_anyway else "refused"
-        parameters, kmacs = sum(p.numel() for p in codec.parameters()), macs_per_pixel(codec.config) / 1000
-        self.log.update(result=Result(evaluation, parent, verdict, tuple(reasons), parameters, kmacs))
-        save_pictures(self.folder / "reconstructions", self.validation.images, reconstructions)
-
-    def accept(self) -> None:
-        """Raise StageError if the result exceeds the stage's limits."""
-        result = self.log.record.result
-        if result is not None and result.verdict == "refused":
-            self.log.update(status="refused")
-            raise StageError(
-                f"{self.stage.name}: not accepted, compared with its parent: {'; '.join(result.reasons)}.\n"
-                "  The trained state is kept. Relax `accept` in the recipe (or with --set "
-                f"{self.stage.name}.accept.…=), or publish the result with --accept-anyway. "
-                "A longer schedule trains the stage again from its parent."
-            )
-
-    def publish(self, codec: HPCM) -> None:
-        """Complete the stage's folder, and move it into its place."""
-        result, step = self.log.record.result, self.log.record.trained.steps
-        assert result is not None
-        self.log.metrics.append(result.quality.metrics("final"), step)
-        sizes = {"model/parameters": result.parameters, "model/kmacs_per_pixel": result.kmacs_per_pixel}
-        self.log.metrics.append(sizes, step)
-        lineage = replace(self.log.record.lineage, quality=result.quality, validation=self.validation.conditions)
-        publish_stage(self.task, self.folder, self.log, codec, lineage)
-
-    @contextmanager
-    def noting_the_end(self) -> Iterator[None]:
-        """Record the error that ends the attempt."""
-        try:
-            yield
-        except BaseException as error:
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            if self.log.record.status != "done":  # A complete folder may have been moved already.
-                with suppress(FileError):
-                    self.log.end("interrupted" if stopped else "failed", reason)
-            raise
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Sample system metrics in the first process."""
-        with self.context.sample(self.folder) if self.processes.is_main else nullcontext():
-            yield
-
-    @cached_property
-    def parent(self) -> HPCM | None:
-        """The parent's codec; None for a root. Raises StageError if its file is damaged."""
-        if self.task.parent is None:
-            return None
-        try:
-            return load_codec(self.task.parent)
-        except CheckpointError as error:
-            raise StageError(
-                f"{error}.\n  Restore the file from its copy in MLflow, or run: hpcm run {self.stage.parent} --force"
-            ) from error
-
-    def _codec_of(self, file: Path) -> HPCM:
-        """The codec of the root's file. The lineage records which vectors the file lacked."""
-        codec = load_fitting(self.task, file)
-        if codec.filled_with_ones:
-            lineage = self.log.record.lineage
-            self.log.update(lineage=replace(lineage, imported_from=file.name, filled_with_ones=codec.filled_with_ones))
-        return codec
+        self.log.saved(progress, segments=self.log.record.segments[: progress.segment], result=None)
+        attempts = self.log.record.attempts
+        before = attempts[-2].source.environment if self.state and len(attempts) > 1 else environment
+        for name, value in before.items():
+            if environment.get(name) != value:
+                self.watcher.note(
+                    f"{name}: {value} before, {environment.get(name)} now; the result will be as good as that of an "
+                    "uninterrupted run, but not bit for bit the same"
+                )
 
     def _record(self, chain: ChainFacts) -> StageRecord:
         """The record of a training that begins."""
         parent = read_metadata(self.task.parent)["config"] if self.task.parent else None
         return StageRecord(
-            key=fresh_key(),
+            key=uuid.uuid4().hex,
             recipe=chain.recipe,
             lmbda=chain.lmbda,
             seed=chain.seed,
@@ -188,20 +113,14 @@ class StageRun:
             lineage=Lineage(name=self.stage.name, stage=self.stage.to_yaml(), code=CODE_VERSION, inputs=self.inputs),
             codec=codec_config(self.task).to_dict(),
             parent_codec=HPCMConfig.from_dict(parent).to_dict() if parent else None,
-            train_images=_data_set(self.task.train_photos),
-            val_images=_data_set(self.task.val_photos),
+            train_images=DataSet.of(self.task.train_photos),
+            val_images=DataSet.of(self.task.val_photos),
         )
 
-    def _note_changes(self, environment: dict[str, str]) -> None:
-        """Report changes of the environment since the last attempt that can change the trained bytes."""
-        attempts = self.log.record.attempts
-        before = attempts[-2].source.environment if self.state and len(attempts) > 1 else environment
-        for name, value in before.items():
-            if environment.get(name) != value:
-                self.watcher.note(
-                    f"{name}: {value} before, {environment.get(name)} now; the result will be as good as that of an "
-                    "uninterrupted run, but not bit for bit the same"
-                )
+    def train(self) -> HPCM:
+        """The child after its schedule, or the imported codec, in evaluation mode."""
+        codec = self._train() if self.task.imported is None else self._codec_of(self.task.imported)
+        return codec.to(self.device).eval().requires_grad_(False)
 
     def _train(self) -> HPCM:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
@@ -212,11 +131,18 @@ class StageRun:
             self.state, ledger = self._transfer(child, crops)
         else:
             ledger = Ledger.read(self.folder)
-        self._note_start(ledger)
+        counts = ", ".join(f"{count} {origin}" for origin, count in sorted(ledger.counts().items()))
+        self.watcher.note(f"transfer: {counts}")
+        start = self.log.record.start
+        if start.step0 is not None and start.step0_gap is not None:
+            self.watcher.note(
+                f"step 0: estimated validation loss {start.step0.rd_loss:.4f}, "
+                f"{start.step0_gap:+z.4f} relative to the parent"
+            )
         components = tuple(new_components(self.parent, child)) if self.parent else ()
         migration = Migration(child, self.parent, components, ledger.new)
-        measure = lambda: self.validation.estimate(child)  # noqa: E731
-        reporting = Reporting(self.log.metrics, self.watcher, measure, self._saved, self._segment_ended)
+        measure = partial(self.validation.estimate, child)
+        reporting = Reporting(self.log.metrics, self.watcher, measure, self.log.saved, self.log.segment_ended)
         Trainer(self.stage, migration, crops, self.processes, self.states, reporting).train(self.state)
         return child
 
@@ -245,32 +171,47 @@ class StageRun:
                 self.log.metrics.append(before.metrics("val/parent"), 0)
                 self.log.metrics.append({**after.metrics("val"), "val/step0_gap": gap}, 0)
             initial.ledger.write(self.folder)
-            self.log.update(start=start)
             progress = replace(state.progress, lines=self.log.metrics.lines)
+            self.log.update(start=start)
             self.states.save(replace(state, progress=progress))
-            self._saved(progress)
+            self.log.saved(progress)
 
         self.processes.on_main_process(compare_and_save)
         return state, initial.ledger
 
-    def _note_start(self, ledger: Ledger) -> None:
-        counts = ", ".join(f"{count} {origin}" for origin, count in sorted(ledger.counts().items()))
-        self.watcher.note(f"transfer: {counts}")
-        start = self.log.record.start
-        if start.step0 is not None and start.step0_gap is not None:
-            self.watcher.note(
-                f"step 0: estimated validation loss {start.step0.rd_loss:.4f}, "
-                f"{start.step0_gap:+z.4f} relative to the parent"
-            )
+    def _codec_of(self, file: Path) -> HPCM:
+        """The codec of the root's file. The lineage records which vectors the file lacked."""
+        codec = load_fitting(self.task, file)
+        if codec.filled_with_ones:
+            lineage = self.log.record.lineage
+            self.log.update(lineage=replace(lineage, imported_from=file.name, filled_with_ones=codec.filled_with_ones))
+        return codec
 
-    def _saved(self, progress: Progress) -> None:
-        """Note in the record how far the training has come."""
-        self.log.update(trained=_trained(progress))
+    @cached_property
+    def parent(self) -> HPCM | None:
+        """The parent's codec; None for a root. Raises StageError if its file is damaged."""
+        if self.task.parent is None:
+            return None
+        try:
+            return load_codec(self.task.parent)
+        except CheckpointError as error:
+            raise StageError(
+                f"{error}.\n  Restore the file from its copy in MLflow, or run: hpcm run {self.stage.parent} --force"
+            ) from error
 
-    def _segment_ended(self, segment: Segment, progress: Progress, quality: Quality) -> None:
-        before = sum(result.seconds for result in self.log.record.segments)
-        result = SegmentResult(segment.name, segment.steps, progress.seconds - before, quality)
-        self.log.update(segments=(*self.log.record.segments[: progress.segment], result))
+    def evaluate(self, codec: HPCM) -> None:
+        """Code the validation images with real bitstreams, and judge the result. Only the first process calls this."""
+        evaluation, reconstructions = self.validation.evaluate(codec, self.stage.evaluation.reconstructions)
+        quality, parent = evaluation.quality, self._parent_quality()
+        change = f", {quality.rd_loss - parent.rd_loss:+z.4f} relative to the parent" if parent else ""
+        self.watcher.note(
+            f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
+        )
+        reasons = judge(self.stage.accept, quality, parent)
+        verdict = "accepted" if not reasons else "accepted anyway" if self.context.accept_anyway else "refused"
+        parameters, kmacs = sum(p.numel() for p in codec.parameters()), macs_per_pixel(codec.config) / 1000
+        self.log.update(result=Result(evaluation, parent, verdict, tuple(reasons), parameters, kmacs))
+        save_pictures(self.folder / "reconstructions", self.validation.images, reconstructions)
 
     def _parent_quality(self) -> Quality | None:
         """The parent's quality on the child's validation images; None for a root."""
@@ -281,11 +222,36 @@ class StageRun:
             return lineage.quality
         return self.validation.evaluate(self.parent.to(self.device))[0].quality
 
+    def accept(self) -> None:
+        """Raise StageError if the result exceeds the stage's limits."""
+        result = self.log.record.evaluated
+        if result.verdict == "refused":
+            self.log.update(status="refused")
+            raise StageError(
+                f"{self.stage.name}: not accepted, compared with its parent: {'; '.join(result.reasons)}.\n"
+                "  The trained state is kept. Relax `accept` in the recipe (or with --set "
+                f"{self.stage.name}.accept.…=), or publish the result with --accept-anyway. "
+                "A longer schedule trains the stage again from its parent."
+            )
 
-def _trained(progress: Progress) -> Trained:
-    counts = progress.stage_step, progress.bad_steps, progress.exploded_steps
-    return Trained(*counts, progress.seconds, progress.lines)
+    def publish(self, codec: HPCM) -> None:
+        """Complete the stage's folder, and move it into its place."""
+        result, step = self.log.record.evaluated, self.log.record.trained.steps
+        self.log.metrics.append(result.quality.metrics("final"), step)
+        sizes = {"model/parameters": result.parameters, "model/kmacs_per_pixel": result.kmacs_per_pixel}
+        self.log.metrics.append(sizes, step)
+        lineage = replace(self.log.record.lineage, quality=result.quality, validation=self.validation.conditions)
+        publish_stage(self.task, self.folder, self.log, codec, lineage)
 
-
-def _data_set(photos: Photos) -> DataSet:
-    return DataSet(photos.name, photos.source, photos.digest, len(photos.paths), photos.pixels)
+    @contextmanager
+    def noting_the_end(self) -> Iterator[None]:
+        """Record the error that ends the attempt."""
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt | MainProcessStopped)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if self.log.record.status != "done":  # A complete folder may have been moved already.
+                with suppress(FileError):
+                    self.log.end("interrupted" if stopped else "failed", reason)
+            raise

@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.request import ChainRequest, Rebuild
-from pipeline.commands.confirmation import confirm
+from pipeline.chain.request import ChainRequest
 from pipeline.commands.options import RECIPE, Quiet, Runs, Settings
 from pipeline.common.packaged import recipe_names, stage_names
 
@@ -86,10 +84,6 @@ class RunOptions:
     quiet: Quiet = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False
     """Print a line every `log_every` steps."""
-
-    def rebuild(self, force: bool = False, fresh: bool = False) -> Rebuild:
-        """What to rebuild, and the question that is asked first."""
-        return Rebuild(force, fresh, partial(confirm, self.yes))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from rich.table import Column
 
 from pipeline.commands.display import console, duration, errors, print_above_bar
 from pipeline.recipes.schema import Segment
-from pipeline.training.watcher import Watcher
+from pipeline.training.reporting import Watcher
 
 STEPS_TIMED = 50
 """Number of latest steps over which the time of a step is averaged."""

@@ -64,7 +64,7 @@ def rd_curve(
     for point in sweep.points():
         for chain in point.chains:
             console.print(f"λ = {point.title}, to {chain.tasks[-1].stage.name}")
-            run_planned(chain, chain.plan(), running.accept_anyway, running.rebuild(), running.verbose)
+            run_planned(chain, chain.plan(), running)
         show(sweep.table())
     if IS_FIRST_PROCESS:
         draw_curves(sweep)

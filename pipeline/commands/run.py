@@ -29,7 +29,7 @@ def run(
     chain = options.chain(stage)
     planned = chain.plan(force)
     show(plan_table(chain, planned))
-    run_planned(chain, planned, running.accept_anyway, running.rebuild(force, fresh), running.verbose)
+    run_planned(chain, planned, running, force, fresh)
     show(closing_table(chain))
     pictures = chain.tasks[-1].folder / "reconstructions"
     if pictures.is_dir():

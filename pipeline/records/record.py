@@ -17,6 +17,7 @@ import yaml
 
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import FileError, write_json
+from pipeline.data.images import Photos
 from pipeline.evaluation.results import Evaluation
 from pipeline.weights.metadata import seal
 from pipeline.weights.published import Lineage, Quality
@@ -36,6 +37,11 @@ class DataSet:
     digest: str
     images: int
     pixels: int
+
+    @classmethod
+    def of(cls, photos: Photos) -> DataSet:
+        """The facts about images that were found."""
+        return cls(photos.name, photos.source, photos.digest, len(photos.paths), photos.pixels)
 
 
 @dataclass(frozen=True)

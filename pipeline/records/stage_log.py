@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.common.files import FileError, readable
+from pipeline.recipes.segment import Segment
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
-from pipeline.records.record import FILE, Attempt, Source, StageRecord
+from pipeline.records.record import FILE, Attempt, SegmentResult, Source, StageRecord, Trained
+from pipeline.weights.published import Quality
+from pipeline.weights.training_state import Progress
 
 
 class StageLog:
@@ -31,17 +33,16 @@ class StageLog:
         Raises FileError for a damaged record.
         """
         earlier = StageRecord.read(folder) if folder and (folder / FILE).exists() else None
-        attempts: tuple[Attempt, ...] = ()
         if earlier:  # A resume does not load the root's file again, of which the lineage tells.
             known = earlier.lineage
             lineage = replace(
                 record.lineage, imported_from=known.imported_from, filled_with_ones=known.filled_with_ones
             )
-            attempts, record = earlier.attempts, replace(earlier, lineage=lineage, val_images=record.val_images)
+            record = replace(earlier, lineage=lineage, val_images=record.val_images)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, record)
-        log.update(status="training", attempts=(*attempts, Attempt(int(1000 * time.time()), how, source)))
+        log.update(status="training", attempts=(*record.attempts, Attempt(int(1000 * time.time()), how, source)))
         return log
 
     def update(self, **changes: Any) -> None:
@@ -53,12 +54,18 @@ class StageLog:
             raise FileError(f"{self.folder}: no such folder. If it was moved, run the same command in its new place")
         self.record.write(self.folder)
 
+    def saved(self, progress: Progress, **changes: Any) -> None:
+        """Note how far the training has come, and change other fields of the record."""
+        counts = progress.stage_step, progress.bad_steps, progress.exploded_steps
+        self.update(trained=Trained(*counts, progress.seconds, progress.lines), **changes)
+
+    def segment_ended(self, segment: Segment, progress: Progress, quality: Quality) -> None:
+        """Add the result of a segment."""
+        before = sum(result.seconds for result in self.record.segments)
+        result = SegmentResult(segment.name, segment.steps, progress.seconds - before, quality)
+        self.update(segments=(*self.record.segments[: progress.segment], result))
+
     def end(self, state: Literal["finished", "interrupted", "failed"], reason: str = "", **changes: Any) -> None:
         """End the attempt, and change other fields of the record."""
         last = replace(self.record.attempts[-1], state=state, ended=int(1000 * time.time()), reason=readable(reason))
         self.update(attempts=(*self.record.attempts[:-1], last), **changes)
-
-
-def fresh_key() -> str:
-    """A key for a new training."""
-    return uuid.uuid4().hex

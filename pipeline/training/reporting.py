@@ -6,9 +6,24 @@ from dataclasses import dataclass, field
 from modules import HPCM
 from pipeline.recipes.schema import Segment
 from pipeline.records.metrics import MetricsLog
-from pipeline.training.watcher import Watcher
 from pipeline.weights.published import Quality
 from pipeline.weights.training_state import Progress
+
+
+class Watcher:
+    """Shows the progress of training to a person. This base class shows nothing."""
+
+    def segment(self, segment: Segment, done: int) -> None:
+        """A segment begins or resumes, after `done` steps."""
+
+    def step(self, values: dict[str, float] | None) -> None:
+        """A step has ended. `values` are the means since the last report; None between reports."""
+
+    def image(self, done: int, total: int) -> None:
+        """A validation image begins, after `done` of `total` images."""
+
+    def note(self, line: str) -> None:
+        """Show a line of text."""
 
 
 @dataclass(frozen=True)

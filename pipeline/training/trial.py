@@ -20,10 +20,9 @@ from pipeline.evaluation.coding import code, estimate
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Stage
 from pipeline.training.estimate import EvaluationCost, StepCost
-from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.reporting import Migration, Reporting, Watcher
 from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import new_components, new_tensors, tensors_to_copy
-from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 

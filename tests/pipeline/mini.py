@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -13,7 +14,6 @@ from PIL import Image
 from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
 from pipeline.chain.context import RunContext
-from pipeline.chain.request import Rebuild
 from pipeline.chain.run import run_chain as run_planned
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import TrainingCrops
@@ -22,10 +22,9 @@ from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.records.metrics import History, MetricsLog, read_history
 from pipeline.records.record import StageRecord
-from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.reporting import Migration, Reporting, Watcher
 from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Ledger
-from pipeline.training.watcher import Watcher
 from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
@@ -65,13 +64,12 @@ def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: P
 
 
 def run_chain(
-    chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True, rebuild: Rebuild | None = None
+    chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True, force: bool = False, **options: Any
 ) -> None:
-    """Run a chain in this process, without MLflow."""
+    """Run a chain in this process, without MLflow. `options` are those of RunContext."""
     with ProcessGroup(Accelerator(cpu=True)) as processes:
-        rebuild = rebuild or Rebuild()
-        context = RunContext(processes, watcher or Watcher(), accept_anyway, rebuild)
-        run_planned(chain, chain.plan(rebuild.force), context)
+        context = RunContext(processes, watcher or Watcher(), accept_anyway, force, **options)
+        run_planned(chain, chain.plan(force), context)
 
 
 def copied(chain: Chain, runs: Path, last: str) -> Chain:

@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.chain.acceptance import judge
+from pipeline.chain.plan import judge
 from pipeline.recipes.schema import Accept
 from pipeline.weights.published import Quality
 

@@ -17,10 +17,9 @@ from pipeline.chain import publication
 from pipeline.chain import run as run_module
 from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain
-from pipeline.chain.context import Rebuild
 from pipeline.chain.plan import ChainError
-from pipeline.commands.confirmation import NotConfirmed
 from pipeline.commands.main import app
+from pipeline.commands.running import NotConfirmed
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
 from pipeline.evidence.audit import audit
@@ -34,7 +33,7 @@ def built(finished: tuple[Chain, Notes], tmp_path: Path) -> Chain:
 
 def rebuild(chain: Chain, confirm: Callable[[list[str]], None], force: bool = False, fresh: bool = False) -> Notes:
     notes = Notes()
-    run_chain(chain, notes, rebuild=Rebuild(force, fresh, confirm))
+    run_chain(chain, notes, force=force, fresh=fresh, confirm=confirm)
     return notes
 
 
@@ -117,7 +116,7 @@ def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(bui
         rebuild(mini_chain(built.runs, "phase1"), asked, force=True)
     assert asked.lines == [f"phase1: the published stage moves to {built.folder / 'superseded'}"]
     with pytest.raises(Interrupted):
-        run_chain(built, Stop("frozen", 2, signal.SIGTERM), rebuild=Rebuild(force=True))
+        run_chain(built, Stop("frozen", 2, signal.SIGTERM), force=True)
     assert built.tasks[1].checkpoint.read_bytes() == before
     notes = Notes()
     run_chain(built, notes)

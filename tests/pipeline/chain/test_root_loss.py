@@ -17,7 +17,7 @@ from pipeline.chain.request import ChainRequest
 from pipeline.chain.stage_codec import StageError, load_fitting
 from pipeline.commands import main as cli
 from pipeline.commands.chain_tables import plan_table
-from pipeline.commands.confirmation import NotConfirmed
+from pipeline.commands.running import NotConfirmed
 from pipeline.weights.checkpoints import publish
 from pipeline.weights.published import Lineage
 from pipeline.weights.trained_for import by_name
