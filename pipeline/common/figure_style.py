@@ -34,6 +34,12 @@ def new_figure(rows: int, columns: int = 1, height: float = 3.2) -> tuple[Figure
     return figure, list(axes.flat)
 
 
+def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
+    """Put the legend of an axis above the figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns), frameon=False)
+
+
 def codec_colors(names: Sequence[str]) -> dict[str, str]:
     """Colors by name: black for the Baseline, darker grays for later controls, and a color for each other codec."""
     palette = [to_hex(color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]

@@ -8,8 +8,10 @@ from typing import Any
 
 import bjontegaard
 import numpy as np
+from matplotlib.figure import Figure
 
 from pipeline.common.errors import UserError
+from pipeline.common.figure_style import legend_above, new_figure
 from pipeline.common.files import check_regular
 from pipeline.weights.published import Quality
 
@@ -69,6 +71,25 @@ def _delta(measure: Any, curve: Curve, reference: Curve, of: Callable[[Quality],
 def ms_ssim_db(quality: Quality) -> float | None:
     """MS-SSIM in dB: −10·log₁₀(1 − MS-SSIM)."""
     return None if quality.ms_ssim is None else -10 * float(np.log10(max(1 - quality.ms_ssim, 1e-10)))
+
+
+def draw_curves(shown: Mapping[str, tuple[Curve, dict[str, Any]]], similar: bool, rate: str, columns: int) -> Figure:
+    """PSNR and, if `similar`, MS-SSIM over rate, of curves by name, each with matplotlib's settings of its line.
+
+    `rate` is the label of the axis, and `columns` the number of columns of the legend.
+    """
+    figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
+    for name, (curve, style) in shown.items():
+        rates = [quality.bpp for quality in curve]
+        axes[0].plot(rates, [quality.psnr_db for quality in curve], label=name, **style)
+        if similar and any(quality.ms_ssim is not None for quality in curve):
+            axes[1].plot(rates, np.array([ms_ssim_db(quality) for quality in curve], float), **style)
+    for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
+        axis.set(xlabel=rate, ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.margins(0.06)
+    legend_above(figure, axes[0], columns)
+    return figure
 
 
 def is_kodak(names: Iterable[str]) -> bool:

@@ -4,17 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from modules.bitstream.file_format import CodedImage
 from modules.image_codec import ImageCodec
-from pipeline.common.figure_style import new_figure
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import to_8_bits
 from pipeline.evaluation.pillow_codecs import PillowCodec, PillowFiles
 from pipeline.evaluation.quality import NamedImage, quality_of
-from pipeline.evaluation.rd_curves import bd_rate, bd_rate_ms_ssim, ms_ssim_db
+from pipeline.evaluation.rd_curves import Curve, bd_rate, bd_rate_ms_ssim, draw_curves
 from pipeline.evaluation.results import mean_quality
 from pipeline.weights.published import Quality
 
@@ -120,22 +118,11 @@ def deltas_table(comparison: CodecComparison) -> Table:
 
 def draw(comparison: CodecComparison) -> Figure:
     """PSNR and, if known, MS-SSIM over rate: curves of the others, and our points."""
+    shown: dict[str, tuple[Curve, dict[str, Any]]] = {
+        title: (curve, {"linewidth": 1.3}) for title, curve in comparison.curves.items()
+    }
+    shown |= {name: (curve, {"linestyle": ":", "marker": "x"}) for name, curve in comparison.published.items()}
     ours = [point.ours for point in comparison.points]
+    shown["HPCM, this project"] = ours, {"color": "#111111", "marker": "o", "markersize": 5}
     similar = all(quality.ms_ssim is not None for quality in ours)
-    figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
-    shown: list[tuple[str, Sequence[Quality], dict[str, Any]]] = [
-        (title, curve, {"linewidth": 1.3}) for title, curve in comparison.curves.items()
-    ]
-    shown += [(name, curve, {"linestyle": ":", "marker": "x"}) for name, curve in comparison.published.items()]
-    shown.append(("HPCM, this project", ours, {"color": "#111111", "marker": "o", "markersize": 5}))
-    for name, curve, style in shown:
-        rates = [quality.bpp for quality in curve]
-        axes[0].plot(rates, [quality.psnr_db for quality in curve], label=name, **style)
-        if similar:
-            axes[1].plot(rates, np.array([ms_ssim_db(quality) for quality in curve], float), **style)
-    for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
-        axis.set(xlabel="rate of whole files in bits per pixel", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.margins(0.05)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure
+    return draw_curves(shown, similar, "rate of whole files in bits per pixel", columns=4)

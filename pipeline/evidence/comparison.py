@@ -12,19 +12,17 @@ import torch
 from matplotlib.figure import Figure
 
 from modules import HPCM
-from pipeline.common.figure_style import codec_colors, new_figure
+from pipeline.common.figure_style import codec_colors, legend_above, new_figure
 from pipeline.common.fresh_process import in_fresh_process, within_memory
 from pipeline.common.tables import Table, number
 from pipeline.common.timing import machine
 from pipeline.evaluation.coding import macs_per_pixel
-from pipeline.evidence.contenders import TRAINED, ComparisonError, Contender, Size
+from pipeline.evidence.contenders import ACTIVITIES, TRAINED, ComparisonError, Contender, Size
 from pipeline.records import comparison as records
 from pipeline.records.comparison import Comparison, Cost
 
 COUNTED_AT = (512, 768)
 """Height and width at which multiplications are counted."""
-PARTS = {"coding": ("encode", "decode"), **{activity: (activity,) for activity in TRAINED}}
-"""The times that each activity has. Its memory is kept with the last."""
 Note = Callable[[str], None]
 
 
@@ -43,7 +41,7 @@ class Plan:
         return [
             (size, activity, contender)
             for size in sizes
-            for activity in PARTS
+            for activity in ACTIVITIES
             for contender in contenders
             if activity in contender.activities and size in (self.train_sizes if activity in TRAINED else self.sizes)
         ]
@@ -58,7 +56,7 @@ def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str
     sizes = tuple(_size(contender, note) for contender in contenders)
     work = plan.work(contenders)
     peaks = {key: _peak(*key, device, note) for key in work} if plan.memory else {}
-    samples: dict[tuple[Size, str, str], list[float]] = {}
+    samples: dict[tuple[Size, str, Contender], list[float]] = {key: [] for key in work}
     for turn in range(plan.rounds):
         for key in list(reversed(work) if turn % 2 else work):
             size, activity, contender = key
@@ -69,18 +67,10 @@ def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str
                 work.remove(key)
                 continue
             note(f"{shown}: round {turn + 1} of {plan.rounds}")
-            for part, seconds in found.items():
-                samples.setdefault((size, part, contender.name), []).append(seconds)
+            samples[key].append(found)
     if not work:
         raise ComparisonError(f"{title}: nothing fits into the memory of {device}; give smaller sizes or fewer codecs")
-    costs = tuple(
-        Cost(
-            contender.name, size_name(size), part, tuple(samples[size, part, contender.name]),
-            peaks.get((size, activity, contender)) if part == PARTS[activity][-1] else None,
-        )
-        for size, activity, contender in work
-        for part in PARTS[activity]
-    )  # fmt: skip
+    costs = tuple(Cost(key[2].name, size_name(key[0]), key[1], tuple(samples[key]), peaks.get(key)) for key in work)
     trained = all(contender.checkpoint is not None for contender in contenders)
     now = int(1000 * time.time())
     return Comparison(title, device, machine(device), torch.__version__, plan.rounds, trained, now, sizes, costs)
@@ -136,10 +126,9 @@ Column = dict[str, tuple[str, float | None]]
 def _columns(comparison: Comparison, size: str) -> dict[str, Column]:
     """What was measured at a size, by heading."""
     found: dict[str, Column] = {}
-    for activity, parts in PARTS.items():
-        for part in parts:
-            costs = comparison.of(size, part)
-            found[part] = {name: (number(cost.seconds, ".3f"), comparison.ratio(cost)) for name, cost in costs.items()}
+    for activity in ACTIVITIES:
+        costs = comparison.of(size, activity)
+        found[activity] = {name: (number(cost.seconds, ".3f"), comparison.ratio(cost)) for name, cost in costs.items()}
         found[f"memory, {activity}"] = {
             name: (f"{cost.bytes / 2**20:.0f}", comparison.memory_ratio(cost))
             for name, cost in costs.items()
@@ -172,6 +161,5 @@ def draw(comparison: Comparison) -> Figure:
         axis.set(title=size, ylabel=f"× {comparison.first}")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
+    legend_above(figure, axes[0], len(names))
     return figure

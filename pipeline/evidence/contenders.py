@@ -32,6 +32,7 @@ SHORTEST = 0.2
 """Seconds for which a measurement repeats an activity."""
 TRAINED: dict[str, Literal["new", "all"]] = {"frozen": "new", "unfrozen": "all"}
 """What training steps train, by activity. `frozen` is what is new against the codec's parent."""
+ACTIVITIES = ("encode", "decode", *TRAINED)
 
 Size = tuple[int, int]
 
@@ -63,15 +64,15 @@ class Contender:
     def activities(self) -> tuple[str, ...]:
         """The activities that can be measured: `frozen` only if something is new against the parent."""
         grown = self.parent is not None and self.parent != self.config
-        return ("coding", "frozen", "unfrozen") if grown else ("coding", "unfrozen")
+        return tuple(activity for activity in ACTIVITIES if grown or activity != "frozen")
 
-    def seconds(self, activity: str, size: Size, device: str) -> dict[str, float]:
-        """Median seconds of an activity on one image. `coding` has two parts: `encode` and `decode`."""
+    def seconds(self, activity: str, size: Size, device: str) -> float:
+        """Median seconds of an activity on one image."""
         image = photograph(size)
-        return self._coding(image, device) if activity == "coding" else {activity: self._step(activity, image, device)}
+        return self._step(activity, image, device) if activity in TRAINED else self._coding(activity, image, device)
 
     def peak(self, activity: str, size: Size, device: str) -> int:
-        """Peak memory of an activity in bytes. Call it in a fresh process.
+        """Peak memory of an activity in bytes; for decoding, of encoding and decoding. Call it in a fresh process.
 
         On a GPU this is the most that PyTorch allocated. On a CPU it is the growth of the process's peak resident size,
         so that Python and PyTorch themselves are not counted.
@@ -80,16 +81,15 @@ class Contender:
         self.seconds(activity, size, device)
         return largest_resident_size() - before if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
-    def _coding(self, image: Tensor, device: str) -> dict[str, float]:
+    def _coding(self, activity: str, image: Tensor, device: str) -> float:
         model, image = self.codec(device), image.to(device)
-        coded = model.compress(image)  # warms up
-        model.decompress(**coded)
-        calls = {"encode": lambda: model.compress(image), "decode": lambda: model.decompress(**coded)}
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        while sum(map(sum, times.values())) < SHORTEST:
-            for name, call in calls.items():
-                times[name].append(timed(call, image.device))
-        return {name: statistics.median(values) for name, values in times.items()}
+        coded = model.compress(image)
+        call = {"encode": lambda: model.compress(image), "decode": lambda: model.decompress(**coded)}[activity]
+        call()  # warms up
+        times: list[float] = []
+        while sum(times) < SHORTEST:
+            times.append(timed(call, image.device))
+        return statistics.median(times)
 
     def _step(self, activity: str, image: Tensor, device: str) -> float:
         segment = Segment(

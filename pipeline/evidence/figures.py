@@ -5,17 +5,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from pipeline.common.figure_style import codec_colors, new_figure
+from pipeline.common.figure_style import codec_colors, legend_above, new_figure
 from pipeline.common.tables import shortest
-from pipeline.evaluation.rd_curves import PUBLISHED, ms_ssim_db
+from pipeline.evaluation.rd_curves import PUBLISHED, draw_curves
 from pipeline.evidence.gains import Gain
 from pipeline.evidence.rate_distortion import Curve
 from pipeline.records.chains import ChainRecord
 from pipeline.records.metrics import read_history
+from pipeline.weights.published import Quality
 
 MODERATE = 50.0
 """Per cent. If a gain or loss is larger, the axis of gains is logarithmic beyond ±10 %."""
@@ -26,27 +26,14 @@ MEASURES = (("bpp", "estimated rate in bits per pixel"), ("psnr_db", "PSNR in dB
 
 def curves(found: Mapping[str, Curve], kodak: bool = False) -> Figure:
     """PSNR and, if known, MS-SSIM over rate. With `kodak`, the published curves are added."""
+    shown: dict[str, tuple[Sequence[Quality], dict[str, Any]]] = {}
+    for (name, curve), color in zip(found.items(), codec_colors(list(found)).values(), strict=True):
+        line = {"linestyle": "--", "markersize": 3} if name.startswith("control") else {"markersize": 4}
+        shown[name] = [point.quality for point in curve], {"color": color, "marker": "o", **line}
+    for (name, published), color in zip(PUBLISHED.items() if kodak else (), ("0.5", "0.3"), strict=False):
+        shown[f"{name}, published"] = published, {"linestyle": ":", "color": color, "marker": "x"}
     similar = all(point.quality.ms_ssim is not None for curve in found.values() for point in curve)
-    figure, axes = new_figure(1, 2 if similar else 1, height=3.4)
-    colors = codec_colors(list(found))
-    for name, curve in found.items():
-        style: dict[str, Any] = {"color": colors[name], "label": name, "marker": "o", "markersize": 4}
-        if name.startswith("control"):
-            style |= {"linestyle": "--", "markersize": 3}
-        rates = [point.quality.bpp for point in curve]
-        axes[0].plot(rates, [point.quality.psnr_db for point in curve], **style)
-        if similar:
-            axes[1].plot(rates, np.array([ms_ssim_db(point.quality) for point in curve], float), **style)
-    if kodak:
-        for (name, points), color in zip(PUBLISHED.items(), ("0.5", "0.3"), strict=True):
-            line = zip(*((point.bpp, point.psnr_db) for point in points), strict=True)
-            axes[0].plot(*line, ":", color=color, marker="x", label=f"{name}, published")
-    for axis, label in zip(axes, ("PSNR in dB", "MS-SSIM in dB"), strict=False):
-        axis.set(xlabel="coded rate in bits per pixel", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.margins(0.08)
-    _legend_above(figure, axes[0])
-    return figure
+    return draw_curves(shown, similar, "coded rate in bits per pixel", columns=5)
 
 
 def gains(found: Sequence[Gain]) -> Figure:
@@ -72,7 +59,7 @@ def gains(found: Sequence[Gain]) -> Figure:
     axis.margins(0.06)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    _legend_above(figure, axis)
+    legend_above(figure, axis)
     return figure
 
 
@@ -128,10 +115,5 @@ def training(chain: ChainRecord) -> Figure:
             axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         axis.grid(alpha=0.3)
     axes[-1].set(xlabel="training step along the chain")
-    _legend_above(figure, axes[0])
+    legend_above(figure, axes[0])
     return figure
-
-
-def _legend_above(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)

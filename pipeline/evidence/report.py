@@ -3,10 +3,11 @@
 import base64
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,14 +17,13 @@ from PIL import Image
 from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
 from pipeline.common.files import write_text
-from pipeline.common.tables import Table, shortest
+from pipeline.common.tables import shortest
 from pipeline.evidence import comparison as comparisons
 from pipeline.evidence import figures, rate_distortion, report_tables
 from pipeline.evidence.gains import gains
-from pipeline.evidence.reconstructions import ComparedCrop, compared_crops
+from pipeline.evidence.reconstructions import compared_crops
 from pipeline.records.chains import ChainRecord, read_chains
-from pipeline.records.comparison import Comparison, read_comparisons
-from pipeline.records.record import StageRecord
+from pipeline.records.comparison import read_comparisons
 
 PAGE = "report.html"
 
@@ -32,114 +32,69 @@ class ReportError(UserError):
     """There is nothing to report on."""
 
 
-@dataclass(frozen=True)
-class LineageNode:
-    """A stage in the lineage and its children."""
-
-    stage: StageRecord
-    children: tuple["LineageNode", ...]
-
-
-@dataclass(frozen=True)
-class RecipeReport:
-    """The results of one recipe's chains. Figures are data URIs, empty if there is nothing to draw."""
-
-    recipe: str
-    facts: tuple[tuple[str, str], ...]
-    story: Table
-    quality: Table
-    gains: Table
-    """Without rows if no stage has a control."""
-    deltas: Table
-    gains_figure: str
-    frontier: str
-    curves: str
-    training: tuple[tuple[str, str], ...]
-    """Title and figure of each chain."""
-    compared_crops: tuple[ComparedCrop, ...]
-    shown: str
-    """Title of the chain whose reconstructions and frontier are shown."""
-    lineage: tuple[tuple[str, LineageNode], ...]
-
-
-@dataclass(frozen=True)
-class CostReport:
-    """One comparison of costs, with its tables and its figure as a data URI."""
-
-    comparison: Comparison
-    tables: tuple[Table, ...]
-    figure: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """The content of the page."""
-
-    sections: tuple[RecipeReport, ...]
-    costs: tuple[CostReport, ...]
-    date: str
-    """When the last stage ended."""
-
-
 def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     """Write the page and its figures into a folder; returns the page's path.
 
     `recipes` names the recipes to report on, in this order; without any, all in the folder of runs. Raises ReportError
     if one of them has no published stage.
     """
-    chains = [chain for chain in read_chains(runs) if chain.published]
-    there = sorted({chain.recipe for chain in chains}, key=lambda recipe: -_stages_of(chains, recipe))
+    by_recipe: dict[str, list[ChainRecord]] = {}
+    for chain in (chain for chain in read_chains(runs) if chain.published):
+        by_recipe.setdefault(chain.recipe, []).append(chain)
+    there = sorted(by_recipe, key=lambda recipe: (-sum(len(c.published) for c in by_recipe[recipe]), recipe))
     unknown = [recipe for recipe in recipes if recipe not in there]
     if unknown or not there:
         known = f"; there are {', '.join(there)}" if there else ""
         raise ReportError(f"{runs}: no published stage of {' or '.join(unknown) or 'any recipe'}{known}")
+    folder.mkdir(parents=True, exist_ok=True)
     newest = {(cost.title, cost.device): cost for cost in read_comparisons(runs)}
-    drawn = _Drawn(folder)
-    ended = [stage.record.ended or 0 for chain in chains for stage in chain.published.values()]
-    page = Page(
-        sections=tuple(_recipe_report([c for c in chains if c.recipe == name], drawn) for name in recipes or there),
-        costs=tuple(_cost_report(cost, drawn) for cost in newest.values()),
-        date=datetime.fromtimestamp(max(ended) / 1000, UTC).strftime("%-d %B %Y"),
-    )
-    path = folder / PAGE
-    write_text(path, _template().render(page=page))
-    return path
+    stages = (stage.record for chains in by_recipe.values() for chain in chains for stage in chain.published.values())
+    page = {
+        "date": datetime.fromtimestamp(max(record.ended or 0 for record in stages) / 1000, UTC).strftime("%-d %B %Y"),
+        "sections": [_section(by_recipe[recipe], partial(_drawn, folder)) for recipe in recipes or there],
+        "costs": [
+            {
+                "comparison": cost,
+                "tables": comparisons.tables(cost),
+                "figure": _drawn(folder, f"cost-{cost.title}-{cost.device}", comparisons.draw(cost)),
+            }
+            for cost in newest.values()
+        ],
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.evidence", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["picture"] = _picture
+    write_text(folder / PAGE, environment.get_template(PAGE).render(page=page))
+    return folder / PAGE
 
 
-def _cost_report(cost: Comparison, drawn: "_Drawn") -> CostReport:
-    figure = drawn.add(f"cost-{cost.title}-{cost.device}", comparisons.draw(cost))
-    return CostReport(cost, tuple(comparisons.tables(cost)), figure)
-
-
-def _stages_of(chains: Sequence[ChainRecord], recipe: str) -> int:
-    return sum(len(chain.published) for chain in chains if chain.recipe == recipe)
-
-
-def _recipe_report(chains: list[ChainRecord], drawn: "_Drawn") -> RecipeReport:
+def _section(chains: Sequence[ChainRecord], drawn: Callable[[str, Figure], str]) -> dict[str, Any]:
+    """The results of one recipe's chains: tables, and figures as data URIs, empty if there is nothing to draw."""
     chains = sorted(chains, key=lambda chain: (chain.lmbda, chain.seed))
     recipe, best = chains[0].recipe, _fullest(chains)
     curves, found = rate_distortion.curves(chains), gains(chains)
     rated = [gain for gain in found if gain.rate_percent]
     here = [gain for gain in rated if gain.lmbda == best.lmbda]
-    return RecipeReport(
-        recipe=recipe,
-        facts=tuple(_facts(chains)),
-        story=report_tables.story_table(chains),
-        quality=report_tables.quality_table(chains),
-        gains=report_tables.gains_table(found),
-        deltas=rate_distortion.deltas_table(curves, rate_distortion.controls(chains)),
-        gains_figure=drawn.add(f"{recipe}-gains", figures.gains(rated)) if rated else "",
-        frontier=drawn.add(f"{recipe}-frontier", figures.frontier(best, here)) if len(here) > 1 else "",
-        curves=drawn.add(f"{recipe}-rate-distortion", figures.curves(curves, rate_distortion.all_on_kodak(chains))),
-        training=tuple(
-            (chain.title, drawn.add(f"{recipe}-training-{chain.folder.name}", figures.training(chain)))
-            for chain in chains
-            if chain is best or chain.seed == best.seed
-        ),
-        compared_crops=tuple(compared_crops(best)),
-        shown=best.title,
-        lineage=tuple((chain.title, node) for chain in chains for node in _lineage(chain, None)),
-    )
+    trained = [chain for chain in chains if chain is best or chain.seed == best.seed]
+    return {
+        "recipe": recipe,
+        "facts": _facts(chains),
+        "story": report_tables.story_table(chains),
+        "quality": report_tables.quality_table(chains),
+        "gains": report_tables.gains_table(found),  # without rows if no stage has a control
+        "deltas": rate_distortion.deltas_table(curves, rate_distortion.controls(chains)),
+        "gains_figure": drawn(f"{recipe}-gains", figures.gains(rated)) if rated else "",
+        "frontier": drawn(f"{recipe}-frontier", figures.frontier(best, here)) if len(here) > 1 else "",
+        "curves": drawn(f"{recipe}-rate-distortion", figures.curves(curves, rate_distortion.all_on_kodak(chains))),
+        "training": [
+            (chain.title, drawn(f"{recipe}-training-{chain.folder.name}", figures.training(chain))) for chain in trained
+        ],
+        "compared_crops": compared_crops(best),
+        "shown": best.title,
+        "lineage": [(chain.title, node) for chain in chains for node in _lineage(chain, None)],
+    }
 
 
 def _fullest(chains: Sequence[ChainRecord]) -> ChainRecord:
@@ -165,42 +120,26 @@ def _facts(chains: Sequence[ChainRecord]) -> Iterator[tuple[str, str]]:
     yield "time", f"{spent} of training steps in {len(records)} stages"
 
 
-def _lineage(chain: ChainRecord, parent: str | None) -> list[LineageNode]:
-    """The trees of published stages whose parent is `parent`."""
+def _lineage(chain: ChainRecord, parent: str | None) -> list[dict[str, Any]]:
+    """The trees of published stages whose parent is `parent`: each stage with its children."""
     found = [stage.record for stage in chain.published.values() if stage.record.parent == parent]
-    return [LineageNode(record, tuple(_lineage(chain, record.name))) for record in found]
+    return [{"stage": record, "children": _lineage(chain, record.name)} for record in found]
 
 
-class _Drawn:
-    """Figures of the page. Each is embedded, and saved as a PNG beside the page."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, figure: Figure) -> str:
-        """Save a figure; returns it as a data URI."""
-        save(figure, self._folder / (re.sub(r"[^\w.-]+", "-", name) + ".png"))
-        file = io.BytesIO()
-        save(figure, file, "svg")
-        return _data_uri(file.getvalue(), "svg+xml")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _drawn(folder: Path, name: str, figure: Figure) -> str:
+    """A figure as a data URI. It is also saved as a PNG beside the page."""
+    save(figure, folder / (re.sub(r"[^\w.-]+", "-", name) + ".png"))
+    file = io.BytesIO()
+    save(figure, file, "svg")
+    return _data_uri(file, "svg+xml")
 
 
 def _picture(pixels: np.ndarray) -> str:
     """Pixels (H, W, 3) in 8 bits as the data URI of a PNG."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
-    return _data_uri(file.getvalue(), "png")
+    return _data_uri(file, "png")
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.evidence", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters["picture"] = _picture
-    return environment.get_template(PAGE)
+def _data_uri(file: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

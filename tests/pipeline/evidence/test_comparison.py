@@ -68,8 +68,8 @@ def test_tables_show_ratios_to_the_first(measured: Comparison) -> None:
     assert "(1.00)" in times[0].rows[0][1]
     assert times[0].rows[0][3] == "–"
     made = list(tables(costs(0.7)))[1]
-    assert made.columns[3:] == ("memory, coding", "unfrozen", "memory, unfrozen")
-    assert made.rows[1] == ("phase4", "1.400 (0.70)", "1.400 (0.70)", "100 (0.50)", "1.400 (0.70)", "100 (0.50)")
+    assert made.columns[3:] == ("decode", "memory, decode", "unfrozen", "memory, unfrozen")
+    assert made.rows[1] == ("phase4", *("1.400 (0.70)", "100 (0.50)") * 3)
     (axis, _) = comparison.draw(measured).axes
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert labels == ["encode", "decode", "training step"]  # the first codec has no frozen step to compare with
@@ -85,7 +85,7 @@ def test_a_comparison_reads_back_as_written(measured: Comparison, tmp_path: Path
 
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     hog = torch.ones(64 * 2**20)  # 256 MiB here, which must not count there
-    found = in_fresh_process(grown(0)[0].peak, "coding", (128, 128), "cpu")
+    found = in_fresh_process(grown(0)[0].peak, "encode", (128, 128), "cpu")
     assert hog.sum() > 0
     assert found is not None
     assert 0 < found < 200 * 2**20
@@ -145,7 +145,7 @@ def test_checkpoints_find_their_parents_by_digest(tmp_path: Path) -> None:
 
 def test_a_codec_like_its_parent_has_no_frozen_step() -> None:
     config = mini_codec(1).config
-    assert Contender("control1", config, parent=config).activities == ("coding", "unfrozen")
+    assert Contender("control1", config, parent=config).activities == ("encode", "decode", "unfrozen")
 
 
 def test_a_recipe_gives_each_codec_once() -> None:
