@@ -11,6 +11,8 @@ from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate, StepCost
 from pipeline.training.trial import Trial, try_evaluation, try_segment
 
+NO_REMEDY = "does not fit with any smaller batch; use a device with more memory, or a smaller data.crop"
+
 
 def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], None]) -> Estimate:
     """Try each unfinished segment of a plan in a process of its own, with the crops of one of `processes`."""
@@ -24,7 +26,9 @@ def measure(plan: Sequence[PlannedStage], processes: int, note: Callable[[str], 
         found, remedy = _try(trial, photos, processes), ""
         if found is None:
             note(f"{planned.name}: {segment.name} does not fit; looking for a change that makes it fit")
-            remedy = _remedy(trial, photos, processes)
+            changes = (text for text, changed in _changes(alone, processes)
+                       if _try(replace(trial, stage=changed), photos, processes))  # fmt: skip
+            remedy = next((f"fits with {text}" for text in changes), NO_REMEDY)
         device, cost = found or (device, None)
         name, steps, handover, data = segment.name, segment.steps, segment.handover, stage.data
         segments.append(SegmentEstimate(stage.name, name, steps, handover, data.batch_size, data.workers, cost, remedy))
@@ -54,7 +58,7 @@ def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, 
     }
     for planned, segment, done in segments_left(plan):
         cost = estimate.find(planned.name, segment.name, segment.steps, segment.handover)
-        seconds = cost.seconds_left(done) if cost else None
+        seconds = cost.seconds(done) if cost else None
         before = found[planned.name]
         found[planned.name] = None if seconds is None or before is None else before + seconds
     return found
@@ -84,14 +88,6 @@ def _try(trial: Trial, photos: Photos, processes: int) -> tuple[str, StepCost] |
     data = trial.stage.data
     share = data.model_copy(update={"batch_size": max(1, data.batch_size // processes)})
     return in_fresh_process(try_segment, replace(trial, stage=trial.stage.model_copy(update={"data": share})), photos)
-
-
-def _remedy(trial: Trial, photos: Photos, processes: int) -> str:
-    """The settings of the smallest change that makes a segment fit, as a message."""
-    for text, changed in _changes(trial.stage, processes):
-        if _try(replace(trial, stage=changed), photos, processes) is not None:
-            return f"fits with {text}"
-    return "does not fit with any smaller batch; use a device with more memory, or a smaller data.crop"
 
 
 def _changes(stage: Stage, processes: int) -> Iterator[tuple[str, Stage]]:

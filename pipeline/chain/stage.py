@@ -30,7 +30,7 @@ from pipeline.records.stage_log import StageLog
 from pipeline.training.initial_weights import InitialWeights, start_child
 from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.trainer import Trainer
-from pipeline.training.transfer import Ledger, new_components, transfer_weights
+from pipeline.training.transfer import Ledger, ledger_of, new_components, transfer_weights
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec
 from pipeline.weights.metadata import read_metadata
 from pipeline.weights.published import Lineage, Quality
@@ -153,7 +153,7 @@ class StageRun:
             source = self._codec_of(self.task.start).to(self.device)
             initial = InitialWeights(transfer_weights(source, child, Transfer()))
         elif self.parent is None:
-            initial = InitialWeights(Ledger.of_root(child))
+            initial = InitialWeights(ledger_of(None, child, {}, {}))
         else:
             initial = start_child(self.parent.to(self.device), child, self.stage.transfer, crops)
         for what, sites in (("narrowed", initial.narrowed), ("fitted", initial.fitted)):

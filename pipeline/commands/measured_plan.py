@@ -63,7 +63,7 @@ def _cells(found: SegmentEstimate) -> tuple[str, ...]:
     if cost is None:
         return NO_MEMORY
     speed = f"{found.batch_size / found.pace:.1f}"
-    left = duration(found.seconds_left() or 0.0)
+    left = duration(found.seconds() or 0.0)
     return f"{found.pace:.3f}", speed, found.limit, *_gigabytes(cost), left
 
 
@@ -91,12 +91,8 @@ def time_table(plans: Mapping[str, Sequence[PlannedStage]], estimate: Estimate) 
 
 
 def _sum(times: Iterable[float | None]) -> float | None:
-    total = 0.0
-    for seconds in times:
-        if seconds is None:
-            return None
-        total += seconds
-    return total
+    known = list(times)
+    return None if None in known else sum(filter(None, known))
 
 
 def _time(seconds: float | None) -> str:

@@ -73,33 +73,23 @@ class ProcessGroup:
         if self.signum:
             raise Interrupted(self.signum)
 
-    def on_main_process(self, work: Callable[[], None]) -> None:
-        """Run `work` in the first process while the others wait. If it raises, all processes stop."""
+    def on_main_process(self, work: Callable[[], Result]) -> Result:
+        """Run `work` in the first process, and return its result in all processes. If it raises, all processes stop."""
+        outcome: list[Any] = [0, None]
         error: BaseException | None = None
-        if self.accelerator.is_main_process:
+        if self.is_main:
             try:
-                work()
+                outcome[1] = work()
             except BaseException as problem:
                 error = problem
+                outcome[0] = getattr(problem, "exit_code", 1)
         if self.accelerator.num_processes > 1:
-            exit_code = [getattr(error, "exit_code", 1) if error else 0]
-            broadcast_object_list(exit_code)
-            if exit_code[0] and error is None:
-                raise MainProcessStopped(exit_code[0])
+            broadcast_object_list(outcome)
         if error is not None:
             raise error
-
-    def of_main_process(self, work: Callable[[], Result]) -> Result:
-        """Run `work` in the first process, and return its result in all processes. If it raises, all processes stop."""
-        results: list[Any] = [None]
-
-        def keep() -> None:
-            results[0] = work()
-
-        self.on_main_process(keep)
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(results)
-        result: Result = results[0]
+        if outcome[0]:
+            raise MainProcessStopped(outcome[0])
+        result: Result = outcome[1]
         return result
 
     def agree_on(self, facts: Callable[[], Mapping[str, str]]) -> None:

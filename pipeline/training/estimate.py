@@ -15,8 +15,8 @@ class StepCost:
     """Seconds of a step and of loading its batch, and peak memory in bytes, of one process."""
 
     step_seconds: float
-    handover_seconds: float | None
-    """A step during a handover; None for a segment without one."""
+    handover_seconds: float
+    """A step during a handover; the same as another step for a segment without one."""
     batch_seconds: float
     """One batch of the loader alone."""
     process_bytes: int
@@ -28,7 +28,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """Seconds for all validation images of a stage, and peak memory in bytes."""
+    """Seconds for all validation images of a stage, and peak memory in bytes, as in StepCost."""
 
     estimate_seconds: float
     """The rate is estimated, as before the first step and after each segment."""
@@ -36,7 +36,6 @@ class EvaluationCost:
     """The images are coded into bitstreams, as at the end of the stage."""
     process_bytes: int
     device_bytes: int | None
-    """Memory that PyTorch reserved on the GPU; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,17 @@ class SegmentEstimate:
     remedy: str = ""
     """The smallest change that makes the segment fit, or a message that none was found; empty if it fits."""
 
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of all steps without the loader, as a stage records them; None if the segment does not fit."""
-        if self.cost is None:
-            return None
-        handed = self.cost.handover_seconds or 0.0
-        rest = self.steps - self.handover
-        return self.cost.warm_up_seconds + handed * self.handover + self.cost.step_seconds * rest
+    def seconds(self, done: int = 0, loading: bool = True) -> float | None:
+        """Seconds of the steps after the first `done`; None if the segment does not fit.
 
-    def seconds_left(self, done: int = 0) -> float | None:
-        """Seconds of the steps after the first `done`, with the loader; None if the segment does not fit."""
+        Without `loading` they are the seconds that a stage records.
+        """
         if self.cost is None:
             return None
+        steps = self.cost.handover_seconds, self.cost.step_seconds
+        blended, plain = map(self._with_loader, steps) if loading else steps
         handed = max(self.handover - done, 0)
-        rest = self.steps - done - handed
-        handover = handed * self._with_loader(self.cost.handover_seconds or 0.0)
-        return self.cost.warm_up_seconds + handover + rest * self.pace
+        return self.cost.warm_up_seconds + handed * blended + (self.steps - done - handed) * plain
 
     @property
     def pace(self) -> float:

@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 
 from modules import HPCM
 from pipeline.recipes.schema import Segment, Stage, StepDecay
-from pipeline.training.parameter_groups import parameter_groups, with_weight_decay
+from pipeline.training.parameter_groups import parameter_groups
 
 
 def build_optimizer(model: HPCM, stage: Stage, segment: Segment, new: frozenset[str]) -> AdamW:
@@ -17,13 +17,8 @@ def build_optimizer(model: HPCM, stage: Stage, segment: Segment, new: frozenset[
 
     Each group has the `names` of its parameters, the `key` of its rate in the recipe, and its `full_lr`.
     """
-    settings = stage.optimizer
-    groups = parameter_groups(model, segment.lr, new)
-    if settings.weight_decay:
-        groups = with_weight_decay(groups, settings.weight_decay)
-    for group in groups:
-        group["full_lr"] = group["lr"]
-    return AdamW(groups, betas=settings.betas, weight_decay=0, fused=True)
+    groups = parameter_groups(model, segment.lr, new, stage.optimizer.weight_decay)
+    return AdamW([{**group, "full_lr": group["lr"]} for group in groups], betas=stage.optimizer.betas, fused=True)
 
 
 def set_learning_rates(optimizer: Optimizer, segment: Segment, step: int) -> None:

@@ -39,10 +39,13 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
         parameter.requires_grad_(name in names)
 
 
-def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str]) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: HPCM, rates: Mapping[str, float], new: frozenset[str], weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters. Each parameter gets the first rate whose key selects it.
 
-    A key is a selector as in `trainable_names`, or `default` for all remaining parameters. Raises SelectionError for a
+    A key is a selector as in `trainable_names`, or `default` for all remaining parameters. With `weight_decay`, a key
+    has one group for the weights of layers, which decay, and one for the other parameters. Raises SelectionError for a
     key that selects nothing and for a parameter that no key selects.
     """
     rest = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -52,28 +55,14 @@ def parameter_groups(model: HPCM, rates: Mapping[str, float], new: frozenset[str
         if not matched:
             earlier = " (an earlier key may already select them)"
             raise SelectionError(f"selects no trainable parameter{_hint(key, model, earlier)}", "lr", key)
-        names = [name for name in rest if name in matched]
-        groups.append({"params": [rest.pop(name) for name in names], "names": names, "lr": rates[key], "key": key})
+        decaying = {name for name in matched if weight_decay and name.endswith("weight") and rest[name].dim() > 1}
+        for chosen, decay in ((decaying, weight_decay), (matched - decaying, 0.0)):
+            if names := [name for name in rest if name in chosen]:
+                group = {"params": [rest.pop(name) for name in names], "names": names, "lr": rates[key], "key": key}
+                groups.append({**group, "weight_decay": decay})
     if rest:
         raise SelectionError(f"no rate for {next(iter(rest))} and {len(rest) - 1} more; add a `default`", "lr")
     return groups
-
-
-def with_weight_decay(groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
-    """Divide each optimizer group into the weights of layers, which decay, and the other parameters, which do not."""
-    divided = []
-    for group in groups:
-        for decays in (True, False):
-            chosen = [
-                (name, parameter)
-                for name, parameter in zip(group["names"], group["params"], strict=True)
-                if (name.endswith("weight") and parameter.dim() > 1) == decays
-            ]
-            if chosen:
-                names, parameters = zip(*chosen, strict=True)
-                rate = decay if decays else 0.0
-                divided.append({**group, "params": [*parameters], "names": [*names], "weight_decay": rate})
-    return divided
 
 
 def _hint(selector: str, model: HPCM, otherwise: str) -> str:

@@ -105,14 +105,9 @@ class SegmentRun:
         self.validation.end(self.progress)
 
     def _batches(self) -> StepBatches:
-        return StepBatches(
-            self.progress.stage_step,
-            self.segment.steps - self.progress.step,
-            self.stage.data.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.stage.data.accumulate,
-        )
+        data, processes = self.stage.data, (self.accelerator.process_index, self.accelerator.num_processes)
+        left = self.segment.steps - self.progress.step
+        return StepBatches(self.progress.stage_step, left, data.batch_size, *processes, data.accumulate)
 
     def _step(self, images: Tensor, samples: list[int]) -> dict[str, float] | None:
         """One update. Returns the objective's values, or None if a non-finite loss or gradient skipped the update."""

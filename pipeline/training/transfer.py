@@ -57,16 +57,6 @@ class Ledger:
         """Number of tensors per origin."""
         return dict(Counter(entry.kind for entry in self.entries))
 
-    @classmethod
-    def of_root(cls, model: HPCM) -> "Ledger":
-        """The ledger of a model without parent: all tensors are initialized."""
-        return cls(
-            tuple(
-                Entry(name, None, tuple(tensor.shape), "initialized", True, tensor_digest(tensor))
-                for name, tensor in sorted(codec_tensors(model).items())
-            )
-        )
-
     def write(self, folder: Path) -> None:
         """Write the ledger to a stage's folder. Raises FileError."""
         write_json(folder / LEDGER, [asdict(entry) for entry in self.entries])
@@ -96,29 +86,26 @@ def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:
     with torch.no_grad():
         for name, source in sources.items():
             ours[name].copy_(theirs[source])
-    return ledger_of(parent, child, sources)
+    return ledger_of(parent, child, sources, {})
 
 
 def ledger_of(
-    parent: HPCM, child: HPCM, sources: Mapping[str, str], solved: Mapping[str, tuple[Origin, str | None]] | None = None
+    parent: HPCM | None, child: HPCM, sources: Mapping[str, str], solved: Mapping[str, tuple[Origin, str | None]]
 ) -> Ledger:
-    """The ledger of a filled child.
+    """The ledger of a filled child; of a root, all tensors are initialized.
 
     `sources` maps the child's name to the parent's name for every copied tensor. `solved` maps the child's name to
     (class, source) for every narrowed or fitted tensor.
     """
-    ours, theirs = codec_tensors(child), codec_tensors(parent)
-    new = new_tensors(parent, child, sources)
-    solved = solved or {}
+    ours, theirs = codec_tensors(child), codec_tensors(parent) if parent else {}
+    new = new_tensors(parent, child, sources) if parent else frozenset(ours)
     entries = []
     for name, tensor in ours.items():
-        origin = sources.get(name)
-        kind: Origin = "initialized" if origin is None else "copied" if origin == name else "renamed"
-        if name in solved:
-            kind, origin = solved[name]
-        entries.append(Entry(name, origin, tuple(tensor.shape), kind, name in new, tensor_digest(tensor)))
-    used = {entry.source for entry in entries}
-    for name in theirs.keys() - used:
+        source = sources.get(name)
+        copied: Origin = "initialized" if source is None else "copied" if source == name else "renamed"
+        kind, source = solved.get(name, (copied, source))
+        entries.append(Entry(name, source, tuple(tensor.shape), kind, name in new, tensor_digest(tensor)))
+    for name in theirs.keys() - {entry.source for entry in entries}:
         entries.append(Entry(name, name, tuple(theirs[name].shape), "dropped", False, tensor_digest(theirs[name])))
     return Ledger(tuple(sorted(entries, key=lambda entry: entry.name)))
 

@@ -66,8 +66,7 @@ def try_segment(trial: Trial, photos: Photos) -> tuple[str, StepCost]:
     crops, processes = TrainingCrops(photos, data.crop, trial.stage.seed), ProcessGroup(accelerator)
     begin, warm_up = step_seconds(trial, crops, processes)
     step = step_seconds(trial, crops, processes, segment.handover)[0] if segment.handover else begin
-    handover = begin if segment.handover else None
-    cost = StepCost(step, handover, _batch_seconds(trial, crops), *_memory(accelerator.device), warm_up)
+    cost = StepCost(step, begin, _batch_seconds(trial, crops), *_memory(accelerator.device), warm_up)
     return machine(str(accelerator.device)), cost
 
 
@@ -130,31 +129,22 @@ def step_seconds(
 
     The weights are random. `processes` must not be entered: a signal shall end the measurement at once.
     """
-    limits = limits or PLANNED
-    child = HPCM(trial.config)
-    parent = HPCM(trial.parent) if trial.parent else None
+    limits, segment = limits or PLANNED, trial.stage.schedule[0]
+    child, parent = HPCM(trial.config), HPCM(trial.parent) if trial.parent else None
     new, components = frozenset(child.state_dict()), tuple[str, ...]()
     if parent is not None:
         new = new_tensors(parent, child, tensors_to_copy(parent, child, trial.stage.transfer))
         components = tuple(new_components(parent, child))
-    watcher = _Timing(limits)
-    migration = Migration(child, parent, components, new)
-    states, reporting = StateFolder(Path()), Reporting(watcher=watcher)
-    trainer = Trainer(_endless(trial.stage, limits), migration, crops, processes, states, reporting)
-    state = TrainingState(Progress(step=first, stage_step=first), codec_tensors(child))
+    # So long that the segment's end, with its saving and reporting, is never reached.
+    endless = segment.model_copy(update={"steps": segment.steps + segment.handover + 10 * limits.most})
+    stage = trial.stage.model_copy(update={"schedule": (endless,), "log_every": 1, "checkpoint_every": 10**9})
+    watcher, migration = _Timing(limits), Migration(child, parent, components, new)
+    trainer = Trainer(stage, migration, crops, processes, StateFolder(Path()), Reporting(watcher=watcher))
     with suppress(_Enough):
-        trainer.train(state)
+        trainer.train(TrainingState(Progress(step=first, stage_step=first), codec_tensors(child)))
     timed = [seconds for seconds in watcher.seconds[limits.warm :] if seconds == seconds]
     step = median(timed or [float("nan")])
     return step, sum(max(0.0, seconds - step) for seconds in watcher.seconds[: limits.warm])
-
-
-def _endless(stage: Stage, limits: Limits) -> Stage:
-    """The stage with a segment so long that its end, with its saving and reporting, is never reached."""
-    segment = stage.schedule[0]
-    steps = segment.steps + segment.handover + 10 * limits.most
-    longer = (segment.model_copy(update={"steps": steps}),)
-    return stage.model_copy(update={"schedule": longer, "log_every": 1, "checkpoint_every": 10**9})
 
 
 def _batch_seconds(trial: Trial, crops: TrainingCrops) -> float:

@@ -70,10 +70,8 @@ class SegmentValidation:
 
     def _measure(self) -> Quality:
         assert self.reporting.measure is not None  # a stage has validation images
-        return self.processes.of_main_process(self.reporting.measure)
+        return self.processes.on_main_process(self.reporting.measure)
 
 
 def _is_better(quality: Quality, progress: Progress) -> bool:
-    if not math.isfinite(quality.rd_loss):
-        return False
-    return progress.best_loss is None or quality.rd_loss < progress.best_loss
+    return math.isfinite(quality.rd_loss) and (progress.best_loss is None or quality.rd_loss < progress.best_loss)

@@ -36,16 +36,17 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """Give the parameters the values of the average while the context lasts."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.apply()
+        self._set(self.values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(trained[name])
+            self._set(trained)
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Copy the average into the parameters."""
+        self._set(self.values)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.values[name])
+            parameter.copy_(values[name])

@@ -17,20 +17,17 @@ from pipeline.training.estimate import Estimate, SegmentEstimate, StepCost
 OPTIONS = ["--recipe", str(FOLDER), "--measure", "--set", "data.batch_size=4"]
 
 
-def segment(step: float, handed: float | None, batch: float, workers: int = 0) -> SegmentEstimate:
-    cost = StepCost(step, handed, batch, 10**9, None)
-    return SegmentEstimate("phase1", "frozen", 100, 40 if handed else 0, 8, workers, cost)
+def segment(batch: float, workers: int = 0, warm: float = 0.0) -> SegmentEstimate:
+    return SegmentEstimate("phase1", "frozen", 100, 40, 8, workers, StepCost(1.0, 2.0, batch, 10**9, None, warm))
 
 
 def test_times_of_a_segment() -> None:
-    assert segment(1.0, 2.0, 0.5).seconds == 60 * 1.0 + 40 * 2.0
-    assert segment(1.0, 2.0, 0.5).seconds_left() == 60 * 1.5 + 40 * 2.5
-    assert segment(1.0, 2.0, 0.5).seconds_left(50) == 50 * 1.5
-    warm = SegmentEstimate("phase1", "frozen", 100, 0, 8, 0, StepCost(1.0, None, 0.5, 10**9, None, 7.0))
-    assert (warm.seconds, warm.seconds_left(90)) == (107.0, 22.0)
-    assert segment(1.0, None, 0.5, workers=2).pace == 1.0
-    assert segment(1.0, None, 3.0, workers=2).pace == 3.0
-    assert [segment(1.0, None, load).limit for load in (0.5, 3.0)] == ["device", "loader"]
+    assert segment(0.5).seconds(loading=False) == 60 * 1.0 + 40 * 2.0
+    assert segment(0.5).seconds() == 60 * 1.5 + 40 * 2.5
+    assert segment(0.5).seconds(50) == 50 * 1.5
+    assert segment(0.5, warm=7.0).seconds(90) == 7.0 + 10 * 1.5
+    assert [segment(batch, workers=2).pace for batch in (0.5, 3.0)] == [1.0, 3.0]
+    assert [segment(batch).limit for batch in (0.5, 3.0)] == ["device", "loader"]
 
 
 def test_a_plan_is_measured_kept_and_compared_with_what_came(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,16 +47,12 @@ def test_a_plan_is_measured_kept_and_compared_with_what_came(runs: Path, monkeyp
         *(("phase1", name) for name in ("align", "frozen", "unfrozen")),
     ]
     assert all(found.cost and found.cost.step_seconds > 0 < found.cost.batch_seconds for found in estimate.segments)
-    assert [found.cost is not None and found.cost.handover_seconds is not None for found in estimate.segments] == [
-        False,
-        False,
-        True,
-        False,
-    ]
+    differ = [found.cost and found.cost.handover_seconds != found.cost.step_seconds for found in estimate.segments]
+    assert differ == [False, False, True, False]
 
     run_chain(chain)
     (audited,), _ = audit(runs)
-    assert audited.stages[0].expected == {"scratch": estimate.segments[0].seconds}
+    assert audited.stages[0].expected == {"scratch": estimate.segments[0].seconds(loading=False)}
     assert "% of the estimate" in list(tables(audited))[1].markdown()
 
 
@@ -72,7 +65,7 @@ def test_what_does_not_fit_is_said_with_the_least_change_that_fits(runs: Path, m
         stage: Stage = asked.stage
         tried.append((stage.gradient_checkpointing, stage.data.batch_size))
         fits = stage.name == "baseline" or (stage.gradient_checkpointing and stage.data.batch_size == 1)
-        return ("a small GPU", StepCost(1.0, None, 0.1, 10**9, 10**9)) if fits else None
+        return ("a small GPU", StepCost(1.0, 1.0, 0.1, 10**9, 10**9)) if fits else None
 
     monkeypatch.setattr(measuring, "in_fresh_process", fits_at_one)
     shown = CliRunner().invoke(app, ["plan", "phase1", *OPTIONS, "--runs", str(runs)])

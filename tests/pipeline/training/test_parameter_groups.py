@@ -11,7 +11,6 @@ from pipeline.training.parameter_groups import (
     parameter_groups,
     set_trainable,
     trainable_names,
-    with_weight_decay,
 )
 from pipeline.training.transfer import transfer_weights
 
@@ -56,8 +55,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group(child: tuple[HPCM, fr
 def test_weights_of_layers_decay_and_other_parameters_do_not(child: tuple[HPCM, frozenset[str]]) -> None:
     model, new = child
     set_trainable(model, trainable_names(model, "all", new))
-    groups = parameter_groups(model, {"default": 1e-4, "rwkv": 4e-4}, new)
-    divided = with_weight_decay(groups, 0.01)
+    rates = {"default": 1e-4, "rwkv": 4e-4}
+    divided = parameter_groups(model, rates, new, 0.01)
     decay = {name: group["weight_decay"] for group in divided for name in group["names"]}
     assert decay.keys() == {name for name, _ in model.named_parameters()}
     for name in ("g_a.branch.0.weight", "attn_s1.block.spatial_mix.key.weight"):
