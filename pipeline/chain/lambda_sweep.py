@@ -15,14 +15,6 @@ LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
 
 
 @dataclass(frozen=True)
-class StartingPoint:
-    """The λ whose trained root initializes the roots of the other λ, and their settings, such as fewer steps."""
-
-    lmbda: float
-    settings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Point:
     """One λ and seed of a sweep, with the chains to build for it: one per target stage."""
 
@@ -32,7 +24,7 @@ class Point:
 
     def plan(self) -> dict[str, PlannedStage]:
         """The status of each stage, by name."""
-        return {planned.name: planned for chain in self.chains for planned in _plan_of(chain)}
+        return {planned.name: planned for chain in self.chains for planned in chain.plan()}
 
 
 @dataclass(frozen=True)
@@ -45,37 +37,24 @@ class Sweep:
     """Empty for all stages without children."""
     lmbdas: tuple[float, ...]
     runs: Path
-    starting_point: StartingPoint | None = None
     baseline: Path | None = None
-    """File from which the roots are imported. With a starting point, only that λ's root is imported."""
+    """File from which the root is imported."""
     seeds: tuple[int, ...] = ()
     """Empty for the seeds of the recipe."""
 
     def points(self) -> Iterator[Point]:
-        """Every λ and seed. The λ of the starting point comes first. Raises RecipeError and ChainError."""
-        first = self.starting_point.lmbda if self.starting_point else None
-        if self.baseline is not None and first is None and len(self.lmbdas) > 1:
+        """Every λ and seed. Raises RecipeError and ChainError."""
+        if self.baseline is not None and len(self.lmbdas) > 1:
             raise ChainError(
-                f"{self.baseline}: a codec has one λ, but the sweep has {len(self.lmbdas)}; start the others from its "
-                "weights with --from, or give only its λ with --lmbda"
+                f"{self.baseline}: a codec has one λ, but the sweep has {len(self.lmbdas)}; give its λ with --lmbda"
             )
-        if first is not None and first not in self.lmbdas:
-            raise ChainError(f"λ = {shortest(first)} of --from is not in the sweep; add it to --lmbda")
-        for lmbda in sorted(self.lmbdas, key=lambda lmbda: (lmbda != first, lmbda)):
+        for lmbda in sorted(self.lmbdas):
             for seed in self.seeds or (None,):
-                yield self._point(lmbda, seed)
-
-    def _point(self, lmbda: float, seed: int | None) -> Point:
-        title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
-        overrides = [*self.overrides, f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])]
-        start = None
-        if self.starting_point is not None and lmbda != self.starting_point.lmbda:
-            start = self._point(self.starting_point.lmbda, seed).chains[0].tasks[0].checkpoint
-            overrides += self.starting_point.settings
-        targets = self.targets or leaves(load_recipe(self.recipe, overrides))
-        baseline = None if start else self.baseline
-        requests = (ChainRequest(self.recipe, tuple(overrides), t, self.runs, baseline, start) for t in targets)
-        return Point(title, [request.chain() for request in requests])
+                title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
+                overrides = [*self.overrides, f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])]
+                targets = self.targets or leaves(load_recipe(self.recipe, overrides))
+                requests = (ChainRequest(self.recipe, tuple(overrides), t, self.runs, self.baseline) for t in targets)
+                yield Point(title, [request.chain() for request in requests])
 
     def table(self) -> Table:
         """The status of all stages: one row per stage, one column per λ and seed, in the order of running."""
@@ -110,11 +89,3 @@ def steps_left(plan: Iterable[PlannedStage]) -> int:
             left += sum(segment.steps for segment in planned.task.stage.schedule)
             left -= planned.progress.stage_step if planned.progress else 0
     return left
-
-
-def _plan_of(chain: Chain) -> list[PlannedStage]:
-    """The chain's plan. While its starting point is not trained, all stages are missing."""
-    root = chain.tasks[0]
-    if root.start is not None and not root.start.is_file():
-        return [PlannedStage(task, "missing", "waits for its start") for task in chain.tasks]
-    return chain.plan()

@@ -1,15 +1,15 @@
 """The command `hpcm`."""
 
 import io
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.exits import plain_errors
 from pipeline.commands.lazy import MARKUP, LazyCommand
-from pipeline.common.errors import Interrupted
+from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
 
 COMMANDS = {
     "Migrate a codec": {
@@ -69,8 +69,23 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # File names may contain characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
     try:
-        with plain_errors():
-            app()
+        app()
+    except UserError as error:
+        sys.exit(_told(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.exit(_told(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}"))
+    except LostProcess as error:
+        os._exit(_told(error))  # A normal exit would wait for the lost process.
+    except MainProcessStopped as stop:
+        sys.exit(stop.exit_code)
     except Interrupted as stop:
         print(f"{stop}; saved. Repeat the command to continue.", file=sys.stderr)
         sys.exit(stop.exit_code)
+
+
+def _told(problem: object) -> int:
+    """Print an error. Returns the exit code."""
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 1

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.chain.lambda_sweep import LMBDAS, StartingPoint, Sweep
+from pipeline.chain.lambda_sweep import LMBDAS, Sweep
 from pipeline.commands.chain_options import MeasureOptions, RecipeOptions, RunOptions
 from pipeline.commands.display import IS_FIRST_PROCESS, console, show
 from pipeline.commands.lazy import imported_when_called
@@ -17,26 +17,17 @@ draw_curves = imported_when_called("pipeline.commands.curves:draw_curves")
 
 @dataclass(frozen=True)
 class SweepOptions(RecipeOptions):
-    """The λ and seeds of a sweep, and where its chains start."""
+    """The λ and seeds of a sweep."""
 
     lmbda: list[float] | None = None
     """λ to train at; repeatable [default: the six λ of the official codecs]."""
     seed: list[int] | None = None
     """Seed of all stages; repeatable, to train several chains per λ."""
-    start_from: Annotated[float | None, typer.Option("--from")] = None
-    """Train the first stage at this λ, and start it at the other λ from that result."""
-    from_settings: Annotated[list[str] | None, typer.Option("--from-set")] = None
-    """Like --set, for stages that --from starts, as in `baseline.ema=0.9`; repeatable."""
 
     def sweep(self, targets: list[str]) -> Sweep:
-        """The sweep to these stages. Raises BadParameter."""
-        start = None
-        if self.start_from is not None:
-            start = StartingPoint(self.start_from, tuple(self.from_settings or ()))
-        elif self.from_settings:
-            raise typer.BadParameter("--from-set changes the stages that --from starts: give --from as well")
+        """The sweep to these stages."""
         lmbdas, seeds = tuple(self.lmbda or LMBDAS), tuple(self.seed or ())
-        return Sweep(self.recipe, self.overrides(), tuple(targets), lmbdas, self.runs, start, self.baseline, seeds)
+        return Sweep(self.recipe, self.overrides(), tuple(targets), lmbdas, self.runs, self.baseline, seeds)
 
 
 def rd_curve(

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +15,7 @@ from modules.bitstream.file_format import BitstreamError, CodedImage, LatentHead
 from modules.bitstream.guards import scale_error
 from modules.image_codec import ImageCodec
 from pipeline.common.errors import UserError
-from pipeline.common.files import write_json
 from pipeline.evaluation.codec_files import to_8_bits
-from pipeline.evaluation.conversions import SUFFIX
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.shipped import WEIGHTS
 
@@ -81,22 +79,6 @@ def _read(codec: ImageCodec, name: str, reference: Reference, path: Path) -> Out
     except BitstreamError as refusal:
         fault = str(refusal)
     return Outcome(name, reference.model, size, *guards, error, pixels, fault)
-
-
-def write_suite(images: dict[str, tuple[Tensor, float]], models: Sequence[Path], folder: Path = STREAMS) -> None:
-    """Code each image (1, 3, H, W) with its ε by every model; write the streams and the reference from float64."""
-    references = {}
-    folder.mkdir(exist_ok=True)
-    for model in models:
-        codec = ImageCodec(load_codec(model))
-        exact = in_float64(codec.model)
-        for image_name, (image, epsilon) in images.items():
-            coded = codec.encode(image, epsilon=epsilon)
-            name = f"{model.stem}-{image_name}{SUFFIX}"
-            (folder / name).write_bytes(coded.pack())
-            symbols = exact.trace(coded.y, coded.z, (coded.height, coded.width)).symbols
-            references[name] = asdict(Reference(model.name, tables_digest(codec.model), symbols_digest(symbols)))
-    write_json(folder / REFERENCE, references)
 
 
 def symbols_digest(symbols: Tensor) -> str:

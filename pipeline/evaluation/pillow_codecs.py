@@ -1,6 +1,7 @@
 """JPEG, WebP and AVIF by Pillow, to compare them with our codecs at equal file sizes."""
 
 import io
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,11 +96,7 @@ class PillowFiles:
 
 def nearest_quality(size_of: Callable[[int], int], size: int) -> int:
     """The quality whose file size is nearest to `size`, by bisection, because sizes grow with the quality."""
-    low, high = QUALITIES[0], QUALITIES[-1]
-    while low < high:
-        middle = (low + high) // 2
-        if size_of(middle) < size:
-            low = middle + 1
-        else:
-            high = middle
-    return min((quality for quality in (low - 1, low) if quality in QUALITIES), key=lambda q: abs(size_of(q) - size))
+    above = bisect_left(QUALITIES, size, key=size_of)
+    return min(
+        (quality for quality in (above - 1, above) if quality in QUALITIES), key=lambda q: abs(size_of(q) - size)
+    )

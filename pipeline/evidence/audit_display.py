@@ -56,7 +56,7 @@ def to_json(chains: Iterable[ChainAudit]) -> list[dict[str, Any]]:
     """All records and results of the audit."""
     return [
         {
-            **asdict(chain.record.facts),
+            **{name: getattr(chain.record, name) for name in ("key", "recipe", "lmbda", "seed")},
             "stages": [
                 {
                     **asdict(audited.stage.record),

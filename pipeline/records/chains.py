@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +36,9 @@ class ChainFacts:
     """Names the chain; MLflow's run of the chain is found by it."""
     recipe: str
     lmbda: float
+    """λ of all stages."""
     seed: int
+    """Seed of the root."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,11 @@ class StoredStage:
 
 
 @dataclass(frozen=True)
-class ChainRecord:
+class ChainRecord(ChainFacts):
     """One chain with all stages that were begun, oldest first, rebuilt and abandoned ones included."""
 
     folder: Path
-    facts: ChainFacts
     stages: tuple[StoredStage, ...]
-
-    @property
-    def recipe(self) -> str:
-        """Name of the recipe."""
-        return self.facts.recipe
-
-    @property
-    def lmbda(self) -> float:
-        """λ of all stages."""
-        return self.facts.lmbda
-
-    @property
-    def seed(self) -> int:
-        """Seed of the root."""
-        return self.facts.seed
 
     @property
     def title(self) -> str:
@@ -132,14 +117,16 @@ def read_chain(folder: Path, damaged: list[str] | None = None) -> ChainRecord:
     """
     facts = read_contract(ChainFacts, folder / CHAIN_FILE)
     stages = []
-    for place, path in _records(folder):
-        try:
-            stages.append(StoredStage(path.parent, place, StageRecord.read(path.parent)))
-        except FileError as error:
-            if damaged is None:
-                raise
-            damaged.append(str(error))
-    return ChainRecord(folder, facts, tuple(sorted(stages, key=lambda stage: stage.record.began)))
+    for place, pattern in _PLACES.items():
+        for path in sorted(folder.glob(pattern)):
+            try:
+                stages.append(StoredStage(path.parent, place, StageRecord.read(path.parent)))
+            except FileError as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+    in_order = tuple(sorted(stages, key=lambda stage: stage.record.began))
+    return ChainRecord(**vars(facts), folder=folder, stages=in_order)
 
 
 def read_chains(runs: Path) -> list[ChainRecord]:
@@ -151,9 +138,3 @@ def read_chains(runs: Path) -> list[ChainRecord]:
     if not chains:
         raise RecordsError(f"{runs}: nothing was run here yet; choose a folder with --runs")
     return sorted(chains, key=lambda chain: chain.stages[0].record.began, reverse=True)
-
-
-def _records(folder: Path) -> Iterator[tuple[Place, Path]]:
-    for place, pattern in _PLACES.items():
-        for path in sorted(folder.glob(pattern)):
-            yield place, path

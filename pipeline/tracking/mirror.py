@@ -157,9 +157,9 @@ class Mirror:
         # The lock is for two mirrors at once, which would each create the runs.
         with alone_at(folder / "mirror.lock"), self.store.errors_as_its_own():
             chain = read_chain(folder, problems)
-            if chain.stages and self._mirrored.get(chain.facts.key) != (chain, working):
+            if chain.stages and self._mirrored.get(chain.key) != (chain, working):
                 self._bring(chain_view(chain, working))
-                self._mirrored[chain.facts.key] = chain, working
+                self._mirrored[chain.key] = chain, working
             for stage in chain.stages:
                 try:
                     self._stage(chain, stage, working)

@@ -101,7 +101,7 @@ def stage_view(chain: ChainRecord, stage: StoredStage, working: bool, seen: Mapp
     return RunView(
         key=record.key,
         name=f"{record.recipe} {record.name}",
-        parent=chain.facts.key,
+        parent=chain.key,
         status=status,
         began=record.began,
         ended=ended,
@@ -122,7 +122,7 @@ def chain_view(chain: ChainRecord, working: bool) -> RunView:
         tags["mlflow.loggedArtifacts"] = _tables("stages.json")
         tags["mlflow.note.content"] = chain_description(chain.recipe, chain.lmbda, published)
     return RunView(
-        key=chain.facts.key,
+        key=chain.key,
         name=f"{chain.recipe} λ={shortest(chain.lmbda)}" + (f" seed {chain.seed}" if chain.seed else ""),
         parent=None,
         status=status,

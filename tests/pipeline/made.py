@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.evaluation.results import Evaluation, ImageResult
-from pipeline.records.chains import ChainFacts, ChainRecord, StoredStage
+from pipeline.records.chains import ChainRecord, StoredStage
 from pipeline.records.comparison import Comparison, Cost, Size
 from pipeline.records.record import DataSet, Result, StageRecord
 from pipeline.weights.published import Lineage, Quality, Validation
@@ -36,7 +36,7 @@ def stage(
 
 def chain(lmbda: float, seed: int, *stages: StoredStage) -> ChainRecord:
     """A chain of made stages."""
-    return ChainRecord(Path(f"{lmbda}-{seed}"), ChainFacts("key", "made", lmbda, seed), stages)
+    return ChainRecord("key", "made", lmbda, seed, Path(f"{lmbda}-{seed}"), stages)
 
 
 def changed(stage: StoredStage, **fields: object) -> StoredStage:

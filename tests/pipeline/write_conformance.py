@@ -1,12 +1,19 @@
 """Writes the streams of `hpcm verify` again, with every bundled codec: `make conformance`."""
 
+from dataclasses import asdict
+
 import torch
 from skimage.data import chelsea, coffee
 from torch import Tensor
 
+from modules.bitstream.coding import in_float64
 from modules.bitstream.file_format import EPSILON
-from pipeline.evaluation.conformance import STREAMS, write_suite
-from pipeline.weights.shipped import WEIGHTS
+from modules.image_codec import ImageCodec
+from pipeline.common.files import write_json
+from pipeline.common.packaged import WEIGHTS
+from pipeline.evaluation.conformance import REFERENCE, STREAMS, Reference, symbols_digest, tables_digest
+from pipeline.evaluation.conversions import SUFFIX
+from pipeline.weights.checkpoints import load_codec
 
 
 def images() -> dict[str, tuple[Tensor, float]]:
@@ -22,8 +29,18 @@ def images() -> dict[str, tuple[Tensor, float]]:
 
 
 def main() -> None:
-    """Write the files and print their total size."""
-    write_suite(images(), sorted(WEIGHTS.glob("*.safetensors")))
+    """Code each image by every model, write the streams and the reference from float64, and print their total size."""
+    references = {}
+    for model in sorted(WEIGHTS.glob("*.safetensors")):
+        codec = ImageCodec(load_codec(model))
+        exact = in_float64(codec.model)
+        for image_name, (image, epsilon) in images().items():
+            coded = codec.encode(image, epsilon=epsilon)
+            name = f"{model.stem}-{image_name}{SUFFIX}"
+            (STREAMS / name).write_bytes(coded.pack())
+            symbols = exact.trace(coded.y, coded.z, (coded.height, coded.width)).symbols
+            references[name] = asdict(Reference(model.name, tables_digest(codec.model), symbols_digest(symbols)))
+    write_json(STREAMS / REFERENCE, references)
     print(f"{STREAMS}: {sum(path.stat().st_size for path in STREAMS.iterdir())} bytes")
 
 

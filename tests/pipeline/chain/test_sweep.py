@@ -10,14 +10,13 @@ from mini import FOLDER, STAGES, Notes, one_image
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.lambda_sweep import StartingPoint, Sweep
+from pipeline.chain.lambda_sweep import Sweep
 from pipeline.chain.plan import ChainError
 from pipeline.commands.main import app
 from pipeline.common import fault_injection as faults
 from pipeline.common.errors import Interrupted
 from pipeline.evidence.rate_distortion import curves
 from pipeline.records.chains import read_chains
-from pipeline.weights.checkpoints import read
 
 LONG = 0.05000001
 
@@ -69,23 +68,7 @@ def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: py
 def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     file = finished[0].tasks[0].checkpoint
     wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
-    with pytest.raises(ChainError, match=r"checkpoint.safetensors: a codec has one λ, but the sweep has 2; .* --from"):
+    with pytest.raises(
+        ChainError, match=r"a codec has one λ, but the sweep has 2; give its λ"
+    ):
         wanted.table()
-
-
-def test_later_points_start_from_a_neighbor(runs: Path, tmp_path: Path) -> None:
-    command = sweep(runs, "baseline", "--from", str(LONG), "--from-set", "baseline.schedule.scratch.steps=0")
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    file = runs / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
-    first, second = read(runs / "mini" / f"lmbda-{LONG}" / "baseline" / "checkpoint.safetensors"), read(file)
-    assert first.metadata["digest"] == second.metadata["digest"]  # not a step was trained
-    assert "start" in second.metadata["inputs"]
-    assert "start" not in first.metadata["inputs"]
-    assert "done" in CliRunner().invoke(app, [*command, "--plan"]).output
-    taken = Sweep(str(FOLDER), (), ("baseline",), (0.013, 0.05), tmp_path, StartingPoint(0.05), file)
-    roots = [chain.tasks[0] for point in taken.points() for chain in point.chains]
-    assert [(root.imported, root.start is None) for root in roots] == [(file, True), (None, False)]
-    nowhere = Sweep(str(FOLDER), (), ("baseline",), (0.013,), runs, StartingPoint(0.1))
-    with pytest.raises(ChainError, match="of --from is not in the sweep"):
-        nowhere.table()

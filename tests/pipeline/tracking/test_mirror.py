@@ -216,7 +216,7 @@ def test_a_rebuilt_stage_takes_the_place_of_its_predecessor(copied: tuple[Path, 
     for _ in range(2):
         Mirror(store).chain(folder, working=False)
         client = store.client()
-        run_id = find_run(client, read_chain(folder).facts.key)
+        run_id = find_run(client, read_chain(folder).key)
         assert run_id is not None
         assert client.get_run(run_id).data.metrics["phase1/bpp"] == 9.0
         assert [metric.step for metric in client.get_metric_history(run_id, "phase1/bpp")] == [0, 1]
