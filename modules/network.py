@@ -65,7 +65,10 @@ class HPCMNetwork(nn.Module):
         )
         self.context_net = nn.ModuleList(config.context_net.build(M) for _ in range(2))
         if has_values(self.means_hyper):
-            self._initialize()
+            initialize_convolutions(self)
+            # h_s ends in a residual block that adds to its input, so the transposed convolution before it is the head.
+            center_scales([self.h_s.branch[:-1], self.y_spatial_prior_s1_s2, self.y_spatial_prior_s3], M)
+            spread_latent(self.g_a, self.g_s)
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -82,13 +85,6 @@ class HPCMNetwork(nn.Module):
         """Build the codec on the meta device: its tensors have shapes, but no values and no memory."""
         with torch.device("meta"):
             return cls(config).to("meta")  # CompressAI's LowerBound ignores the default device.
-
-    def _initialize(self) -> None:
-        initialize_convolutions(self)
-        priors = self.y_spatial_prior_s1_s2, self.y_spatial_prior_s3
-        # h_s ends in a residual block that adds to its input, so the transposed convolution before it is the head.
-        center_scales([self.h_s.branch[:-1], *priors], self.config.M)
-        spread_latent(self.g_a, self.g_s)
 
     def _adaptors(self, count: int) -> nn.ModuleList:
         channels = 3 * self.config.M

@@ -49,36 +49,22 @@ class Decoder:
 
     def __init__(self, scale_table: Tensor, reader: SymbolReader, guards: Guards):
         self.scale_table, self.reader, self.guards = scale_table, reader, guards
+        self.scales: list[Tensor] = []
+        self.symbols: list[Tensor] = []
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
         """Decode the step's rows, (1, R, M/8); returns ŷ of these rows."""
-        return self._symbols(step, scales) + means
-
-    def _symbols(self, step: Step, scales: Tensor) -> Tensor:
         try:
             symbols = self.reader.take(self.guards.index(step.number, scales, self.scale_table))
         except BitstreamError as error:  # The code of a large value does not end, because of wrong tables or damage.
             raise StepMismatch(step.number) from error
         if not self.guards.matches(step.number, self.reader.check):
             raise StepMismatch(step.number)
-        return symbols
-
-
-class RecordingDecoder(Decoder):
-    """Keeps every step's scales and symbols, to compare different machines or precisions."""
-
-    def __init__(self, scale_table: Tensor, reader: SymbolReader, guards: Guards):
-        super().__init__(scale_table, reader, guards)
-        self.scales: list[Tensor] = []
-        self.symbols: list[Tensor] = []
-
-    def _symbols(self, step: Step, scales: Tensor) -> Tensor:
-        symbols = super()._symbols(step, scales)
         self.scales.append(scales.flatten())
         self.symbols.append(symbols.flatten())
-        return symbols
+        return symbols + means
 
     @property
     def recorded(self) -> tuple[Tensor, Tensor]:
-        """Scales and symbols of all steps, both (symbols,), in coding order."""
+        """Scales and symbols of all steps, both (symbols,), in coding order: to compare machines or precisions."""
         return torch.cat(self.scales), torch.cat(self.symbols)

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.bitstream.coders import Decoder, Encoder, RecordingDecoder, StepMismatch
+from modules.bitstream.coders import Decoder, Encoder, StepMismatch
 from modules.bitstream.determinism import deterministic_float32
 from modules.bitstream.guards import STEPS, Guards
 from modules.bitstream.rans import SymbolReader, SymbolWriter, split_check
@@ -97,7 +97,7 @@ def trace(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tabl
     with deterministic_float32(network.means_hyper.device):
         z_hat = _decode_z(network, z, shape, tables.z)
         guards, reader = _start(network, y, z_hat, tables.y)
-        decoder = RecordingDecoder(tables.scales, reader, guards)
+        decoder = Decoder(tables.scales, reader, guards)
         y_hat = network.walk(network.h_s(z_hat), decoder)
         return Trace(*decoder.recorded, _image(network, y_hat, shape))
 

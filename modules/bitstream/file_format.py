@@ -152,8 +152,11 @@ class Header:
         header = cls(*values)
         if color != RGB:
             raise BitstreamError(f"color format {color}; this program reads {RGB} (RGB, 8 bits a channel)")
-        check_dimensions(header.height, header.width)
-        _check_lengths(header)
+        most = MOST_BYTES * check_dimensions(header.height, header.width)
+        if header.z_length + header.y_length > most or header.icc_length > MAX_PROFILE:
+            raise BitstreamError(  # No codec writes this, and reading so many bytes could fill the memory.
+                f"{header.file_bytes} bytes: far more than {header.width}×{header.height} pixels can have"
+            )
         return header
 
     @property
@@ -212,15 +215,9 @@ class CodedImage:
         return cls(header.identity, header.height, header.width, z, y, icc_profile)
 
 
-def check_dimensions(height: int, width: int) -> None:
-    """Raise BitstreamError for an image without pixels, or with more than a file can hold."""
+def check_dimensions(height: int, width: int) -> int:
+    """The number of pixels with padding. Raises BitstreamError for no pixels, or for more than a file can hold."""
     padded = -(-height // _GRID) * -(-width // _GRID) * _GRID**2
     if not 1 <= padded <= MAX_PIXELS:
         raise BitstreamError(f"{width}×{height} pixels: images have 1 to {MAX_PIXELS} pixels, padding included")
-
-
-def _check_lengths(header: Header) -> None:
-    """Raise BitstreamError for lengths that no codec writes. Reading so many bytes could fill the memory."""
-    padded = -(-header.height // _GRID) * -(-header.width // _GRID) * _GRID**2
-    if header.z_length + header.y_length > MOST_BYTES * padded or header.icc_length > MAX_PROFILE:
-        raise BitstreamError(f"{header.file_bytes} bytes: far more than {header.width}×{header.height} pixels can have")
+    return padded

@@ -65,16 +65,39 @@ class Kernels:
     explain: Callable[[int], str] = lambda status: f"status {status}"
 
 
-@functools.cache
-def cpu_kernels() -> Kernels | None:
+def _once_or_warned(load: Callable[[], Kernels]) -> Callable[[], Kernels | None]:
+    @functools.cache
+    @functools.wraps(load)
+    def loaded() -> Kernels | None:
+        try:
+            return load()
+        except (BuildError, OSError) as error:
+            warnings.warn(f"Bi-WKV4 falls back to its slow PyTorch reference: {error}", RuntimeWarning, stacklevel=3)
+            return None
+
+    return loaded
+
+
+@_once_or_warned
+def cpu_kernels() -> Kernels:
     """Load the CPU kernels, built if needed. If that fails, warn once with the cause and return None."""
-    return _or_warning(lambda: _load_cpu(build_cpu()))
+    loaded = _load(build_cpu())
+    return Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward, runner=_parallel_for())
 
 
-@functools.cache
-def cuda_kernels() -> Kernels | None:
+@_once_or_warned
+def cuda_kernels() -> Kernels:
     """Load the CUDA kernels for the GPUs present, in the same way."""
-    return _or_warning(lambda: _load_cuda(build_cuda()))
+    loaded = _load(build_cuda())
+    loaded.biwkv4_workspace.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
+    loaded.biwkv4_workspace.restype = ctypes.c_int64
+    loaded.biwkv4_error.restype = ctypes.c_char_p
+    return Kernels(
+        loaded.biwkv4_forward,
+        loaded.biwkv4_backward,
+        workspace=loaded.biwkv4_workspace,
+        explain=lambda status: loaded.biwkv4_error(status).decode(),
+    )
 
 
 def build_cpu() -> Path:
@@ -108,37 +131,11 @@ def cuda_architectures() -> list[str]:
     return flags
 
 
-def _or_warning(load: Callable[[], Kernels]) -> Kernels | None:
-    try:
-        return load()
-    except (BuildError, OSError) as error:
-        warnings.warn(f"Bi-WKV4 falls back to its slow PyTorch reference: {error}", RuntimeWarning, stacklevel=3)
-        return None
-
-
 def _load(library: Path) -> Any:
     loaded = ctypes.CDLL(str(library))
     for name in ("biwkv4_forward", "biwkv4_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
     return loaded
-
-
-def _load_cpu(library: Path) -> Kernels:
-    loaded = _load(library)
-    return Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward, runner=_parallel_for())
-
-
-def _load_cuda(library: Path) -> Kernels:
-    loaded = _load(library)
-    loaded.biwkv4_workspace.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
-    loaded.biwkv4_workspace.restype = ctypes.c_int64
-    loaded.biwkv4_error.restype = ctypes.c_char_p
-    return Kernels(
-        loaded.biwkv4_forward,
-        loaded.biwkv4_backward,
-        workspace=loaded.biwkv4_workspace,
-        explain=lambda status: loaded.biwkv4_error(status).decode(),
-    )
 
 
 def _parallel_for() -> int:
@@ -158,7 +155,7 @@ def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Pat
         raise BuildError(f"there are no kernel sources in {SOURCES}; reinstall the package")
     facts = [*command, _run([command[0], "--version"]), identity]
     key = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in facts)])).hexdigest()[:16]
-    cache, name = _private(_cache()), f"biwkv4_{kind}_{key}"
+    cache, name = _cache(), f"biwkv4_{kind}_{key}"
     found = _cached(cache, name)
     if found is None:
         with (cache / f"{name}.lock").open("w") as lock:
@@ -197,13 +194,9 @@ def _digest(path: Path) -> str:
 
 
 def _cache() -> Path:
-    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(folder) / "hpcm_biwkv4"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcm_biwkv4"
-
-
-def _private(folder: Path) -> Path:
-    """Create the folder if needed. Only its owner may write to it; raises BuildError if another user owns it."""
+    """The folder of built libraries, to which only its owner may write. Raises BuildError for another user's folder."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    folder = Path(given or Path.home() / ".cache") / "hpcm_biwkv4"
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     status = folder.stat()
     if status.st_uid not in (0, os.getuid()):

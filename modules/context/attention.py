@@ -1,12 +1,13 @@
 """Windowed cross-attention (HPCM, ICCV 2025), which the RWKV cells replace, and a cell without attention."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.context.components import Component, Kind, check_setting, register
+from modules.context.components import Component, Kind, register
 
 
 class PassThroughCell(Component):
@@ -61,13 +62,11 @@ class CrossAttentionCell(Component):
 class CrossAttentionKind(Kind):
     """Windowed cross-attention."""
 
+    least: ClassVar = {"heads": 1, "window": 1}
+
     heads: int = 32
     window: int = 8
     """Side of a window in positions of the slot's grid."""
-
-    def __post_init__(self) -> None:
-        check_setting(self, "heads", 1, integer=True)
-        check_setting(self, "window", 1, integer=True)
 
     def build(self, M: int) -> CrossAttentionCell:
         """Build the cell of 2M channels. Raises ValueError unless 2M is a multiple of `heads`."""

@@ -142,10 +142,13 @@ def _build(height: int, width: int, device: torch.device) -> Hierarchy:
     s1_in_s2 = _polyphase(*sizes[0], _S1_OFFSETS)
     rows_in_y = (s2_in_y[s1_in_s2], s2_in_y, torch.arange(height * width * EIGHTHS))
     coarser = (torch.empty(0, dtype=torch.long), s1_in_s2, s2_in_y)
+    coded_on_s2 = torch.zeros(len(rows_in_y[2]), dtype=torch.bool)
+    coded_on_s2[s2_in_y] = True
+    uncoded = (~coded_on_s2).nonzero().flatten()
     hyper_fill = (
         (torch.arange(len(rows_in_y[0])), torch.arange(len(rows_in_y[0]))),
         _misplaced_hyper_rows(*sizes[1]),
-        _kept_hyper_rows(len(rows_in_y[2]), s2_in_y),
+        (uncoded, uncoded),
     )
 
     scales: list[Scale] = []
@@ -179,13 +182,6 @@ def _both_halves(rows: Tensor) -> Tensor:
     """The same rows of a 2M-channel tensor: each eight of them among the scales, then among the means."""
     scales = (rows // EIGHTHS * (2 * EIGHTHS) + rows % EIGHTHS).view(-1, EIGHTHS)
     return torch.stack((scales, scales + EIGHTHS), dim=1).flatten()
-
-
-def _kept_hyper_rows(count: int, coded: Tensor) -> tuple[Tensor, Tensor]:
-    keep = torch.ones(count, dtype=torch.bool)
-    keep[coded] = False
-    rows = keep.nonzero().flatten()
-    return rows, rows
 
 
 def _misplaced_hyper_rows(h: int, w: int) -> tuple[Tensor, Tensor]:

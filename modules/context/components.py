@@ -47,6 +47,18 @@ class Kind:
 
     group: ClassVar[str]
     name: ClassVar[str]
+    least: ClassVar[Mapping[str, int]] = {}
+    """The least value of a setting, if it is not 0."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless each setting of type `int` or `float` is such a number, at least its least value."""
+        forms: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
+        for setting in fields(self):
+            value: Any = getattr(self, setting.name)
+            low, form = self.least.get(setting.name, 0), forms.get(setting.type)
+            if form and (type(value) not in form or not low <= value < 2**20):  # True is no number.
+                what = f"{'a whole number' if setting.type is int else 'a number'} of at least {low}"
+                raise ValueError(f"{setting.name} = {value!r} of the kind {self.name!r}: expected {what}")
 
     def build(self, M: int) -> nn.Module:
         """Build the component for a codec whose latent has M channels."""
@@ -160,12 +172,3 @@ def nearest(word: object, known: Iterable[str]) -> str:
     names = list(known)
     hint = get_close_matches(str(word), names, n=1)
     return f"; did you mean {hint[0]!r}?" if hint else f"; there are {', '.join(names) or 'none'}"
-
-
-def check_setting(owner: Kind, name: str, low: float, integer: bool = False) -> None:
-    """Raise ValueError unless the setting is a number of at least `low` and below 2²⁰."""
-    value = getattr(owner, name)
-    numbers = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value < 2**20:
-        what = "a whole number" if integer else "a number"
-        raise ValueError(f"{name} = {value!r} of the kind {owner.name!r}: expected {what} of at least {low:g}")

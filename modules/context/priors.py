@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from modules.context.components import Component, Kind, check_setting, register
+from modules.context.components import Component, Kind, register
 from modules.layers.blocks import LinearLayer
 from modules.layers.residual import DWConvRB
 
@@ -39,10 +39,6 @@ class PriorKind(Kind):
     last_blocks: int = 2
     """Number of blocks in branch_2, before its 1×1."""
 
-    def __post_init__(self) -> None:
-        check_setting(self, "blocks", 0, integer=True)
-        check_setting(self, "last_blocks", 0, integer=True)
-
     @property
     def num_blocks(self) -> int:
         """Number of blocks in both branches."""
@@ -62,10 +58,6 @@ class DWConvPriorKind(PriorKind):
 
     hidden_rate: float = 2
     """Inner width of a block, as a multiple of its channels."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_setting(self, "hidden_rate", 0)
 
     def build(self, M: int) -> SpatialPrior:
         """Build the prior from 3M to 2M channels."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.context.attention import CrossAttentionKind
-from modules.context.components import Component, Kind, check_setting, register
+from modules.context.components import Component, Kind, register
 from modules.context.fusion import ConvFusionKind
 from modules.context.priors import DWConvPriorKind, PriorKind, SpatialPrior
 from modules.layers.blocks import LinearLayer
@@ -121,10 +121,6 @@ class RWKVContextKind(Kind):
     mix_rate: float = 1
     """Inner width of the spatial mix, as a multiple of its channels."""
 
-    def __post_init__(self) -> None:
-        check_setting(self, "hidden_rate", 0)
-        check_setting(self, "mix_rate", 0)
-
     def build(self, M: int) -> RWKVContextCell:
         """Build the cell of 2M channels."""
         return RWKVContextCell(2 * M, self.hidden_rate, self.mix_rate)
@@ -146,11 +142,6 @@ class RWKVFusionKind(Kind):
     """Inner width of the channel mix, as a multiple of its channels."""
     mix_rate: float = 1
     """Inner width of the spatial mix, as a multiple of its channels."""
-
-    def __post_init__(self) -> None:
-        check_setting(self, "blocks", 0, integer=True)
-        check_setting(self, "hidden_rate", 0)
-        check_setting(self, "mix_rate", 0)
 
     def build(self, M: int) -> RWKVFusionNet:
         """Build the fusion of 2M channels."""
@@ -182,8 +173,6 @@ class RWKVPriorKind(PriorKind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_setting(self, "hidden_rate", 0)
-        check_setting(self, "mix_rate", 0)
         if self.channel_mix not in get_args(ChannelMixForm):
             raise ValueError(f"channel_mix = {self.channel_mix!r}: there are {', '.join(get_args(ChannelMixForm))}")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.common.files import FileError, readable
-from pipeline.recipes.segment import Segment
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.records.record import FILE, Attempt, SegmentResult, Source, StageRecord, Trained
@@ -59,10 +58,10 @@ class StageLog:
         counts = progress.stage_step, progress.bad_steps, progress.exploded_steps
         self.update(trained=Trained(*counts, progress.seconds, progress.lines), **changes)
 
-    def segment_ended(self, segment: Segment, progress: Progress, quality: Quality) -> None:
+    def segment_ended(self, name: str, steps: int, progress: Progress, quality: Quality) -> None:
         """Add the result of a segment."""
         before = sum(result.seconds for result in self.record.segments)
-        result = SegmentResult(segment.name, segment.steps, progress.seconds - before, quality)
+        result = SegmentResult(name, steps, progress.seconds - before, quality)
         self.update(segments=(*self.record.segments[: progress.segment], result))
 
     def end(self, state: Literal["finished", "interrupted", "failed"], reason: str = "", **changes: Any) -> None:

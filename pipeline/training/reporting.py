@@ -48,7 +48,8 @@ class Reporting:
     """Only the first process calls it. Without it nothing is validated."""
     saved: Callable[[Progress], None] = lambda progress: None
     """A state was saved."""
-    segment_ended: Callable[[Segment, Progress, Quality], None] = lambda segment, progress, quality: None
+    segment_ended: Callable[[str, int, Progress, Quality], None] = lambda name, steps, progress, quality: None
+    """A segment of this name and number of steps was trained and validated."""
 
     def validated(self, title: str, quality: Quality, step: int) -> None:
         """Log a validation at a step of the stage."""

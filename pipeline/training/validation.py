@@ -66,7 +66,7 @@ class SegmentValidation:
             )
             quality = self._measure()
         self.reporting.validated(f"after {self.segment.name}", quality, progress.stage_step)
-        self.reporting.segment_ended(self.segment, progress, quality)
+        self.reporting.segment_ended(self.segment.name, self.segment.steps, progress, quality)
 
     def _measure(self) -> Quality:
         assert self.reporting.measure is not None  # a stage has validation images

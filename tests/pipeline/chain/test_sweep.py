@@ -68,7 +68,5 @@ def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: py
 def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
     file = finished[0].tasks[0].checkpoint
     wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
-    with pytest.raises(
-        ChainError, match=r"a codec has one λ, but the sweep has 2; give its λ"
-    ):
+    with pytest.raises(ChainError, match=r"a codec has one λ, but the sweep has 2; give its λ"):
         wanted.table()
