@@ -11,7 +11,7 @@ from pipeline.chain.stage_task import StageTask
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import FileError, write_json
 from pipeline.common.tables import shortest
-from pipeline.data.images import find_images
+from pipeline.data.images import check_folder, find_images
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import YamlNode
 from pipeline.records.chains import CHAIN_FILE, ChainFacts
@@ -60,7 +60,10 @@ class Chain:
 
         Raises ChainError, DataError, and CheckpointError for a file that cannot be read.
         """
-        self.tasks[-1].check_folders()
+        data = self.tasks[-1].stage.data
+        for folder, split in ((data.train, "train"), (data.val, "val")):
+            if folder:
+                check_folder(Path(folder), split)
         return plan_stages(self.tasks, force)
 
     def facts(self) -> ChainFacts:

@@ -32,16 +32,17 @@ def publish_stage(task: StageTask, folder: Path, log: StageLog, codec: HPCM, lin
 
     A kill loses nothing: once the record says `done`, the next run moves the folder.
     """
-    result, stage = log.record.result, task.stage
-    assert result is not None
+    result, stage = log.record.evaluated, task.stage
     files.write_text(folder / "stage.yaml", stage.to_yaml())
     files.write_json(folder / "evaluation.json", result.evaluation.to_json(stage.name))
     points = {"parent": result.parent} if result.parent else {}
     plot_rate_distortion(folder / "rate-distortion.png", {**points, stage.name: result.quality})
     publish(folder / CHECKPOINT, codec, lineage)
     fault("publish.checkpoint")
-    digest = read_digest(folder / CHECKPOINT)
-    log.end("finished", status="done", lineage=lineage, digest=digest, files=_digests(folder))
+    left_out = {folder / FILE, *folder.glob(STATES), *folder.glob("*.partial")}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in left_out)
+    digests = {path.relative_to(folder).as_posix(): files.file_digest(path) for path in paths}
+    log.end("finished", status="done", lineage=lineage, digest=read_digest(folder / CHECKPOINT), files=digests)
     fault("publish.record")
     move_into_place(folder, task)
 
@@ -61,10 +62,3 @@ def move_into_place(folder: Path, task: StageTask) -> None:
     for parent in (folder.parent, folder.parents[1]):
         if parent != task.chain_folder and not any(parent.iterdir()):
             parent.rmdir()
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that is published, by its path in the folder, except the record itself."""
-    left_out = {folder / FILE, *folder.glob(STATES), *folder.glob("*.partial")}
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in left_out)
-    return {path.relative_to(folder).as_posix(): files.file_digest(path) for path in paths}

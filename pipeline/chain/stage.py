@@ -27,10 +27,11 @@ from pipeline.records.chains import ChainFacts
 from pipeline.records.record import DataSet, Result, StageRecord, Start
 from pipeline.records.source import source_of
 from pipeline.records.stage_log import StageLog
-from pipeline.training.initial_weights import InitialWeights, start_child
+from pipeline.training.initial_weights import start_child
+from pipeline.training.narrowing import Site
 from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.trainer import Trainer
-from pipeline.training.transfer import Ledger, ledger_of, new_components, transfer_weights
+from pipeline.training.transfer import Ledger, Origin, ledger_of, new_components, transfer_weights
 from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec
 from pipeline.weights.metadata import read_metadata
 from pipeline.weights.published import Lineage, Quality
@@ -149,35 +150,35 @@ class StageRun:
     def _transfer(self, child: HPCM, crops: TrainingCrops) -> tuple[TrainingState, Ledger]:
         """Transfer weights, and compare child and parent before the first step."""
         child.to(self.device)
+        solved: dict[Origin, list[Site]] = {}
         if self.task.start is not None:
-            source = self._codec_of(self.task.start).to(self.device)
-            initial = InitialWeights(transfer_weights(source, child, Transfer()))
+            ledger = transfer_weights(self._codec_of(self.task.start).to(self.device), child, Transfer())
         elif self.parent is None:
-            initial = InitialWeights(ledger_of(None, child, {}, {}))
+            ledger = ledger_of(None, child, {}, {})
         else:
-            initial = start_child(self.parent.to(self.device), child, self.stage.transfer, crops)
-        for what, sites in (("narrowed", initial.narrowed), ("fitted", initial.fitted)):
+            ledger, solved = start_child(self.parent.to(self.device), child, self.stage.transfer, crops)
+        for what, sites in solved.items():
             if sites:
                 modules, worst = f"{len(sites)} module{'s' if len(sites) > 1 else ''}", max(s.error for s in sites)
                 self.watcher.note(f"{what} {modules}: at most {worst:.1%} of the variance unexplained")
         state = TrainingState(Progress(), codec_tensors(child))
 
         def compare_and_save() -> None:
-            start = Start(tensors=initial.ledger.counts())
+            start = Start(tensors=ledger.counts())
             if self.parent is not None:
                 before, after = self.validation.estimate(self.parent), self.validation.estimate(child)
                 gap = after.rd_loss - before.rd_loss
                 start = replace(start, parent=before, step0=after, step0_gap=gap)
                 self.log.metrics.append(before.metrics("val/parent"), 0)
                 self.log.metrics.append({**after.metrics("val"), "val/step0_gap": gap}, 0)
-            initial.ledger.write(self.folder)
+            ledger.write(self.folder)
             progress = replace(state.progress, lines=self.log.metrics.lines)
             self.log.update(start=start)
             self.states.save(replace(state, progress=progress))
             self.log.saved(progress)
 
         self.processes.on_main_process(compare_and_save)
-        return state, initial.ledger
+        return state, ledger
 
     def _codec_of(self, file: Path) -> HPCM:
         """The codec of the root's file. The lineage records which vectors the file lacked."""

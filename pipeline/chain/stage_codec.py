@@ -1,6 +1,7 @@
 """The codec that a stage's settings describe."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,24 +47,19 @@ def kernel(task: StageTask, device: torch.device) -> str:
     return "compiled" if kernels else "PyTorch reference"
 
 
-def _hint(config: HPCMConfig) -> str:
-    """How to choose the preset of a codec, if it is one."""
-    try:
-        return f", such as with --set model.preset={preset_of(config)[0]}"
-    except StopIteration:
-        return ""
-
-
 def load_fitting(task: StageTask, path: Path) -> HPCM:
     """Load a codec with the configuration of a stage from a checkpoint, official or not. Raises StageError."""
-    model = load_codec(path)
-    if model.config != codec_config(task):
-        found, expected = model.config.to_dict(), codec_config(task).to_dict()
+    model, expected = load_codec(path), codec_config(task)
+    if model.config != expected:
+        found, wanted = model.config.to_dict(), expected.to_dict()
         differing = [
-            f"{name} is {found[name]}, expected {expected[name]}" for name in found if found[name] != expected[name]
+            f"{name} is {found[name]}, expected {wanted[name]}" for name in found if found[name] != wanted[name]
         ]
+        hint = ""
+        with suppress(StopIteration):  # The codec is no preset.
+            hint = f", such as with --set model.preset={preset_of(model.config)[0]}"
         raise StageError(
             f"{path}: does not match the recipe's {task.stage.name}: {'; '.join(differing)}.\n"
-            f"  Give a checkpoint with these settings, or choose a recipe that matches the file{_hint(model.config)}."
+            f"  Give a checkpoint with these settings, or choose a recipe that matches the file{hint}."
         )
     return model

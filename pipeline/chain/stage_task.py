@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.common.files import FileError, file_digest
-from pipeline.data.images import Photos, check_folder, find_images
+from pipeline.data.images import Photos, find_images
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import Misfit, YamlNode, dotted
 from pipeline.records.record import CHECKPOINT, FILE, StageRecord
@@ -72,12 +72,6 @@ class StageTask:
         path = (*prefix, *misfit.path)
         where = self.source.origin_of(path) if self.source else self.stage.name
         return f"{where}: {dotted(path)}: {misfit.problem}"
-
-    def check_folders(self) -> None:
-        """Raise DataError if a folder of images is missing or has none. The images are not read."""
-        for folder, split in ((self.stage.data.train, "train"), (self.stage.data.val, "val")):
-            if folder:
-                check_folder(Path(folder), split)
 
     @cached_property
     def train_photos(self) -> Photos:

@@ -12,7 +12,6 @@ from pipeline.commands.options import AsJson, Runs
 from pipeline.common.errors import UserError
 from pipeline.evidence import audit_display
 from pipeline.evidence.audit import audit as audit_runs
-from pipeline.evidence.audit import nothing_more
 
 mlflow_check = imported_when_called("pipeline.tracking.mirror:check_of")
 
@@ -28,7 +27,7 @@ def audit(
         raise typer.BadParameter("give --markdown or --json, not both")
     if not runs.is_dir():
         raise UserError(f"nothing was run in {runs}: no such folder; choose a folder with --runs")
-    chains, problems = audit_runs(runs, mlflow_check(runs) if mlflow else nothing_more)
+    chains, problems = audit_runs(runs, mlflow_check(runs)) if mlflow else audit_runs(runs)
     if as_json:
         show_json(audit_display.to_json(chains))
     elif markdown:

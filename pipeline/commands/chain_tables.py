@@ -47,21 +47,19 @@ def closing_table(chain: Chain) -> Table:
     columns = ("stage", "params", "kMAC/px", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
     table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
     for task in chain.tasks:
-        if task.is_published:
-            table.add(task.stage.name, *_record_row(StageRecord.read(task.folder)))
+        if not task.is_published:
+            continue
+        record = StageRecord.read(task.folder)
+        result, quality = record.evaluated, record.evaluated.quality
+        table.add(
+            record.name,
+            f"{result.parameters / 1e6:.2f}M",
+            f"{result.kmacs_per_pixel:.1f}",
+            f"{quality.bpp:.4f}",
+            f"{quality.psnr_db:.2f}",
+            number(quality.ms_ssim),
+            f"{quality.rd_loss:.4f}",
+            number(record.start.step0_gap, "+z.4f"),
+            f"{record.trained.seconds / 60:.1f}" if record.steps else "–",
+        )
     return table
-
-
-def _record_row(record: StageRecord) -> list[str]:
-    assert record.result is not None  # a published stage was evaluated
-    result, quality = record.result, record.result.quality
-    return [
-        f"{result.parameters / 1e6:.2f}M",
-        f"{result.kmacs_per_pixel:.1f}",
-        f"{quality.bpp:.4f}",
-        f"{quality.psnr_db:.2f}",
-        number(quality.ms_ssim),
-        f"{quality.rd_loss:.4f}",
-        number(record.start.step0_gap, "+z.4f"),
-        f"{record.trained.seconds / 60:.1f}" if record.steps else "–",
-    ]

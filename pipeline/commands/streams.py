@@ -1,8 +1,7 @@
 """Standard input and output as the file `-`."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,16 +49,10 @@ def _through_files(command: Callable[..., None], options: dict[str, Any], source
             command(**options)
             return
         target = Path(folder) / f"standard-output{suffix}"
-        with _tables_on_standard_error():
+        console.stderr = True
+        try:
             command(**{**options, "output": target})
+        finally:
+            console.stderr = False
         sys.stdout.buffer.write(target.read_bytes())
         sys.stdout.buffer.flush()
-
-
-@contextmanager
-def _tables_on_standard_error() -> Iterator[None]:
-    console.stderr = True
-    try:
-        yield
-    finally:
-        console.stderr = False

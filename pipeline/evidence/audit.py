@@ -16,11 +16,6 @@ Check = Callable[[ChainRecord, StoredStage], Sequence[str]]
 """Finds further problems of a stage, such as differences from MLflow."""
 
 
-def nothing_more(chain: ChainRecord, stage: StoredStage) -> Sequence[str]:
-    """Find no further problems."""
-    return ()
-
-
 @dataclass(frozen=True)
 class StageAudit:
     """A stage and the result of checking its files."""
@@ -47,7 +42,7 @@ class ChainAudit:
     stages: tuple[StageAudit, ...]
 
 
-def audit(runs: Path, check: Check = nothing_more) -> tuple[list[ChainAudit], list[str]]:
+def audit(runs: Path, check: Check = lambda chain, stage: ()) -> tuple[list[ChainAudit], list[str]]:
     """Check all chains in a folder of runs. Returns them, newest first, and the problems that belong to no stage."""
     chains, problems = list[ChainAudit](), list[str]()
     # A chain whose `chain.json` was lost is found by the usual name of its folder.

@@ -53,7 +53,12 @@ def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str
     The contenders take turns, so that other load on the machine slows all of them; every second round has the reverse
     order. What does not fit into memory is noted and left out.
     """
-    sizes = tuple(_size(contender, note) for contender in contenders)
+    sizes = []
+    for contender in contenders:
+        kmacs = macs_per_pixel(contender.config, *COUNTED_AT) / 1000
+        note(f"{contender.name}: {kmacs:.1f} kMAC a pixel")
+        parameters = sum(p.numel() for p in HPCM.on_meta(contender.config).parameters())
+        sizes.append(records.Size(contender.name, parameters, kmacs))
     work = plan.work(contenders)
     peaks = {key: _peak(*key, device, note) for key in work} if plan.memory else {}
     samples: dict[tuple[Size, str, Contender], list[float]] = {key: [] for key in work}
@@ -73,13 +78,7 @@ def compare(title: str, contenders: Sequence[Contender], plan: Plan, device: str
     costs = tuple(Cost(key[2].name, size_name(key[0]), key[1], tuple(samples[key]), peaks.get(key)) for key in work)
     trained = all(contender.checkpoint is not None for contender in contenders)
     now = int(1000 * time.time())
-    return Comparison(title, device, machine(device), torch.__version__, plan.rounds, trained, now, sizes, costs)
-
-
-def _size(contender: Contender, note: Note) -> records.Size:
-    kmacs = macs_per_pixel(contender.config, *COUNTED_AT) / 1000
-    note(f"{contender.name}: {kmacs:.1f} kMAC a pixel")
-    return records.Size(contender.name, sum(p.numel() for p in HPCM.on_meta(contender.config).parameters()), kmacs)
+    return Comparison(title, device, machine(device), torch.__version__, plan.rounds, trained, now, tuple(sizes), costs)
 
 
 def _peak(size: Size, activity: str, contender: Contender, device: str, note: Note) -> int | None:

@@ -71,13 +71,9 @@ def _gain(name: str, control: str, chains: Sequence[ChainRecord], slope: float |
     if over_seeds(lambda a, b: abs(a.psnr_db - b.psnr_db)).mean > TANGENT_REACH:
         slope = None
     elif slope is None and validation is not None and validation.metric == "mse":
-        slope = over_seeds(lambda a, b: _slope_at_optimum(b, lmbda)).mean
+        # Along this slope, λ·255²·MSE + bits per pixel is constant.
+        slope = over_seeds(lambda a, b: 10 / math.log(10) / (lmbda * 255**2 * 10 ** (-b.psnr_db / 10))).mean
     rate = None
     if slope is not None:
         rate = over_seeds(lambda a, b: 100 * (a.bpp - b.bpp - (a.psnr_db - b.psnr_db) / slope) / b.bpp)
     return Gain(name, control, lmbda, over_seeds(lambda a, b: a.rd_loss - b.rd_loss), rate)
-
-
-def _slope_at_optimum(quality: Quality, lmbda: float) -> float:
-    """The slope along which λ·255²·MSE + bits per pixel is constant, in dB per (bit per pixel)."""
-    return 10 / math.log(10) / (lmbda * 255**2 * 10 ** (-quality.psnr_db / 10))

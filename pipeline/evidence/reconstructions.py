@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image
 
+from pipeline.data.pictures import read_image
 from pipeline.evaluation.coding import comparison_name
 from pipeline.evaluation.results import ImageResult
 from pipeline.records.chains import ChainRecord, StoredStage
@@ -42,24 +42,22 @@ def compared_crops(chain: ChainRecord, most: int = 3) -> list[ComparedCrop]:
     parents = {stage.record.parent for stage in chain.published.values()}
     # The root, and all stages that are no other stage's parent, such as the last phase and the last control.
     shown = [stage for name, stage in chain.published.items() if stage.record.parent is None or name not in parents]
-    kept = [_kept(stage) for stage in shown]
+    kept: list[dict[str, ImageResult]] = [
+        {image.name: image for image in stage.record.evaluated.evaluation.images if _path(stage, image.name).is_file()}
+        for stage in shown
+    ]
     names = [name for name in kept[0] if all(name in other for other in kept)] if kept else []
     return [_compared_crop(name, [(stage, results[name]) for stage, results in zip(shown, kept, strict=True)])
             for name in names[:most]]  # fmt: skip
 
 
-def _kept(stage: StoredStage) -> dict[str, ImageResult]:
-    """The results of the images whose reconstructions the stage kept, by the image's name."""
-    images = stage.record.evaluated.evaluation.images
-    return {image.name: image for image in images if _path(stage, image.name).is_file()}
-
-
 def _path(stage: StoredStage, image: str) -> Path:
+    """The picture that holds an image and its reconstruction side by side."""
     return stage.folder / "reconstructions" / f"{comparison_name(image)}.png"
 
 
 def _compared_crop(name: str, results: Sequence[tuple[StoredStage, ImageResult]]) -> ComparedCrop:
-    pairs = [_pair(_path(stage, name)) for stage, _ in results]
+    pairs = [np.array_split(read_image(_path(stage, name)), 2, axis=1) for stage, _ in results]
     errors = [np.abs(x_hat.astype(float) - x).mean(axis=2) for x, x_hat in pairs]
     piece = _worst_piece(sum(errors[1:], errors[0]))
     renditions = [
@@ -67,14 +65,6 @@ def _compared_crop(name: str, results: Sequence[tuple[StoredStage, ImageResult]]
         for (stage, result), (_, x_hat), error in zip(results, pairs, errors, strict=True)
     ]
     return ComparedCrop(name, pairs[0][0][piece], tuple(renditions))
-
-
-def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Original and reconstruction from the image that holds both side by side."""
-    with Image.open(path) as picture:
-        both = np.asarray(picture.convert("RGB"))
-    middle = both.shape[1] // 2
-    return both[:, :middle], both[:, middle:]
 
 
 def _worst_piece(errors: np.ndarray) -> tuple[slice, slice]:

@@ -25,7 +25,9 @@ def story_table(chains: Sequence[ChainRecord]) -> Table:
         losses = [_over(records, value) for value in (lambda r: r.start.step0_gap, *map(_loss_after, segments))]
         steps = f"{first.steps:,}" if not first.imported else "imported"
         minutes = _over(records, lambda record: record.trained.seconds / 60, ".1f")
-        table.add(shortest(lmbda), name, first.parent or "–", _new(first), steps, minutes, *losses)
+        before = first.parent_codec
+        new = "–" if before is None else ", ".join(key for key in first.codec if first.codec[key] != before.get(key))
+        table.add(shortest(lmbda), name, first.parent or "–", new, steps, minutes, *losses)
     return table
 
 
@@ -80,9 +82,3 @@ def _loss_after(name: str) -> Value:
         return losses[0] - record.start.parent.rd_loss if losses and record.start.parent else None
 
     return value
-
-
-def _new(record: StageRecord) -> str:
-    """The components and sizes in which a stage's codec differs from its parent's."""
-    parent = record.parent_codec
-    return "–" if parent is None else ", ".join(key for key in record.codec if record.codec[key] != parent.get(key))

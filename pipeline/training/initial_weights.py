@@ -1,13 +1,11 @@
 """The initial weights of a child: transferred from its parent, then partly solved on calibration crops."""
 
-from dataclasses import dataclass
-
 import torch
 
 from modules import HPCM
 from pipeline.data.crops import TrainingCrops
 from pipeline.recipes.schema import Transfer
-from pipeline.training.narrowing import Crops, Site, fit, narrow, narrowable_pairs
+from pipeline.training.narrowing import Site, fit, narrow, narrowable_pairs
 from pipeline.training.transfer import Ledger, Origin, ledger_of, tensors_to_copy, transfer_weights
 from pipeline.weights.checkpoints import codec_tensors
 
@@ -15,28 +13,24 @@ BATCH = 8
 """Calibration crops per batch."""
 
 
-@dataclass(frozen=True)
-class InitialWeights:
-    """The ledger of a child, and the modules that were narrowed and fitted."""
-
-    ledger: Ledger
-    narrowed: tuple[Site, ...] = ()
-    fitted: tuple[Site, ...] = ()
-
-
-def start_child(parent: HPCM, child: HPCM, rules: Transfer, crops: TrainingCrops) -> InitialWeights:
+def start_child(
+    parent: HPCM, child: HPCM, rules: Transfer, crops: TrainingCrops
+) -> tuple[Ledger, dict[Origin, list[Site]]]:
     """Fill `child` from `parent` in place; both must be on one device. Raises TransferError.
 
-    Layers are solved only with `initialization: function-preserving`. The calibration crops are the first
-    `rules.calibration` of `crops`, so they depend only on the seed and the data.
+    Returns the ledger, and the modules that were narrowed and fitted. They are solved only with `initialization:
+    function-preserving`. The calibration crops are the first `rules.calibration` of `crops`, so they depend only on the
+    seed and the data.
     """
     transferred = transfer_weights(parent, child, rules)
     to_narrow = narrowable_pairs(parent, child) if rules.narrow else {}
     if rules.initialization != "function-preserving" or not (to_narrow or rules.fit):
-        return InitialWeights(transferred)
+        return transferred, {}
     child.eval()
     parent.eval()
-    batches = _batches(crops, rules.calibration, child.means_hyper.device)
+    images = [crops[n]["image"] for n in range(rules.calibration)]
+    starts, device = range(0, len(images), BATCH), child.means_hyper.device
+    batches = [torch.stack(images[first : first + BATCH]).to(device) for first in starts]
     narrowed = narrow(parent, child, to_narrow, batches)
     fitted = fit(parent, child, batches) if rules.fit else []
     solved: dict[str, tuple[Origin, str | None]] = {}
@@ -47,9 +41,4 @@ def start_child(parent: HPCM, child: HPCM, rules: Transfer, crops: TrainingCrops
         if any(name.startswith(f"{site.name}.") for site in fitted):
             solved[name] = "fitted", None
     sources = {name: s for name, s in tensors_to_copy(parent, child, rules).items() if name not in solved}
-    return InitialWeights(ledger_of(parent, child, sources, solved), tuple(narrowed), tuple(fitted))
-
-
-def _batches(crops: TrainingCrops, count: int, device: torch.device) -> Crops:
-    images = [crops[n]["image"] for n in range(count)]
-    return [torch.stack(images[first : first + BATCH]).to(device) for first in range(0, count, BATCH)]
+    return ledger_of(parent, child, sources, solved), {"narrowed": narrowed, "fitted": fitted}
