@@ -86,5 +86,4 @@ class NoAttentionKind(Kind):
     """The prior's output is the next context (HPCM's PhiContext)."""
 
     def build(self, M: int) -> PassThroughCell:
-        """Build the cell. It has no weights."""
         return PassThroughCell()

@@ -20,5 +20,4 @@ class ConvFusionKind(Kind):
     """The 1×1 convolution."""
 
     def build(self, M: int) -> PointwiseFusion:
-        """Build the fusion of 2M channels."""
         return PointwiseFusion(2 * M)

@@ -41,7 +41,6 @@ class PriorKind(Kind):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks in both branches."""
         return self.blocks + self.last_blocks
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
@@ -60,7 +59,6 @@ class DWConvPriorKind(PriorKind):
     """Inner width of a block, as a multiple of its channels."""
 
     def build(self, M: int) -> SpatialPrior:
-        """Build the prior from 3M to 2M channels."""
         first, second = (
             [DWConvRB(3 * M, self.hidden_rate) for _ in range(count)] for count in (self.blocks, self.last_blocks)
         )

@@ -41,7 +41,6 @@ class RWKVContextCell(RWKVComponent):
 
     @property
     def last_linear(self) -> LinearLayer:
-        """`output_proj`."""
         return self.output_proj
 
     @torch.no_grad()
@@ -69,7 +68,6 @@ class RWKVFusionNet(RWKVComponent):
 
     @property
     def last_linear(self) -> LinearLayer:
-        """`out_proj`."""
         return self.out_proj
 
 
@@ -122,7 +120,6 @@ class RWKVContextKind(Kind):
     """Inner width of the spatial mix, as a multiple of its channels."""
 
     def build(self, M: int) -> RWKVContextCell:
-        """Build the cell of 2M channels."""
         return RWKVContextCell(2 * M, self.hidden_rate, self.mix_rate)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
@@ -144,7 +141,6 @@ class RWKVFusionKind(Kind):
     """Inner width of the spatial mix, as a multiple of its channels."""
 
     def build(self, M: int) -> RWKVFusionNet:
-        """Build the fusion of 2M channels."""
         return RWKVFusionNet(2 * M, self.blocks, self.hidden_rate, self.mix_rate)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:
@@ -155,7 +151,6 @@ class RWKVFusionKind(Kind):
 
     @property
     def num_blocks(self) -> int:
-        """Number of RWKV blocks."""
         return self.blocks
 
 
@@ -177,7 +172,6 @@ class RWKVPriorKind(PriorKind):
             raise ValueError(f"channel_mix = {self.channel_mix!r}: there are {', '.join(get_args(ChannelMixForm))}")
 
     def build(self, M: int) -> RWKVSpatialPrior:
-        """Build the prior from 3M to 2M channels."""
         return RWKVSpatialPrior(M, (self.blocks, self.last_blocks), self.hidden_rate, self.mix_rate, self.channel_mix)
 
     def takes_over(self, predecessor: Kind) -> dict[str, str]:

@@ -48,7 +48,6 @@ class InnerChannels(Narrowable, nn.Sequential):
 
     @property
     def last_linear(self) -> LinearLayer:
-        """The second 1×1."""
         last = self[3]
         assert isinstance(last, nn.Conv2d)
         return last

@@ -117,7 +117,6 @@ class SpatialMix(Narrowable):
 
     @property
     def last_linear(self) -> LinearLayer:
-        """`output`."""
         return self.output
 
     @torch.no_grad()

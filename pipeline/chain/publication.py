@@ -10,8 +10,10 @@ from modules import HPCM
 from pipeline.chain.stage_task import StageTask, record_in
 from pipeline.common import files
 from pipeline.common.fault_injection import fault
-from pipeline.evaluation.coding import comparison_name, plot_rate_distortion, save_comparison
+from pipeline.common.figure_style import save
+from pipeline.evaluation.coding import comparison_name, save_comparison
 from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.rd_curves import draw_curves
 from pipeline.records.record import CHECKPOINT, FILE
 from pipeline.records.stage_log import StageLog
 from pipeline.weights.checkpoints import publish
@@ -35,8 +37,9 @@ def publish_stage(task: StageTask, folder: Path, log: StageLog, codec: HPCM, lin
     result, stage = log.record.evaluated, task.stage
     files.write_text(folder / "stage.yaml", stage.to_yaml())
     files.write_json(folder / "evaluation.json", result.evaluation.to_json(stage.name))
-    points = {"parent": result.parent} if result.parent else {}
-    plot_rate_distortion(folder / "rate-distortion.png", {**points, stage.name: result.quality})
+    points = {**({"parent": result.parent} if result.parent else {}), stage.name: result.quality}
+    curves = {name: ([quality], {"marker": "o", "linestyle": ""}) for name, quality in points.items()}
+    save(draw_curves(curves, False, "coded rate in bits per pixel", columns=2), folder / "rate-distortion.png")
     publish(folder / CHECKPOINT, codec, lineage)
     fault("publish.checkpoint")
     left_out = {folder / FILE, *folder.glob(STATES), *folder.glob("*.partial")}

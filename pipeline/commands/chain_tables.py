@@ -7,6 +7,7 @@ from pipeline.chain.chain import Chain
 from pipeline.chain.plan import PlannedStage
 from pipeline.common.packaged import label
 from pipeline.common.tables import Table, number, shortest
+from pipeline.evaluation.results import cells
 from pipeline.records.record import StageRecord
 
 
@@ -50,16 +51,8 @@ def closing_table(chain: Chain) -> Table:
         if not task.is_published:
             continue
         record = StageRecord.read(task.folder)
-        result, quality = record.evaluated, record.evaluated.quality
-        table.add(
-            record.name,
-            f"{result.parameters / 1e6:.2f}M",
-            f"{result.kmacs_per_pixel:.1f}",
-            f"{quality.bpp:.4f}",
-            f"{quality.psnr_db:.2f}",
-            number(quality.ms_ssim),
-            f"{quality.rd_loss:.4f}",
-            number(record.start.step0_gap, "+z.4f"),
-            f"{record.trained.seconds / 60:.1f}" if record.steps else "–",
-        )
+        result = record.evaluated
+        size = f"{result.parameters / 1e6:.2f}M", f"{result.kmacs_per_pixel:.1f}"
+        minutes = f"{record.trained.seconds / 60:.1f}" if record.steps else "–"
+        table.add(record.name, *size, *cells(result.quality), number(record.start.step0_gap, "+z.4f"), minutes)
     return table

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
-from pipeline.common.figure_style import new_figure, save
 from pipeline.common.files import replacing
 from pipeline.evaluation.quality import NamedImage, bits_per_pixel, quality_of
 from pipeline.evaluation.results import Evaluation, ImageResult, mean_quality
@@ -82,14 +81,3 @@ def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:
     both = torch.cat((image.cpu(), x_hat.cpu()), dim=3)[0].clamp(0, 1)
     with replacing(path) as partial:
         Image.fromarray((both * 255).round().byte().permute(1, 2, 0).numpy()).save(partial, "PNG")
-
-
-def plot_rate_distortion(path: Path, points: dict[str, Quality]) -> None:
-    """Plot PSNR in dB against bits per pixel, with one labeled point per stage."""
-    figure, (axes,) = new_figure(1)
-    for name, quality in points.items():
-        axes.plot(quality.bpp, quality.psnr_db, "o", label=name)
-    axes.set(xlabel="coded rate in bits per pixel", ylabel="PSNR in dB")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save(figure, path)

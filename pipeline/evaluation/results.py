@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.common.tables import number
 from pipeline.weights.published import Quality
+
+
+def cells(quality: Quality) -> tuple[str, ...]:
+    """Rate, PSNR, MS-SSIM and loss as tables show them."""
+    return number(quality.bpp), number(quality.psnr_db, ".2f"), number(quality.ms_ssim), number(quality.rd_loss)
 
 
 def mean_quality(qualities: Sequence[Quality]) -> Quality:

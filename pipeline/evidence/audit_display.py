@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.common.tables import Table
+from pipeline.evaluation.results import cells
 from pipeline.evidence.audit import ChainAudit, StageAudit
 
 
@@ -17,7 +18,7 @@ def tables(chain: ChainAudit) -> Iterable[Table]:
         record = audited.stage.record
         known = (record.start.parent, record.start.step0, record.quality)
         losses = (f"{quality.rd_loss:.4f}" if quality else "–" for quality in known)
-        rate = (f"{record.quality.bpp:.4f}", f"{record.quality.psnr_db:.2f}") if record.quality else ("–", "–")
+        rate = cells(record.quality)[:2] if record.quality else ("–", "–")
         results.add(record.name, record.parent or "–", *losses, *rate, audited.files)
         tensors = (f"{count} {kind}" for kind, count in sorted(record.start.tensors.items()))
         trained = "\n".join(_segments(audited)) or "taken from a file"

@@ -13,7 +13,7 @@ from pipeline.evaluation.codec_files import to_8_bits
 from pipeline.evaluation.pillow_codecs import PillowCodec, PillowFiles
 from pipeline.evaluation.quality import NamedImage, quality_of
 from pipeline.evaluation.rd_curves import Curve, bd_rate, bd_rate_ms_ssim, draw_curves
-from pipeline.evaluation.results import mean_quality
+from pipeline.evaluation.results import cells, mean_quality
 from pipeline.weights.published import Quality
 
 SWEPT = (1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -101,7 +101,7 @@ def table(comparison: CodecComparison) -> Table:
         if place:
             found.add("", "", "", "")
         for name, quality in ((point.name, point.ours), *((other.codec, other.quality) for other in point.others)):
-            found.add(name, number(quality.bpp), number(quality.psnr_db, ".2f"), number(quality.ms_ssim))
+            found.add(name, *cells(quality)[:3])
     return found
 
 

@@ -8,7 +8,7 @@ from scipy.interpolate import PchipInterpolator
 
 from pipeline.common.tables import Table, number, shortest
 from pipeline.evaluation.rd_curves import bd_psnr, bd_rate, bd_rate_ms_ssim, is_kodak
-from pipeline.evaluation.results import mean_quality
+from pipeline.evaluation.results import cells, mean_quality
 from pipeline.records.chains import ChainRecord
 from pipeline.weights.published import Quality
 
@@ -96,11 +96,7 @@ def points_table(title: str, found: Mapping[str, Curve]) -> Table:
     table = Table(title, ("stage", "λ", "seeds", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss"))
     for name, curve in found.items():
         for point in curve:
-            quality = point.quality
-            table.add(
-                name, shortest(point.lmbda), str(point.seeds), number(quality.bpp), number(quality.psnr_db, ".2f"),
-                number(quality.ms_ssim), number(quality.rd_loss),
-            )  # fmt: skip
+            table.add(name, shortest(point.lmbda), str(point.seeds), *cells(point.quality))
     return table
 
 

@@ -3,16 +3,11 @@
 import hashlib
 import json
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.recipes.registered import METRICS, OBJECTIVES
@@ -124,10 +119,6 @@ class Transfer(Settings):
     """Number of training crops that `narrow` and `fit` use."""
 
 
-def _metric(name: str) -> str:
-    return registered(name, METRICS, "metric")
-
-
 class Accept(Settings):
     """Limits relative to the parent on the validation images; null means no check."""
 
@@ -148,7 +139,7 @@ class Stage(Settings):
     model: ModelChoice
     lmbda: PositiveFloat
     """λ of λ·255²·MSE + bpp, or of λ·(1 − MS-SSIM) + bpp."""
-    metric: Annotated[str, AfterValidator(_metric)] = "mse"
+    metric: Annotated[str, AfterValidator(partial(registered, METRICS, "metric"))] = "mse"
     """`mse`, `ms-ssim`, or a registered metric of your own that can be trained on."""
     data: Data
     optimizer: Optimizer = Optimizer()

@@ -1,6 +1,7 @@
 """The schema of a segment, and the parts that all schemas share."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -39,11 +40,8 @@ def _trainable(value: object) -> object:
     raise ValueError(f"should be 'all', 'new' or a list of name patterns, not {shown(value)}{hint}")
 
 
-def _objective(name: str) -> str:
-    return registered(name, OBJECTIVES, "objective")
-
-
-def registered(name: str, known: Mapping[str, object], what: str) -> str:
+def registered(known: Mapping[str, object], what: str, name: str) -> str:
+    """The name, if it is a known one; raises ValueError otherwise."""
     if name in known:
         return name
     hint = nearest(name, list(known)) or f"; expected one of {', '.join(known)}"
@@ -79,7 +77,7 @@ class Segment(Settings):
     name: Word
     train: Annotated[Literal["all", "new"] | tuple[str, ...], BeforeValidator(_trainable)]
     """`new`: parameters that were not copied from the parent, and all parameters of components that it lacks."""
-    objective: Annotated[str, AfterValidator(_objective)]
+    objective: Annotated[str, AfterValidator(partial(registered, OBJECTIVES, "objective"))]
     """`rate-distortion`, `align` (trains only the new components, on the inputs and outputs of the components they
     replace), or a registered objective of your own."""
     steps: Count
