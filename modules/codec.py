@@ -14,7 +14,15 @@ from modules.bitstream.tables import BUFFERS, Tables, built_tables
 from modules.compressai_parts import CompressionModel, register_model
 from modules.config import HPCMConfig
 from modules.layers.entropy import scale_table as default_scale_table
-from modules.loading import STEP_VECTORS, bare_names, checked_config, lacks_step_vectors, nearest_config
+from modules.loading import (
+    STEP_VECTORS,
+    bare_names,
+    checked_config,
+    codec_tensors,
+    lacks_step_vectors,
+    nearest_config,
+    state_digest,
+)
 from modules.pretrained import Pretrained
 from modules.refinement import ITERATIONS, GoOn, refine
 
@@ -36,6 +44,7 @@ class HPCM(Pretrained, CompressionModel):
 
     def __init__(self, config: HPCMConfig | None = None):
         super().__init__(config)
+        self.lineage = {}
         for name in BUFFERS:
             dtype = torch.float32 if name == "scale_table" else torch.int32
             self.register_buffer(name, torch.empty(0, dtype=dtype))
@@ -116,15 +125,21 @@ class HPCM(Pretrained, CompressionModel):
         return trace(self, y, z, shape, self.coding_tables)
 
     @classmethod
-    def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor], lineage: Mapping[str, Any]) -> Self:
         """Build the codec of these weights and of the configuration that `HPCMConfig.to_dict` wrote.
 
-        It is in evaluation mode, and its coding tables are built. Raises ValueError for a configuration that is not
-        valid and for tensors that do not fit it. Nothing of the codec's size is allocated before that.
+        `lineage` is what is known of their origin, among it λ. The codec is in evaluation mode, and its coding tables
+        are built. Raises ValueError for a configuration that is not valid and for tensors that do not fit it. Nothing
+        of the codec's size is allocated before that.
         """
         model = cls(checked_config(values, tensors))
         model.load_state_dict(tensors)
         model.update()
+        model.lineage = {**lineage, "digest": state_digest(codec_tensors(model))}
+        if model.filled_with_ones:
+            model.lineage["filled_with_ones"] = model.filled_with_ones
+        lmbda = lineage.get("lmbda") if lineage.get("metric") == "mse" else None
+        model.lmbda = lmbda if isinstance(lmbda, float) else None  # A file may say anything.
         return model.eval()
 
     @classmethod

@@ -1,15 +1,19 @@
 """Checks weights from a file, which may come from anyone, and names those that do not fit a codec."""
 
+import hashlib
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modules.bitstream.tables import BUFFERS
 from modules.config import PRESETS, HPCMConfig, preset_config
 from modules.network import HPCMNetwork
+from modules.saved_codec import check_digest
 
 STEP_VECTORS = "adaptive_params_list"
 """The ten vectors of the priors. The official files of 2025 lack them: the official code neither saved nor trained them
@@ -21,6 +25,31 @@ LARGEST_FACTOR = 1024
 def codec_tensors(model: HPCMNetwork) -> dict[str, Tensor]:
     """The tensors that a file stores: all except the coding tables, which are built from the weights."""
     return {name: tensor for name, tensor in model.state_dict().items() if name not in BUFFERS}
+
+
+def read_tensors(path: Path, digest: Any) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError, which names it, if they do not have this `state_digest`."""
+    try:
+        check_digest(path, digest)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values in row-major order, in hexadecimal."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state dict's names, dtypes, shapes and values, in hexadecimal; independent of their order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
+    return digest.hexdigest()
 
 
 def bare_names(state: Mapping[str, Any]) -> dict[str, Any]:

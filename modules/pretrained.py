@@ -1,24 +1,18 @@
 """A codec in a folder or on the Hugging Face Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.loading import codec_tensors
+from modules.loading import codec_tensors, read_tensors, state_digest
 from modules.network import HPCMNetwork
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
-PUBLISHED = "checkpoint.safetensors"
-"""Name of the weights in the folder of a published stage. Their configuration is in the file's metadata."""
+from modules.saved_codec import CONFIG, LINEAGE, WEIGHTS, read_config, read_header, weights_file
 
 _CARD = """---
 {{ card_data }}
@@ -26,7 +20,9 @@ _CARD = """---
 
 # HPCM, a learned image codec
 
-{{ parameters }} parameters. Components of the context model:
+{{ parameters }} parameters. {{ origin }}
+
+Components of the context model:
 
 | slot | kind | settings |
 |---|---|---|
@@ -55,12 +51,15 @@ class Pretrained(
 ):
     """Saves and loads a codec with Hugging Face's mixin. The coding tables are not saved."""
 
+    lineage: Mapping[str, Any]
+    """What the file of the weights says about their origin: λ, metric, quality, the stages before. It may be empty."""
+
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         """Make an instance, without the mixin's record of the arguments. `_save_pretrained` saves the configuration."""
         return object.__new__(cls)
 
     @classmethod
-    def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor], lineage: Mapping[str, Any]) -> Self:
         """Build the codec that is saved. Raises ValueError if configuration and weights do not fit each other."""
         raise NotImplementedError
 
@@ -68,78 +67,61 @@ class Pretrained(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Load a codec in evaluation mode, with its coding tables built.
 
-        The source is a folder of `save_pretrained`, the folder of a published stage, or a name on the Hub. `options`
-        are those of Hugging Face's mixin, such as `revision`. Raises ValueError, which names the source, if the weights
-        do not fit their configuration, and OSError if there is no such folder or no weights in it.
+        The source is a folder of `save_pretrained` or of a published stage, the safetensors file in it, or a name on
+        the Hub. `options` are those of `hf_hub_download`, such as `revision`. Raises ValueError, which names the
+        source, if the weights do not fit their configuration or their digest, and OSError if there are none.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_file():
-            raise NotADirectoryError(f"{folder}: a file; give the folder that contains it")
-        # Hugging Face's message about such a path would only say that it is no name.
-        if not folder.is_dir() and not re.fullmatch(HUB_NAME, str(pretrained_model_name_or_path)):
-            raise FileNotFoundError(f"{folder}: no such folder, and not a name on the Hugging Face Hub")
-        if folder.is_dir() and not (folder / CONFIG).exists():
-            return cls._from_published(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def _from_published(cls, folder: Path) -> Self:
-        """Load the weights of a published stage. Their digest is not checked here; `pipeline.weights` checks it."""
-        path = folder / PUBLISHED
+        path = weights_file(pretrained_model_name_or_path, **options)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder}: this folder has neither {CONFIG} and {WEIGHTS} nor a published stage's {PUBLISHED}"
-            )
-        tensors, metadata = _read(path)
+            raise FileNotFoundError(f"{path}: no such file or folder, and not a name on the Hugging Face Hub")
+        known = read_header(path) or read_config(path)
+        if "config" not in known:
+            raise ValueError(f"{path}: no configuration in its metadata or in {CONFIG}; give a published stage")
+        tensors = read_tensors(path, known.get("digest"))
         try:
-            values = json.loads(metadata["hpcm"])["config"]
-        except (LookupError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: its metadata has no configuration; give a published stage") from error
-        return cls._built(path, values, tensors)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
-        download = {key: options[key] for key in ("revision", "cache_dir", "force_download", "local_files_only")}
-        download["token"] = options["token"]
-        here = Path(model_id)
-        weights, config = (
-            here / name if here.is_dir() else Path(hf_hub_download(model_id, name, **download))
-            for name in (WEIGHTS, CONFIG)
-        )
-        try:
-            values = json.loads(config.read_text())
+            return cls.from_tensors(known.pop("config"), tensors, known)
         except ValueError as error:
-            raise ValueError(f"{config}: not JSON: {error}") from error
-        return cls._built(weights, values, _read(weights)[0])
-
-    @classmethod
-    def _built(cls, source: Path, values: Any, tensors: Mapping[str, Tensor]) -> Self:
-        try:
-            return cls.from_tensors(values, tensors)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = codec_tensors(self)
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         save_file(kept, save_directory / WEIGHTS, {"format": "pt"})
-        (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        values = {**self.config.to_dict(), LINEAGE: {**self._known_origin(), "digest": state_digest(kept)}}
+        (save_directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+    def _known_origin(self) -> Mapping[str, Any]:
+        """The lineage; empty if the weights changed since they were loaded."""
+        return self.lineage if state_digest(codec_tensors(self)) == self.lineage.get("digest") else {}
 
     def generate_model_card(self, *arguments: Any, **options: Any) -> ModelCard:
-        """The model card: number of parameters, components, and how to load the codec."""
+        """The model card: number of parameters, λ, quality, components, and how to load the codec."""
         count = sum(parameter.numel() for parameter in self.parameters())
         rows = []
         for slot, kind in self.config.components.items():
             settings = ", ".join(f"{name} {value}" for name, value in asdict(kind).items())
             rows.append(f"| `{slot}` | {kind.name} | {settings} |")
-        facts = {"parameters": f"{count / 1e6:.2f} M", "components": "\n".join(rows)}
+        facts = {
+            "parameters": f"{count / 1e6:.2f} M",
+            "origin": origin_text(self._known_origin()),
+            "components": "\n".join(rows),
+        }
         return super().generate_model_card(*arguments, **{**facts, **options})
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises ValueError for any other file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+def origin_text(lineage: Mapping[str, Any]) -> str:
+    """What is known of a codec's origin, in sentences."""
+    quality, sentences = lineage.get("quality"), []
+    if lineage.get("lmbda"):
+        sentences.append(f"Trained for λ = {lineage['lmbda']:g} ({lineage.get('metric')}).")
+    if lineage.get("name"):
+        parent = str(lineage.get("inputs", {}).get("parent", ""))[:12]
+        sentences.append(f"Stage `{lineage['name']}`" + (f", from the weights {parent}." if parent else "."))
+    if quality:
+        images = len(lineage.get("validation", {}).get("images", ()))
+        similarity = f", MS-SSIM {quality['ms_ssim']:.4f}" if quality.get("ms_ssim") is not None else ""
+        sentences.append(
+            f"Measured on {images} validation images: {quality['bpp']:.4f} bpp, "
+            f"PSNR {quality['psnr_db']:.2f} dB{similarity}."
+        )
+    return " ".join(sentences) or "Their training is not recorded."

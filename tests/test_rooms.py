@@ -21,6 +21,7 @@ MODULES = (
     "network.py",
     "refinement.py",
     "bitstream",
+    "saved_codec.py",
     "loading.py",
     "pretrained.py",
     "codec.py",

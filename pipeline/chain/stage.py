@@ -111,7 +111,9 @@ class StageRun:
             name=self.stage.name,
             parent=self.stage.parent,
             status="training",
-            lineage=Lineage(name=self.stage.name, stage=self.stage.to_yaml(), code=CODE_VERSION, inputs=self.inputs),
+            lineage=Lineage(
+                self.stage.name, self.stage.to_yaml(), self.stage.lmbda, self.stage.metric, CODE_VERSION, self.inputs
+            ),
             codec=codec_config(self.task).to_dict(),
             parent_codec=HPCMConfig.from_dict(parent).to_dict() if parent else None,
             train_images=DataSet.of(self.task.train_photos),

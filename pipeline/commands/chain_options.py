@@ -9,6 +9,7 @@ import typer
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.request import ChainRequest
+from pipeline.commands.checkpoint_info import Codec
 from pipeline.commands.options import RECIPE, Quiet, Runs, Settings
 from pipeline.common.packaged import recipe_names, stage_names
 
@@ -40,8 +41,8 @@ class RecipeOptions:
     """Folder of training images [default: packaged photographs]."""
     val: str | None = None
     """Folder of validation images [default: packaged photographs]."""
-    baseline: Path | None = None
-    """Use this checkpoint (.safetensors or official .pth.tar) as the first stage instead of training it."""
+    baseline: Codec = None
+    """Use this codec as the first stage instead of training it. `hpcm info --help` lists the forms of a codec."""
     settings: Settings = None
     runs: Runs = Path("runs")
 
@@ -58,8 +59,8 @@ class ChainOptions(RecipeOptions):
 
     lmbda: float | None = None
     """λ of the rate-distortion loss [default: that of --baseline or --start, else the recipe's]."""
-    start: Path | None = None
-    """Train the first stage from this checkpoint's weights instead of random ones."""
+    start: Codec = None
+    """Train the first stage from this codec's weights instead of random ones."""
     scratch: bool = False
     """Train the first stage, even if the recipe has trained weights for it."""
 

@@ -1,72 +1,95 @@
-"""What `hpcm info` prints about a checkpoint, and the names of the codecs that made coded files."""
+"""The codecs that users name: their files, what `hpcm info` prints about them, and which codec made a file."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+import typer
 
-from pipeline.common.packaged import WEIGHTS
+from modules.saved_codec import PUBLISHED, WEIGHTS
+from pipeline.commands.lazy import imported_when_called
+from pipeline.common import packaged
 from pipeline.common.tables import Table
+from pipeline.evaluation.conversions import SUFFIX
 from pipeline.weights.metadata import CheckpointError, is_official, read_metadata
+from pipeline.weights.published import Lineage, Quality
+from pipeline.weights.shipped import codec_file
+from pipeline.weights.trained_for import stage_settings, with_loss
 
-FILE = "checkpoint.safetensors"
+CODEC_FORMS = (
+    "A codec is a stage's folder or checkpoint, a folder of `save_pretrained` or its file, a `.pth.tar`, "
+    "`models:/NAME@ALIAS` in MLflow, a name on the Hugging Face Hub, or the name or quality of a bundled codec."
+)
+registered_file = imported_when_called("pipeline.tracking.mlflow_model:registered_file")
+load_codec = imported_when_called("pipeline.weights.checkpoints:load_codec")
 
 
-def checkpoint_file(path: Path) -> Path:
-    """The checkpoint file at a path, which may be the file itself or its stage's folder."""
-    return path / FILE if (path / FILE).is_file() else path
+def codec_path(text: str) -> Path:
+    """The file of a codec, which a user may name in any form; MLflow's is downloaded. Raises CheckpointError."""
+    return registered_file(text) if text.startswith("models:/") else codec_file(text)
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint or a stage's folder that contains one."""
-    return path.suffix == ".safetensors" or is_official(path) or (path / FILE).is_file()
+Codec = Annotated[Path | None, typer.Option(parser=codec_path, metavar="CODEC")]
+"""An option that names a codec."""
+
+
+def is_codec(path: Path) -> bool:
+    """Whether a command's argument names a codec, rather than a coded file or a folder of them."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in (PUBLISHED, WEIGHTS))
+    return path.suffix == ".safetensors" or is_official(path) or not (path.exists() or path.suffix == SUFFIX)
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint's metadata and lineage."""
+    """What a codec's file says about itself."""
 
     path: Path
     metadata: dict[str, Any]
-    lineage: tuple[str, ...]
+    known: Lineage
+    """The lineage in the metadata, with λ and metric if the file's name tells them."""
+    ancestry: tuple[str, ...]
     """The stage and its ancestors, root first. Ancestors whose folder is not beside the stage's are missing."""
 
     @classmethod
-    def read(cls, path: Path) -> "CheckpointInfo":
-        """Read a published checkpoint; raises CheckpointError."""
-        file = checkpoint_file(path)
-        metadata = read_metadata(file)
-        if "config" not in metadata:
+    def read(cls, file: Path) -> "CheckpointInfo":
+        """Read a codec's file; raises CheckpointError."""
+        if is_official(file):
+            model = load_codec(file)
+            metadata = {**model.lineage, "config": model.config.to_dict()}
+        else:
+            metadata = read_metadata(file)
+        if not isinstance(metadata.get("config"), dict):
             raise CheckpointError(f"{file}: this is a training state, not a published checkpoint")
-        return cls(file, metadata, _lineage(file, metadata))
+        return cls(file, metadata, with_loss(Lineage.of(metadata, file), file.name), _ancestry(file, metadata))
 
     def to_json(self) -> dict[str, Any]:
         """All values, as `hpcm info --json` prints them."""
-        stage = self._stage
+        known, stage = self.known, stage_settings(self.known.stage)
+        preset, phase = self._model.get("preset"), self._model.get("phase")
         return {
             "file": str(self.path),
-            "stage": self.metadata.get("name"),
-            "preset": stage.get("model", {}).get("preset"),
-            "phase": stage.get("model", {}).get("phase"),
-            "lmbda": stage.get("lmbda"),
-            "metric": stage.get("metric"),
-            "parent": stage.get("parent"),
-            "lineage": list(self.lineage),
-            "inputs": self.metadata.get("inputs", {}),
-            "quality": self.metadata.get("quality"),
+            "stage": known.name,
+            "preset": preset if isinstance(preset, str) else None,
+            "phase": phase if isinstance(phase, int) else None,
+            "lmbda": known.lmbda,
+            "metric": known.metric,
+            "parent": stage["parent"] if isinstance(stage.get("parent"), str) else None,
+            "lineage": list(self.ancestry),
+            "inputs": known.inputs,
+            "quality": asdict(known.quality) if known.quality else None,
             "config": self.metadata["config"],
-            "model": self.metadata.get("identity"),
+            "model": known.identity,
             "digest": self.metadata["digest"],
-            "imported_from": self.metadata.get("imported_from"),
-            "exported_from": self.metadata.get("exported_from"),
-            "filled_with_ones": self.metadata.get("filled_with_ones"),
+            "imported_from": known.imported_from,
+            "exported_from": known.exported_from,
+            "filled_with_ones": known.filled_with_ones,
         }
 
     def table(self) -> Table:
         """The values that are known, as `hpcm info` prints them."""
-        values, quality = self.to_json(), self.metadata.get("quality")
+        values, quality = self.to_json(), self.known.quality
         source = [
             f"imported from {values['imported_from']}" if values["imported_from"] else "",
             f"exported from {values['exported_from'][:12]}" if values["exported_from"] else "",
@@ -74,11 +97,11 @@ class CheckpointInfo:
         ]
         rows = {
             "stage": values["stage"],
-            "codec": _codec(self._stage["model"]) if values["preset"] else None,
+            "codec": self._codec(),
             "λ": f"{values['lmbda']:g} ({values['metric']})" if values["lmbda"] else None,
             "parent": values["parent"],
             "quality": _quality(quality) if quality else None,
-            "lineage": " → ".join(self.lineage),
+            "lineage": " → ".join(self.ancestry),
             "source": ", ".join(filter(None, source)),
             "model": values["model"],
             "digest": values["digest"],
@@ -90,30 +113,36 @@ class CheckpointInfo:
         return table
 
     @property
-    def _stage(self) -> dict[str, Any]:
-        return yaml.safe_load(self.metadata.get("stage", "")) or {}
+    def _model(self) -> dict[str, Any]:
+        """The stage's choice of a codec."""
+        model = stage_settings(self.known.stage).get("model")
+        return model if isinstance(model, dict) else {}
+
+    def _codec(self) -> str:
+        """Preset and phase of a stage's codec; sizes and components of any other."""
+        config, preset, phase = self.metadata["config"], self._model.get("preset"), self._model.get("phase")
+        if isinstance(preset, str) and isinstance(phase, int):
+            own = ["with settings of its own"] if self._model.get("overrides") else []
+            return ", ".join([preset, f"Phase {phase}" if phase else "Baseline", *own])
+        kinds = [str(slot["kind"]) for slot in config.values() if isinstance(slot, dict) and "kind" in slot]
+        return f"M = {config.get('M')}, N = {config.get('N')}, {', '.join(dict.fromkeys(kinds))}"
 
 
-def _codec(model: dict[str, Any]) -> str:
-    phase = f"Phase {model['phase']}" if model["phase"] else "Baseline"
-    return ", ".join([model["preset"], phase, *(["with settings of its own"] if model["overrides"] else [])])
+def _quality(quality: Quality) -> str:
+    similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
+    return f"{quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB{similarity}, loss {quality.rd_loss:.4f}"
 
 
-def _quality(quality: dict[str, Any]) -> str:
-    similarity = f", MS-SSIM {quality['ms_ssim']:.4f}" if quality["ms_ssim"] is not None else ""
-    return f"{quality['bpp']:.4f} coded bpp, {quality['psnr_db']:.2f} dB{similarity}, loss {quality['rd_loss']:.4f}"
-
-
-def _lineage(file: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
-    beside = {found["digest"]: found for _, found in _published(file.parent.parent.glob(f"*/{FILE}"))}
+def _ancestry(file: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
+    beside = {found["digest"]: found for _, found in _published(file.parent.parent.glob(f"*/{PUBLISHED}"))}
     line = [metadata]
-    while parent := beside.get(line[-1].get("inputs", {}).get("parent")):
+    while parent := beside.pop(line[-1].get("inputs", {}).get("parent"), None):
         line.append(parent)
     return tuple(f"{found.get('name', '?')} {found['digest'][:12]}" for found in reversed(line))
 
 
-def _published(paths: Iterator[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in sorted(paths):
+def _published(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in paths:
         try:
             metadata = read_metadata(path)
         except CheckpointError:
@@ -121,12 +150,16 @@ def _published(paths: Iterator[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, metadata
 
 
-def known_models(runs: Path) -> dict[str, str]:
-    """Names of the checkpoints that decode coded files, by the model's identity (hexadecimal).
+def known_codecs(runs: Path) -> dict[str, Path]:
+    """The files of the codecs that decode coded files, by the codec's identity (hexadecimal).
 
     Covers the bundled weights and the stages published in a folder of runs. Checkpoints that do not record their
     identity are left out.
     """
-    published = {m["identity"]: str(path) for path, m in _published(runs.glob(f"*/*/*/{FILE}")) if "identity" in m}
-    bundled = _published(WEIGHTS.glob("*.safetensors"))
-    return published | {metadata["identity"]: f"bundled {path.name}" for path, metadata in bundled}
+    paths = (*runs.glob(f"*/*/*/{PUBLISHED}"), *packaged.WEIGHTS.glob("*.safetensors"))
+    return {metadata["identity"]: path for path, metadata in _published(paths) if "identity" in metadata}
+
+
+def name_of(path: Path) -> str:
+    """The name of a known codec's file in messages."""
+    return f"bundled {path.name}" if path.parent == packaged.WEIGHTS else str(path)

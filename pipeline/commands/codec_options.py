@@ -11,12 +11,11 @@ from modules import HPCM
 from modules.bitstream.file_format import BitstreamError
 from modules.image_codec import ImageCodec
 from modules.refinement import ITERATIONS
-from pipeline.commands.checkpoint_info import checkpoint_file, known_models
+from pipeline.commands.checkpoint_info import codec_path, known_codecs, name_of
 from pipeline.commands.devices import device_of
 from pipeline.commands.options import Device, Quiet
-from pipeline.data.pictures import DataError
 from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.shipped import ShippedCodecs, of_quality
+from pipeline.weights.shipped import of_quality
 
 Pictures = Annotated[list[Path], typer.Argument(help="Images and folders of images; `-`: standard input.")]
 Output = Annotated[
@@ -61,14 +60,8 @@ def set_lmbda(model: HPCM, lmbda: float | None, effort: int) -> None:
 class CodecOptions:
     """A codec, and what it may do."""
 
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            "--checkpoint",
-            "-c",
-            help="The codec: a stage's checkpoint.safetensors or the stage's folder [default: a bundled codec].",
-        ),
-    ] = None
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", "-c", parser=codec_path, metavar="CODEC")] = None
+    """The codec [default: a bundled codec]; `hpcm info --help` lists its forms."""
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
     device: Device = "cpu"
     max_pixels: MaxPixels = None
@@ -76,29 +69,25 @@ class CodecOptions:
 
     def model(self, quality: int | None = None) -> HPCM:
         """The codec of the checkpoint, or the bundled one of a quality."""
-        file = checkpoint_file(self.checkpoint) if self.checkpoint else of_quality(quality)
-        return load_codec(file).to(device_of(self.device))
+        return load_codec(self.checkpoint or of_quality(quality)).to(device_of(self.device))
 
     def finder(self, runs: Path) -> Callable[[bytes], ImageCodec]:
-        """A function from the identity in a coded file to its codec: the checkpoint's, or a bundled one.
+        """A function from the identity in a coded file to its codec: the checkpoint's, or a bundled one, or in `runs`.
 
-        The function raises DataError, which names the path, if a codec in `runs` made the file instead, and
-        BitstreamError if the codec is not known.
+        The function raises BitstreamError, which names the codec that made the file if it is known.
         """
         given = ImageCodec(self.model()) if self.checkpoint else None
-        shipped = ShippedCodecs(str(device_of(self.device)))
+        known, loaded = known_codecs(runs), {given.identity: given} if given else {}
 
         def find(identity: bytes) -> ImageCodec:
-            if given is not None and identity == given.identity:
-                return given
-            try:
-                if given is None:
-                    return shipped.of(identity)
-                raise BitstreamError(f"made by another model: {identity.hex()}; that of -c is {given.identity.hex()}")
-            except BitstreamError as error:
-                name = known_models(runs).get(identity.hex())
-                if name is None:
-                    raise
-                raise DataError(f"made by another model: {name}; give that model with -c") from error
+            if identity in loaded:
+                return loaded[identity]
+            name, path = identity.hex(), known.get(identity.hex())
+            if path is None:
+                raise BitstreamError(f"made by another model: {name}, not bundled and not in {runs}; give it with -c")
+            if given is not None:
+                raise BitstreamError(f"made by another model: {name_of(path)}; give that model with -c, or no -c")
+            loaded[identity] = ImageCodec(load_codec(path).to(device_of(self.device)))
+            return loaded[identity]
 
         return find

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.checkpoint_info import codec_path
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.options import RECIPE, AsJson, Device, Quiet, Runs, Settings
@@ -22,10 +23,8 @@ class CodecChoice:
 
     PANEL = RECIPE
 
-    checkpoints: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Published codecs; each is compared with the first [default: --recipe]."),
-    ] = None
+    checkpoints: Annotated[list[Path] | None, typer.Argument(parser=codec_path, metavar="[CODEC]…")] = None
+    """The codecs, each compared with the first [default: --recipe]; `hpcm info --help` lists their forms."""
     recipe: Annotated[str | None, typer.Option("--recipe", "--preset")] = None
     """Compare the stages of this recipe, untrained [default: tiny]."""
     settings: Settings = None

@@ -24,7 +24,7 @@ def decompress(
 ) -> None:
     """Decode `.hpcm` files to PNG, or to the format of the --output file's suffix. All formats but JPEG are lossless.
 
-    Without --checkpoint, each file is decoded by the bundled codec that made it.
+    Without --checkpoint, each file is decoded by the codec that made it, if that is bundled or in --runs.
     """
     conversions = plan(files, output, DECOMPRESSION, options.overwrite)
     codec_of = options.finder(runs)

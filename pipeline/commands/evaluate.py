@@ -9,7 +9,7 @@ import typer
 
 from modules import HPCM
 from modules.image_codec import ImageCodec
-from pipeline.commands.checkpoint_info import checkpoint_file
+from pipeline.commands.checkpoint_info import codec_path
 from pipeline.commands.codec_options import Effort, Lmbda, MaxPixels, Pictures, set_lmbda
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
@@ -28,7 +28,7 @@ from pipeline.evaluation.rd_curves import PUBLISHED, is_kodak, read_curve
 from pipeline.evaluation.results import Evaluation, ImageResult
 from pipeline.evidence import codec_comparison
 from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.published import Lineage, Quality
+from pipeline.weights.published import Quality
 from pipeline.weights.shipped import of_quality, qualities
 
 Outcome = tuple[dict[str, object], list[Table], bool]
@@ -39,15 +39,11 @@ Outcome = tuple[dict[str, object], list[Table], bool]
 class EvaluationOptions:
     """The codecs, and where they compute."""
 
-    checkpoint: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--checkpoint",
-            "-c",
-            help="The codec: a stage's checkpoint.safetensors or the stage's folder; with --against, repeatable "
-            "[default: the bundled codec of middle quality; with --against, those of all qualities].",
-        ),
-    ] = None
+    checkpoint: Annotated[list[Path] | None, typer.Option("--checkpoint", "-c", parser=codec_path, metavar="CODEC")] = (
+        None
+    )
+    """The codec; with --against, repeatable [default: the bundled codec of middle quality; with --against, those of all
+    qualities]. `hpcm info --help` lists the forms of a codec."""
     against: Annotated[
         str | None,
         typer.Option(
@@ -110,7 +106,7 @@ def evaluate(
 
 def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     """Evaluate one codec."""
-    file = checkpoint_file(options.checkpoint[0]) if options.checkpoint else of_quality(None)
+    file = options.checkpoint[0] if options.checkpoint else of_quality(None)
     found = find(pictures, SUFFIXES)
     model = options.load(file)
     results: list[ImageResult] = []
@@ -128,7 +124,7 @@ def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     evaluation = Evaluation(tuple(results))
     for result in (*results, evaluation.mean):
         table.add(*_cells(result))
-    return evaluation.to_json(Lineage.read(file).name or file.stem.removesuffix(".pth")), [table], complete
+    return evaluation.to_json(_name(model, file)), [table], complete
 
 
 def _cells(result: ImageResult) -> list[str]:
@@ -147,8 +143,7 @@ def _cells(result: ImageResult) -> list[str]:
 def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     """Compare codecs with Pillow's and with published curves."""
     others, published = _named_references(options.against or "")
-    named = _named_codecs(options.checkpoint or ())
-    ours = [(name, ImageCodec(options.load(file), options.effort)) for name, file in named]
+    ours = [(name, ImageCodec(model, options.effort)) for name, model in _named_codecs(options)]
     images, complete = _images(pictures, [codec for _, codec in ours], options)
     if not images:
         return {}, [], False
@@ -174,21 +169,25 @@ def _named_references(names: str) -> tuple[list[PillowCodec], dict[str, tuple[Qu
     return codecs_named(",".join(codecs)) if codecs or not curves else [], curves
 
 
-def _named_codecs(checkpoints: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The given checkpoints, or the bundled ones of all qualities, each with the name that tables show."""
-    if not checkpoints:
+def _named_codecs(options: EvaluationOptions) -> list[tuple[str, HPCM]]:
+    """The given codecs, or the bundled ones of all qualities, each with the name that tables show."""
+    if not options.checkpoint:
         return [
-            (f"hpcm quality {place}, λ = {shortest(lmbda)}", path)
+            (f"hpcm quality {place}, λ = {shortest(lmbda)}", options.load(path))
             for place, (lmbda, path) in enumerate(qualities(), start=1)
         ]
-    files = [checkpoint_file(path) for path in checkpoints]
-    lineages = [Lineage.read(file) for file in files]
     found = []
-    for file, lineage in zip(files, lineages, strict=True):
-        trained = f", λ = {shortest(lineage.validation.lmbda)}" if lineage.validation else ""
-        found.append((f"{lineage.name or file.name.split('.pth')[0]}{trained}", file))
-    several = len({name for name, _ in found}) < len(found)
-    return [(f"{name} ({file})" if several else name, file) for name, file in found]
+    for file in options.checkpoint:
+        model = options.load(file)
+        trained = f", λ = {shortest(model.lineage['lmbda'])}" if "lmbda" in model.lineage else ""
+        found.append((f"{_name(model, file)}{trained}", file, model))
+    several = len({name for name, _, _ in found}) < len(found)
+    return [(f"{name} ({file})" if several else name, model) for name, file, model in found]
+
+
+def _name(model: HPCM, file: Path) -> str:
+    """The name of a codec's stage, or of its file."""
+    return model.lineage.get("name") or file.stem.removesuffix(".pth")
 
 
 def _images(

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.checkpoint_info import checkpoint_file
+from pipeline.commands.checkpoint_info import CODEC_FORMS, codec_path
 from pipeline.commands.display import console
 from pipeline.weights.export import export_compressai, export_half
 from pipeline.weights.torch_programs import export_onnx, export_programs
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A stage's checkpoint.safetensors, or the stage's folder.")],
+    source: Annotated[Path, typer.Argument(parser=codec_path, metavar="CODEC", help=CODEC_FORMS)],
     target: Annotated[
         Path,
         typer.Argument(
@@ -37,7 +37,6 @@ def export(
     each network: g_a, h_a, h_s, g_s, the context model's step at each scale, and the fusions. These files do not
     contain the entropy coding.
     """
-    source = checkpoint_file(source)
     if (as_programs and as_onnx) or (keep_op and not as_programs):
         raise typer.BadParameter("give --torch or --onnx, not both; --keep-op belongs to --torch")
     if as_programs:

@@ -1,5 +1,6 @@
 """`hpcm import`: an official checkpoint as safetensors."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,8 +8,7 @@ import typer
 
 from modules.config import preset_of
 from pipeline.commands.display import console
-from pipeline.weights.checkpoints import check_target, import_official, publish
-from pipeline.weights.published import Lineage
+from pipeline.weights.checkpoints import check_target, import_official, lineage_of, publish
 
 
 def import_(
@@ -20,7 +20,6 @@ def import_(
     check_target(source, target, overwrite)
     model = import_official(source)
     preset, phase = preset_of(model.config)
-    lineage = Lineage(name="baseline", imported_from=source.name, filled_with_ones=model.filled_with_ones)
-    publish(target, model, lineage)
+    publish(target, model, replace(lineage_of(model), name="baseline"))
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")

@@ -7,16 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from modules.bitstream.file_format import CodedImage
-from pipeline.commands.checkpoint_info import FILE, CheckpointInfo, is_checkpoint, known_models
+from modules.saved_codec import PUBLISHED
+from pipeline.commands.checkpoint_info import CODEC_FORMS, CheckpointInfo, codec_path, is_codec, known_codecs, name_of
 from pipeline.commands.display import show, show_json
 from pipeline.commands.each_file import each_file
 from pipeline.commands.options import AsJson, Runs
 from pipeline.common.tables import Table
 from pipeline.evaluation.conversions import SUFFIX, find
 
-Inspected = Annotated[
-    list[Path], typer.Argument(help="`.hpcm` files and folders of them, checkpoints, folders of stages.")
-]
+Inspected = Annotated[list[Path], typer.Argument(help=f"`.hpcm` files and folders of them, and codecs. {CODEC_FORMS}")]
 
 
 def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
@@ -25,15 +24,15 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
     The codec of an `.hpcm` file is named if it is bundled or in --runs.
     """
     found: list[dict[str, Any]] = []
-    checkpoints = [path for path in files if is_checkpoint(path)]
-    coded = [path for path in files if path not in checkpoints]
+    codecs = [path for path in files if is_codec(path)]
+    coded = [path for path in files if path not in codecs]
     complete = True
     if coded:
         table, complete = _coded_info(coded, runs, found)
         if not as_json:
             show(*[table] if table.rows else [])
-    for path in checkpoints:
-        checkpoint = CheckpointInfo.read(path)
+    for path in codecs:
+        checkpoint = CheckpointInfo.read(codec_path(str(path)))
         found.append(checkpoint.to_json())
         if not as_json:
             show(checkpoint.table())
@@ -47,7 +46,7 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
     """A table of coded files, and whether all of them could be read. Their values are added to `found`."""
     columns = ("file", "codec", "W×H", "file bpp", "y", "z", "ICC", "ε", "guards")
     table = Table("in bytes: y, z, ICC profile, guards", columns, left=2)
-    names = known_models(runs)
+    known = known_codecs(runs)
 
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
@@ -55,7 +54,8 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
         size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
         bpp = 8 * size / (coded.width * coded.height)
         lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
-        codec = names[identity].removesuffix(f"/{FILE}") if identity in names else f"unknown: {identity}"
+        name_of_codec = name_of(known[identity]) if identity in known else None
+        codec = name_of_codec.removesuffix(f"/{PUBLISHED}") if name_of_codec else f"unknown: {identity}"
         table.add(
             name,
             codec,
@@ -67,7 +67,15 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
         )
         sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
         portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes}
-        found.append({"file": str(path), **sizes, **portable, "model": identity, "checkpoint": names.get(identity)})
+        found.append(
+            {
+                "file": str(path),
+                **sizes,
+                **portable,
+                "model": identity,
+                "checkpoint": name_of_codec,
+            }
+        )
         return ()
 
     return table, each_file([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)

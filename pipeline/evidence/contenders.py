@@ -25,8 +25,6 @@ from pipeline.recipes.loading import Recipe
 from pipeline.recipes.schema import Data, ModelChoice, Segment, Stage
 from pipeline.training.trial import Limits, Trial, step_seconds
 from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.metadata import read_digest
-from pipeline.weights.published import Lineage
 
 SHORTEST = 0.2
 """Seconds for which a measurement repeats an activity."""
@@ -149,21 +147,21 @@ def of_recipe(recipe: Recipe) -> list[Contender]:
 
 
 def of_checkpoints(paths: Sequence[Path]) -> list[Contender]:
-    """Published codecs, named by their stages, or by their paths if several stages have the same name.
+    """The codecs of files, named by their stages, or by their paths if several stages have the same name.
 
     A codec's parent is looked up among them by the digest in its lineage. Raises CheckpointError for a file that
     `load_codec` refuses, ComparisonError for a file given twice.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ComparisonError("a checkpoint is given twice; give each one once")
-    configs = {path: load_codec(path).config for path in paths}
-    digests = {read_digest(path): config for path, config in configs.items()}
-    lineages = {path: Lineage.read(path) for path in paths}
-    names = {path: lineage.name or path.stem for path, lineage in lineages.items()}
+    models = {path: load_codec(path) for path in paths}
+    digests = {model.lineage["digest"]: model.config for model in models.values()}
+    names = {path: model.lineage.get("name") or path.stem for path, model in models.items()}
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     common = commonpath([path.resolve().parent for path in paths])
     found = []
-    for path, config in configs.items():
+    for path, model in models.items():
         name = path.resolve().relative_to(common).as_posix() if names[path] in shared else names[path]
-        found.append(Contender(name, config, path, digests.get(lineages[path].inputs.get("parent", ""))))
+        parent = model.lineage.get("inputs", {}).get("parent")
+        found.append(Contender(name, model.config, path, digests.get(parent)))
     return found

@@ -1,5 +1,6 @@
 """A codec as a model of MLflow. `mlflow.pytorch.load_model` reads its pickle, `load_registered` its checkpoint."""
 
+import atexit
 import logging
 import shutil
 from importlib import metadata
@@ -38,7 +39,12 @@ def save_mlflow_model(checkpoint: Path, folder: Path) -> None:
 
 
 def load_registered(address: str) -> HPCM:
-    """Load a codec from MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`, as `load_codec` does.
+    """Load a codec from MLflow's registry, such as `models:/hpcm-tiny-lmbda-0.013@phase4`, as `load_codec` does."""
+    return load_codec(registered_file(address))
+
+
+def registered_file(address: str) -> Path:
+    """The checkpoint of a codec in MLflow's registry, downloaded for as long as this process runs.
 
     The store is the one set by `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI, or else the one in the folder `runs`.
     Raises CheckpointError if it has no such model.
@@ -54,9 +60,9 @@ def load_registered(address: str) -> HPCM:
             place = client.get_model_version_download_uri(name, version[0])
         else:
             place = client.get_logged_model(name).artifact_location
-        with TemporaryDirectory(prefix="hpcm-") as folder:
-            files = get_artifact_repository(place, tracking_uri=store.uri)
-            return load_codec(files.download_artifacts(CHECKPOINT, folder))
+        folder = TemporaryDirectory(prefix="hpcm-")
+        atexit.register(folder.cleanup)
+        return Path(get_artifact_repository(place, tracking_uri=store.uri).download_artifacts(CHECKPOINT, folder.name))
     except (MlflowException, OSError) as error:
         raise CheckpointError(
             f"{address}: MLflow has no such codec: {brief(error)}.\n"

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from modules import HPCM
 from modules.context.components import Component
+from modules.loading import codec_tensors, tensor_digest
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import write_json
 from pipeline.recipes.schema import Transfer
 from pipeline.recipes.yaml_source import Misfit, nearest
-from pipeline.weights.checkpoints import codec_tensors, tensor_digest
 
 LEDGER = "ledger.json"
 """The ledger's file in a stage's folder."""

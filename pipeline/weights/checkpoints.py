@@ -1,6 +1,5 @@
 """Checkpoint files. They are written atomically, checked by digest, and never executed."""
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -9,27 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from modules import HPCM
 from modules.bitstream.identity import model_identity
-from modules.loading import bare_names, check_fit, nearest_config
+from modules.loading import bare_names, check_fit, nearest_config, read_tensors, state_digest
 from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
+from modules.saved_codec import METADATA_KEY
 from pipeline.common.contracts import to_values
 from pipeline.common.files import replacing
 from pipeline.weights.metadata import (
     FORMAT,
-    METADATA_KEY,
     CheckpointError,
     check_file,
     is_official,
+    official_metadata,
     read_metadata,
     seal,
 )
 from pipeline.weights.published import Lineage
-from pipeline.weights.trained_for import trained_for
+from pipeline.weights.shipped import codec_file
+from pipeline.weights.trained_for import with_loss
 
 MOST_INFLATED = 2
 """Largest ratio of an archive's content to its size; PyTorch stores weights uncompressed."""
@@ -62,21 +63,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
             raise OSError(str(error)) from error
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values in row-major order, in hexadecimal."""
-    values = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def state_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict's names, dtypes, shapes and values, in hexadecimal; independent of their order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_digest(tensor)}\n".encode())
-    return digest.hexdigest()
-
-
 def check_target(source: Path, target: Path, overwrite: bool, ending: str = ".safetensors") -> None:
     """Raise CheckpointError if `target` has another ending, is `source`, or exists and `overwrite` is false."""
     if not target.name.endswith(ending):
@@ -89,17 +75,12 @@ def check_target(source: Path, target: Path, overwrite: bool, ending: str = ".sa
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint of `write`; raises CheckpointError for any other file and for a wrong digest."""
+    """Read a checkpoint of `write` or `save_pretrained`; raises CheckpointError for other files and a wrong digest."""
     metadata = read_metadata(path)
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        digest = state_digest(tensors)
-    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if digest != metadata["digest"]:
-        raise CheckpointError(f"{path}: the weights do not match their digest; the file is damaged")
-    return Checkpoint(tensors, metadata)
+        return Checkpoint(read_tensors(path, metadata.get("digest")), metadata)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
@@ -108,24 +89,36 @@ def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
     write(path, codec_tensors(model), {**to_values(lineage), **known})
 
 
-def load_codec(path: Path | str) -> HPCM:
-    """Load the codec of a published checkpoint in evaluation mode, with its coding tables built.
+def load_codec(source: Path | str) -> HPCM:
+    """Load a codec in evaluation mode, with its coding tables built and its `lineage`.
 
-    `path` may also be an official `.pth.tar`. Raises CheckpointError, naming the tensors, if they do not fit the
+    `source` has any form that `codec_file` takes. Raises CheckpointError, naming the tensors, if they do not fit the
     configuration.
     """
-    model = import_official(Path(path)) if is_official(Path(path)) else _published_codec(Path(path))
-    loss = trained_for(Path(path))
-    model.lmbda = loss.lmbda if loss and loss.metric == "mse" else None
-    return model
+    path = codec_file(source)
+    return _built(path, _read_official(path) if is_official(path) else read(path))
 
 
-def _published_codec(path: Path) -> HPCM:
-    checkpoint = read(path)
-    if "config" not in checkpoint.metadata:
+def import_official(path: Path) -> HPCM:
+    """Load the codec of a `.pth.tar`, official or of `hpcm export`, whatever its name.
+
+    Nothing in it is executed. Raises CheckpointError for a pickle that holds more than tensors and a configuration.
+    """
+    return _built(path, _read_official(path))
+
+
+def lineage_of(model: HPCM) -> Lineage:
+    """The lineage of a codec that `load_codec` loaded."""
+    return Lineage.of(model.lineage, "the codec")
+
+
+def _built(path: Path, checkpoint: Checkpoint) -> HPCM:
+    metadata, lineage = checkpoint.metadata, Lineage.of(checkpoint.metadata, path)
+    if "config" not in metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
     try:
-        return HPCM.from_tensors(checkpoint.metadata["config"], checkpoint.tensors)
+        config = metadata["config"] or nearest_config(checkpoint.tensors).to_dict()
+        return HPCM.from_tensors(config, checkpoint.tensors, to_values(with_loss(lineage, path.name)))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -139,11 +132,7 @@ def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str)
     model.load_state_dict(tensors)
 
 
-def import_official(source: Path) -> HPCM:
-    """Load the codec of an official `.pth.tar` without executing anything in it; the tensors identify the preset.
-
-    Raises CheckpointError for a pickle that holds more than tensors, and if no preset fits.
-    """
+def _read_official(source: Path) -> Checkpoint:
     check_file(source)
     _check_inflation(source)
     try:
@@ -155,17 +144,15 @@ def import_official(source: Path) -> HPCM:
             f"{source}: holds more than tensors, or is damaged; refused, because loading it could run code.\n"
             "  If you trust the file, save only its state dict: torch.save(model.state_dict(), …)."
         ) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
+    loaded = loaded if isinstance(loaded, dict) else {}
+    state = loaded.get("state_dict", loaded)
+    state = bare_names(state) if isinstance(state, dict) and all(isinstance(name, str) for name in state) else {}
+    config = state.pop("config", None)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{source}: no state dict; expected a mapping of names to tensors")
     tables = HPCM.coding_table_names()
-    tensors = {name: value for name, value in bare_names(state).items() if name not in tables}
-    try:
-        return HPCM.from_tensors(nearest_config(tensors).to_dict(), tensors)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    tensors = {name: value for name, value in state.items() if name not in tables}
+    return Checkpoint(tensors, {**official_metadata(source), "config": config})
 
 
 def _check_inflation(source: Path) -> None:

@@ -1,5 +1,8 @@
 """Exports published checkpoints to other files: in half precision, and for CompressAI's tools."""
 
+import json
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,9 +11,8 @@ import yaml
 from modules.bitstream.identity import model_identity
 from pipeline.common.contracts import to_values
 from pipeline.common.files import replacing
-from pipeline.weights.checkpoints import CheckpointError, check_target, codec_tensors, load_codec, write
-from pipeline.weights.metadata import read_digest
-from pipeline.weights.published import Lineage
+from pipeline.weights.checkpoints import CheckpointError, check_target, codec_tensors, lineage_of, load_codec, write
+from pipeline.weights.metadata import added_entry
 
 
 def export_half(source: Path, target: Path, overwrite: bool = False) -> None:
@@ -26,17 +28,18 @@ def export_half(source: Path, target: Path, overwrite: bool = False) -> None:
     for name, tensor in halves.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: {name} holds values beyond float16's range")
-    full = Lineage.read(source)
+    full = lineage_of(model)
     stage = _without_paths(full.stage) if full.stage else None
     for name, parameter in model.named_parameters():
         parameter.data = halves[name].float()  # The same values that `load_codec` will read.
-    # The lineage omits quality, because it was measured before rounding.
-    lineage = Lineage(
-        name=full.name,
+    # The quality was measured before rounding.
+    lineage = replace(
+        full,
         stage=stage,
-        code=full.code,
+        quality=None,
+        validation=None,
         identity=model_identity(model).hex(),
-        exported_from=read_digest(source),
+        exported_from=model.lineage["digest"],
     )
     metadata = {"config": model.config.to_dict(), **to_values(lineage)}
     write(target, {**codec_tensors(model), **halves}, metadata)
@@ -50,7 +53,10 @@ def export_compressai(source: Path, target: Path, overwrite: bool = False) -> No
     check_target(source, target, overwrite, ".pth.tar")
     model = load_codec(source)
     with replacing(target) as partial:
-        torch.save({"state_dict": {**codec_tensors(model), "config": model.config.to_dict()}}, partial)
+        state = {**codec_tensors(model), "config": model.config.to_dict()}
+        torch.save({"state_dict": state}, partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(added_entry(archive), json.dumps(dict(model.lineage)))
 
 
 def _without_paths(stage: str) -> str:

@@ -1,18 +1,21 @@
 """Reads a checkpoint's metadata without its tensors, and without PyTorch, which takes seconds to import."""
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from modules.saved_codec import read_config, read_header
 from pipeline.common.errors import UserError
 from pipeline.common.files import check_regular, text_digest
 from pipeline.common.memory import too_large
 
 FORMAT = "hpcm-checkpoint-2"
-METADATA_KEY = "hpcm"
+ADDED = "hpcm.json"
+"""Entry with the lineage that `hpcm export` adds to the zip archive of a `.pth.tar`. Other programs ignore it."""
+LARGEST = 2**24
+"""Largest size in bytes of this entry."""
 
 
 class CheckpointError(UserError):
@@ -32,18 +35,20 @@ def check_file(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata only; raises CheckpointError for a file that `checkpoints.write` did not write."""
+    """Read what a codec's file or a training state says about itself, without its tensors.
+
+    An official file, which says nothing, has the `config` None. Raises CheckpointError for a file of another program.
+    """
     check_file(path)
     if is_official(path):
-        raise CheckpointError(
-            f"{path}: an official checkpoint; first convert it: hpcm import {path} baseline.safetensors"
-        )
+        return official_metadata(path)
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        metadata = read_header(path)
+        if not metadata and (saved := read_config(path)):
+            return saved
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a checkpoint of this pipeline; "
             f"import official weights with `hpcm import {path} baseline.safetensors`"
@@ -51,6 +56,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if metadata.pop("seal", None) != seal(metadata):
         raise CheckpointError(f"{path}: the metadata does not match its digest; the file is damaged")
     return metadata
+
+
+def official_metadata(path: Path) -> dict[str, Any]:
+    """What a `.pth.tar` says about itself: what `hpcm export` added, or only the name of an official file."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(added_entry(archive)) as entry:
+            added = json.loads(entry.read(LARGEST))
+    except (LookupError, ValueError, RecursionError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        added = None
+    return {**(added if isinstance(added, dict) else {"imported_from": path.name}), "config": None}
+
+
+def added_entry(archive: zipfile.ZipFile) -> str:
+    """Name of the entry `ADDED` in a `.pth.tar`, all of whose entries PyTorch expects in one folder."""
+    return f"{archive.namelist()[0].split('/')[0]}/{ADDED}"
 
 
 def read_digest(path: Path) -> str:

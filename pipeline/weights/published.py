@@ -1,10 +1,12 @@
 """The quality of a codec, and the lineage that its checkpoint carries."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.common.contracts import contract_of
-from pipeline.weights.metadata import CheckpointError, check_file, is_official, read_metadata
+from pipeline.weights.metadata import CheckpointError, read_metadata
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Lineage:
     """Name of the stage."""
     stage: str | None = None
     """The stage as YAML, with all defaults."""
+    lmbda: float | None = None
+    """λ of the loss for which the codec was trained. Files of earlier versions have it in `stage` alone."""
+    metric: str | None = None
     code: str | None = None
     """Version of the code that trained the codec."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -61,11 +66,10 @@ class Lineage:
 
     @classmethod
     def read(cls, path: Path) -> "Lineage":
-        """Read the lineage in a checkpoint's metadata; raises CheckpointError, naming the file.
+        """Read the lineage in a safetensors file's metadata; raises CheckpointError, naming the file."""
+        return cls.of(read_metadata(path), path)
 
-        Of an official file only the name is known.
-        """
-        if is_official(path):
-            check_file(path)
-            return cls(imported_from=path.name)
-        return contract_of(cls, read_metadata(path), path, CheckpointError)
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any], source: Path | str) -> "Lineage":
+        """The lineage in a codec's metadata; raises CheckpointError, which names the source and the first odd field."""
+        return contract_of(cls, metadata, source, CheckpointError)

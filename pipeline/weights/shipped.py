@@ -1,54 +1,54 @@
-"""The bundled codecs: one of the default kind for each quality, and others to try."""
+"""Finds the file of a codec: one that the user names in any form, or one of the bundled codecs."""
 
+import re
 from pathlib import Path
 
-import yaml
-
-from modules.bitstream.file_format import BitstreamError
-from modules.image_codec import ImageCodec
+from modules.saved_codec import weights_file
 from pipeline.common.errors import UserError
 from pipeline.common.packaged import WEIGHTS
-from pipeline.weights.checkpoints import load_codec, read_metadata
+from pipeline.weights.metadata import CheckpointError
+from pipeline.weights.published import Lineage
+from pipeline.weights.trained_for import trained_for
 
 STAGE = "control"
 """The stage whose weights `hpcm compress` uses; each λ is a quality."""
 
 
-def qualities(folder: Path = WEIGHTS) -> list[tuple[float, Path]]:
+def codec_file(source: Path | str) -> Path:
+    """The file of a codec's weights. Raises CheckpointError if there is none.
+
+    `source` is a file (a checkpoint, a `model.safetensors`, a `.pth.tar`), a stage's folder, a folder of
+    `save_pretrained`, the name or quality of a bundled codec, or a name on the Hugging Face Hub.
+    """
+    name, bundled = str(source), {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
+    if not Path(source).exists():
+        if name in bundled:
+            return bundled[name]
+        if re.fullmatch(r"\d+", name, re.ASCII):
+            return of_quality(int(name))
+    try:
+        path = weights_file(source)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
+    if not path.exists() and len(path.parts) == 1:
+        raise CheckpointError(f"{source}: no such file or folder; the bundled codecs are {', '.join(sorted(bundled))}")
+    return path
+
+
+def qualities() -> list[tuple[float, Path]]:
     """λ and weights file of each quality, in order of increasing λ; quality 1 gives the smallest coded images."""
     found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        metadata = read_metadata(path)
-        if metadata.get("name") == STAGE:
-            found.append((float(yaml.safe_load(metadata["stage"])["lmbda"]), path))
+    for path in sorted(WEIGHTS.glob("*.safetensors")):
+        if Lineage.read(path).name == STAGE and (loss := trained_for(path)):
+            found.append((loss.lmbda, path))
     return sorted(found)
 
 
-def of_quality(quality: int | None, folder: Path = WEIGHTS) -> Path:
+def of_quality(quality: int | None) -> Path:
     """The weights file of a quality, 1 … N; None means the middle one. Raises UserError for any other number."""
-    found = qualities(folder)
+    found = qualities()
     number = (len(found) + 1) // 2 if quality is None else quality
     if not 1 <= number <= len(found):
         numbers = ", ".join(f"{at} (λ = {lmbda:g})" for at, (lmbda, _) in enumerate(found, start=1))
         raise UserError(f"--quality {number}: there are {numbers}; use --checkpoint for other weights")
     return found[number - 1][1]
-
-
-class ShippedCodecs:
-    """Finds the bundled codec that coded a file; each codec is loaded once."""
-
-    def __init__(self, device: str = "cpu", folder: Path = WEIGHTS):
-        self.device = device
-        self.waiting = sorted(folder.glob("*.safetensors"), key=lambda path: (STAGE not in path.name, path))
-        self.loaded: dict[bytes, ImageCodec] = {}
-
-    def of(self, identity: bytes) -> ImageCodec:
-        """The codec with this identity; raises BitstreamError if no bundled codec has it."""
-        while identity not in self.loaded and self.waiting:
-            codec = ImageCodec(load_codec(self.waiting.pop(0)).to(self.device))
-            self.loaded[codec.identity] = codec
-        if identity not in self.loaded:
-            raise BitstreamError(
-                f"made by another model: {identity.hex()} is none of the bundled ones; give its checkpoint with -c"
-            )
-        return self.loaded[identity]

@@ -1,8 +1,9 @@
 """The λ and metric that a checkpoint was trained for. Official files contain neither, but their names may tell."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -25,18 +26,34 @@ class TrainedFor(NamedTuple):
 
 
 def trained_for(path: Path) -> TrainedFor | None:
-    """λ and metric of a checkpoint, from its lineage or from the name of an official file; None if neither tells.
+    """λ and metric of a codec's file, by its lineage or by an official file's name; None if neither tells.
 
     Raises CheckpointError if the file is no checkpoint.
     """
-    lineage = Lineage.read(path)
+    return _loss(Lineage.read(path), path.name)
+
+
+def with_loss(lineage: Lineage, name: str) -> Lineage:
+    """The lineage of a file of this name, with λ and metric if they can be told."""
+    found = _loss(lineage, name)
+    return replace(lineage, lmbda=found.lmbda, metric=found.metric) if found else lineage
+
+
+def _loss(lineage: Lineage, name: str) -> TrainedFor | None:
+    stage = stage_settings(lineage.stage)
+    for lmbda, metric in ((lineage.lmbda, lineage.metric), (stage.get("lmbda"), stage.get("metric"))):
+        if isinstance(lmbda, float) and isinstance(metric, str) and metric in SPELLINGS:
+            return TrainedFor(lmbda, metric, f"the lineage of {name}")
+    return by_name(lineage.imported_from or name)
+
+
+def stage_settings(stage: str | None) -> dict[str, Any]:
+    """The settings in a lineage's YAML; empty if they cannot be read, since a file may come from anyone."""
     try:
-        stage = yaml.safe_load(lineage.stage or "")
-    except yaml.YAMLError:  # A file may come from anyone.
-        stage = None
-    if isinstance(stage, dict) and isinstance(stage.get("lmbda"), float) and stage.get("metric") in SPELLINGS:
-        return TrainedFor(stage["lmbda"], stage["metric"], f"the lineage of {path.name}")
-    return by_name(lineage.imported_from or path.name)
+        settings = yaml.safe_load(stage or "")
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def by_name(name: str) -> TrainedFor | None:

@@ -106,8 +106,8 @@ def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compress", "nothing.png", "-c", "codec"), "nothing.png: no such file or folder"),
-        (("decompress", ".", "-c", "codec"), "no files with the suffix .hpcm in or below this folder"),
+        (("compress", "nothing.png", "-c", "lean"), "nothing.png: no such file or folder"),
+        (("decompress", ".", "-c", "lean"), "no files with the suffix .hpcm in or below this folder"),
         (("compress", "one.png", "-c", "nowhere"), "nowhere: no such file"),
         (("compress", "one.png", "-o", "one.jpg"), "one.jpg: "),
         (("compress", ".", "-o", "all.hpcm"), "all.hpcm: "),

@@ -10,10 +10,12 @@ import pytest
 import torch
 from mini import mini_codec
 
-from modules.bitstream.file_format import CodedImage
+from modules.bitstream.file_format import BitstreamError, CodedImage
 from modules.bitstream.guards import table_index
 from modules.bitstream.identity import model_identity
 from modules.image_codec import ImageCodec
+from pipeline.commands.codec_options import CodecOptions
+from pipeline.common import packaged
 from pipeline.common.errors import UserError
 from pipeline.evaluation import conformance
 from pipeline.evaluation.conformance import REFERENCE, STREAMS, Outcome, Reference
@@ -102,28 +104,32 @@ def test_the_symbols_are_compared_beside_the_tables(suite: Path) -> None:
 
 
 @pytest.fixture
-def rates(tmp_path: Path) -> Path:
-    """A folder of weights at three rates, and a codec of another kind."""
+def rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of bundled weights: a codec at three rates, and one of another kind."""
+    for module in (shipped, packaged):
+        monkeypatch.setattr(module, "WEIGHTS", tmp_path)
     for number, (name, lmbda) in enumerate(
         [("control", 0.05), ("control", 0.002), ("other", 0.01), ("control", 0.013)]
     ):
         torch.manual_seed(number)
-        publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), Lineage(name=name, stage=f"lmbda: {lmbda}"))
+        publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), Lineage(name=name, lmbda=lmbda, metric="mse"))
     return tmp_path
 
 
 def test_qualities_are_the_rates_in_order_and_the_middle_one_the_default(rates: Path) -> None:
-    assert [lmbda for lmbda, _ in shipped.qualities(rates)] == [0.002, 0.013, 0.05]
-    assert shipped.of_quality(1, rates).name == "control-0.002.safetensors"
-    assert shipped.of_quality(None, rates).name == "control-0.013.safetensors"
+    assert [lmbda for lmbda, _ in shipped.qualities()] == [0.002, 0.013, 0.05]
+    assert shipped.of_quality(1).name == "control-0.002.safetensors"
+    assert shipped.of_quality(None).name == "control-0.013.safetensors"
     with pytest.raises(UserError, match=r"--quality 4: there are 1 \(λ = 0\.002\), 2 \(λ = 0\.013\), 3"):
-        shipped.of_quality(4, rates)
+        shipped.of_quality(4)
 
 
-def test_a_file_finds_the_bundled_codec_that_made_it(rates: Path) -> None:
-    codecs = shipped.ShippedCodecs(folder=rates)
-    for name in ("other-0.01", "control-0.05"):
-        codec = ImageCodec(load_codec(rates / f"{name}.safetensors"))
-        assert codecs.of(codec.identity).identity == codec.identity
-    with pytest.raises(ValueError, match="none of the bundled ones; give its checkpoint with -c"):
-        codecs.of(b"somebody")
+def test_a_file_finds_the_codec_that_made_it(rates: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "runs" / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
+    publish(stage, mini_codec(0), Lineage(name="baseline"))
+    find = CodecOptions().finder(tmp_path / "runs")
+    for path in (rates / "other-0.01.safetensors", rates / "control-0.05.safetensors", stage):
+        codec = ImageCodec(load_codec(path))
+        assert find(codec.identity).identity == codec.identity
+    with pytest.raises(BitstreamError, match=r"not bundled and not in .*runs; give it with -c"):
+        find(b"somebody")

@@ -188,8 +188,8 @@ def test_a_preset_is_the_recipe_of_its_name(runs: Path, monkeypatch: pytest.Monk
         ("--size", "512", "HEIGHTxWIDTH"),
         ("--set", "model.preset=huge", "huge"),
         ("--device", "cuda", "no CUDA device"),
-        ("--preset=tiny", "baseline.safetensors", "not both"),
-        ("--set=seed=1", "baseline.safetensors", "not both"),
+        ("--preset=tiny", "lean", "not both"),
+        ("--set=seed=1", "lean", "not both"),
         ("--device", "xpu", "give cpu, cuda or cuda:N"),
     ],
 )

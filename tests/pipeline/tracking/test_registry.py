@@ -8,9 +8,9 @@ import mlflow.pytorch
 import pytest
 import torch
 
+from pipeline.commands.checkpoint_info import codec_path
 from pipeline.records.record import StageRecord
 from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.mlflow_model import load_registered
 from pipeline.tracking.registry import registered_name
 from pipeline.tracking.store import Store
 from pipeline.weights.checkpoints import load_codec
@@ -35,9 +35,13 @@ def test_a_registered_codec_is_loaded_by_its_alias(
     monkeypatch.chdir(moved.parent)  # where `runs` is the default
     image = torch.rand(1, 3, 40, 60)
     expected = load_codec(chain / "phase1" / "checkpoint.safetensors").compress(image)
-    assert load_registered(f"models:/{NAME}@phase1").compress(image) == expected
+    assert load_codec(codec_path(f"models:/{NAME}@phase1")).compress(image) == expected
     with pytest.raises(CheckpointError, match="MLflow has no such codec"):
-        load_registered(f"models:/{NAME}@phase5")
+        codec_path(f"models:/{NAME}@phase5")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"runs/mlflow\.db: no such file"):
+        codec_path(f"models:/{NAME}@phase1")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", Store.default(moved).uri)
     assert mlflow.pytorch.load_model(f"models:/{NAME}@phase1").compress(image) == expected
 

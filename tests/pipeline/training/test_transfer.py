@@ -8,12 +8,12 @@ from mini import mini_codec, mini_stage
 from torch import Tensor
 
 from modules import HPCM, preset_config
+from modules.loading import state_digest
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Transfer
 from pipeline.training.narrowing import fit
 from pipeline.training.objectives import Handover
 from pipeline.training.transfer import TransferError, new_components, transfer_weights
-from pipeline.weights.checkpoints import state_digest
 
 
 def pair(phase: int) -> tuple[HPCM, HPCM, Transfer]:
