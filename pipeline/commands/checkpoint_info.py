@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from modules.saved_codec import PUBLISHED, WEIGHTS
+from modules.saved_codec import PUBLISHED, WEIGHTS, check_digest
 from pipeline.commands.lazy import imported_when_called
 from pipeline.common import packaged
 from pipeline.common.tables import Table
 from pipeline.evaluation.conversions import SUFFIX
+from pipeline.records.record import FILE as RECORD
+from pipeline.records.record import StageRecord
 from pipeline.weights.metadata import CheckpointError, is_official, read_metadata
 from pipeline.weights.published import Lineage, Quality
 from pipeline.weights.shipped import codec_file
@@ -54,12 +56,13 @@ class CheckpointInfo:
 
     @classmethod
     def read(cls, file: Path) -> "CheckpointInfo":
-        """Read a codec's file; raises CheckpointError."""
+        """Read a codec's file, and verify its weights. Raises CheckpointError, and FileError for a damaged record."""
         if is_official(file):
             model = load_codec(file)
             metadata = {**model.lineage, "config": model.config.to_dict()}
         else:
             metadata = read_metadata(file)
+            _verify(file, metadata)
         if not isinstance(metadata.get("config"), dict):
             raise CheckpointError(f"{file}: this is a training state, not a published checkpoint")
         return cls(file, metadata, with_loss(Lineage.of(metadata, file), file.name), _ancestry(file, metadata))
@@ -131,6 +134,17 @@ class CheckpointInfo:
 def _quality(quality: Quality) -> str:
     similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
     return f"{quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB{similarity}, loss {quality.rd_loss:.4f}"
+
+
+def _verify(file: Path, metadata: dict[str, Any]) -> None:
+    """Compare a file's weights with the digest in its metadata, and with the record beside it if there is one."""
+    try:
+        check_digest(file, metadata.get("digest"))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    record = file.with_name(RECORD)
+    if file.name == PUBLISHED and record.exists() and StageRecord.read(file.parent).digest != metadata["digest"]:
+        raise CheckpointError(f"{file}: not the checkpoint that was recorded in {record}")
 
 
 def _ancestry(file: Path, metadata: dict[str, Any]) -> tuple[str, ...]:

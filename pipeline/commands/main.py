@@ -10,6 +10,7 @@ import typer
 
 from pipeline.commands.lazy import MARKUP, LazyCommand
 from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
+from pipeline.common.tables import printable
 
 COMMANDS = {
     "Migrate a codec": {
@@ -87,5 +88,5 @@ def main() -> None:
 
 def _told(problem: object) -> int:
     """Print an error. Returns the exit code."""
-    print(f"error: {problem}", file=sys.stderr, flush=True)
+    print(printable(f"error: {problem}"), file=sys.stderr, flush=True)
     return 1

@@ -1,5 +1,6 @@
 """Tables as data, printed to a terminal or a pipe, or written as Markdown."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,8 @@ class Table:
     left: int = 1
 
     def add(self, *cells: str) -> None:
-        """Add a row."""
-        self.rows.append(cells)
+        """Add a row. Control characters in it, which files of other people may hold, are shown as `\\x1b`."""
+        self.rows.append(tuple(map(printable, cells)))
 
     def rich(self) -> RichTable:
         """The table for a terminal. Long cells are wrapped between words."""
@@ -66,6 +67,11 @@ class Table:
 
 def _line(cells: tuple[str, ...] | list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+
+
+def printable(text: str) -> str:
+    """A text without characters that a terminal obeys; they become `\\x1b`. Line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shortest(value: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made
 import mini
 import numpy as np
 import pytest
@@ -78,6 +79,20 @@ def test_checkpoints_are_described(tmp_path: Path, hpcm: Hpcm) -> None:
     assert (found["stage"], found["parent"], found["phase"], found["lmbda"]) == ("phase1", "baseline", 1, 0.013)
     assert [line.split()[0] for line in found["lineage"]] == ["baseline", "phase1"]
     assert found["model"] == ImageCodec(load_codec(tmp_path / "phase1" / "checkpoint.safetensors")).identity.hex()
+
+
+def test_a_changed_checkpoint_is_named(tmp_path: Path, hpcm: Hpcm) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    publish(path, mini_codec(0), Lineage(name="baseline"))
+    content = path.read_bytes()
+    for place, said in ((-100, "the weights do not match their digest"), (200, str(path))):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        assert said in hpcm("info", tmp_path, code=1).err
+    path.write_bytes(content)
+    made.stage("baseline", 0.013, 0.5, 30.0).record.write(tmp_path)  # with the digest of no checkpoint
+    assert f"{path}: not the checkpoint that was recorded in" in hpcm("info", tmp_path, code=1).err
 
 
 def test_evaluation_is_what_compressai_plots(photos: Path, checkpoint: Path, hpcm: Hpcm) -> None:

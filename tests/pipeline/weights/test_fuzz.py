@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mini import FOLDER, mini_codec
 from PIL import Image
 
+from pipeline.commands.checkpoint_info import CheckpointInfo
 from pipeline.data.images import find_images
 from pipeline.data.pictures import DataError, read_picture
 from pipeline.recipes.loading import RecipeError, load_recipe
@@ -187,6 +189,32 @@ def test_well_formed_checkpoints_of_no_codec(tmp_path: Path) -> None:
             wrong[key] = draw.choice(values)
         checkpoints.write(path, odd, {"config": wrong})
         assert outcome(lambda: load_codec(path), CheckpointError) == "refused"
+
+
+BOMB = "a: &a [x, x]\n" + "\n".join(f"a{n}: &a{n or ''} [*a{n - 1 or ''}, *a{n - 1 or ''}]" for n in range(1, 40))
+ODD: list[Any] = [None, 0, -1, 1e400, "x", [], {}, True, [1], {"a": 1}, "\x1b[31mred\x07", 10**30, float("nan")]
+STAGES = ["[1]", "model: 3", "model: {preset: [1], phase: x}", "lmbda: x\nmetric: {}", ": :", "&a [*a]",
+    "!!python/object/apply:os.system ['x']", 'parent: "\\e[31m"',
+    f"{BOMB}\nmodel: *a39\nlmbda: *a39\nparent: *a39"]  # fmt: skip
+
+
+def test_forged_metadata_is_described_or_refused(tmp_path: Path) -> None:
+    path, known = tmp_path / "checkpoint.safetensors", {"config": mini_codec(0).config.to_dict(), "name": "one"}
+    quality = {"bpp": 1.0, "psnr_db": 30.0, "ms_ssim": None, "rd_loss": 2.0}
+    fields = ["config", "name", "stage", "inputs", "quality", "identity", "exported_from", "lmbda", "metric"]
+    forged = [{**known, field: value} for field in fields for value in ODD]
+    forged += [{**known, "quality": {**quality, field: value}} for field in quality for value in ODD]
+    forged += [{**known, "config": {**known["config"], "attn_s3": value}} for value in ODD]
+    forged += [{**known, "stage": stage} for stage in STAGES]
+    for metadata in forged:
+        checkpoints.write(path, {"weight": torch.zeros(2)}, metadata)
+
+        def describe() -> None:
+            info = CheckpointInfo.read(path)
+            assert len(json.dumps(info.to_json())) < 10_000
+            assert "\x1b" not in info.table().plain()
+
+        assert outcome(describe, CheckpointError) in ("accepted", "refused")
 
 
 LINES = [
