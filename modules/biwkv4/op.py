@@ -1,7 +1,6 @@
 """Bi-WKV4: bidirectional WKV attention in linear time (Vision-RWKV, Duan et al., 2024), as one op."""
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -116,16 +115,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def _describe(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Call:
-    batch, length, channels = k.shape
-    return Call(
-        batch, length, channels, biwkv4_build.TYPES[k.dtype],
+def _call(kernels: Kernels, backward: bool, w: Tensor, u: Tensor, k: Tensor, v: Tensor, **results: int) -> None:
+    """Run a kernel. `results` are the pointers and strides that `Call` has besides those of the inputs."""
+    call = Call(
+        *k.shape, biwkv4_build.TYPES[k.dtype],
         w.data_ptr(), u.data_ptr(), k.data_ptr(), v.data_ptr(),
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), **results,
     )  # fmt: skip
-
-
-def _run(function: Callable[..., int], kernels: Kernels, call: Call, k: Tensor, backward: bool) -> None:
+    function = kernels.backward if backward else kernels.forward
     if kernels.workspace is None:
         call.runner = kernels.runner
         status = function(ctypes.byref(call))
@@ -144,51 +141,31 @@ def _run(function: Callable[..., int], kernels: Kernels, call: Call, k: Tensor, 
 def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _check_op(w, u, k, v)
     if (kernels := _kernels(k)) is None:
-        return _forward_reference(w, u, k, v)
-    return _run_forward(kernels.forward, kernels, w, u, k, v)
+        with torch.no_grad():
+            return biwkv4_reference(w.double(), u.double(), k.double(), v.double()).to(k.dtype)
+    w, u, k, v = w.contiguous(), u.contiguous(), _rows(k), _rows(v)
+    y = k.new_empty(k.shape)
+    if y.numel():
+        _call(kernels, False, w, u, k, v, y=y.data_ptr())
+    return y
 
 
 def _backward(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
     _check_op(w, u, k, v)
     if (kernels := _kernels(k)) is None:
-        return _backward_reference(grad_y, w, u, k, v)
-    return _run_backward(kernels.backward, kernels, grad_y, w, u, k, v)
-
-
-def _run_forward(function: Callable[..., int], kernels: Kernels, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    w, u, k, v = w.contiguous(), u.contiguous(), _rows(k), _rows(v)
-    y = k.new_empty(k.shape)
-    if y.numel():
-        call = _describe(w, u, k, v)
-        call.y = y.data_ptr()
-        _run(function, kernels, call, k, backward=False)
-    return y
-
-
-def _run_backward(function: Callable[..., int], kernels: Kernels, grad_y: Tensor, *inputs: Tensor) -> Gradients:
-    w, u, k, v = inputs[0].contiguous(), inputs[1].contiguous(), _rows(inputs[2]), _rows(inputs[3])
-    grad_y = _rows(grad_y)
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [x.detach().clone().double().requires_grad_() for x in (w, u, k, v)]
+            exact = torch.autograd.grad(biwkv4_reference(*inputs), inputs, grad_y.double())
+        dw, du, dk, dv = (x.to(y.dtype) for x, y in zip(exact, (w, u, k, v), strict=True))
+        return dw, du, dk, dv
+    w, u, k, v, grad_y = w.contiguous(), u.contiguous(), _rows(k), _rows(v), _rows(grad_y)
     if not k.numel():
         return torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(k), torch.zeros_like(v)
     gradients = _empty_gradients(w, k)
-    call = _describe(w, u, k, v)
-    call.grad_y, call.grad_y_batch, call.grad_y_time = grad_y.data_ptr(), grad_y.stride(0), grad_y.stride(1)
-    call.grad_w, call.grad_u, call.grad_k, call.grad_v = (x.data_ptr() for x in gradients)
-    _run(function, kernels, call, k, backward=True)
+    pointers = zip(("grad_w", "grad_u", "grad_k", "grad_v"), (x.data_ptr() for x in gradients), strict=True)
+    strides = {"grad_y_batch": grad_y.stride(0), "grad_y_time": grad_y.stride(1)}
+    _call(kernels, True, w, u, k, v, grad_y=grad_y.data_ptr(), **strides, **dict(pointers))
     return gradients
-
-
-def _forward_reference(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with torch.no_grad():
-        return biwkv4_reference(w.double(), u.double(), k.double(), v.double()).to(k.dtype)
-
-
-def _backward_reference(grad_y: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
-    with torch.inference_mode(False), torch.enable_grad():
-        inputs = [x.detach().clone().double().requires_grad_() for x in (w, u, k, v)]
-        gradients = torch.autograd.grad(biwkv4_reference(*inputs), inputs, grad_y.double())
-    dw, du, dk, dv = (x.to(y.dtype) for x, y in zip(gradients, (w, u, k, v), strict=True))
-    return dw, du, dk, dv
 
 
 def _empty_gradients(w: Tensor, k: Tensor) -> Gradients:
