@@ -10,8 +10,7 @@ from pipeline.commands.display import console, show, show_json
 from pipeline.commands.lazy import imported_when_called
 from pipeline.commands.options import AsJson, Runs
 from pipeline.common.errors import UserError
-from pipeline.evidence import audit_display
-from pipeline.evidence.audit import audit as audit_runs
+from pipeline.evidence import audit as audits
 
 mlflow_check = imported_when_called("pipeline.tracking.mirror:check_of")
 
@@ -27,14 +26,14 @@ def audit(
         raise typer.BadParameter("give --markdown or --json, not both")
     if not runs.is_dir():
         raise UserError(f"nothing was run in {runs}: no such folder; choose a folder with --runs")
-    chains, problems = audit_runs(runs, mlflow_check(runs)) if mlflow else audit_runs(runs)
+    chains, problems = audits.audit(runs, mlflow_check(runs)) if mlflow else audits.audit(runs)
     if as_json:
-        show_json(audit_display.to_json(chains))
+        show_json(audits.to_json(chains))
     elif markdown:
-        print("\n".join(table.markdown() for chain in chains for table in audit_display.tables(chain)))
+        print("\n".join(table.markdown() for chain in chains for table in audits.tables(chain)))
     else:
         for chain in chains:
-            show(*audit_display.tables(chain))
+            show(*audits.tables(chain))
         if not chains:
             console.print(f"no chains yet in {runs}: `hpcm run` starts one")
     for line in problems:

@@ -8,8 +8,7 @@ from typer.testing import CliRunner
 
 from pipeline.chain import measuring
 from pipeline.commands.main import app
-from pipeline.evidence.audit import audit
-from pipeline.evidence.audit_display import tables
+from pipeline.evidence.audit import audit, tables
 from pipeline.recipes.schema import Stage
 from pipeline.training import trial
 from pipeline.training.estimate import Estimate, SegmentEstimate, StepCost

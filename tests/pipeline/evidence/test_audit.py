@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
 from pipeline.commands.main import app
-from pipeline.evidence.audit import ChainAudit, audit
-from pipeline.evidence.audit_display import tables, to_json
+from pipeline.evidence.audit import ChainAudit, audit, tables, to_json
 from pipeline.records.record import FILE, StageRecord
 from pipeline.weights.checkpoints import load_codec, publish
 
