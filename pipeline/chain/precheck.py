@@ -7,7 +7,7 @@ from modules import HPCM
 from pipeline.chain.stage_codec import StageError, codec_config
 from pipeline.chain.stage_task import StageTask
 from pipeline.recipes.yaml_source import Misfit
-from pipeline.training.parameter_groups import parameter_groups, set_trainable, trainable_names
+from pipeline.training.optimizer import parameter_groups, set_trainable, trainable_names
 from pipeline.training.transfer import new_tensors, tensors_to_copy
 
 

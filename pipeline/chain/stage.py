@@ -27,8 +27,7 @@ from pipeline.records.chains import ChainFacts
 from pipeline.records.record import DataSet, Result, StageRecord, Start
 from pipeline.records.source import source_of
 from pipeline.records.stage_log import StageLog
-from pipeline.training.initial_weights import start_child
-from pipeline.training.narrowing import Site
+from pipeline.training.narrowing import Site, start_child
 from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Ledger, Origin, ledger_of, new_components, transfer_weights

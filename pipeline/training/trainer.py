@@ -14,8 +14,14 @@ from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.gradients import Gradients
 from pipeline.training.meter import Meter
-from pipeline.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rates
-from pipeline.training.parameter_groups import set_trainable, trainable_names
+from pipeline.training.optimizer import (
+    build_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rates,
+    set_trainable,
+    trainable_names,
+)
 from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.validation import SegmentValidation
 from pipeline.training.weight_average import WeightAverage

@@ -1,5 +1,6 @@
 """An interrupted stage continues where it stopped, and ends as if it had not been interrupted."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 from mini import Notes, Stop, begun, copied, history, mini_chain, one_image, record_of, run_chain
 from typer.testing import CliRunner
 
-from pipeline.chain import leftovers as leftovers_module
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
 from pipeline.commands.main import app
@@ -128,7 +128,7 @@ def test_clean_lists_what_was_interrupted_and_asks(interrupted: Chain, monkeypat
     assert "baseline: 5 steps, saved 20" in clean()
     assert interrupted.plan()[0].reason == "interrupted in scratch at step 5"
     with monkeypatch.context() as patch:
-        patch.setattr(leftovers_module.shutil, "rmtree", _interrupt)
+        patch.setattr(shutil, "rmtree", _interrupt)
         clean("--yes")
     assert interrupted.plan()[0].reason == "not built yet"  # It cannot be resumed from what is left.
     assert "baseline: 5 steps" in clean("--yes")

@@ -10,7 +10,7 @@ from pipeline.evaluation.coding import estimate
 from pipeline.evaluation.quality import EvaluationError, bits_per_pixel, quality_of
 from pipeline.recipes.schema import Transfer
 from pipeline.training.objectives import Align, Handover, RateDistortion, recorded_calls, training_noise
-from pipeline.training.parameter_groups import set_trainable, trainable_names
+from pipeline.training.optimizer import set_trainable, trainable_names
 from pipeline.training.transfer import new_components, transfer_weights
 
 

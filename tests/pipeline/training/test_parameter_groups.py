@@ -6,7 +6,7 @@ import pytest
 from mini import mini_codec, mini_stage
 
 from modules import HPCM
-from pipeline.training.parameter_groups import (
+from pipeline.training.optimizer import (
     SelectionError,
     parameter_groups,
     set_trainable,
