@@ -1,14 +1,21 @@
 """`hpcm rd-curve`: a recipe at several λ, and the curves of its stages."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Annotated
 
 import typer
 
-from pipeline.chain.lambda_sweep import LMBDAS, Sweep
+from pipeline.chain.lambda_sweep import LMBDAS, Point, leaves, sweep_table
+from pipeline.chain.plan import ChainError
+from pipeline.chain.request import ChainRequest
 from pipeline.commands.chain_options import MeasureOptions, RecipeOptions, RunOptions
 from pipeline.commands.display import IS_FIRST_PROCESS, console, show
 from pipeline.commands.lazy import imported_when_called
+from pipeline.common.tables import shortest
+from pipeline.recipes.loading import load_recipe
 
 run_planned = imported_when_called("pipeline.commands.running:run_planned")
 show_measured = imported_when_called("pipeline.commands.measured_plan:show_measured")
@@ -24,10 +31,19 @@ class SweepOptions(RecipeOptions):
     seed: list[int] | None = None
     """Seed of all stages; repeatable, to train several chains per λ."""
 
-    def sweep(self, targets: list[str]) -> Sweep:
-        """The sweep to these stages."""
-        lmbdas, seeds = tuple(self.lmbda or LMBDAS), tuple(self.seed or ())
-        return Sweep(self.recipe, self.overrides(), tuple(targets), lmbdas, self.runs, self.baseline, seeds)
+    def points(self, targets: Sequence[str]) -> Iterator[Point]:
+        """Every λ and seed, with chains to these stages, or to all without children. Raises RecipeError, ChainError."""
+        lmbdas = sorted(self.lmbda or LMBDAS)
+        if self.baseline is not None and len(lmbdas) > 1:
+            raise ChainError(
+                f"{self.baseline}: a codec has one λ, but the sweep has {len(lmbdas)}; give its λ with --lmbda"
+            )
+        for lmbda, seed in product(lmbdas, self.seed or (None,)):
+            title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
+            overrides = *self.overrides(), f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])
+            stages = targets or leaves(load_recipe(self.recipe, overrides))
+            requests = (ChainRequest(self.recipe, overrides, name, self.runs, self.baseline) for name in stages)
+            yield Point(title, [request.chain() for request in requests])
 
 
 def rd_curve(
@@ -44,18 +60,18 @@ def rd_curve(
 
     Each λ and seed has its own chain. Repeat the command to continue an interrupted run.
     """
-    sweep = options.sweep(targets or [])
+    points = partial(options.points, targets or [])
     if measuring.measure:
-        plans = {point.title: list(point.plan().values()) for point in sweep.points()}
+        plans = {point.title: list(point.plan().values()) for point in points()}
         show_measured(plans, measuring.processes)
         return
-    show(sweep.table())
+    show(sweep_table(options.recipe, points()))
     if plan:
         return
-    for point in sweep.points():
+    for point in points():
         for chain in point.chains:
             console.print(f"λ = {point.title}, to {chain.tasks[-1].stage.name}")
             run_planned(chain, chain.plan(), running)
-        show(sweep.table())
+        show(sweep_table(options.recipe, points()))
     if IS_FIRST_PROCESS:
-        draw_curves(sweep)
+        draw_curves(points())

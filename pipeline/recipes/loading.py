@@ -62,48 +62,11 @@ class Recipe:
         return [*(self.chain(stage.parent) if stage.parent else []), stage]
 
 
-@dataclass(frozen=True)
-class Override:
-    """`--set path=value`: the path has dotted keys, and list entries by number or name; the value is YAML.
-
-    A path that begins with a stage's name applies to that stage. Any other applies to every stage that has the path.
-    """
-
-    text: str
-    path: tuple[str, ...]
-    value: YamlNode
-
-    @classmethod
-    def parse(cls, text: str) -> "Override":
-        """Parse `a.b=value`. Raises RecipeError."""
-        path, equals, value = text.partition("=")
-        if not (equals and all(path.split("."))):
-            raise RecipeError(f"--set {text}: expected key=value, such as --set data.crop=128")
-        return cls(text, tuple(path.split(".")), read_text(value, f"--set {text}"))
-
-    def apply(self, trees: Mapping[str, YamlNode]) -> dict[str, YamlNode]:
-        """Return the stages with the value set. Raises RecipeError if no stage has the path."""
-        head, *rest = self.path
-        scope, path = ([head], rest) if head in trees and rest else (list(trees), self.path)
-        changed: dict[str, YamlNode] = {}
-        refusal = "no stage has a parent to transfer from"
-        for name in scope:
-            if path[0] == "transfer" and len(scope) > 1 and trees[name].plain().get("parent") is None:
-                continue
-            try:
-                changed[name] = put(trees[name], path, self.value)
-            except RecipeError as problem:
-                refusal = str(problem)
-        if not changed:
-            raise RecipeError(f"--set {self.text}: {refusal}")
-        return {**trees, **changed}
-
-
 def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read every stage of a recipe, which is given by its name under `stages/` or by its folder's path.
 
-    `common.yaml` gives the defaults. A stage's own file overrides them key by key, and lists as a whole. `overrides`
-    (see Override) override both. Raises RecipeError listing the problems, one per line.
+    `common.yaml` gives the defaults. A stage's own file overrides them key by key, and lists as a whole. `overrides`,
+    such as `data.crop=128`, override both. Raises RecipeError listing the problems, one per line.
     """
     path = _find_folder(folder)
     defaults = read_file(path / DEFAULTS, label(path / DEFAULTS))
@@ -113,8 +76,8 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if not files:
         raise RecipeError(f"{label(path)}: no stage here; add a YAML file for each stage beside {DEFAULTS}")
     trees = {file.stem: merge(defaults, read_file(file, label(file))) for file in files}
-    for override in map(Override.parse, overrides):
-        trees = override.apply(trees)
+    for override in overrides:
+        trees |= _overridden(trees, override)
 
     problems: list[str] = []
     stages: dict[str, Stage] = {}
@@ -141,6 +104,32 @@ def _find_folder(folder: str | Path) -> Path:
         f"no recipe '{folder}'{nearest(folder, names) or '.'} Use one of {', '.join(names)}, or the path of a "
         f"folder with {DEFAULTS} and a YAML file for each stage"
     )
+
+
+def _overridden(trees: Mapping[str, YamlNode], override: str) -> dict[str, YamlNode]:
+    """The stages that `--set path=value` changes: the path has dotted keys, and list entries by number or name.
+
+    A path that begins with a stage's name applies to that stage. Any other applies to every stage that has the path.
+    Raises RecipeError if no stage has it.
+    """
+    dotted_path, equals, text = override.partition("=")
+    head, *rest = path = dotted_path.split(".")
+    if not (equals and all(path)):
+        raise RecipeError(f"--set {override}: expected key=value, such as --set data.crop=128")
+    value = read_text(text, f"--set {override}")
+    scope, path = ([head], rest) if head in trees and rest else (list(trees), path)
+    changed: dict[str, YamlNode] = {}
+    refusal = "no stage has a parent to transfer from"
+    for name in scope:
+        if path[0] == "transfer" and len(scope) > 1 and trees[name].plain().get("parent") is None:
+            continue
+        try:
+            changed[name] = put(trees[name], path, value)
+        except RecipeError as problem:
+            refusal = str(problem)
+    if not changed:
+        raise RecipeError(f"--set {override}: {refusal}")
+    return changed
 
 
 def _misplaced(name: str, trees: Mapping[str, YamlNode]) -> list[str]:

@@ -10,8 +10,6 @@ from mini import FOLDER, STAGES, Notes, one_image
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.lambda_sweep import Sweep
-from pipeline.chain.plan import ChainError
 from pipeline.commands.main import app
 from pipeline.common import fault_injection as faults
 from pipeline.common.errors import Interrupted
@@ -65,8 +63,6 @@ def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: py
     assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
 
 
-def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    file = finished[0].tasks[0].checkpoint
-    wanted = Sweep(str(FOLDER), (), ("phase1",), (0.013, 0.05), tmp_path, baseline=file)
-    with pytest.raises(ChainError, match=r"a codec has one λ, but the sweep has 2; give its λ"):
-        wanted.table()
+def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], runs: Path) -> None:
+    done = CliRunner().invoke(app, sweep(runs, "phase1", "--baseline", str(finished[0].tasks[0].checkpoint)))
+    assert "a codec has one λ, but the sweep has 2; give its λ" in str(done.exception)
