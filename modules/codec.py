@@ -1,7 +1,8 @@
 """The codec: networks and coding tables, `compress` and `decompress`, as a `CompressionModel` of CompressAI."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.bitstream.coding import Trace, decode, encode, trace
 from modules.bitstream.file_format import EPSILON, check_epsilon
+from modules.bitstream.quality import split_quality, storable, with_quality
 from modules.bitstream.tables import BUFFERS, Tables, built_tables
 from modules.compressai_parts import CompressionModel, register_model
 from modules.config import HPCMConfig
@@ -40,7 +42,10 @@ class HPCM(Pretrained, CompressionModel):
     """Name of the vectors that the loaded file lacked, as official files of 2025 do; None if it lacked none."""
 
     lmbda: float | None = None
-    """λ of bpp + λ·255²·MSE that the codec was trained for; None if that is not known. Refinement needs it."""
+    """λ of bpp + λ·255²·MSE that the codec was trained for; None if that is not known. Refinement needs it.
+
+    A codec of several rates refines for the λ of the quality at which it codes.
+    """
 
     def __init__(self, config: HPCMConfig | None = None):
         super().__init__(config)
@@ -76,23 +81,33 @@ class HPCM(Pretrained, CompressionModel):
 
     @torch.no_grad()
     def compress(
-        self, x: Tensor, epsilon: float = EPSILON, effort: int = 0, go_on: GoOn = lambda *_: True
+        self,
+        x: Tensor,
+        epsilon: float = EPSILON,
+        effort: int = 0,
+        go_on: GoOn = lambda *_: True,
+        quality: float | None = None,
     ) -> dict[str, Any]:
         """Encode images (B, 3, H, W) in [0, 1]: `strings` [[y of each image], [z of each image]] and `shape` (H, W).
 
         A decoder reads the same symbols if its scales and the encoder's are both within a relative error of ε of the
         exact scales. ε = 0 gives the shortest strings. With an effort from 1 to 4, each latent is refined in 5, 10, 30
-        or 100 iterations, for the rate–distortion loss with `lmbda`. `go_on` can end this early. Raises BitstreamError
-        if the latent holds NaN or values too large to code, ValueError if ε or the effort is out of range or `lmbda`
-        is not known, and what `check_images` raises.
+        or 100 iterations, for the rate–distortion loss with `lmbda`. `go_on` can end this early. A codec of several
+        rates codes at `quality`, which is stored in the strings of z; None takes the attribute `quality`. Raises
+        BitstreamError if the latent holds NaN or values too large to code, ValueError if ε, the effort or the quality
+        is out of range or `lmbda` is not known, and what `check_images` raises.
         """
         self.check_images(x, wait=True)
-        tables, epsilon, lmbda = self.coding_tables, check_epsilon(epsilon), self.check_effort(effort)
-        # One image at a time: rounding may depend on the batch, which a decoder does not know.
-        coded = [
-            encode(self, image, tables, epsilon, partial(refine, self, image, lmbda, ITERATIONS[effort], go_on))
-            for image in x.split(1)
-        ]
+        tables, epsilon = self.coding_tables, check_epsilon(epsilon)
+        with self.at_quality(quality), self.at_quality(storable(float(self.quality))):
+            lmbda = self.check_effort(effort)
+            # One image at a time: rounding may depend on the batch, which a decoder does not know.
+            coded = [
+                encode(self, image, tables, epsilon, partial(refine, self, image, lmbda, ITERATIONS[effort], go_on))
+                for image in x.split(1)
+            ]
+            if self.rate_vectors is not None:
+                coded = [(y, with_quality(float(self.quality), z)) for y, z in coded]
         strings_y, strings_z = (list(strings) for strings in zip(*coded, strict=True))
         return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
 
@@ -100,6 +115,8 @@ class HPCM(Pretrained, CompressionModel):
         """The λ for an effort from 0 to 4; raises ValueError if the effort is out of range or needs an unknown λ."""
         if not 0 <= effort < len(ITERATIONS):
             raise ValueError(f"effort {effort}: give a number from 0 to {len(ITERATIONS) - 1}")
+        if self.rate_vectors is not None:
+            return float(self.rate_vectors.lmbda_at(torch.tensor([float(self.quality)])))
         if effort and not (self.lmbda and self.lmbda > 0):
             raise ValueError("the λ of this codec is not known: give the λ for bpp + λ·255²·MSE")
         return self.lmbda or 0.0
@@ -111,8 +128,10 @@ class HPCM(Pretrained, CompressionModel):
         `recovery` is "" if this machine's rounding was within the encoder's ε; otherwise it says how the image was
         recovered. Raises BitstreamError for damaged strings, for those of another model, and if no recovery succeeds.
         """
-        tables = self.coding_tables
-        decoded = [decode(self, y, z, shape, tables) for y, z in zip(*strings, strict=True)]
+        tables, decoded = self.coding_tables, []
+        for y, z in zip(*strings, strict=True):
+            with self._quality_of(z) as bare_z:
+                decoded.append(decode(self, y, bare_z, shape, tables))
         x_hat, recovery = zip(*decoded, strict=True)
         return {"x_hat": torch.cat(x_hat), "recovery": list(recovery)}
 
@@ -122,7 +141,18 @@ class HPCM(Pretrained, CompressionModel):
 
         `in_float64(model).trace(…)` gives the reference to which the scales of other machines are compared.
         """
-        return trace(self, y, z, shape, self.coding_tables)
+        with self._quality_of(z) as bare_z:
+            return trace(self, y, bare_z, shape, self.coding_tables)
+
+    @contextmanager
+    def _quality_of(self, z: bytes) -> Iterator[bytes]:
+        """Code at the quality that a string of z stores. The context's value is the string without it."""
+        if self.rate_vectors is None:
+            yield z
+            return
+        quality, bare_z = split_quality(z, len(self.config.rates))
+        with self.at_quality(quality):
+            yield bare_z
 
     @classmethod
     def from_tensors(cls, values: Any, tensors: Mapping[str, Tensor], lineage: Mapping[str, Any]) -> Self:

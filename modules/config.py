@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from modules.context.attention import CrossAttentionKind, NoAttentionKind
@@ -9,6 +10,8 @@ from modules.context.components import GROUPS, SLOTS, Kind, kind_from, nearest, 
 from modules.context.fusion import ConvFusionKind
 from modules.context.priors import DWConvPriorKind
 from modules.context.rwkv_kinds import RWKVContextKind, RWKVFusionKind, RWKVPriorKind
+
+MOST_RATES = 63
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class HPCMConfig:
     """Numbers of PConvRBs of g_a at 1/2, 1/4 and 1/8 of the image."""
     transform_hidden_rate: float = 4
     """Inner width of a PConvRB of g_a and g_s, as a multiple of its channels."""
+    rates: tuple[float, ...] = ()
+    """The λ between which one codec has every rate, ascending. Empty for a codec of one rate."""
 
     attn_s1: Kind = field(default=CrossAttentionKind(heads=32, window=4))
     attn_s2: Kind = field(default=CrossAttentionKind(heads=32, window=8))
@@ -38,12 +43,15 @@ class HPCMConfig:
     y_spatial_prior_s3: Kind = field(default=DWConvPriorKind(blocks=3, last_blocks=2))
 
     def __post_init__(self) -> None:
-        for name in ("widths", "depths"):
+        for name in ("widths", "depths", "rates"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for slot in SLOTS:
             object.__setattr__(self, slot, kind_from(slot, getattr(self, slot)))
         if self.M % 8 or self.M < 8:
             raise ValueError(f"M = {self.M} must be a multiple of 8: the hierarchy codes channels in eighths")
+        ascending = all(0 < low < high for low, high in pairwise(self.rates))
+        if self.rates and not (ascending and 2 <= len(self.rates) <= MOST_RATES):
+            raise ValueError(f"rates: give 2 to {MOST_RATES} positive λ in ascending order, not {list(self.rates)}")
 
     @property
     def components(self) -> dict[str, Kind]:
@@ -51,14 +59,16 @@ class HPCMConfig:
         return {slot: getattr(self, slot) for slot in SLOTS}
 
     def to_dict(self) -> dict[str, Any]:
-        """A mapping that JSON can hold and `from_dict` accepts."""
+        """A mapping that JSON can hold and `from_dict` accepts. `rates` is left out if there are none."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.rates:
+            del values["rates"]
         return {name: value.to_dict() if isinstance(value, Kind) else value for name, value in values.items()}
 
     def distinguishing(self) -> dict[str, Any]:
         """The entries of `to_dict` that differ from HPCM-Base's Baseline. A kind's default settings are left out."""
         base = type(self)().to_dict()
-        values = {name: value for name, value in self.to_dict().items() if value != base[name]}
+        values = {name: value for name, value in self.to_dict().items() if value != base.get(name)}
         for slot in values.keys() & SLOTS.keys():
             defaults = {field.name: field.default for field in fields(getattr(self, slot))}
             values[slot] = {key: value for key, value in values[slot].items() if value != defaults.get(key, ...)}

@@ -1,6 +1,8 @@
 """The codec's networks: transforms around a hierarchical progressive context model (HPCM, ICCV 2025)."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 
 from modules.compressai_parts import quantize_ste
 from modules.config import HPCMConfig, preset_config
-from modules.context.coding_order import CodeStep, Step, from_rows, hierarchy, to_rows, walk
+from modules.context.coding_order import EIGHTHS, CodeStep, ContextModel, Step, from_rows, hierarchy, to_rows, walk
 from modules.context.components import Kind
+from modules.context.rates import Rate, RateVectors
 from modules.image_checks import check_form, check_range
 from modules.layers.blocks import Checkpointed
 from modules.layers.entropy import GeneralizedGaussian
@@ -29,10 +32,15 @@ _GRID_SHIFTS = {
 
 
 class Noise(NamedTuple):
-    """Additive noise of one training step, uniform in (−½, ½): `y` (B, M, h, w) and `z` (B, N, h/4, w/4)."""
+    """The random values of one training step.
+
+    Additive noise, uniform in (−½, ½): `y` (B, M, h, w) and `z` (B, N, h/4, w/4). `rate` (B,), uniform in [0, 1), draws
+    the rate of each sample for a codec of several rates.
+    """
 
     y: Tensor
     z: Tensor
+    rate: Tensor
 
 
 class HPCMNetwork(nn.Module):
@@ -64,6 +72,8 @@ class HPCMNetwork(nn.Module):
             kind.build(M) for kind in (config.attn_s1, config.attn_s2, config.attn_s3)
         )
         self.context_net = nn.ModuleList(config.context_net.build(M) for _ in range(2))
+        self.rate_vectors = RateVectors(config.rates, M) if config.rates else None
+        self.quality: float | Tensor = (1 + len(config.rates)) / 2 if config.rates else 1.0
         if has_values(self.means_hyper):
             initialize_convolutions(self)
             # h_s ends in a residual block that adds to its input, so the transposed convolution before it is the head.
@@ -109,6 +119,34 @@ class HPCMNetwork(nn.Module):
             if isinstance(module, Checkpointed):
                 module.use_checkpoint = on
 
+    @contextmanager
+    def at_quality(self, quality: float | Tensor | None) -> Iterator[None]:
+        """Code at a quality, or each sample at its own, (B,), within the context; None keeps the present one.
+
+        A codec of R rates has qualities from 1 to R, fractions included; other codecs only 1. Raises ValueError.
+        """
+        before, highest = self.quality, max(1, len(self.config.rates))
+        if quality is not None:
+            if not (isinstance(quality, Tensor) or 1 <= quality <= highest):
+                has = f"qualities from 1 to {highest}" if highest > 1 else "one rate, and no qualities"
+                raise ValueError(f"quality {quality}: this codec has {has}")
+            self.quality = quality
+        try:
+            yield
+        finally:
+            self.quality = before
+
+    def at_lmbda(self, lmbda: float) -> AbstractContextManager[None]:
+        """Code at the quality of a λ within the context. Raises ValueError if the codec does not have that λ."""
+        return self.at_quality(None if self.rate_vectors is None else self.rate_vectors.quality_of(lmbda))
+
+    @property
+    def rate(self) -> Rate | None:
+        """The vectors of the present quality; None for a codec of one rate."""
+        if self.rate_vectors is None:
+            return None
+        return self.rate_vectors.at(torch.as_tensor(self.quality, device=self.means_hyper.device).reshape(-1))
+
     def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, after padding."""
         factor = self.downsampling_factor
@@ -146,14 +184,15 @@ class HPCMNetwork(nn.Module):
         z_hat = (quantize_ste(z_residual) if training else z_residual.round()) + self.means_hyper
         hyper = self.h_s(z_hat).to(images.dtype)
 
-        estimator = Estimator(to_rows(y, self.config.M // 8), training)
+        estimator = Estimator(self.symbol_rows(y), training)
         y_hat = self.walk(hyper, estimator)
         residual, scales = (
             from_rows(rows, *y.shape[2:]) for rows in estimator.collected(hierarchy(*y.shape[2:], y.device).restore)
         )
         if training:
             if noise is None:
-                noise = Noise(torch.rand_like(residual) - 0.5, torch.rand_like(z_residual) - 0.5)
+                y_noise, z_noise = (torch.rand_like(tensor) - 0.5 for tensor in (residual, z_residual))
+                noise = Noise(y_noise, z_noise, rate=y_noise.new_zeros(len(y_noise)))
             residual, z_residual = residual + noise.y, z_residual + noise.z
         else:
             residual, z_residual = residual.round(), z_residual.round()
@@ -172,21 +211,42 @@ class HPCMNetwork(nn.Module):
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         return images.contiguous(memory_format=torch.channels_last)
 
-    def walk(self, hyper: Tensor, code: CodeStep) -> Tensor:
-        """Run `code` on each step of the hierarchy in order. Maps hyper (B, 2M, h, w) to ŷ (B, M, h, w)."""
-        return walk(self, hyper, code)
+    def symbol_rows(self, y: Tensor) -> Tensor:
+        """The rows of y (B, M, h, w), as `coding_order` orders them, in the units in which symbols are rounded."""
+        rows, rate = to_rows(y, self.config.M // EIGHTHS), self.rate
+        return rows if rate is None else rate.in_symbols(rows)
+
+    def walk(
+        self,
+        hyper: Tensor,
+        code: CodeStep,
+        adapt: Callable[[ContextModel], ContextModel] = lambda model: model,
+    ) -> Tensor:
+        """Run `code` on each step of the hierarchy in order. Maps hyper (B, 2M, h, w) to ŷ (B, M, h, w).
+
+        `code` works in the units of symbols. `adapt` may wrap the context model.
+        """
+        rate = self.rate
+        model: ContextModel = self if rate is None else _AtRate(self, rate)
+        return walk(adapt(model), hyper, code if rate is None else rate.coded(code))
 
     def fuse(self, scale: int, context: Tensor) -> Tensor:
         """The first context of scale 1 or 2 from the coarser context and the hyper-prior, both (B, 2M, h, w)."""
         fused: Tensor = self.context_net[scale - 1](context)
         return fused.to(context.dtype)
 
-    def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and means of a step, and the context of the next, as `ContextModel` describes it."""
+    def predict(
+        self, step: Step, context: Tensor, y_hat: Tensor, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scales and means of a step, and the context of the next, as `ContextModel` describes it.
+
+        `factor` (B or 1, 3M, 1, 1) multiplies the step's vector.
+        """
         assert step.adaptor is not None
         adaptors, prior, attention = self.scale_components(step.scale)
         adapted = adaptors[step.adaptor](torch.cat((context, y_hat), dim=1))
-        parameters = prior(adapted, self.adaptive_params_list[step.number - 1]).to(context.dtype)
+        vector = self.adaptive_params_list[step.number - 1]
+        parameters = prior(adapted, vector if factor is None else vector * factor).to(context.dtype)
         if step.number < 10:  # No step needs the context after the last.
             context = attention(parameters, context).to(context.dtype)
         return parameters, context
@@ -198,6 +258,17 @@ class HPCMNetwork(nn.Module):
             (self.y_spatial_prior_adaptor_list_s2, self.y_spatial_prior_s1_s2, self.attn_s2),
             (self.y_spatial_prior_adaptor_list_s3, self.y_spatial_prior_s3, self.attn_s3),
         )[scale]
+
+
+class _AtRate:
+    """The context model of a network at one rate."""
+
+    def __init__(self, network: HPCMNetwork, rate: Rate):
+        self.network, self.rate, self.fuse = network, rate, network.fuse
+
+    def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ContextModel` describes it."""
+        return self.network.predict(step, context, y_hat, self.rate.step_factor(step))
 
 
 class Estimator:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.compressai_parts import quantize_ste
-from modules.context.coding_order import Step, to_rows, walk
+from modules.context.coding_order import ContextModel, Step
 from modules.network import Estimator, HPCMNetwork
 
 ITERATIONS = (0, 5, 10, 30, 100)
@@ -79,9 +79,9 @@ def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -
     """The loss of the rounded latent, and the loss to differentiate, whose rate is smooth."""
     recompute = image.shape[2] * image.shape[3] > (16 * network.g_s.tile) ** 2
     z_residual = latent.z - network.means_hyper
-    estimator = Estimator(to_rows(latent.y, network.config.M // 8), training=True)
-    context_model = _Recomputed(network) if recompute else network
-    y_hat = walk(context_model, network.h_s(quantize_ste(z_residual) + network.means_hyper), estimator)
+    estimator = Estimator(network.symbol_rows(latent.y), training=True)
+    hyper = network.h_s(quantize_ste(z_residual) + network.means_hyper)
+    y_hat = network.walk(hyper, estimator, _Recomputed if recompute else lambda model: model)
     x_hat = network.g_s(y_hat)[:, :, : image.shape[2], : image.shape[3]].clamp(0, 1)
     distortion = lmbda * 255**2 * (x_hat - image).square().mean()
     symbols = [(torch.cat(estimator.residuals, dim=1), torch.cat(estimator.scales, dim=1))]
@@ -102,15 +102,15 @@ def _bits(network: HPCMNetwork, residual: Tensor, scales: Tensor) -> Tensor:
 
 
 class _Recomputed:
-    """The network's context model. It computes its activations again in the backward pass, so that few are kept."""
+    """A context model that computes its activations again in the backward pass, so that few are kept."""
 
-    def __init__(self, network: HPCMNetwork):
-        self.network, self.fuse = network, network.fuse
+    def __init__(self, model: ContextModel):
+        self.model, self.fuse = model, model.fuse
 
     def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network's `predict` returns."""
+        """What the model's `predict` returns."""
         predicted: tuple[Tensor, Tensor] = checkpoint(
-            self.network.predict, step, context, y_hat, use_reentrant=False, preserve_rng_state=False
+            self.model.predict, step, context, y_hat, use_reentrant=False, preserve_rng_state=False
         )
         return predicted
 

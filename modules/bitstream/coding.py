@@ -13,7 +13,6 @@ from modules.bitstream.determinism import deterministic_float32
 from modules.bitstream.guards import STEPS, Guards
 from modules.bitstream.rans import SymbolReader, SymbolWriter, split_check
 from modules.bitstream.tables import CodingTables, Tables
-from modules.context.coding_order import to_rows
 from modules.network import HPCMNetwork
 from modules.refinement import Latent
 
@@ -54,7 +53,7 @@ def encode(
         y, z = refined(Latent(y, network.h_a(y)))
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)
         z_hat = z_writer.put((z - network.means_hyper).round(), _z_indexes(z)) + network.means_hyper
-        encoder = Encoder(to_rows(y, network.config.M // 8), tables.scales, y_writer, epsilon)
+        encoder = Encoder(network.symbol_rows(y), tables.scales, y_writer, epsilon)
         network.walk(network.h_s(z_hat), encoder)
     return encoder.guards.pack() + y_writer.coded(), z_writer.string()
 

@@ -128,6 +128,8 @@ class StageRun:
         seed = int(np.random.SeedSequence([self.stage.seed, *self.stage.name.encode()]).generate_state(1)[0])
         torch.manual_seed(seed)
         child = HPCM(codec_config(self.task))
+        if child.rate_vectors is not None:
+            child.rate_vectors.start_from(self.stage.lmbda)
         crops = TrainingCrops(self.task.train_photos, self.stage.data.crop, seed)
         if self.state is None:
             self.state, ledger = self._transfer(child, crops)

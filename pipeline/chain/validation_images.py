@@ -58,12 +58,14 @@ class ValidationImages:
         return Validation(self.photos.digest, images, self.stage.lmbda, self.stage.metric)
 
     def estimate(self, codec: HPCM) -> Quality:
-        """The mean quality from the codec's likelihoods, without bitstreams."""
-        return estimate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric)
+        """The mean quality at the stage's λ from the codec's likelihoods, without bitstreams."""
+        with codec.at_lmbda(self.stage.lmbda):
+            return estimate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric)
 
     def evaluate(self, codec: HPCM, keep: int = 0) -> tuple[Evaluation, list[Tensor]]:
-        """The results with real bitstreams, and the first `keep` reconstructions, (1, 3, H, W) each."""
-        return evaluate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric, keep)
+        """The results at the stage's λ with real bitstreams, and the first `keep` reconstructions, (1, 3, H, W)."""
+        with codec.at_lmbda(self.stage.lmbda):
+            return evaluate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric, keep)
 
     def _interruptible(self) -> Iterator[NamedImage]:
         for done, image in enumerate(self.images):

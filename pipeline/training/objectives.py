@@ -22,15 +22,16 @@ from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
 
 
 def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Sequence[int]) -> Noise:
-    """The noise of these samples at image size (H, W), on the CPU. It depends only on (seed, sample)."""
+    """The random values of these samples at image size (H, W), on the CPU. They depend only on (seed, sample)."""
     y_shape, z_shape = model.latent_shapes(*size)
     drawn = []
     for sample in samples:
         state = np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state))
-        drawn.append([torch.rand(shape, generator=generator) - 0.5 for shape in (y_shape, z_shape)])
-    y, z = (torch.stack(part) for part in zip(*drawn, strict=True))
-    return Noise(y.contiguous(memory_format=torch.channels_last), z.contiguous(memory_format=torch.channels_last))
+        drawn.append([torch.rand(shape, generator=generator) for shape in (y_shape, z_shape, ())])
+    y, z, rate = (torch.stack(part) for part in zip(*drawn, strict=True))
+    y, z = ((part - 0.5).contiguous(memory_format=torch.channels_last) for part in (y, z))
+    return Noise(y, z, rate)
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,53 @@ class RateDistortion(Objective):
 
     @classmethod
     def build(cls, context: ObjectiveContext) -> "RateDistortion":
-        """Build the loss of the child at the stage's λ."""
-        return cls(context.child, context.lmbda, context.metric)
+        """Build the loss of the child at the stage's λ, or at all its rates."""
+        chosen = RateDistortion if context.child.rate_vectors is None else EveryRate
+        return chosen(context.child, context.lmbda, context.metric)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Code images (B, 3, H, W). Returns the scalars `loss`, `bpp` and, if it can change, `distortion`."""
-        transforms = (self.model.g_a, self.model.g_s)
-        reconstruct = any(p.requires_grad for transform in transforms for p in transform.parameters())
-        coded = self.model(images, training=True, noise=noise, reconstruct=reconstruct)
+        model, metric = self.model, metric_named(self.metric)
+        assert metric.distortion is not None  # checked by the recipe's schema
+        reconstruct = any(p.requires_grad for transform in (model.g_a, model.g_s) for p in transform.parameters())
+        coded = model(images, training=True, noise=noise, reconstruct=reconstruct)
         bpp = bits_per_pixel(coded["likelihoods"], images.shape[0] * images.shape[2] * images.shape[3])
         if not reconstruct:
             return {"loss": bpp, "bpp": bpp}
-        metric = metric_named(self.metric)
-        assert metric.distortion is not None  # checked by the recipe's schema
         distortion = metric.distortion(coded["x_hat"], images)
         return {"loss": self.lmbda * metric.weight * distortion + bpp, "bpp": bpp, "distortion": distortion}
+
+
+class EveryRate(RateDistortion):
+    """The loss of a codec of several rates. Each sample is coded at a quality of its own, and has its λ.
+
+    The loss of a sample is divided by (λ / the stage's λ)^0.75, so that no rate dominates. Losses grow about like this:
+    with exponents of 0.72 to 0.82 among the four bundled codecs.
+    """
+
+    def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """Code images (B, 3, H, W). Returns the scalars `loss`, `bpp` and `distortion`, means over the samples."""
+        model, metric, vectors = self.model, metric_named(self.metric), self.model.rate_vectors
+        assert metric.distortion is not None  # checked by the recipe's schema
+        assert vectors is not None  # as `build` chose
+        quality = drawn_quality(noise.rate, len(vectors.rates))
+        with model.at_quality(quality):
+            coded = model(images, training=True, noise=noise)
+        pairs = zip(coded["x_hat"].split(1), images.split(1), strict=True)
+        distortion = torch.stack([metric.distortion(*pair) for pair in pairs])
+        bits = [-likelihoods.log2().flatten(1).sum(1) for likelihoods in coded["likelihoods"].values()]
+        bpp = torch.stack(bits).sum(0) / (images.shape[2] * images.shape[3])
+        lmbda = vectors.lmbda_at(quality).to(images.dtype)
+        loss = (self.lmbda / lmbda) ** 0.75 * (lmbda * metric.weight * distortion + bpp)
+        return {"loss": loss.mean(), "bpp": bpp.mean(), "distortion": distortion.mean()}
+
+
+def drawn_quality(uniform: Tensor, rates: int) -> Tensor:
+    """Qualities from 1 to `rates`, from values (B,) uniform in [0, 1).
+
+    Half a step to either side of each λ is drawn equally often. What lies beyond the first and the last falls on them.
+    """
+    return (uniform * rates + 0.5).clamp(1, rates)
 
 
 @register_objective("align", OBJECTIVES["align"])
