@@ -37,8 +37,9 @@ def publish_stage(task: StageTask, folder: Path, log: StageLog, codec: HPCM, lin
     result, stage = log.record.evaluated, task.stage
     files.write_text(folder / "stage.yaml", stage.to_yaml())
     files.write_json(folder / "evaluation.json", result.evaluation.to_json(stage.name))
-    points = {**({"parent": result.parent} if result.parent else {}), stage.name: result.quality}
-    curves = {name: ([quality], {"marker": "o", "linestyle": ""}) for name, quality in points.items()}
+    ours = [rate.quality for rate in result.rates] or [result.quality]
+    points = {**({"parent": [result.parent]} if result.parent else {}), stage.name: ours}
+    curves = {name: (found, {"marker": "o", "linestyle": "-" if len(found) > 1 else ""}) for name, found in points.items()}
     save(draw_curves(curves, False, "coded rate in bits per pixel", columns=2), folder / "rate-distortion.png")
     publish(folder / CHECKPOINT, codec, lineage)
     fault("publish.checkpoint")

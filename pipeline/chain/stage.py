@@ -20,6 +20,7 @@ from pipeline.chain.validation_images import ValidationImages
 from pipeline.common.errors import Interrupted, MainProcessStopped
 from pipeline.common.files import FileError
 from pipeline.common.processes import environment_of
+from pipeline.common.tables import shortest
 from pipeline.data.crops import TrainingCrops
 from pipeline.evaluation.coding import macs_per_pixel
 from pipeline.recipes.schema import Transfer
@@ -211,10 +212,11 @@ class StageRun:
         self.watcher.note(
             f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
         )
+        rates = tuple(self.validation.at_each_rate(codec))
         reasons = judge(self.stage.accept, quality, parent)
         verdict = "accepted" if not reasons else "accepted anyway" if self.context.accept_anyway else "refused"
         parameters, kmacs = sum(p.numel() for p in codec.parameters()), macs_per_pixel(codec.config) / 1000
-        self.log.update(result=Result(evaluation, parent, verdict, tuple(reasons), parameters, kmacs))
+        self.log.update(result=Result(evaluation, parent, verdict, tuple(reasons), parameters, kmacs, rates))
         save_pictures(self.folder / "reconstructions", self.validation.images, reconstructions)
 
     def _parent_quality(self) -> Quality | None:
@@ -244,6 +246,8 @@ class StageRun:
         self.log.metrics.append(result.quality.metrics("final"), step)
         sizes = {"model/parameters": result.parameters, "model/kmacs_per_pixel": result.kmacs_per_pixel}
         self.log.metrics.append(sizes, step)
+        for rate in result.rates:
+            self.log.metrics.append(rate.quality.metrics(f"final/lmbda-{shortest(rate.lmbda)}"), step)
         lineage = replace(self.log.record.lineage, quality=result.quality, validation=self.validation.conditions)
         publish_stage(self.task, self.folder, self.log, codec, lineage)
 

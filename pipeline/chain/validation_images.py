@@ -11,6 +11,7 @@ from pipeline.chain.context import RunContext
 from pipeline.chain.stage_codec import codec_config
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.fault_injection import fault
+from pipeline.common.tables import shortest
 from pipeline.data.crops import validation_images
 from pipeline.data.images import find_images
 from pipeline.data.pictures import DataError
@@ -18,6 +19,7 @@ from pipeline.evaluation.coding import estimate, evaluate
 from pipeline.evaluation.limits import check_size
 from pipeline.evaluation.quality import NamedImage
 from pipeline.evaluation.results import Evaluation
+from pipeline.records.record import RateResult
 from pipeline.weights.published import Quality, Validation
 
 
@@ -62,10 +64,24 @@ class ValidationImages:
         with codec.at_lmbda(self.stage.lmbda):
             return estimate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric)
 
-    def evaluate(self, codec: HPCM, keep: int = 0) -> tuple[Evaluation, list[Tensor]]:
-        """The results at the stage's λ with real bitstreams, and the first `keep` reconstructions, (1, 3, H, W)."""
-        with codec.at_lmbda(self.stage.lmbda):
-            return evaluate(codec, self._interruptible(), self.stage.lmbda, self.stage.metric, keep)
+    def evaluate(self, codec: HPCM, keep: int = 0, lmbda: float | None = None) -> tuple[Evaluation, list[Tensor]]:
+        """The results with real bitstreams at a λ, by default the stage's.
+
+        The first `keep` reconstructions, (1, 3, H, W) each, come with them.
+        """
+        lmbda = self.stage.lmbda if lmbda is None else lmbda
+        with codec.at_lmbda(lmbda):
+            return evaluate(codec, self._interruptible(), lmbda, self.stage.metric, keep)
+
+    def at_each_rate(self, codec: HPCM) -> Iterator[RateResult]:
+        """The results of a codec of several rates at each λ; none for another codec."""
+        for lmbda in codec.config.rates:
+            quality = self.evaluate(codec, lmbda=lmbda)[0].quality
+            self.watcher.note(
+                f"λ = {shortest(lmbda)}: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, "
+                f"R-D loss {quality.rd_loss:.4f}"
+            )
+            yield RateResult(lmbda, quality)
 
     def _interruptible(self) -> Iterator[NamedImage]:
         for done, image in enumerate(self.images):

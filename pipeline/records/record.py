@@ -114,6 +114,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class RateResult:
+    """What a codec of several rates gives at one λ: the mean over the validation images, with the loss of that λ."""
+
+    lmbda: float
+    quality: Quality
+
+
+@dataclass(frozen=True)
 class Result:
     """The evaluation of the trained codec with real bitstreams, and the verdict on it."""
 
@@ -126,6 +134,8 @@ class Result:
     """The limits that the result exceeds."""
     parameters: int
     kmacs_per_pixel: float
+    rates: tuple[RateResult, ...] = ()
+    """Empty for a codec of one rate."""
 
     @property
     def quality(self) -> Quality:

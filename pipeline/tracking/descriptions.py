@@ -26,6 +26,11 @@ def stage_description(record: StageRecord) -> str:
             f" Relative to the parent: {quality.bpp / parent.bpp - 1:+z.2%} bits, "
             f"{quality.psnr_db - parent.psnr_db:+z.2f} dB, {quality.rd_loss - parent.rd_loss:+z.4f} R-D loss."
         )
+    if result.rates:
+        points = (
+            f"{rate.lmbda:g}: {rate.quality.bpp:.4f} bits, {rate.quality.psnr_db:.2f} dB" for rate in result.rates
+        )
+        text += f" By λ: {'; '.join(points)}."
     return text  # The results are one paragraph, because MLflow's page folds a description after a few lines.
 
 
@@ -35,7 +40,7 @@ def _changes(record: StageRecord) -> str:
         return "Root of the chain."
     replaced = [slot for slot in SLOTS if before[slot]["kind"] != after[slot]["kind"]]
     kinds = [f"`{slot}` ({before[slot]['kind']} to {after[slot]['kind']})" for slot in replaced]
-    resized = [f"`{name}`" for name in after if name not in replaced and before[name] != after[name]]
+    resized = [f"`{name}`" for name in after if name not in replaced and before.get(name) != after[name]]
     sentences = [f"Replaces {', '.join(kinds)}."] if kinds else []
     sentences += [f"Changes the settings of {', '.join(resized)}."] if resized else []
     return " ".join(sentences) or "Keeps the parent's codec and trains it further."

@@ -1,0 +1,70 @@
+"""A stage that turns a codec of one rate into one of several."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mini import Notes, Stop, copied, history, mini_chain, one_image, record_of, run_chain
+
+from pipeline.chain.chain import Chain
+from pipeline.common.errors import Interrupted
+from pipeline.recipes.schema import Segment
+from pipeline.weights.checkpoints import load_codec, read
+
+
+@pytest.fixture(scope="module")
+def variable(finished: tuple[Chain, Notes], tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, "Ends"]:
+    """A chain with a codec of three rates, and what its states held; not to be changed."""
+    runs = tmp_path_factory.mktemp("variable") / "runs"
+    copied(finished[0], runs, "baseline")
+    chain = mini_chain(runs, "variable", one_image(runs.parent / "val"))
+    ends = Ends(chain)
+    run_chain(chain, ends)
+    return chain, ends
+
+
+class Ends(Notes):
+    """Keeps the tensors of the newest state when a segment begins."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.trainings, self.tensors = chain.tasks[-1].trainings, {}
+
+    def segment(self, segment: Segment, done: int) -> None:
+        newest = sorted(self.trainings.glob("*/segment-*"))[-1]
+        model = {name: tensor for name, tensor in read(newest).tensors.items() if name.startswith("model/")}
+        self.tensors[segment.name] = {name.removeprefix("model/"): tensor for name, tensor in model.items()}
+
+
+def test_the_frozen_segment_trains_the_vectors_and_nothing_else(variable: tuple[Chain, Ends]) -> None:
+    start, frozen = (variable[1].tensors[name] for name in ("frozen", "unfrozen"))
+    moved = {name for name in start if not torch.equal(start[name], frozen[name])}
+    assert moved == {f"rate_vectors.{name}" for name in ("gain", "inverse_gain", "steps")}
+    assert record_of(variable[0], "variable").start.step0_gap == pytest.approx(0, abs=1e-4)
+
+
+def test_every_rate_is_evaluated_and_logged(variable: tuple[Chain, Ends]) -> None:
+    chain, notes = variable
+    record, metrics = record_of(chain, "variable"), history(chain.folder / "variable")
+    rates = record.evaluated.rates
+    assert [rate.lmbda for rate in rates] == [0.004, 0.013, 0.04]
+    assert rates[1].quality == record.quality
+    assert rates[0].quality.bpp < rates[1].quality.bpp < rates[2].quality.bpp
+    assert metrics["final/lmbda-0.004/bpp"] == [(8, rates[0].quality.bpp)]
+    assert any(line.startswith("λ = 0.04: ") for line in notes.lines)
+    codec = load_codec(chain.tasks[-1].checkpoint)
+    assert codec.config.rates == (0.004, 0.013, 0.04)
+
+
+def test_a_stage_interrupted_in_both_segments_ends_as_if_it_had_not_been(
+    finished: tuple[Chain, Notes], variable: tuple[Chain, Ends], runs: Path
+) -> None:
+    reference = variable[0].tasks[-1]
+    copied(finished[0], runs, "baseline")
+    chain = mini_chain(runs, "variable", [f"data.val={reference.stage.data.val}"])
+    for stop in (Stop("frozen", 2, signal.SIGTERM), Stop("unfrozen", 3, signal.SIGTERM)):
+        with pytest.raises(Interrupted):
+            run_chain(chain, stop)
+    run_chain(chain)
+    assert chain.tasks[-1].checkpoint.read_bytes() == reference.checkpoint.read_bytes()
