@@ -50,7 +50,10 @@ def curves(chains: Iterable[ChainRecord]) -> dict[str, Curve]:
     found: dict[str, dict[float, dict[int, Quality]]] = {}
     for chain in chains:
         for name, stage in chain.published.items():
-            found.setdefault(name, {}).setdefault(chain.lmbda, {})[chain.seed] = stage.record.evaluated.quality
+            result = stage.record.evaluated
+            points = {rate.lmbda: rate.quality for rate in result.rates} or {chain.lmbda: result.quality}
+            for lmbda, quality in points.items():
+                found.setdefault(name, {}).setdefault(lmbda, {})[chain.seed] = quality
     return {name: _curve(points) for name, points in found.items()}
 
 
@@ -65,8 +68,12 @@ def _curve(points: Mapping[float, Mapping[int, Quality]]) -> Curve:
 
 
 def controls(chains: Iterable[ChainRecord]) -> dict[str, str]:
-    """The control of every stage that has one."""
-    found = {name: chain.control(name) for chain in chains for name in chain.published}
+    """The control of every stage that has one; for a stage of several rates its parent, which has one rate."""
+    found = {
+        name: stage.record.parent if stage.record.evaluated.rates else chain.control(name)
+        for chain in chains
+        for name, stage in chain.published.items()
+    }
     return {name: control for name, control in found.items() if control is not None}
 
 

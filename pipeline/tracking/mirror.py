@@ -163,7 +163,11 @@ class Mirror:
             for stage in chain.stages:
                 try:
                     self._stage(chain, stage, working)
-                except FileError as error:
+                except (UserError, OSError) as error:
+                    if not stage.folder.exists():  # It was published or moved just now: the next mirror sends it.
+                        continue
+                    if not isinstance(error, FileError):
+                        raise
                     problems.append(f"{stage.folder}: {error}")
                 except MlflowException as error:
                     if error.get_http_status_code() != 400:

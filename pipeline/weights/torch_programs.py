@@ -131,6 +131,8 @@ def _prepared(source: Path, folder: Path) -> HPCM:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists; give a new or an empty folder")
     model = load_codec(source)
+    if model.config.rates:
+        raise CheckpointError(f"{source}: a codec of several rates; the programs code at one rate only")
     folder.mkdir(parents=True, exist_ok=True)
     return model
 

@@ -24,6 +24,7 @@ from pipeline.records.chains import CHAIN_FILE, ChainFacts, read_chain
 from pipeline.records.metrics import MetricsLog, read_history
 from pipeline.records.record import StageRecord
 from pipeline.tracking.mirror import Mirror, differences
+from pipeline.tracking.registry import register
 from pipeline.tracking.store import Store, StoreError, experiment_id, find_run
 
 MODEL, CHAIN = "hpcm-mini-lmbda-0.013", "mini λ=0.013"
@@ -64,6 +65,24 @@ def test_mlflow_shows_what_the_folders_say(chain: Path, store: Store) -> None:
     assert record.quality is not None
     assert [float(value) for *_, value in found[CHAIN]["metrics"]["phase1/bpp"]] == [record.quality.bpp]
     assert f"| phase1 | {record.quality.bpp:.4f} |" in found[CHAIN]["tags"]["mlflow.note.content"]
+
+
+def test_a_stage_that_moves_while_it_is_mirrored_is_sent_by_the_next_mirror(
+    copied: tuple[Path, Store], fresh: Store, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mirror = copied[0], Mirror(fresh)
+
+    def moved_first(*arguments: Any) -> None:
+        if arguments[3].record.name == "phase1":
+            shutil.move(folder / "phase1", folder.parent / "moved")
+        register(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.tracking.mirror.register", moved_first)
+        mirror.chain(folder, working=True)
+    shutil.move(folder.parent / "moved", folder / "phase1")
+    mirror.chain(folder, working=False)
+    assert shown(fresh) == shown(store)
 
 
 def test_a_repeated_mirror_changes_nothing(copied: tuple[Path, Store], store: Store) -> None:
