@@ -39,7 +39,7 @@ def publish_stage(task: StageTask, folder: Path, log: StageLog, codec: HPCM, lin
     files.write_json(folder / "evaluation.json", result.evaluation.to_json(stage.name))
     ours = [rate.quality for rate in result.rates] or [result.quality]
     points = {**({"parent": [result.parent]} if result.parent else {}), stage.name: ours}
-    curves = {name: (found, {"marker": "o", "linestyle": "-" if len(found) > 1 else ""}) for name, found in points.items()}
+    curves = {name: (found, {"marker": "o"}) for name, found in points.items()}  # A single point has no line.
     save(draw_curves(curves, False, "coded rate in bits per pixel", columns=2), folder / "rate-distortion.png")
     publish(folder / CHECKPOINT, codec, lineage)
     fault("publish.checkpoint")
