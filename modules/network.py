@@ -119,17 +119,23 @@ class HPCMNetwork(nn.Module):
             if isinstance(module, Checkpointed):
                 module.use_checkpoint = on
 
+    def check_quality(self, quality: float) -> None:
+        """Raise ValueError unless the codec has this quality: 1, or with R rates 1 to R, fractions included."""
+        highest = max(1, len(self.config.rates))
+        if not 1 <= quality <= highest:
+            has = f"qualities from 1 to {highest}" if highest > 1 else "one rate, and no other quality than 1"
+            raise ValueError(f"quality {quality:g}: this codec has {has}")
+
     @contextmanager
     def at_quality(self, quality: float | Tensor | None) -> Iterator[None]:
         """Code at a quality, or each sample at its own, (B,), within the context; None keeps the present one.
 
-        A codec of R rates has qualities from 1 to R, fractions included; other codecs only 1. Raises ValueError.
+        Raises ValueError for a number that the codec does not have. The values of a tensor are not checked.
         """
-        before, highest = self.quality, max(1, len(self.config.rates))
+        before = self.quality
         if quality is not None:
-            if not (isinstance(quality, Tensor) or 1 <= quality <= highest):
-                has = f"qualities from 1 to {highest}" if highest > 1 else "one rate, and no qualities"
-                raise ValueError(f"quality {quality}: this codec has {has}")
+            if not isinstance(quality, Tensor):
+                self.check_quality(quality)
             self.quality = quality
         try:
             yield

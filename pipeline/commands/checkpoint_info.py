@@ -102,6 +102,7 @@ class CheckpointInfo:
             "stage": values["stage"],
             "codec": self._codec(),
             "λ": f"{values['lmbda']:g} ({values['metric']})" if values["lmbda"] else None,
+            "rates": ", ".join(f"{rate:g}" for rate in values["config"].get("rates", ())),
             "parent": values["parent"],
             "quality": _quality(quality) if quality else None,
             "lineage": " → ".join(self.ancestry),

@@ -67,9 +67,16 @@ class CodecOptions:
     max_pixels: MaxPixels = None
     quiet: Quiet = False
 
-    def model(self, quality: int | None = None) -> HPCM:
-        """The codec of the checkpoint, or the bundled one of a quality."""
-        return load_codec(self.checkpoint or of_quality(quality)).to(device_of(self.device))
+    def model(self, quality: float | None = None) -> HPCM:
+        """The bundled codec of a quality, or the codec of the checkpoint, which then codes at the quality."""
+        model = load_codec(self.checkpoint or of_quality(quality)).to(device_of(self.device))
+        if self.checkpoint and quality is not None:
+            try:
+                model.check_quality(quality)
+            except ValueError as error:
+                raise typer.BadParameter(f"--quality: {error}") from error
+            model.quality = quality
+        return model
 
     def finder(self, runs: Path) -> Callable[[bytes], ImageCodec]:
         """A function from the identity in a coded file to its codec: the checkpoint's, or a bundled one, or in `runs`.

@@ -21,10 +21,9 @@ from pipeline.evaluation.conversions import COMPRESSION, Conversion, plan
 class CompressionOptions(CodecOptions):
     """How images are compressed."""
 
-    quality: Annotated[
-        int | None,
-        typer.Option(help="Bundled codec by quality; 1 gives the smallest files [default: the middle one].", min=1),
-    ] = None
+    quality: Annotated[float | None, typer.Option(min=1)] = None
+    """1 gives the smallest files. Without -c, the number of a bundled codec; with -c, any number from 1 to that of the
+    codec's rates [default: the middle]."""
     epsilon: Annotated[
         float, typer.Option(help="Relative error in a decoder's scales that the file tolerates; 0: none.")
     ] = EPSILON
@@ -38,9 +37,7 @@ class CompressionOptions(CodecOptions):
     )
 
     def check(self) -> None:
-        """Raise BadParameter for options that cannot be used, or not together."""
-        if self.checkpoint and self.quality:
-            raise typer.BadParameter("--quality selects a bundled codec: give --quality or --checkpoint, not both")
+        """Raise BadParameter for an ε that cannot be used."""
         try:
             check_epsilon(self.epsilon)
         except ValueError as error:

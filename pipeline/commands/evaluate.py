@@ -1,6 +1,7 @@
 """`hpcm evaluate`: the rate and quality of codecs on images, alone or against JPEG, WebP and AVIF."""
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -105,26 +106,40 @@ def evaluate(
 
 
 def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
-    """Evaluate one codec."""
+    """Evaluate one codec: each image, or the means at each of its rates."""
     file = options.checkpoint[0] if options.checkpoint else of_quality(None)
     found = find(pictures, SUFFIXES)
     model = options.load(file)
-    results: list[ImageResult] = []
+    codecs = dict(_at_each_rate(model)) or {"mean": model}
+    results: dict[str, list[ImageResult]] = {name: [] for name in codecs}
 
     def measure(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
         picture, image = read_to_code(path, options.max_pixels, model, refined=options.effort > 0)
-        results.append(code(model, name, image, lmbda=0.0, metric="mse", effort=options.effort)[0])
+        for rate, codec in codecs.items():
+            results[rate].append(code(codec, name, image, lmbda=0.0, metric="mse", effort=options.effort)[0])
         return picture.changes
 
     complete = each_file([(path, (name, path)) for name, path in found], measure)
-    table = Table("", ("image", "coded bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s"))
-    if not results:
+    evaluations = {rate: Evaluation(tuple(images)) for rate, images in results.items() if images}
+    if not evaluations:
         return {}, [], complete
-    evaluation = Evaluation(tuple(results))
-    for result in (*results, evaluation.mean):
+    means = [replace(evaluation.mean, name=rate) for rate, evaluation in evaluations.items()]
+    first, *others = evaluations.values()
+    of_images = first.images if not others else ()
+    columns = ("coded bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s")
+    table = Table("", ("image" if of_images else "rate", *columns))
+    for result in (*of_images, *means):
         table.add(*_cells(result))
-    return evaluation.to_json(_name(model, file)), [table], complete
+    return first.to_json(_name(model, file), *others), [table], complete
+
+
+def _at_each_rate(model: HPCM) -> Iterator[tuple[str, HPCM]]:
+    """A codec of several rates at each of them, by quality and λ; nothing for another codec."""
+    for quality, lmbda in enumerate(model.config.rates, start=1):
+        at_rate = copy.copy(model)  # It shares the weights.
+        at_rate.quality = quality
+        yield f"quality {quality}, λ = {shortest(lmbda)}", at_rate
 
 
 def _cells(result: ImageResult) -> list[str]:
@@ -179,6 +194,9 @@ def _named_codecs(options: EvaluationOptions) -> list[tuple[str, HPCM]]:
     found = []
     for file in options.checkpoint:
         model = options.load(file)
+        if model.config.rates:
+            found += [(f"{_name(model, file)}, {rate}", file, codec) for rate, codec in _at_each_rate(model)]
+            continue
         trained = f", λ = {shortest(model.lineage['lmbda'])}" if "lmbda" in model.lineage else ""
         found.append((f"{_name(model, file)}{trained}", file, model))
     several = len({name for name, _, _ in found}) < len(found)

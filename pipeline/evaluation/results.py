@@ -72,18 +72,20 @@ class Evaluation:
         means = {name: float(np.mean([getattr(image, name) for image in self.images])) for name in names}
         return ImageResult("mean", self.quality, **means)
 
-    def to_json(self, name: str) -> dict[str, Any]:
+    def to_json(self, name: str, *others: "Evaluation") -> dict[str, Any]:
         """All values in the layout of `compressai.utils.eval_model`, which CompressAI's plotting tool reads.
 
-        `results` holds means as curves with one point, in bits per pixel, dB, and seconds per image.
+        `results` holds means as curves, in bits per pixel, dB, and seconds per image. They have one point, and one for
+        each evaluation of the same codec at another rate.
         """
-        means = self.mean.to_compressai()
+        means = [evaluation.mean.to_compressai() for evaluation in (self, *others)]
         return {
             "name": name,
             "description": "Inference (ans)",
-            "results": {key: [mean] for key, mean in means.items() if mean is not None},
+            "results": {key: [mean[key] for mean in means] for key, value in means[0].items() if value is not None},
             "images": [
                 {"source": image.name, "estimated_bpp": image.estimated_bpp, **image.to_compressai()}
-                for image in self.images
+                for evaluation in (self, *others)
+                for image in evaluation.images
             ],
         }

@@ -44,11 +44,11 @@ def qualities() -> list[tuple[float, Path]]:
     return sorted(found)
 
 
-def of_quality(quality: int | None) -> Path:
+def of_quality(quality: float | None) -> Path:
     """The weights file of a quality, 1 … N; None means the middle one. Raises UserError for any other number."""
     found = qualities()
     number = (len(found) + 1) // 2 if quality is None else quality
-    if not 1 <= number <= len(found):
+    if number not in range(1, len(found) + 1):
         numbers = ", ".join(f"{at} (λ = {lmbda:g})" for at, (lmbda, _) in enumerate(found, start=1))
-        raise UserError(f"--quality {number}: there are {numbers}; use --checkpoint for other weights")
-    return found[number - 1][1]
+        raise UserError(f"--quality {number:g}: there are {numbers}; use --checkpoint for other weights")
+    return found[int(number) - 1][1]

@@ -142,7 +142,7 @@ def test_codecs_of_one_rate_are_as_before(parent: HPCM, photo: Tensor) -> None:
     assert "rates" not in parent.config.to_dict()
     assert not any("rate_vectors" in name for name in parent.state_dict())
     assert ImageCodec(parent).identity.hex() == Lineage.read(dict(qualities())[0.013]).identity
-    with pytest.raises(ValueError, match="quality 2: this codec has one rate, and no qualities"):
+    with pytest.raises(ValueError, match="quality 2: this codec has one rate"):
         parent.compress(photo, quality=2)
 
 
