@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from modules.layers.blocks import LinearLayer, Narrowable, inner_width
+from modules.layers.blocks import Narrowable, inner_width
 
 
 class PConv(nn.Module):
@@ -46,19 +46,7 @@ def pointwise_pair(spatial: nn.Module, channels: int, hidden_rate: float) -> "In
 class InnerChannels(Narrowable, nn.Sequential):
     """The branch of a residual block: (spatial, 1×1, LeakyReLU, 1×1)."""
 
-    @property
-    def last_linear(self) -> LinearLayer:
-        last = self[3]
-        assert isinstance(last, nn.Conv2d)
-        return last
-
-    @torch.no_grad()
-    def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
-        """Copy the spatial mixing and the outputs `index` of the first 1×1."""
-        assert isinstance(wider, InnerChannels)
-        self[0].load_state_dict(wider[0].state_dict())
-        for name in ("weight", "bias"):
-            getattr(self[1], name).copy_(getattr(wider[1], name)[index])
+    whole, inner, last = ("0",), ("1.weight", "1.bias"), "3"
 
 
 class PConvRB(ResidualBranch):

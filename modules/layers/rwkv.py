@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.biwkv4.op import biwkv4
-from modules.layers.blocks import Checkpointed, LinearLayer, Narrowable, inner_width
+from modules.layers.blocks import Checkpointed, Narrowable, inner_width
 from modules.layers.initialization import has_values
 from modules.layers.residual import depthwise, pointwise_pair
 
@@ -91,6 +91,10 @@ class OmniShift(nn.Module):
 class SpatialMix(Narrowable):
     """output(σ(r) ⊙ BiWKV4(decay/T, boost/T, k, v)); r, k and v are linear in the shifted input, of width `rate`·C."""
 
+    whole = ("omni_shift",)
+    inner = ("key.weight", "value.weight", "receptance.weight", "decay", "boost")
+    last = "output"
+
     def __init__(self, channels: int, rate: float = 1):
         super().__init__()
         width = inner_width(rate, channels)
@@ -115,23 +119,11 @@ class SpatialMix(Narrowable):
     def _gate(self, tokens: Tensor, attended: Tensor) -> Tensor:
         return self.output(torch.sigmoid(self.receptance(tokens)) * attended)
 
-    @property
-    def last_linear(self) -> LinearLayer:
-        return self.output
-
-    @torch.no_grad()
-    def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
-        """Copy the shift, and the channels `index` of keys, values, receptances, decays and boosts."""
-        assert isinstance(wider, SpatialMix)
-        self.omni_shift.load_state_dict(wider.omni_shift.state_dict())
-        for name in ("key", "value", "receptance"):
-            getattr(self, name).weight.copy_(getattr(wider, name).weight[index])
-        for name in ("decay", "boost"):
-            getattr(self, name).copy_(getattr(wider, name)[index])
-
 
 class ChannelMix(Narrowable):
     """σ(receptance(x̃)) ⊙ value(relu(key(x̃))²) of the shifted input x̃. The hidden width is `hidden_rate`·C."""
+
+    whole, inner, last = ("omni_shift", "receptance"), ("key.weight",), "value"
 
     def __init__(self, channels: int, hidden_rate: float):
         super().__init__()
@@ -147,19 +139,6 @@ class ChannelMix(Narrowable):
 
     def _mix(self, tokens: Tensor) -> Tensor:
         return torch.sigmoid(self.receptance(tokens)) * self.value(F.relu(self.key(tokens)).square())
-
-    @property
-    def last_linear(self) -> LinearLayer:
-        """`value`, whose output the receptance gates."""
-        return self.value
-
-    @torch.no_grad()
-    def keep_channels(self, wider: Narrowable, index: Tensor) -> None:
-        """Copy the shift and the receptance, and the channels `index` of the keys."""
-        assert isinstance(wider, ChannelMix)
-        for name in ("omni_shift", "receptance"):
-            getattr(self, name).load_state_dict(getattr(wider, name).state_dict())
-        self.key.weight.copy_(wider.key.weight[index])
 
 
 class RWKVBlock(Checkpointed):
