@@ -1,26 +1,23 @@
 """Narrower forms of the parent's modules and fitted last layers: exact where they can be, better with more channels."""
 
 import json
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from mini import Stop, mini_chain, mini_codec, one_image, run_chain
+from mini import Notes, copied, mini_chain, mini_codec, one_image, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, preset_config
 from modules.layers.blocks import Narrowable
 from modules.layers.residual import DWConvRB, PConvRB
 from modules.layers.rwkv import ChannelMix, SpatialMix
-from pipeline.common.errors import Interrupted
+from pipeline.chain.chain import Chain
 from pipeline.recipes.schema import Transfer
 from pipeline.training.least_squares import Moments, choose_channels, rows_of, set_layer, solve_fit, solve_part
 from pipeline.training.narrowing import fit, narrow, narrowable_pairs
 from pipeline.training.objectives import Align, training_noise
 from pipeline.training.transfer import transfer_weights
-from pipeline.weights.checkpoints import read
 
 NARROWABLE = {
     "DWConvRB": lambda rate: DWConvRB(8, rate).branch,
@@ -150,16 +147,11 @@ def test_a_fitted_component_is_nearer_to_its_predecessor(crops: list[Tensor]) ->
     assert float(align(crops[0], noise)["loss"]) < before
 
 
-def test_a_narrowed_stage_that_was_interrupted_ends_with_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+def test_a_stage_records_what_was_narrowed_and_fitted(finished: tuple[Chain, Notes], runs: Path) -> None:
+    copied(finished[0], runs, "baseline")
     settings = ["phase1.model.overrides.prior.dwconv.hidden_rate=0.5", "phase1.transfer.fit=true"]
-    settings += ["transfer.calibration=2", "baseline.schedule.scratch.steps=2", *one_image(tmp_path / "val")]
-    whole, cut = mini_chain(runs, "phase1", settings), mini_chain(tmp_path / "cut", "phase1", settings)
-    run_chain(whole)
-    shutil.copytree(whole.tasks[0].folder, cut.tasks[0].folder)
-    with pytest.raises(Interrupted):
-        run_chain(cut, Stop("frozen", 2, signal.SIGTERM))
-    run_chain(cut)
-    ours, theirs = (read(chain.tasks[-1].checkpoint).metadata["digest"] for chain in (whole, cut))
-    assert ours == theirs
-    kinds = {entry["kind"] for entry in json.loads((whole.tasks[-1].folder / "ledger.json").read_text())}
+    settings += ["phase1.transfer.calibration=2", *one_image(runs.parent / "val")]
+    chain = mini_chain(runs, "phase1", settings)
+    run_chain(chain)
+    kinds = {entry["kind"] for entry in json.loads((chain.folder / "phase1" / "ledger.json").read_text())}
     assert {"copied", "narrowed", "fitted"} <= kinds

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modules import HPCM, preset_config
 from pipeline.evaluation.coding import estimate
-from pipeline.evaluation.quality import EvaluationError, bits_per_pixel, quality_of
+from pipeline.evaluation.quality import EvaluationError, quality_of
 from pipeline.recipes.schema import Transfer
 from pipeline.training.objectives import Align, Handover, RateDistortion, recorded_calls, training_noise
 from pipeline.training.optimizer import set_trainable, trainable_names
@@ -145,19 +145,3 @@ def test_align_compares_in_float32_under_autocast(images: Tensor) -> None:
         ]
     expected = torch.stack([((a - b).square().mean(1) / b.var(1)).mean() for a, b in pairs]).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-
-
-@pytest.mark.parametrize("segment", [1, 4])
-def test_objectives_are_means_over_samples(segment: int, images: Tensor) -> None:
-    parent, child, _ = migrated(segment)
-    for objective in (RateDistortion(child, 0.01, "mse"), Align(child, parent, new_components(parent, child))):
-        whole = objective(images, training_noise(child, (128, 128), 0, range(4)))["loss"]
-        halves = [
-            objective(images[i : i + 2], training_noise(child, (128, 128), 0, range(i, i + 2)))["loss"] for i in (0, 2)
-        ]
-        torch.testing.assert_close(whole, torch.stack(halves).mean(), rtol=1e-5, atol=1e-6)
-
-
-def test_bits_per_pixel_adds_all_latents() -> None:
-    likelihoods = {"y": torch.full((1, 2, 2, 2), 0.5), "z": torch.full((1, 1, 1, 4), 0.25)}
-    assert float(bits_per_pixel(likelihoods, 16)) == 1.0

@@ -91,9 +91,3 @@ def test_selections_that_select_nothing_are_named(
 
     with pytest.raises(SelectionError, match=message):
         select()
-
-
-def test_a_model_without_rwkv_has_no_such_parameters() -> None:
-    model = mini_codec(0)
-    with pytest.raises(SelectionError, match="'rwkv' matches no parameter"):
-        trainable_names(model, ("rwkv",), frozenset())

@@ -51,7 +51,6 @@ def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path
     with pytest.raises(TrainingError, match=r"2 steps in a row .* not finite, up to step 6"):
         trainer.train(start)
     kept, _ = trainer.states.newest()
-    assert kept is not None
     assert kept.progress.step == 3
     assert all(torch.isfinite(tensor).all() for tensor in kept.model.values())
 
@@ -102,7 +101,6 @@ def test_a_resumed_optimizer_continues_bit_for_bit(device: str, tmp_path: Path) 
     states = StateFolder(tmp_path)
     states.save(TrainingState(Progress(), model.state_dict(), optimizer_tensors(optimizer)))
     kept, _ = states.newest()
-    assert kept is not None
     again.load_state_dict(kept.model)
     resumed = adam(again)
     restore_optimizer(resumed, kept.optimizer)

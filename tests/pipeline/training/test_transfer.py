@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mini import mini_codec, mini_stage
 from torch import Tensor
 
@@ -124,58 +122,14 @@ def test_rules_that_fit_nowhere_are_named(rename: dict[str, str], message: str) 
         transfer_weights(parent, child, Transfer(rename=rename))
 
 
-modules_by_phase = {
-    phase: sorted({name.rpartition(".")[0] for name in mini_codec(phase).state_dict() if "." in name})
-    for phase in (2, 4)
-}
-
-
-@settings(max_examples=20)
-@given(
-    st.dictionaries(st.sampled_from(modules_by_phase[2]), st.sampled_from(modules_by_phase[4]), max_size=3),
-    st.sampled_from(["function-preserving", "design", "scratch"]),
-)
-def test_any_rules_leave_every_tensor_in_one_class_or_are_named(rename: dict[str, str], start: str) -> None:
-    parent, child = mini_codec(2), mini_codec(4)
-    theirs = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
-    refused = ""
-    try:
-        ledger = transfer_weights(parent, child, Transfer(rename=rename, initialization=start))
-    except TransferError as error:
-        refused = str(error)
-    if refused:
-        assert any(name in refused for pair in rename.items() for name in pair)
-        return
-    ours, tables = child.state_dict(), set(child.coding_table_names())
-    kinds = {kind: [entry for entry in ledger.entries if entry.kind == kind] for kind in ledger.counts()}
-    kept = [entry for kind, entries in kinds.items() if kind != "dropped" for entry in entries]
-    assert sorted(entry.name for entry in kept) == sorted(ours.keys() - tables)
-    for entry in kept:
-        assert entry.source is None or torch.equal(ours[entry.name], theirs[entry.source])
-        assert (entry.kind == "copied") == (entry.source == entry.name)
-    used = {entry.source for entry in kept if entry.source}
-    assert {entry.name for entry in kinds.get("dropped", [])} == theirs.keys() - used - tables
-    assert all(torch.equal(parent.state_dict()[name], tensor) for name, tensor in theirs.items())
-
-
 def test_other_sizes_are_named() -> None:
-    parent, child = mini_codec(0), HPCM(preset_config("tiny", 1))
     with pytest.raises(TransferError, match="they must agree; change"):
-        transfer_weights(parent, child, Transfer())
+        transfer_weights(mini_codec(0), HPCM(preset_config("tiny", 1)), Transfer())
 
 
-names = st.lists(st.text("ab.", min_size=1, max_size=6), unique=True, min_size=1, max_size=5)
-
-
-@settings(max_examples=50)
-@given(names, st.randoms(use_true_random=False))
-def test_digest_sees_values_names_and_shapes_but_not_order(keys: list[str], random: object) -> None:
-    tensors = {key: torch.randn(4) for key in keys}
-    shuffled = list(tensors.items())
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    digest = state_digest(tensors)
-    assert state_digest(dict(shuffled)) == digest
-    key = keys[0]
-    assert state_digest({**tensors, key: tensors[key] + 1}) != digest
-    assert state_digest({**tensors, key: tensors[key].view(2, 2)}) != digest
-    assert state_digest({**tensors, key + "x": tensors[key]}) != digest
+def test_the_digest_covers_values_names_and_shapes_but_not_their_order() -> None:
+    one, other = torch.randn(4), torch.randn(4)
+    digest = state_digest({"a": one, "b": other})
+    assert state_digest({"b": other, "a": one}) == digest
+    changed = {"a": one + 1, "b": other}, {"a": one.view(2, 2), "b": other}, {"ab": one, "b": other}
+    assert digest not in map(state_digest, changed)

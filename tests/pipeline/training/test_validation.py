@@ -60,8 +60,6 @@ def test_validation_changes_nothing_unless_the_best_weights_are_kept(tmp_path: P
         for n, (fields, losses) in enumerate(cases)
     ]
     assert [torch.equal(ends[0], end) for end in ends] == [True, True, False, True]
-    assert baseline().digest() == baseline(**plain).digest()
-    assert baseline(keep="best").digest() != baseline(**plain).digest()
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
