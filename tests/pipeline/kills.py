@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import torch
-from mini import FOLDER, history, record_of
+from mini import FOLDER, SMALL, history, record_of
 
 from modules import Noise
 from pipeline.chain.chain import Chain
@@ -38,7 +38,7 @@ def attempt(
     with POISON a loss is NaN. Without MIRROR nothing is sent to MLflow.
     """
     command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", "--yes", *options]
-    command += [part for setting in settings for part in ("--set", setting)]
+    command += [part for setting in [*SMALL, *settings] for part in ("--set", setting)]
     process = _forkserver().Process(target=_run, args=(command, dict(environment or {})))
     process.start()
     return process

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from PIL import Image
 
 from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
@@ -28,6 +27,9 @@ from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"
+PHOTOS = FOLDER / "photos"
+SMALL = [f"data.val={PHOTOS}"]
+"""Settings for a validation image of 128×128. Evaluation takes little time then."""
 STAGES = ["baseline", "phase1", "phase2", "phase3", "phase4"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150", "PYTHONUNBUFFERED": "1"}
 
@@ -57,8 +59,8 @@ class Notes(Watcher):
 
 
 def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: Path | None = None) -> Chain:
-    """The mini recipe's chain to a stage."""
-    recipe = load_recipe(FOLDER, settings)
+    """The mini recipe's chain to a stage, with a small validation image."""
+    recipe = load_recipe(FOLDER, [*SMALL, *settings])
     return Chain(recipe.name, recipe.chain(stage), runs, baseline, sources=recipe.sources)
 
 
@@ -76,14 +78,6 @@ def copied(chain: Chain, runs: Path, last: str) -> Chain:
     for name in STAGES[: STAGES.index(last) + 1]:
         shutil.copytree(chain.folder / name, runs / "mini" / chain.folder.name / name)
     return mini_chain(runs, last)
-
-
-def one_image(folder: Path) -> list[str]:
-    """Settings for a small validation image, which is written to a folder. Evaluation takes little time then."""
-    folder.mkdir(parents=True, exist_ok=True)
-    photo = Image.open(find_images(None, "val", 1).paths[0]).crop((0, 0, 128, 128))
-    photo.save(folder / "one.png")
-    return [f"data.val={folder}"]
 
 
 def record_of(chain: Chain, stage: str) -> StageRecord:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import FOLDER, Notes, Stop, history, one_image, run_chain
+from mini import FOLDER, SMALL, Notes, Stop, history, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, HPCMConfig, Noise
@@ -125,7 +125,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def chain_to(recipe: Path, runs: Path) -> Chain:
-    loaded = load_recipe(recipe, ["baseline.schedule.scratch.steps=2", *one_image(recipe.parent / "val")])
+    loaded = load_recipe(recipe, ["baseline.schedule.scratch.steps=2", *SMALL])
     return Chain(loaded.name, loaded.chain("pooled"), runs)
 
 

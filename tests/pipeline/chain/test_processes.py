@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kills import KILLED, attempt, attempts, exit_code
-from mini import STAGES, history, mini_chain, one_image, record_of
+from mini import STAGES, history, mini_chain, record_of
 from PIL import Image
 
 from pipeline.weights.checkpoints import read
@@ -61,7 +61,7 @@ def assert_as_one(runs: Path, reference: Path, stage: str) -> None:
 
 def test_two_processes_in_micro_batches_resumed_by_one_train_as_one(tmp_path: Path) -> None:
     one, both = tmp_path / "one", tmp_path / "both"
-    settings = [*EVERY_STEP, *FEW_STEPS, "data.batch_size=4", *one_image(tmp_path / "val")]
+    settings = [*EVERY_STEP, *FEW_STEPS, "data.batch_size=4"]
     assert train(one, "phase1", settings, [DOUBLE]) == [0]
     signaled = {**DOUBLE, "HPCM_FAULT": "step:6", "HPCM_FAULT_SIGNAL": "15"}
     in_parts = [*settings, "data.accumulate=2"]
@@ -101,8 +101,7 @@ def test_processes_that_see_other_files_do_not_begin(tmp_path: Path) -> None:
 
 
 def test_a_nan_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
-    settings = [*EVERY_STEP, *one_image(tmp_path / "val")]
-    assert train(tmp_path, "baseline", settings, [{}, {"POISON": "3"}]) == [0, 0]
+    assert train(tmp_path, "baseline", EVERY_STEP, [{}, {"POISON": "3"}]) == [0, 0]
     chain = mini_chain(tmp_path, "baseline")
     assert record_of(chain, "baseline").trained.skipped_steps == 1
     logged = history(chain.tasks[0].folder)

@@ -7,19 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mini import FOLDER, Notes, Stop, begun, copied, history, mini_chain, one_image, record_of, run_chain
+from mini import FOLDER, Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
 from PIL import Image
-from typer.testing import CliRunner
 
 from pipeline.chain import publication
 from pipeline.chain import run as run_module
 from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
-from pipeline.commands.main import app
-from pipeline.commands.running import NotConfirmed
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
 from pipeline.evidence.audit import audit
@@ -131,7 +129,7 @@ def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(bui
 
 def test_a_kill_within_publication_loses_nothing(built: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rebuild is killed at each place in turn; nothing is trained twice."""
-    chain = mini_chain(built.runs, "baseline", [*one_image(tmp_path / "val"), "optimizer.clip_norm=0.5"])
+    chain = mini_chain(built.runs, "baseline", ["optimizer.clip_norm=0.5"])
     steps = 0
     for place in ("publish.checkpoint", "publish.record", "publish.superseded", "publish.renamed"):
 
@@ -154,7 +152,7 @@ def test_a_kill_within_publication_loses_nothing(built: Chain, tmp_path: Path, m
 
 
 def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain, asked = mini_chain(runs, "baseline", one_image(runs.parent / "val")), Asked()
+    chain, asked = mini_chain(runs, "baseline"), Asked()
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     key = begun(chain, "baseline").key
@@ -179,12 +177,10 @@ def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.Mon
     assert json.loads(abandoned.read_text())["key"] == key != record_of(chain, "baseline").key
 
 
-def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain) -> None:
+def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain, hpcm: Callable[..., Any]) -> None:
     before = sorted(path for path in built.folder.rglob("*") if path.name != "lock")
-    command = ["run", "phase1", "--recipe", str(FOLDER), "--runs", str(built.runs), "--force"]
-    result = CliRunner().invoke(app, command)
-    assert isinstance(result.exception, NotConfirmed)
-    assert "no terminal for the question; give --yes" in str(result.exception)
+    said = hpcm("run", "phase1", "--recipe", FOLDER, "--runs", built.runs, "--force", code=1).err
+    assert "no terminal for the question; give --yes" in said
     assert sorted(path for path in built.folder.rglob("*") if path.name != "lock") == before
 
 
@@ -194,7 +190,6 @@ def test_a_second_run_names_the_process_that_uses_the_folder(runs: Path) -> None
     script += "with held(Path(sys.argv[1])):\n    print(flush=True); time.sleep(600)"
     command = [sys.executable, "-c", script, str(chain.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as holder:
-        assert holder.stdout is not None
         holder.stdout.readline()
         message = rf"{chain.folder}: process {holder.pid} on \S+, since 20.*, is using this folder; wait for it to end"
         with pytest.raises(FolderInUse, match=message):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Notes, Stop, begun, copied, history, mini_chain, one_image, record_of, run_chain
+from mini import Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
@@ -19,7 +19,7 @@ from pipeline.common.files import FileError
 @pytest.fixture
 def interrupted(runs: Path) -> Chain:
     """A chain whose Baseline was interrupted at step 5, with a last state at step 5 and the one before at step 3."""
-    chain = mini_chain(runs, "baseline", one_image(runs.parent / "val"))
+    chain = mini_chain(runs, "baseline")
     with pytest.raises(Interrupted):
         run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
     return chain
@@ -86,10 +86,9 @@ def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(runs:
             if self.steps == 5:
                 runs.rename(tmp_path / "moved")
 
-    settings = one_image(tmp_path / "val")
     with pytest.raises(FileError, match=rf"{runs}\S*: cannot be written: No such file"):
-        run_chain(mini_chain(runs, "baseline", settings), Move())
-    chain, notes = mini_chain(tmp_path / "moved", "baseline", settings), Notes()
+        run_chain(mini_chain(runs, "baseline"), Move())
+    chain, notes = mini_chain(tmp_path / "moved", "baseline"), Notes()
     assert chain.plan()[0].reason == "interrupted in scratch at step 3"
     run_chain(chain, notes)
     assert notes.steps == 3
@@ -98,8 +97,7 @@ def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(runs:
 
 
 def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
-    settings = [f"data.val={interrupted.tasks[0].stage.data.val}"]
-    other = mini_chain(interrupted.runs, "baseline", [*settings, "optimizer.clip_norm=0.5"])
+    other = mini_chain(interrupted.runs, "baseline", ["optimizer.clip_norm=0.5"])
     kept = "not built yet; an interrupted training with other inputs is kept: recipe changed"
     assert other.plan()[0].reason == kept
     run_chain(other)

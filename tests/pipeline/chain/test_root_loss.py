@@ -1,13 +1,14 @@
 """λ and metric of a chain follow from the file of its root, or are asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mini import FOLDER, mini_codec, run_chain
 from official_files import FORMS, published
 from PIL import Image
-from typer.testing import CliRunner
 
 from modules import HPCM
 from pipeline.chain.chain import Chain
@@ -15,9 +16,7 @@ from pipeline.chain.plan import ChainError
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.request import ChainRequest
 from pipeline.chain.stage_codec import StageError, load_fitting
-from pipeline.commands import main as cli
 from pipeline.commands.chain_tables import plan_table
-from pipeline.commands.running import NotConfirmed
 from pipeline.weights.checkpoints import publish
 from pipeline.weights.published import Lineage
 from pipeline.weights.trained_for import by_name
@@ -112,14 +111,12 @@ def test_a_start_may_have_had_another_loss(tmp_path: Path) -> None:
     assert loss_of(chain) == [(8.73, "ms-ssim")] * 2
 
 
-def test_a_contradiction_is_asked_before_anything_is_imported(tmp_path: Path) -> None:
+def test_a_contradiction_is_asked_before_anything_is_imported(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
     file, runs = empty(tmp_path / "0.0035.pth.tar"), tmp_path / "runs"
-    options = ["--recipe", str(FOLDER), "--runs", str(runs), "--baseline", str(file), "--lmbda", "0.013"]
+    options = "baseline", "--recipe", FOLDER, "--runs", runs, "--baseline", file, "--lmbda", 0.013
     said = "0.0035.pth.tar has λ = 0.0035 for mse, by the name of 0.0035.pth.tar, but this chain has λ = 0.013 for mse"
-    assert said in CliRunner().invoke(cli.app, ["plan", "baseline", *options]).stdout
-    result = CliRunner().invoke(cli.app, ["run", "baseline", *options])
-    assert isinstance(result.exception, NotConfirmed)
-    assert said in result.stdout
+    assert said in hpcm("plan", *options).out
+    assert said in hpcm("run", *options, code=1).out
     assert not list(runs.glob("mini/*/baseline"))
 
 

@@ -3,28 +3,27 @@
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mini import FOLDER, STAGES, Notes, one_image
-from typer.testing import CliRunner
+from mini import FOLDER, PHOTOS, STAGES, Notes
 
 from pipeline.chain.chain import Chain
-from pipeline.commands.main import app
 from pipeline.common import fault_injection as faults
-from pipeline.common.errors import Interrupted
 from pipeline.evidence.rate_distortion import curves
 from pipeline.records.chains import read_chains
 
 LONG = 0.05000001
+"""A λ with more digits than its folder's name."""
+SWEEP = ["--recipe", FOLDER, "--val", PHOTOS, "--lmbda", 0.013, "--lmbda", LONG, "--accept-anyway"]
 
 
-def sweep(runs: Path, target: str, *more: str) -> list[str]:
-    """The command line of a sweep over two λ, one with more digits than its folder's name."""
-    points = ["--lmbda", "0.013", "--lmbda", str(LONG)]
-    images = [word for setting in one_image(runs.parent / "val") for word in ("--set", setting)]
-    command = ["rd-curve", target, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway"]
-    return [*command, *points, *images, *more]
+@pytest.fixture
+def runs(stored_runs: Path) -> Path:
+    """A folder of runs with an empty store."""
+    return stored_runs
 
 
 def words(output: str) -> str:
@@ -32,37 +31,39 @@ def words(output: str) -> str:
     return " ".join(output.split())
 
 
-def test_a_sweep_takes_up_what_is_there_and_draws(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    shutil.copytree(finished[0].runs, runs)
-    done = CliRunner().invoke(app, sweep(runs, "phase1", "--plan"))
-    assert done.exit_code == 0, done.output
+def test_a_sweep_takes_up_what_is_there_and_draws(
+    finished: tuple[Chain, Notes], runs: Path, hpcm: Callable[..., Any]
+) -> None:
+    shutil.copytree(finished[0].runs, runs, dirs_exist_ok=True)
+    command = ["rd-curve", "phase1", *SWEEP, "--runs", runs]
+    planned = words(hpcm(*command, "--plan").out)
     for row in ("stage 0.013 0.05", "baseline done –", "phase1 done –", "steps left – 19"):
-        assert row in words(done.output)
+        assert row in planned
     assert not (runs / "mini" / "lmbda-0.05").exists()
 
     before = (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns
-    done = CliRunner().invoke(app, sweep(runs, "phase1"))
-    assert done.exit_code == 0, done.output
-    assert "no Bjøntegaard deltas: no stage has a control" in words(done.output)
+    assert "no Bjøntegaard deltas: no stage has a control" in words(hpcm(*command).out)
     assert (runs / "mini" / "lmbda-0.013" / "phase1" / "checkpoint.safetensors").stat().st_mtime_ns == before
     assert (runs / "mini" / "rate-distortion.png").is_file()
     found = curves(read_chains(runs))
     assert sorted(found) == STAGES
     assert [point.lmbda for point in found["phase1"]] == [0.013, LONG]
-    shown = CliRunner().invoke(app, sweep(runs, "phase1", "--plan")).output
-    assert "phase1 done done steps left – –" in words(shown)
+    assert "phase1 done done steps left – –" in words(hpcm(*command, "--plan").out)
 
 
-def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_publication_stops_the_sweep(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+) -> None:
     monkeypatch.setenv("HPCM_FAULT", "publish.record:1")
     monkeypatch.setenv("HPCM_FAULT_SIGNAL", str(int(signal.SIGTERM)))
     monkeypatch.setattr(faults, "_passed", Counter())
-    stopped = CliRunner().invoke(app, sweep(runs, "baseline"))
-    assert isinstance(stopped.exception, Interrupted)
+    hpcm("rd-curve", "baseline", *SWEEP, "--runs", runs, code=143)
     assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
 
 
-def test_one_codec_is_not_of_several_lambdas(finished: tuple[Chain, Notes], runs: Path) -> None:
-    done = CliRunner().invoke(app, sweep(runs, "phase1", "--baseline", str(finished[0].tasks[0].checkpoint)))
-    assert "a codec has one λ, but the sweep has 2; give its λ" in str(done.exception)
+def test_one_codec_is_not_of_several_lambdas(
+    finished: tuple[Chain, Notes], runs: Path, hpcm: Callable[..., Any]
+) -> None:
+    baseline = finished[0].tasks[0].checkpoint
+    said = hpcm("rd-curve", "phase1", *SWEEP, "--runs", runs, "--baseline", baseline, code=1).err
+    assert "a codec has one λ, but the sweep has 2; give its λ" in said

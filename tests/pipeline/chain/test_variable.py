@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Notes, Stop, copied, history, mini_chain, one_image, record_of, run_chain
+from mini import Notes, Stop, copied, history, mini_chain, record_of, run_chain
 
 from pipeline.chain.chain import Chain
 from pipeline.common.errors import Interrupted
@@ -18,7 +18,7 @@ def variable(finished: tuple[Chain, Notes], tmp_path_factory: pytest.TempPathFac
     """A chain with a codec of three rates, and what its states held; not to be changed."""
     runs = tmp_path_factory.mktemp("variable") / "runs"
     copied(finished[0], runs, "baseline")
-    chain = mini_chain(runs, "variable", one_image(runs.parent / "val"))
+    chain = mini_chain(runs, "variable")
     ends = Ends(chain)
     run_chain(chain, ends)
     return chain, ends

@@ -1,6 +1,3 @@
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,36 +5,8 @@ import pytest
 from mini import mini_codec
 from PIL import Image, ImageCms
 
-from pipeline.commands import main as cli
 from pipeline.weights.checkpoints import publish
 from pipeline.weights.published import Lineage
-
-
-@dataclass(frozen=True)
-class Printed:
-    """What a command printed."""
-
-    out: str
-    err: str
-    raw: bytes
-    """The bytes on standard output."""
-
-
-@pytest.fixture
-def hpcm(monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Printed]:
-    """A function that runs the command line in this process, checks its exit code, and returns what it printed."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object, code: int = 0) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["hpcm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsysbinary.readouterr()
-        out, err = (stream.decode(errors="replace") for stream in printed)
-        assert (ended.value.code or 0) == code, out + err
-        return Printed(out, err, printed.out)
-
-    return run
 
 
 @pytest.fixture(scope="session")

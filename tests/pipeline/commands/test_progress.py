@@ -1,14 +1,12 @@
 """The time left of a run, and the lines that are printed without a terminal."""
 
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 
 import pytest
 from mini import mini_chain
-from rich.console import Console
 
-from pipeline.commands import display, progress
+from pipeline.commands import progress
 from pipeline.commands.chain_tables import closing_table
 from pipeline.commands.display import duration
 from pipeline.commands.progress import ProgressWatcher, _values
@@ -74,22 +72,6 @@ def test_a_long_evaluation_is_seen_without_a_terminal(clock: list[float], capsys
         clock[0] += 11
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"  validation: image {number} of 24" for number in (4, 7, 10, 13, 16, 19, 22)]
-
-
-def test_a_line_leaves_no_bar_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = StringIO()
-    for name in ("console", "errors"):
-        terminal = Console(file=screen, force_terminal=True, width=100, highlight=False)
-        for module in (display, progress):
-            monkeypatch.setattr(module, name, terminal)
-    with ProgressWatcher() as watcher:
-        watcher.segment(FROZEN, 0)
-        watcher.image(0, 5)
-        watcher.note("transfer: 3 copied")
-    printed = screen.getvalue()
-    assert "validation" in printed
-    (line,) = [line for line in printed.split("\n") if "transfer: 3 copied" in line]
-    assert "━" not in line.rpartition("\x1b[2K")[2]
 
 
 def test_estimated_and_coded_rates_carry_their_names() -> None:

@@ -1,26 +1,28 @@
 """`hpcm ui` finds the page of the runs, and a port for it."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from pipeline.commands import ui
-from pipeline.commands.main import app
 from pipeline.tracking.store import EXPERIMENT, Store
 
 
-def test_the_page_is_that_of_the_experiment_by_name(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store.default(runs)
+def test_the_page_is_that_of_the_experiment_by_name(
+    stored_runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+) -> None:
+    store = Store.default(stored_runs)
     client = store.client()
     client.rename_experiment(client.get_experiment_by_name(EXPERIMENT).experiment_id, "somebody's")
     wanted = store.client().get_experiment_by_name(EXPERIMENT).experiment_id  # a new one
     served = []
     monkeypatch.setattr(ui, "serve", lambda store, port: served.append((store.uri, port)))
-    done = CliRunner().invoke(app, ["ui", "--runs", str(runs), "--port", "5123"])
+    printed = hpcm("ui", "--runs", stored_runs, "--port", 5123).out
     options = "workflowType=machine_learning&viewStateShareKey=results"
-    assert done.output == f"runs: http://127.0.0.1:5123/#/experiments/{wanted}/runs?{options}\n"
+    assert printed == f"runs: http://127.0.0.1:5123/#/experiments/{wanted}/runs?{options}\n"
     assert served == [(store.uri, 5123)]
     assert "metrics.`final/bpp`" in client.get_experiment(wanted).tags["mlflow.sharedViewState.results"]
 
@@ -33,8 +35,6 @@ def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ui.free_port() != taken.getsockname()[1]
 
 
-def test_a_folder_without_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    done = CliRunner().invoke(app, ["ui", "--runs", str(tmp_path)])
-    assert "this folder has no runs yet" in str(done.exception)
+def test_a_folder_without_runs_is_refused(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+    assert "this folder has no runs yet" in hpcm("ui", "--runs", tmp_path, code=1).err
     assert not list(tmp_path.iterdir())

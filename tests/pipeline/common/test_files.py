@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,55 +15,54 @@ from pipeline.common.memory import memory_limit, too_large
 from pipeline.common.tables import shortest
 
 
-def test_a_link_in_the_place_of_the_partial_file_is_removed_and_not_written_through(tmp_path: Path) -> None:
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A file to which links are made. It must stay as it is."""
     (tmp_path / "victim").write_text("mine")
-    (tmp_path / "a.json.partial").symlink_to(tmp_path / "victim")
-    write_json(tmp_path / "a.json", 1)
+    yield tmp_path / "victim"
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_the_partial_file_is_removed_and_not_written_through(
+    tmp_path: Path, victim: Path
+) -> None:
+    (tmp_path / "a.json.partial").symlink_to(victim)
+    write_json(tmp_path / "a.json", 1)
     assert (tmp_path / "a.json").read_text() == "1\n"
     assert not (tmp_path / "a.json").is_symlink()
 
 
 def test_a_link_that_is_made_just_before_the_partial_file_is_not_written_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / "a.json.partial").symlink_to(tmp_path / "victim")
+    (tmp_path / "a.json.partial").symlink_to(victim)
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # as if it were made after this
     with pytest.raises(FileError, match=r"a.json: cannot be written: File exists"):
         write_json(tmp_path / "a.json", 1)
-    assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_a_figure_is_not_written_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / "figure.png").symlink_to(tmp_path / "victim")
+def test_a_figure_is_not_written_through_a_link(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "figure.png").symlink_to(victim)
     save(new_figure(1)[0], tmp_path / "figure.png")
-    assert (tmp_path / "victim").read_text() == "mine"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_partial_file_that_another_program_replaced_is_not_taken(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_text("mine")
-
+def test_a_partial_file_that_another_program_replaced_is_not_taken(tmp_path: Path, victim: Path) -> None:
     def write() -> None:
         with replacing(tmp_path / "a.json") as partial:
             partial.unlink()
-            partial.symlink_to(tmp_path / "victim")
+            partial.symlink_to(victim)
 
     with pytest.raises(FileError, match=r"a.json: cannot be written: .*replaced"):
         write()
     assert not (tmp_path / "a.json").exists()
-    assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_text("mine")
+def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "chain").mkdir()
-    (tmp_path / "chain" / "lock").symlink_to(tmp_path / "victim")
+    (tmp_path / "chain" / "lock").symlink_to(victim)
     with pytest.raises(OSError, match="lock"), held(tmp_path / "chain"):
         pass
-    assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

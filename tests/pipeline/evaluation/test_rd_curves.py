@@ -1,14 +1,14 @@
 """Published curves: read from files, compared with what was measured, and drawn beside it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mini import mini_codec
 from PIL import Image
-from typer.testing import CliRunner
 
-from pipeline.commands.main import app
 from pipeline.common.errors import UserError
 from pipeline.evaluation.rd_curves import PUBLISHED, bd_rate, bd_rate_ms_ssim, read_curve
 from pipeline.evidence.codec_comparison import CodecComparison, OperatingPoint, deltas_table, draw
@@ -86,17 +86,16 @@ def test_published_curves_are_drawn_and_compared() -> None:
     assert list(lines[0].get_xdata()) == [point.bpp for point in BASE]
 
 
-def test_evaluate_compares_with_a_file_and_a_published_curve(tmp_path: Path) -> None:
+def test_evaluate_compares_with_a_file_and_a_published_curve(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
     publish(tmp_path / "checkpoint.safetensors", mini_codec(0), Lineage(name="mini"))
     Image.new("RGB", (64, 48), "gray").save(tmp_path / "gray.png")
     (tmp_path / "vtm.csv").write_text("bpp,psnr\n0.2,30\n0.4,33\n")
     plot, output = tmp_path / "curves.png", tmp_path / "values.json"
-    command = ["evaluate", str(tmp_path / "gray.png"), "-c", str(tmp_path), "--plot", str(plot), "-o", str(output)]
-    done = CliRunner().invoke(app, [*command, "--against", f"{tmp_path / 'vtm.csv'},hpcm-large-kodak"])
-    assert done.exit_code == 0, done.output
-    assert "hpcm-large-kodak: measured on the 24 Kodak images, and these are others" in done.output
-    assert "BD-rate of our codecs" in done.output
+    command = ["evaluate", tmp_path / "gray.png", "-c", tmp_path, "--plot", plot, "-o", output]
+    printed = hpcm(*command, "--against", f"{tmp_path / 'vtm.csv'},hpcm-large-kodak")
+    assert "hpcm-large-kodak: measured on the 24 Kodak images, and these are others" in printed.err
+    assert "BD-rate of our codecs" in printed.out
     assert plot.is_file()
     assert set(json.loads(output.read_text())["published"]) == {"vtm", "hpcm-large-kodak"}
-    unknown = CliRunner().invoke(app, [*command, "--against", "hpcm-bas-kodak"])
-    assert "there is no codec 'hpcm-bas-kodak'; expected some of jpeg,webp,avif" in str(unknown.exception)
+    unknown = hpcm(*command, "--against", "hpcm-bas-kodak", code=1).err
+    assert "there is no codec 'hpcm-bas-kodak'; expected some of jpeg,webp,avif" in unknown

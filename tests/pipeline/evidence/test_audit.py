@@ -5,13 +5,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mini import STAGES, Notes
-from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
-from pipeline.commands.main import app
 from pipeline.evidence.audit import ChainAudit, audit, tables, to_json
 from pipeline.records.record import FILE, StageRecord
 from pipeline.weights.checkpoints import load_codec, publish
@@ -70,11 +69,9 @@ def test_damage_of_any_published_file_is_found(chain: Path) -> None:
     assert problems(chain.parents[1]) == ""
 
 
-def test_the_exit_code_says_that_a_file_is_damaged(chain: Path) -> None:
+def test_the_exit_code_says_that_a_file_is_damaged(chain: Path, hpcm: Callable[..., Any]) -> None:
     (chain / "baseline" / "evaluation.json").write_text("{}")
-    done = CliRunner().invoke(app, ["audit", "--runs", str(chain.parents[1]), "--json"])
-    assert done.exit_code == 1
-    stages = json.loads(done.stdout)[0]["stages"]
+    stages = json.loads(hpcm("audit", "--runs", chain.parents[1], "--json", code=1).out)[0]["stages"]
     assert [stage["verified"] for stage in stages] == ["not as recorded", "verified"]
     assert "evaluation.json: changed after it was published" in stages[0]["problems"][0]
 
@@ -142,24 +139,16 @@ def test_a_root_taken_from_a_file_was_not_trained(chain: Path) -> None:
     assert "taken from a file" in list(tables(audited))[1].markdown()
 
 
-def test_one_form_at_a_time(runs: Path) -> None:
-    done = CliRunner().invoke(app, ["audit", "--runs", str(runs), "--json", "--markdown"])
-    assert done.exit_code == 2
-    assert "not both" in done.output
+def test_an_empty_folder_has_no_chains(runs: Path, hpcm: Callable[..., Any]) -> None:
+    assert "no chains yet" in hpcm("audit", "--runs", runs).out
+    assert "not both" in hpcm("audit", "--runs", runs, "--json", "--markdown", code=2).err
 
 
-def test_an_empty_folder_has_no_chains(runs: Path) -> None:
-    done = CliRunner().invoke(app, ["audit", "--runs", str(runs)])
-    assert done.exit_code == 0
-    assert "no chains yet" in done.stdout
-
-
-def test_mlflow_is_compared_on_request(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    done = CliRunner().invoke(app, ["audit", "--mlflow", "--runs", str(chain.parents[1]), "--json"])
-    assert done.exit_code == 1
-    assert "`hpcm sync` makes it" in json.loads(done.stdout)[0]["stages"][0]["problems"][0]
-    assert not (chain.parents[1] / "mlflow.db").exists()
-    assert CliRunner().invoke(app, ["sync", "--runs", str(chain.parents[1])]).exit_code == 0
-    agreed = CliRunner().invoke(app, ["audit", "--mlflow", "--runs", str(chain.parents[1])])
-    assert agreed.exit_code == 0, agreed.output
+def test_mlflow_is_compared_on_request(chain: Path, empty_store: Path, hpcm: Callable[..., Any]) -> None:
+    runs = chain.parents[1]
+    audited = json.loads(hpcm("audit", "--mlflow", "--runs", runs, "--json", code=1).out)
+    assert "`hpcm sync` makes it" in audited[0]["stages"][0]["problems"][0]
+    assert not (runs / "mlflow.db").exists()
+    shutil.copy(empty_store / "mlflow.db", runs)
+    hpcm("sync", "--runs", runs)
+    hpcm("audit", "--mlflow", "--runs", runs)

@@ -1,16 +1,16 @@
 """Our codecs compared with Pillow's, at the same file sizes and as curves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mini import mini_codec
 from PIL import Image, features
-from typer.testing import CliRunner
 
-from pipeline.commands.main import app
 from pipeline.common.errors import UserError
 from pipeline.evaluation.pillow_codecs import CODECS, PillowFiles, codecs_named, nearest_quality
 from pipeline.evidence.codec_comparison import CodecComparison, OperatingPoint, draw
@@ -50,14 +50,13 @@ def test_a_file_has_the_quality_that_pillow_gives_it() -> None:
         assert quality.psnr_db > 40
 
 
-def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path) -> None:
+def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
     publish(tmp_path / "checkpoint.safetensors", mini_codec(0), Lineage(name="mini"))
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
     plot, output = tmp_path / "curves.png", tmp_path / "values.json"
-    command = ["evaluate", str(tmp_path / "noise.png"), "-c", str(tmp_path), "--against", ",".join(THERE)]
-    done = CliRunner().invoke(app, [*command, "--plot", str(plot), "-o", str(output)])
-    assert done.exit_code == 0, done.output
+    command = ["evaluate", tmp_path / "noise.png", "-c", tmp_path, "--against", ",".join(THERE)]
+    printed = hpcm(*command, "--plot", plot, "-o", output).out
     values = json.loads(output.read_text())
     (point,) = values["points"]
     assert [point["name"], *(other["codec"] for other in point["others"])] == [
@@ -70,10 +69,10 @@ def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path) -> None:
         chosen = PillowFiles(codec, named).nearest(size)
         assert other["quality"]["bpp"] == PillowFiles(codec, named).measure(chosen).bpp
         assert chosen == 0 or sizes[0] < size
-        assert f"{other['quality']['psnr_db']:.2f}" in done.output
+        assert f"{other['quality']['psnr_db']:.2f}" in printed
     assert Image.open(plot).format == "PNG"
     assert {title for title, curve in values["curves"].items() if curve} <= {codec.title for codec in THERE.values()}
-    assert CliRunner().invoke(app, ["evaluate", str(tmp_path), "--plot", str(plot)]).exit_code == 2
+    hpcm("evaluate", tmp_path, "--plot", plot, code=2)
 
 
 def test_curves_and_points_are_drawn_for_both_metrics() -> None:

@@ -10,22 +10,7 @@ from pipeline.chain.chain import Chain
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.store import Store, make_database
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an MLflow database whose tables exist: making them takes longer than most tests."""
-    folder = tmp_path_factory.mktemp("store")
-    make_database(folder / "mlflow.db")
-    return folder
-
-
-@pytest.fixture
-def runs(runs: Path, empty_store: Path) -> Path:
-    """A folder of runs with an empty store."""
-    shutil.copy(empty_store / "mlflow.db", runs)
-    return runs
+from pipeline.tracking.store import Store
 
 
 @pytest.fixture(scope="session")

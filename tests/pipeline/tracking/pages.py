@@ -81,3 +81,10 @@ def training(chain: Path, folder: Path, lines: int, key: str = "") -> Path:
     trained = replace(done.trained, lines=lines)
     replace(done, trained=trained, attempts=attempts, **changed, **named).write(working)
     return working
+
+
+def measured(record: StageRecord, **quality: float) -> StageRecord:
+    """The record of a published stage with other results of its images."""
+    evaluation = record.result.evaluation
+    images = tuple(replace(image, quality=replace(image.quality, **quality)) for image in evaluation.images)
+    return replace(record, result=replace(record.result, evaluation=replace(evaluation, images=images)))

@@ -14,10 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow_server import Server
-from pages import shown, training
-from typer.testing import CliRunner
+from pages import measured, shown, training
 
-from pipeline.commands.main import app
 from pipeline.common.files import write_json
 from pipeline.records import metrics
 from pipeline.records.chains import CHAIN_FILE, ChainFacts, read_chain
@@ -62,7 +60,6 @@ def test_mlflow_shows_what_the_folders_say(chain: Path, store: Store) -> None:
     assert [Path(path).suffix for path in pictures] == [".webp", ".png"]
     assert run["data"] == sorted((i.name, i.digest[:36]) for i in (record.train_images, record.val_images))
     assert found[CHAIN]["artifacts"] == ["stages.json"]
-    assert record.quality is not None
     assert [float(value) for *_, value in found[CHAIN]["metrics"]["phase1/bpp"]] == [record.quality.bpp]
     assert f"| phase1 | {record.quality.bpp:.4f} |" in found[CHAIN]["tags"]["mlflow.note.content"]
 
@@ -224,25 +221,18 @@ def test_a_rebuilt_stage_takes_the_place_of_its_predecessor(copied: tuple[Path, 
     (folder / "superseded").mkdir()
     (folder / "phase1").rename(folder / "superseded" / "phase1-0123")
     shutil.copytree(folder / "superseded" / "phase1-0123", folder / "phase1")
-    assert record.result is not None
-    images = tuple(
-        replace(image, quality=replace(image.quality, bpp=9.0, rd_loss=900.0))
-        for image in record.result.evaluation.images
-    )
-    result = replace(record.result, evaluation=replace(record.result.evaluation, images=images))
     attempts = (replace(record.attempts[0], began=record.began + 10**6, ended=record.began + 2 * 10**6),)
-    replace(record, key="rebuilt", result=result, attempts=attempts).write(folder / "phase1")
+    rebuilt = measured(record, bpp=9.0, rd_loss=900.0)
+    replace(rebuilt, key="rebuilt", attempts=attempts).write(folder / "phase1")
     for _ in range(2):
         Mirror(store).chain(folder, working=False)
         client = store.client()
         run_id = find_run(client, read_chain(folder).key)
-        assert run_id is not None
         assert client.get_run(run_id).data.metrics["phase1/bpp"] == 9.0
         assert [metric.step for metric in client.get_metric_history(run_id, "phase1/bpp")] == [0, 1]
         aliases = {alias: int(n) for alias, n in client.get_registered_model(MODEL).aliases.items()}
         assert aliases == {"baseline": 1, "phase1": 3, "best": 2}
     superseded = find_run(client, record.key)
-    assert superseded is not None
     assert client.get_run(superseded).data.tags["hpcm.checkpoint"].startswith("mini/lmbda-0.013/superseded/")
 
 
@@ -253,7 +243,6 @@ def test_differences_between_folder_and_store_are_named(copied: tuple[Path, Stor
     assert differences(store, read, stage) == []
     client = store.client()
     run_id = find_run(client, stage.record.key)
-    assert run_id is not None
     client.set_tag(run_id, "hpcm.acceptance", "refused")
     artifacts = Path(store.artifacts(client, run_id).artifact_dir)  # type: ignore[attr-defined]
     (artifacts / "stage.yaml").write_text("name: another\n")
@@ -286,17 +275,15 @@ def test_an_experiment_in_the_trash_is_named_and_filled_once_restored(chain: Pat
 
 
 def test_a_stage_that_cannot_be_mirrored_is_named_and_the_others_are_sent(
-    copied: tuple[Path, Store], store: Store, monkeypatch: pytest.MonkeyPatch
+    copied: tuple[Path, Store], store: Store, hpcm: Callable[..., Any]
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder, emptied = copied
     (folder / "baseline" / "ledger.json").unlink()
     (folder / "broken").mkdir()
     (folder / "broken" / "record.json").write_text("{")
     (folder.parents[1] / "mlflow.db").unlink()
-    done = CliRunner().invoke(app, ["sync", "--runs", str(folder.parents[1])])
-    assert done.exit_code == 1
-    assert re.search(r"(?s)broken/record.json: damaged.*baseline/ledger.json: no such file", done.output)
+    printed = hpcm("sync", "--runs", folder.parents[1], code=1)
+    assert re.search(r"(?s)broken/record.json: damaged.*baseline/ledger.json: no such file", printed.out + printed.err)
     assert shown(emptied)["mini phase1"] == shown(store)["mini phase1"]
 
 

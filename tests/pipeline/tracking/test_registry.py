@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow.pytorch
 import pytest
 import torch
+from pages import measured
 
 from pipeline.commands.checkpoint_info import codec_path
 from pipeline.records.record import StageRecord
@@ -28,7 +29,6 @@ def test_recipe_rate_and_seed_name_a_registered_model(chain: Path) -> None:
 def test_a_registered_codec_is_loaded_by_its_alias(
     chain: Path, copied: tuple[Path, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     moved = tmp_path / "elsewhere" / "runs"
     moved.parent.mkdir()
     copied[0].parents[1].rename(moved)
@@ -51,16 +51,10 @@ def test_the_best_version_is_one_that_was_measured_as_the_newest(copied: tuple[P
     for number, (metric, loss) in enumerate([("ms-ssim", 0.2), ("mse", 1.0), ("ms-ssim", 0.1), ("ms-ssim", 0.3)]):
         name = f"v{number}" if number else "latest"  # MLflow reserves such aliases.
         shutil.copytree(folder / "phase1", folder / name)
-        record = StageRecord.read(folder / name)
-        assert record.result is not None
-        assert record.lineage.validation is not None
-        images = tuple(
-            replace(image, quality=replace(image.quality, rd_loss=loss)) for image in record.result.evaluation.images
-        )
-        result = replace(record.result, evaluation=replace(record.result.evaluation, images=images))
+        record = measured(StageRecord.read(folder / name), rd_loss=loss)
         lineage = replace(record.lineage, validation=replace(record.lineage.validation, metric=metric))
         attempts = (replace(record.attempts[0], began=record.began + 1 + number),)
-        replace(record, key=name, name=name, result=result, lineage=lineage, attempts=attempts).write(folder / name)
+        replace(record, key=name, name=name, lineage=lineage, attempts=attempts).write(folder / name)
     Mirror(store).chain(folder, working=False)
     aliases = store.client().get_registered_model(NAME).aliases
     assert {alias: int(version) for alias, version in aliases.items()} == {"baseline": 1, "phase1": 2, "best": 5}

@@ -5,13 +5,13 @@ import sqlite3
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from pipeline.commands.main import app
 from pipeline.records.record import StageRecord
 from pipeline.tracking import store as store_module
 from pipeline.tracking.mirror import Mirror
@@ -59,10 +59,10 @@ def kept_file(runs: Path, key: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["moved", "a?b#c%25 d%e"])
-def test_a_moved_or_copied_folder_has_its_own_artifacts(name: str, runs: Path, tmp_path: Path) -> None:
-    keep_a_file(runs, "first")
+def test_a_moved_or_copied_folder_has_its_own_artifacts(name: str, stored_runs: Path, tmp_path: Path) -> None:
+    keep_a_file(stored_runs, "first")
     copied = tmp_path / name / "runs"
-    shutil.copytree(runs, copied)
+    shutil.copytree(stored_runs, copied)
     keep_a_file(copied, "second")
     for key in ("first", "second"):
         path = kept_file(copied, key)
@@ -72,19 +72,19 @@ def test_a_moved_or_copied_folder_has_its_own_artifacts(name: str, runs: Path, t
     client = Store.default(copied).client()
     assert [file.path for file in client.list_artifacts(find_run(client, "first"))] == ["note.txt"]
     assert client.get_run(find_run(client, "first")).info.artifact_uri.startswith(copied.as_uri())
-    assert kept_file(runs, "first").is_relative_to(runs)
-    assert find_run(Store.default(runs).client(), "second") is None
+    assert kept_file(stored_runs, "first").is_relative_to(stored_runs)
+    assert find_run(Store.default(stored_runs).client(), "second") is None
     assert [path.name for path in (tmp_path / name).iterdir()] == ["runs"]
 
 
-def test_a_folder_that_may_only_be_read_is_read(runs: Path, tmp_path: Path) -> None:
-    keep_a_file(runs, "first")
+def test_a_folder_that_may_only_be_read_is_read(stored_runs: Path, tmp_path: Path) -> None:
+    keep_a_file(stored_runs, "first")
     shown = tmp_path / "shown"
     shown.mkdir()
-    if subprocess.run(["mount", "--bind", "-o", "ro", runs, shown], capture_output=True).returncode:
+    if subprocess.run(["mount", "--bind", "-o", "ro", stored_runs, shown], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
     try:
-        assert kept_file(shown, "first") == shown / kept_file(runs, "first").relative_to(runs)
+        assert kept_file(shown, "first") == shown / kept_file(stored_runs, "first").relative_to(stored_runs)
     finally:
         subprocess.run(["umount", "--lazy", shown], check=True)  # MLflow keeps its connections open.
 
@@ -134,10 +134,9 @@ def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", ["sync", "ui", "audit --mlflow"])
 def test_no_command_prints_a_password(
-    command: str, copied: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch
+    command: str, copied: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    done = CliRunner().invoke(app, [*command.split(), "--runs", str(copied[0].parents[1])])
-    assert done.exit_code == 1
-    assert "http://***@127.0.0.1:9" in done.output + repr(done.exception)
-    assert "s3cret" not in done.output + repr(done.exception)
+    printed = hpcm(*command.split(), "--runs", copied[0].parents[1], code=1)
+    assert "http://***@127.0.0.1:9" in printed.out + printed.err
+    assert "s3cret" not in printed.out + printed.err

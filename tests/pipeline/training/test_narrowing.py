@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Notes, copied, mini_chain, mini_codec, one_image, run_chain
+from mini import Notes, copied, mini_chain, mini_codec, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, preset_config
@@ -149,9 +149,8 @@ def test_a_fitted_component_is_nearer_to_its_predecessor(crops: list[Tensor]) ->
 
 def test_a_stage_records_what_was_narrowed_and_fitted(finished: tuple[Chain, Notes], runs: Path) -> None:
     copied(finished[0], runs, "baseline")
-    settings = ["phase1.model.overrides.prior.dwconv.hidden_rate=0.5", "phase1.transfer.fit=true"]
-    settings += ["phase1.transfer.calibration=2", *one_image(runs.parent / "val")]
-    chain = mini_chain(runs, "phase1", settings)
+    settings = ["model.overrides.prior.dwconv.hidden_rate=0.5", "transfer.fit=true", "transfer.calibration=2"]
+    chain = mini_chain(runs, "phase1", [f"phase1.{setting}" for setting in settings])
     run_chain(chain)
     kinds = {entry["kind"] for entry in json.loads((chain.folder / "phase1" / "ledger.json").read_text())}
     assert {"copied", "narrowed", "fitted"} <= kinds

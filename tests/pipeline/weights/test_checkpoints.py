@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mini import Malicious, mini_codec
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from modules import HPCM
@@ -100,7 +100,6 @@ def test_a_full_disk_leaves_the_last_good_state(small_disk: Path) -> None:
         "segment-00-step-00000001.safetensors", "segment-00-step-00000002.safetensors",
     ]  # fmt: skip
     state, passed_over = states.newest()
-    assert state is not None
     assert (state.progress.stage_step, passed_over) == (2, [])
 
 
@@ -112,7 +111,6 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[byt
     before, newest = sorted(states.folder.iterdir())
     newest.write_bytes(damage(newest.read_bytes()))
     state, passed_over = states.newest()
-    assert state is not None
     assert state.progress.stage_step == 2
     assert before.name.startswith("segment-00-step-00000002")
     assert len(passed_over) == 1
@@ -126,45 +124,33 @@ def test_a_state_of_another_form_is_passed_over(tmp_path: Path) -> None:
         path = states.folder / f"segment-00-step-{step:08d}.safetensors"
         write(path, {"weight": torch.zeros(9)}, {"progress": progress})
     state, passed_over = states.newest()
-    assert state is not None
     assert (state.progress.stage_step, passed_over) == (4, [])  # Fields that are not known are ignored.
     path.unlink()
     state, passed_over = states.newest()
-    assert state is not None
     assert (state.progress.stage_step, len(passed_over)) == (1, 2)
 
 
-@pytest.mark.parametrize("cut", [0, 7, 100, 5000])
-def test_truncated_files_are_recognized(published: tuple[Path, HPCM], cut: int) -> None:
+UNREADABLE = "not a readable safetensors file"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: b"", UNREADABLE),
+        (lambda content: content[:7], UNREADABLE),
+        (lambda content: content[:5000], UNREADABLE),
+        (lambda content: struct.pack("<Q", 2**62) + b"{}", UNREADABLE),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "do not match their digest"),
+        (lambda content: save({"weight": torch.zeros(2)}), r"not a checkpoint of this pipeline; .*hpcm import"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(
+    change: Callable[[bytes], bytes], message: str, published: tuple[Path, HPCM]
+) -> None:
     path, _ = published
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors: not a readable safetensors file"):
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"checkpoint.safetensors: .*{message}"):
         load_codec(path)
-
-
-def test_flipped_bits_are_recognized(published: tuple[Path, HPCM]) -> None:
-    path, _ = published
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="do not match their digest"):
-        load_codec(path)
-
-
-def test_a_header_with_a_false_length_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "huge.safetensors"
-    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load_codec(path)
-
-
-def test_safetensors_of_other_programs_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "foreign.safetensors"
-    save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"not a checkpoint of this pipeline; .*hpcm import"):
-        load_codec(path)
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_codec(tmp_path / "nowhere.safetensors")
 
 
 def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -199,20 +185,23 @@ def test_code_in_a_pickle_is_not_run(save: str, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02.", b"random" * 100])
-def test_files_that_are_no_checkpoints_are_refused(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", ""),
+        (b"PK\x03\x04 not a zip", ""),
+        (b"\x80\x02.", ""),
+        (b"no checkpoint", "not a PyTorch checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_official_checkpoint_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.pth.tar"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"broken.pth.tar: "):
+    with pytest.raises(CheckpointError, match=rf"broken.pth.tar: {message}"):
         import_official(path)
-
-
-def test_an_official_file_with_odd_tensors_names_them(tmp_path: Path) -> None:
-    state = HPCM.from_preset("tiny").state_dict()
-    state["attn_s1.conv_q.weight"] = torch.zeros(7, 7, 1, 1)
-    path = tmp_path / "odd.pth.tar"
-    torch.save(state, path)
-    with pytest.raises(CheckpointError, match=r"wrong size attn_s1.conv_q.weight \[7, 7, 1, 1\], expected \[96, 96"):
+    torch.save(mini_codec(0).state_dict(), path)
+    os.truncate(path, 5000)
+    with pytest.raises(CheckpointError, match=r"broken.pth.tar: truncated after 5000 bytes"):
         import_official(path)
 
 
@@ -256,14 +245,3 @@ def test_settings_that_shape_no_tensor_are_checked(tmp_path: Path) -> None:
         write(tmp_path / "odd.safetensors", codec_tensors(model), {"config": config})
         with pytest.raises(CheckpointError, match=rf"odd.safetensors: its configuration is not valid \(.*{message}"):
             load_codec(tmp_path / "odd.safetensors")
-
-
-def test_a_file_that_is_not_an_official_checkpoint_is_refused(tmp_path: Path) -> None:
-    whole, cut, text = (tmp_path / name for name in ("whole.pth.tar", "cut.pth.tar", "notes.txt"))
-    torch.save(mini_codec(0).state_dict(), whole)
-    cut.write_bytes(whole.read_bytes()[:5000])
-    text.write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match=r"cut.pth.tar: truncated after 5000 bytes"):
-        import_official(cut)
-    with pytest.raises(CheckpointError, match=r"notes.txt: not a PyTorch checkpoint"):
-        import_official(text)

@@ -1,7 +1,8 @@
 """Exported checkpoints have half the bytes and rounded weights, and load like any other."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from mini import FOLDER, mini_codec
 
 from modules import HPCM
 from modules.bitstream.identity import model_identity
-from pipeline.commands import main as cli
 from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import read_text
@@ -56,9 +56,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["export", "import"])
-def test_a_file_that_exists_is_not_replaced_unasked(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_exists_is_not_replaced_unasked(command: str, tmp_path: Path, hpcm: Callable[..., Any]) -> None:
     source, target = tmp_path / "source", tmp_path / "target.safetensors"
     if command == "export":
         publish(source, mini_codec(0), Lineage(name="baseline"))
@@ -67,18 +65,11 @@ def test_a_file_that_exists_is_not_replaced_unasked(
     target.write_bytes(b"mine")
     (tmp_path / "link.safetensors").symlink_to(source)
     before = source.read_bytes()
-
-    def ends_with(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["hpcm", command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0)
-
-    assert ends_with(source, target) == 1
-    assert "target.safetensors: exists; --overwrite replaces it" in capsys.readouterr().err
+    exists = "target.safetensors: exists; --overwrite replaces it"
+    assert exists in hpcm(command, source, target, code=1).err
     assert target.read_bytes() == b"mine"
-    assert ends_with(source, tmp_path / "link.safetensors", "--overwrite") == 1
-    assert "link.safetensors: is also the source file" in capsys.readouterr().err
+    same = "link.safetensors: is also the source file"
+    assert same in hpcm(command, source, tmp_path / "link.safetensors", "--overwrite", code=1).err
     assert source.read_bytes() == before
-    assert ends_with(source, target, "--overwrite") == 0
+    hpcm(command, source, target, "--overwrite")
     assert load_codec(target).config == (mini_codec(0) if command == "export" else HPCM.from_preset("tiny")).config

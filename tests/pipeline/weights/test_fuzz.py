@@ -10,7 +10,6 @@ import pickle
 import random
 import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from mini import FOLDER, mini_codec
 from PIL import Image
 
 from pipeline.commands.checkpoint_info import CheckpointInfo
-from pipeline.data.images import find_images
 from pipeline.data.pictures import DataError, read_picture
 from pipeline.recipes.loading import RecipeError, load_recipe
 from pipeline.weights import checkpoints
@@ -70,23 +68,54 @@ def outcome(work: Callable[[], object], expected: type[Exception]) -> str:
     return "accepted"
 
 
-@pytest.fixture
-def small_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take every official file for the mini codec: building a full one for each case would take hours."""
-    monkeypatch.setattr(checkpoints, "nearest_config", lambda tensors: mini_codec(0).config)
-
-
-@pytest.mark.usefixtures("small_presets")
-def test_damaged_official_files(tmp_path: Path) -> None:
-    path, contents = tmp_path / "official.pth.tar", []
-    tensors = dict(list(codec_tensors(mini_codec(0)).items())[:4])
-    for zipped in (True, False):
+def official_files() -> dict[str, bytes]:
+    """The first tensors of a codec in both forms of PyTorch's files."""
+    tensors, contents = dict(list(codec_tensors(mini_codec(0)).items())[:4]), {}
+    for name in ("zip", "legacy"):
         buffer = io.BytesIO()
-        torch.save({"state_dict": tensors}, buffer, _use_new_zipfile_serialization=zipped)
-        contents.append(buffer.getvalue())
-    for draw in cases(300):
-        path.write_bytes(damaged(draw.choice(contents), draw))
-        assert outcome(lambda: import_official(path), CheckpointError) == "refused"  # At best it lacks tensors.
+        torch.save({"state_dict": tensors}, buffer, _use_new_zipfile_serialization=name == "zip")
+        contents[f"{name}.pth.tar"] = buffer.getvalue()
+    return contents
+
+
+def recipes() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in FOLDER.glob("*.yaml")}
+
+
+def pictures() -> dict[str, bytes]:
+    """Encoded pictures that are not empty, in all formats."""
+    contents, picture = {}, Image.radial_gradient("L").resize((40, 32))
+    modes = {"png": "RGB P I;16 LA", "jpeg": "RGB CMYK L", "webp": "RGB", "tiff": "RGB CMYK I;16", "avif": "RGB"}
+    for form, names in {**modes, "bmp": "P", "ppm": "RGB", "gif": "P"}.items():
+        for mode in names.split():
+            buffer = io.BytesIO()
+            (picture.convert(mode) if mode == "I;16" else picture.convert("RGB").convert(mode)).save(buffer, form)
+            contents[f"{mode}.{form}"] = buffer.getvalue()
+    return contents
+
+
+@pytest.mark.parametrize(
+    ("contents", "read", "expected", "count"),
+    [
+        (official_files, import_official, CheckpointError, 300),
+        (recipes, lambda path: load_recipe(path.parent), RecipeError, 200),
+        (pictures, read_picture, DataError, 1000),
+    ],
+)
+def test_damaged_files(
+    contents: Callable[[], dict[str, bytes]], read: Callable[[Path], object], expected: type[Exception], count: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # Every official file is taken for the mini codec: building a full one for each case would take hours.
+    monkeypatch.setattr(checkpoints, "nearest_config", lambda tensors: mini_codec(0).config)
+    sound = contents()
+    for name, content in sound.items():
+        (tmp_path / name).write_bytes(content)
+    for draw in cases(count):
+        name = draw.choice(list(sound))
+        (tmp_path / name).write_bytes(damaged(sound[name], draw))
+        assert outcome(partial(read, tmp_path / name), expected) in ("accepted", "refused")
+        (tmp_path / name).write_bytes(sound[name])
 
 
 class Call:
@@ -215,85 +244,3 @@ def test_forged_metadata_is_described_or_refused(tmp_path: Path) -> None:
             assert "\x1b" not in info.table().plain()
 
         assert outcome(describe, CheckpointError) in ("accepted", "refused")
-
-
-LINES = [
-    "a: &x [*x]", "b: *x", "<<: {seed: 1}", "\tseed: 3", "seed: 3", "seed: [", "? [a]", "- 1", "'", '"\\x"', "---",
-    "seed: !!python/name:os.system", "schedule: " + "[" * 500, "schedule: " + "{a: " * 500, "data: 3", "lmbda: .nan",
-    "lmbda: 1e999", "seed: " + "9" * 5000, "model: {preset: tiny, phase: [0]}", "%YAML 9", "\x00", "\ufeff", "\u2028",
-    "name: ''", "parent: {}", "transfer: {rename: {a: [b]}}", "schedule: [{name: x}]", "optimizer: {betas: [1, 2]}",
-    "lr: {default: -1}", "a" * 100_000,
-]  # fmt: skip
-
-
-def test_damaged_recipes(tmp_path: Path) -> None:
-    contents = {name: (FOLDER / f"{name}.yaml").read_text() for name in ("common", "baseline", "phase1")}
-    for name, content in contents.items():
-        (tmp_path / f"{name}.yaml").write_text(content)
-    for draw in cases(200):
-        name = draw.choice(list(contents))
-        lines = contents[name].splitlines()
-        for _ in range(draw.choice([1, 1, 3])):
-            at = draw.randrange(len(lines))
-            change = draw.choice(["insert", "replace", "repeat", "indent", "bytes"])
-            if change == "insert":
-                lines.insert(at, draw.choice(LINES))
-            elif change == "replace":
-                lines[at] = draw.choice(LINES)
-            elif change == "repeat":
-                lines.insert(at, lines[at])
-            elif change == "indent":
-                lines[at] = draw.choice([" ", "\t", "   "]) + lines[at]
-        content = "\n".join(lines).encode(errors="surrogatepass")
-        (tmp_path / f"{name}.yaml").write_bytes(damaged(content, draw) if change == "bytes" else content)
-        assert outcome(lambda: load_recipe(tmp_path), RecipeError) in ("accepted", "refused")
-        (tmp_path / f"{name}.yaml").write_text(contents[name])
-
-
-KINDS = [
-    ("png", "RGB"), ("png", "P"), ("png", "I;16"), ("png", "LA"), ("jpg", "RGB"), ("jpg", "CMYK"), ("jpg", "L"),
-    ("webp", "RGB"), ("bmp", "P"), ("tiff", "RGB"), ("tiff", "CMYK"), ("tiff", "I;16"), ("ppm", "RGB"),
-    ("avif", "RGB"), ("gif", "P"),
-]  # fmt: skip
-
-
-def picture_bytes(suffix: str, mode: str) -> bytes:
-    """An encoded picture that is not empty."""
-    picture = Image.radial_gradient("L").resize((40, 32))
-    picture = picture.convert("I;16") if mode == "I;16" else picture.convert("RGB").convert(mode)
-    buffer = io.BytesIO()
-    formats = {"jpg": "jpeg", "ppm": "ppm"}
-    picture.save(buffer, formats.get(suffix, suffix))
-    return buffer.getvalue()
-
-
-def test_damaged_pictures(tmp_path: Path) -> None:
-    contents = [(suffix, picture_bytes(suffix, mode)) for suffix, mode in KINDS]
-    for draw in cases(1000):
-        suffix, content = draw.choice(contents)
-        path = tmp_path / f"picture.{suffix}"
-        path.write_bytes(b"" if draw.random() < 0.01 else damaged(content, draw))
-        assert outcome(partial(read_picture, path), DataError) in ("accepted", "refused")
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A small file that claims to be a large picture."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def test_bombs_are_skipped_by_name(tmp_path: Path) -> None:
-    Image.new("RGB", (64, 64)).save(tmp_path / "sound.png")
-    for draw in cases(30):
-        size = draw.choice([60_000, 2**20, 2**31 - 1])
-        (tmp_path / "bomb.png").write_bytes(png_of_size(size, size - draw.randrange(1000)))
-        found = find_images(tmp_path, "train", 64)
-        assert found.names == ("sound.png",)
-        ((path, reason),) = found.skipped
-        assert Path(path).name == "bomb.png"
-        assert "pixels" in reason or "cannot be read" in reason or "damaged" in reason
