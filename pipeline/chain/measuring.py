@@ -1,5 +1,6 @@
 """Measures the segments of chains before they are trained: their time and memory, and what makes them fit."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -51,28 +52,24 @@ def segments_left(plan: Sequence[PlannedStage]) -> Iterator[tuple[PlannedStage, 
                 yield planned, segment, progress.step if progress and number == progress.segment else 0
 
 
-def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, float | None]:
-    """Seconds of training and evaluation left in each stage of a plan, by name; None if something does not fit."""
-    found: dict[str, float | None] = {
-        planned.name: evaluation_seconds_left(planned, estimate) for planned in plan if planned.trains
-    }
+def seconds_left(plan: Sequence[PlannedStage], estimate: Estimate) -> dict[str, float]:
+    """Seconds of training and evaluation left in each stage of a plan, by name; infinite if something does not fit."""
+    found = {planned.name: evaluation_seconds_left(planned, estimate) for planned in plan if planned.trains}
     for planned, segment, done in segments_left(plan):
         cost = estimate.find(planned.name, segment.name, segment.steps, segment.handover)
-        seconds = cost.seconds(done) if cost else None
-        before = found[planned.name]
-        found[planned.name] = None if seconds is None or before is None else before + seconds
+        found[planned.name] += cost.seconds(done) if cost else math.inf
     return found
 
 
-def evaluation_seconds_left(planned: PlannedStage, estimate: Estimate) -> float | None:
-    """Seconds of a stage's evaluations that are left; None if the validation images do not fit.
+def evaluation_seconds_left(planned: PlannedStage, estimate: Estimate) -> float:
+    """Seconds of a stage's evaluations that are left; infinite if the validation images do not fit.
 
     The rate is estimated for parent and child before the first step, every `validate_every` steps, and after each
     segment. At the end of the stage the images are coded.
     """
     cost = estimate.evaluations.get(planned.name)
     if cost is None:
-        return None
+        return math.inf
     stage = planned.task.stage
     passes = 2 if stage.parent and planned.progress is None else 0
     for _, segment, done in segments_left([planned]):

@@ -1,5 +1,6 @@
 """The tables of `hpcm plan --measure`."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.chain.measuring import evaluation_seconds_left, measure, seconds_left
@@ -8,10 +9,7 @@ from pipeline.chain.precheck import check_stages
 from pipeline.commands.display import duration, errors, show
 from pipeline.common.errors import UserError
 from pipeline.common.tables import Table
-from pipeline.training.estimate import Estimate, EvaluationCost, SegmentEstimate, StepCost
-
-NO_MEMORY = ("–", "–", "memory", "–", "–", "–")
-"""The cells of something that does not fit."""
+from pipeline.training.estimate import Estimate, EvaluationCost, StepCost
 
 
 class DoesNotFit(UserError):
@@ -52,29 +50,21 @@ def segment_table(stages: Iterable[PlannedStage], estimate: Estimate) -> Table:
     table = Table(f"measured on {estimate.device or 'this machine'}{processes}", columns, left=2)
     for planned in stages:
         for found in (found for found in estimate.segments if found.stage == planned.name):
-            table.add(found.stage, found.segment, f"{found.steps:,}", *_cells(found))
+            speed = (f"{found.pace:.3f}", f"{found.batch_size / found.pace:.1f}", found.limit) if found.cost else ()
+            table.add(found.stage, found.segment, f"{found.steps:,}", *_cells(speed, found.cost, found.seconds()))
         if planned.name in estimate.evaluations:
-            table.add(planned.name, "evaluation", "–", *_evaluation_cells(planned, estimate))
+            cells = _cells(
+                ("–", "–", "–"), estimate.evaluations[planned.name], evaluation_seconds_left(planned, estimate)
+            )
+            table.add(planned.name, "evaluation", "–", *cells)
     return table
 
 
-def _cells(found: SegmentEstimate) -> tuple[str, ...]:
-    cost = found.cost
+def _cells(speed: Sequence[str], cost: StepCost | EvaluationCost | None, seconds: float) -> tuple[str, ...]:
     if cost is None:
-        return NO_MEMORY
-    speed = f"{found.batch_size / found.pace:.1f}"
-    left = duration(found.seconds() or 0.0)
-    return f"{found.pace:.3f}", speed, found.limit, *_gigabytes(cost), left
-
-
-def _evaluation_cells(planned: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
-    cost, seconds = estimate.evaluations[planned.name], evaluation_seconds_left(planned, estimate)
-    return NO_MEMORY if cost is None or seconds is None else ("–", "–", "–", *_gigabytes(cost), duration(seconds))
-
-
-def _gigabytes(cost: StepCost | EvaluationCost) -> tuple[str, str]:
+        return "–", "–", "memory", "–", "–", "–"
     gpu = "–" if cost.device_bytes is None else f"{cost.device_bytes / 1e9:.1f}"
-    return gpu, f"{cost.process_bytes / 1e9:.1f}"
+    return *speed, gpu, f"{cost.process_bytes / 1e9:.1f}", duration(seconds)
 
 
 def time_table(plans: Mapping[str, Sequence[PlannedStage]], estimate: Estimate) -> Table:
@@ -83,17 +73,12 @@ def time_table(plans: Mapping[str, Sequence[PlannedStage]], estimate: Estimate) 
     table = Table("time left", ("stage", *columns))
     for name in dict.fromkeys(name for times in columns.values() for name in times):
         table.add(name, *(_time(times[name]) if name in times else "done" for times in columns.values()))
-    sums = [_sum(times.values()) for times in columns.values()]
+    sums = [sum(times.values()) for times in columns.values()]
     table.add("chain", *map(_time, sums))
     if len(columns) > 1:
-        table.add("sweep", _time(_sum(sums)), *[""] * (len(columns) - 1))
+        table.add("sweep", _time(sum(sums)), *[""] * (len(columns) - 1))
     return table
 
 
-def _sum(times: Iterable[float | None]) -> float | None:
-    known = list(times)
-    return None if None in known else sum(filter(None, known))
-
-
-def _time(seconds: float | None) -> str:
-    return "does not fit" if seconds is None else duration(seconds)
+def _time(seconds: float) -> str:
+    return "does not fit" if math.isinf(seconds) else duration(seconds)

@@ -72,8 +72,8 @@ def _audit_stage(chain: ChainRecord, stage: StoredStage, estimate: Estimate | No
     record, expected = stage.record, dict[str, float]()
     for segment in record.schedule if estimate else ():
         found = estimate and estimate.find(record.name, segment["name"], segment["steps"], segment["handover"])
-        if found and (seconds := found.seconds(loading=False)) is not None:
-            expected[segment["name"]] = seconds
+        if found and found.cost:
+            expected[segment["name"]] = found.seconds(loading=False)
     return StageAudit(stage, (*_problems(chain, stage), *check(chain, stage)), expected)
 
 

@@ -1,5 +1,6 @@
 """The time and memory that a chain will take: the contents of `estimate.json` in the chain's folder."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -54,13 +55,13 @@ class SegmentEstimate:
     remedy: str = ""
     """The smallest change that makes the segment fit, or a message that none was found; empty if it fits."""
 
-    def seconds(self, done: int = 0, loading: bool = True) -> float | None:
-        """Seconds of the steps after the first `done`; None if the segment does not fit.
+    def seconds(self, done: int = 0, loading: bool = True) -> float:
+        """Seconds of the steps after the first `done`; infinite if the segment does not fit.
 
         Without `loading` they are the seconds that a stage records.
         """
         if self.cost is None:
-            return None
+            return math.inf
         steps = self.cost.handover_seconds, self.cost.step_seconds
         blended, plain = map(self._with_loader, steps) if loading else steps
         handed = max(self.handover - done, 0)
