@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from modules import HPCM
 from pipeline.common.figure_style import codec_colors, legend_above, new_figure
 from pipeline.common.fresh_process import in_fresh_process, within_memory
-from pipeline.common.tables import Table, number
+from pipeline.common.tables import Table
 from pipeline.common.timing import machine
 from pipeline.evaluation.coding import macs_per_pixel
 from pipeline.evidence.contenders import ACTIVITIES, TRAINED, ComparisonError, Contender, Size
@@ -127,7 +127,7 @@ def _columns(comparison: Comparison, size: str) -> dict[str, Column]:
     found: dict[str, Column] = {}
     for activity in ACTIVITIES:
         costs = comparison.of(size, activity)
-        found[activity] = {name: (number(cost.seconds, ".3f"), comparison.ratio(cost)) for name, cost in costs.items()}
+        found[activity] = {name: (f"{cost.seconds:.3f}", comparison.ratio(cost)) for name, cost in costs.items()}
         found[f"memory, {activity}"] = {
             name: (f"{cost.bytes / 2**20:.0f}", comparison.memory_ratio(cost))
             for name, cost in costs.items()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pipeline.common.contracts import Long, read_contract
 from pipeline.common.files import write_json
@@ -30,15 +33,15 @@ class Cost:
     codec: str
     size: str
     activity: str
-    samples: tuple[float, ...]
-    """Seconds, one value per round; empty if memory was short."""
+    samples: Annotated[tuple[float, ...], Field(min_length=1)]
+    """Seconds, one value per round."""
     bytes: int | None
     """Peak memory; None if it was not measured."""
 
     @property
-    def seconds(self) -> float | None:
+    def seconds(self) -> float:
         """Median over rounds."""
-        return statistics.median(self.samples) if self.samples else None
+        return statistics.median(self.samples)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,7 @@ class Comparison:
     def ratio(self, cost: Cost) -> float | None:
         """Time relative to the first codec: median of the rounds' ratios, in which load on a whole round cancels."""
         first = self.of(cost.size, cost.activity).get(self.first)
-        if first is None or not cost.samples or not first.samples:
-            return None
-        return statistics.median(a / b for a, b in zip(cost.samples, first.samples, strict=True))
+        return statistics.median(a / b for a, b in zip(cost.samples, first.samples, strict=True)) if first else None
 
     def memory_ratio(self, cost: Cost) -> float | None:
         """Peak memory relative to the first codec."""
