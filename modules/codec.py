@@ -26,7 +26,7 @@ from modules.loading import (
     state_digest,
 )
 from modules.pretrained import Pretrained
-from modules.refinement import ITERATIONS, GoOn, refine
+from modules.refinement import ITERATIONS, GoOn, Schedule, refine
 
 _logger = logging.getLogger(__name__)
 
@@ -100,10 +100,10 @@ class HPCM(Pretrained, CompressionModel):
         self.check_images(x, wait=True)
         tables, epsilon = self.coding_tables, check_epsilon(epsilon)
         with self.at_quality(quality), self.at_quality(storable(float(self.quality))):
-            lmbda = self.check_effort(effort)
+            schedule = Schedule.of(self.check_effort(effort), ITERATIONS[effort])
             # One image at a time: rounding may depend on the batch, which a decoder does not know.
             coded = [
-                encode(self, image, tables, epsilon, partial(refine, self, image, lmbda, ITERATIONS[effort], go_on))
+                encode(self, image, tables, epsilon, partial(refine, self, image, schedule, go_on))
                 for image in x.split(1)
             ]
             if self.rate_vectors is not None:

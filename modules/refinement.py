@@ -8,7 +8,7 @@ al., NeurIPS 2020). `stages/evidence/README.md` lists the methods that were comp
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from modules.network import Estimator, HPCMNetwork
 ITERATIONS = (0, 5, 10, 30, 100)
 """The number of iterations of each effort, 0 … 4."""
 
-_STEP, _EXPONENT = 1.05, 0.7
-"""The first step is 1.05·λ^0.7 of a quantization bin, root mean square: large steps pay at high rates only."""
-
 _MOMENTUM = 0.6
 
 _SMOOTHING = 0.25
@@ -33,6 +30,30 @@ GoOn = Callable[[int, int], bool]
 """Called before each iteration with its number, from 0, and the number of all. Returns whether to go on."""
 
 
+class Schedule(NamedTuple):
+    """How a latent is refined: for which λ and in how many iterations. Both `step` and `pull` fall to 0 as a cosine."""
+
+    lmbda: float
+    iterations: int
+    step: float
+    """Root mean square of the first change, in quantization bins."""
+    pull: float
+    """The part of the way to its rounded value that the first iteration moves the latent.
+
+    Rounding passes gradients straight through, so values gather at the boundary between two symbols, where every small
+    change of the context flips them. The pull lets each settle at one symbol.
+    """
+
+    @classmethod
+    def of(cls, lmbda: float, iterations: int, shift: float = 0.0) -> Self:
+        """The schedule for a codec's own λ, or for one that is exp(shift) times as large.
+
+        Large steps pay at high rates, in few iterations, and where λ is far from the one that g_a was trained for.
+        """
+        step = 1.05 * lmbda**0.7 * (30 / max(iterations, 1)) ** 0.2
+        return cls(lmbda * math.exp(shift), iterations, step * math.exp(0.7 * abs(shift)), min(2 * step, 0.15))
+
+
 class Latent(NamedTuple):
     """What is coded of an image, before rounding: `y` (1, M, h, w) and `z` (1, N, h/4, w/4)."""
 
@@ -40,33 +61,35 @@ class Latent(NamedTuple):
     z: Tensor
 
 
-def refine(network: HPCMNetwork, image: Tensor, lmbda: float, iterations: int, go_on: GoOn, latent: Latent) -> Latent:
+def refine(network: HPCMNetwork, image: Tensor, schedule: Schedule, go_on: GoOn, latent: Latent) -> Latent:
     """The latent with the lowest loss that gradient descent meets, or the given one if that is the best.
 
     `image` is (1, 3, H, W) in [0, 1], not padded; `latent` is that of the padded image. The loss is that of rounded
     symbols and of the clipped reconstruction. The rate is estimated from likelihoods.
     """
-    if not iterations:
+    if not schedule.iterations:
         return latent
     best, lowest = latent, math.inf
     with torch.inference_mode(False), torch.enable_grad(), _frozen(network):
         variables = [tensor.detach().clone() for tensor in latent]
         velocities = [torch.zeros_like(tensor) for tensor in variables]
-        for iteration in range(iterations):
-            if not go_on(iteration, iterations):
+        for iteration in range(schedule.iterations):
+            if not go_on(iteration, schedule.iterations):
                 return best
             candidate = Latent(*(tensor.requires_grad_() for tensor in variables))
-            loss, smooth = _losses(network, image, candidate, lmbda)
+            loss, smooth, rounded = _losses(network, image, candidate, schedule.lmbda)
             if loss < lowest:
                 best, lowest = Latent(*(tensor.detach() for tensor in candidate)), loss
-            step = _STEP * lmbda**_EXPONENT * (1 + math.cos(math.pi * iteration / iterations)) / 2
-            step /= 1 - _MOMENTUM ** (iteration + 1)
+            decay = (1 + math.cos(math.pi * iteration / schedule.iterations)) / 2
+            pull = decay * schedule.pull
+            step = decay * schedule.step / (1 - _MOMENTUM ** (iteration + 1))
             directions = [_normalized(gradient) for gradient in torch.autograd.grad(smooth, candidate)]
             velocities = [v.lerp(d, 1 - _MOMENTUM) for v, d in zip(velocities, directions, strict=True)]
-            variables = [t.detach() - step * v for t, v in zip(candidate, velocities, strict=True)]
+            moved = [t.detach() - step * v for t, v in zip(candidate, velocities, strict=True)]
+            variables = [t.lerp(center, pull) for t, center in zip(moved, rounded, strict=True)]
         candidate = Latent(*variables)
         with torch.no_grad():
-            loss, _ = _losses(network, image, candidate, lmbda)
+            loss, *_ = _losses(network, image, candidate, schedule.lmbda)
     return candidate if loss < lowest else best
 
 
@@ -75,13 +98,13 @@ def _normalized(gradient: Tensor) -> Tensor:
     return gradient / gradient.square().mean().sqrt().clamp_min(1e-30)
 
 
-def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -> tuple[float, Tensor]:
-    """The loss of the rounded latent, and the loss to differentiate, whose rate is smooth."""
+def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -> tuple[float, Tensor, Latent]:
+    """The loss of the rounded latent; the loss to differentiate, whose rate is smooth; the rounded latent."""
     recompute = image.shape[2] * image.shape[3] > (16 * network.g_s.tile) ** 2
     z_residual = latent.z - network.means_hyper
     estimator = Estimator(network.symbol_rows(latent.y), training=True)
-    hyper = network.h_s(quantize_ste(z_residual) + network.means_hyper)
-    y_hat = network.walk(hyper, estimator, _Recomputed if recompute else lambda model: model)
+    z_hat = quantize_ste(z_residual) + network.means_hyper
+    y_hat = network.walk(network.h_s(z_hat), estimator, _Recomputed if recompute else lambda model: model)
     x_hat = network.g_s(y_hat)[:, :, : image.shape[2], : image.shape[3]].clamp(0, 1)
     distortion = lmbda * 255**2 * (x_hat - image).square().mean()
     symbols = [(torch.cat(estimator.residuals, dim=1), torch.cat(estimator.scales, dim=1))]
@@ -93,7 +116,8 @@ def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -
         (_bits(network, residual - _SMOOTHING, scales) + _bits(network, residual + _SMOOTHING, scales)) / 2
         for residual, scales in symbols
     )
-    return float(distortion.detach() + bits / pixels), distortion + smooth_bits / pixels
+    loss = float(distortion.detach() + bits / pixels)
+    return loss, distortion + smooth_bits / pixels, Latent(y_hat.detach(), z_hat.detach())
 
 
 def _bits(network: HPCMNetwork, residual: Tensor, scales: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modules import HPCM
 from modules.image_codec import ImageCodec
-from modules.refinement import Latent, _losses, refine
+from modules.refinement import Latent, Schedule, _losses, refine
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.shipped import of_quality
 
@@ -53,7 +53,7 @@ def test_the_loss_of_the_file_falls_with_effort(trained: HPCM, photo: Tensor) ->
 def test_the_loss_never_rises(codecs: list[HPCM], phase: int, lmbda: float) -> None:
     model, image = codecs[phase], torch.rand(1, 3, 50, 70)
     plain = latent_of(model, image)
-    refined = refine(model, image, lmbda, 3, lambda *_: True, plain)
+    refined = refine(model, image, Schedule.of(lmbda, 3), lambda *_: True, plain)
     assert loss_of(model, image, refined, lmbda) <= loss_of(model, image, plain, lmbda)
 
 
@@ -63,7 +63,7 @@ def test_a_refinement_that_ends_at_once_writes_the_plain_file(trained: HPCM, pho
 
 def test_the_best_latent_so_far_is_kept_when_it_ends_early(trained: HPCM, photo: Tensor) -> None:
     plain = latent_of(trained, photo)
-    stopped = refine(trained, photo, 0.0067, 30, lambda iteration, _: iteration < 4, plain)
+    stopped = refine(trained, photo, Schedule.of(0.0067, 30), lambda iteration, _: iteration < 4, plain)
     assert loss_of(trained, photo, stopped, 0.0067) < loss_of(trained, photo, plain, 0.0067)
 
 
@@ -86,7 +86,7 @@ def test_recomputed_activations_and_tiles_give_the_same_loss_and_gradients(codec
     for tile in (64, 5):  # 80 pixels: less than the image, so the second is computed in tiles
         model.g_s.tile = tile
         latent = Latent(*(tensor.requires_grad_() for tensor in latent_of(model, image)))
-        loss, smooth = _losses(model, image, latent, 0.01)
+        loss, smooth, _ = _losses(model, image, latent, 0.01)
         found.append((torch.tensor(loss), smooth.detach(), *torch.autograd.grad(smooth, latent)))
     del model.g_s.tile
     for whole, tiled in zip(*found, strict=True):
