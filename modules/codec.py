@@ -26,7 +26,7 @@ from modules.loading import (
     state_digest,
 )
 from modules.pretrained import Pretrained
-from modules.refinement import ITERATIONS, GoOn, Schedule, refine
+from modules.refinement import ITERATIONS, GoOn, Latent, Schedule, refine
 
 _logger = logging.getLogger(__name__)
 
@@ -98,18 +98,23 @@ class HPCM(Pretrained, CompressionModel):
         is out of range or `lmbda` is not known, and what `check_images` raises.
         """
         self.check_images(x, wait=True)
-        tables, epsilon = self.coding_tables, check_epsilon(epsilon)
-        with self.at_quality(quality), self.at_quality(storable(float(self.quality))):
+        epsilon = check_epsilon(epsilon)
+        with self.at_quality(quality):
             schedule = Schedule.of(self.check_effort(effort), ITERATIONS[effort])
             # One image at a time: rounding may depend on the batch, which a decoder does not know.
             coded = [
-                encode(self, image, tables, epsilon, partial(refine, self, image, schedule, go_on))
-                for image in x.split(1)
+                self.strings(image, epsilon, partial(refine, self, image, schedule, go_on)) for image in x.split(1)
             ]
-            if self.rate_vectors is not None:
-                coded = [(y, with_quality(float(self.quality), z)) for y, z in coded]
         strings_y, strings_z = (list(strings) for strings in zip(*coded, strict=True))
         return {"strings": [strings_y, strings_z], "shape": x.shape[2:]}
+
+    def strings(
+        self, image: Tensor, epsilon: float, refined: Callable[[Latent], Latent] = lambda latent: latent
+    ) -> tuple[bytes, bytes]:
+        """The strings of y and z of one image (1, 3, H, W). `refined` may replace its latent before it is coded."""
+        with self.at_quality(storable(float(self.quality))):
+            y, z = encode(self, image, self.coding_tables, epsilon, refined)
+            return y, z if self.rate_vectors is None else with_quality(float(self.quality), z)
 
     def check_effort(self, effort: int) -> float:
         """The λ for an effort from 0 to 4; raises ValueError if the effort is out of range or needs an unknown λ."""

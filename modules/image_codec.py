@@ -24,13 +24,16 @@ class ImageCodec:
 
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
         """Code one image (1, 3, H, W) in [0, 1] for decoders within ε. Raises BitstreamError if it is too large."""
-        self.model.check_images(image)
+        self.check(image)
+        (y,), (z,) = self.model.compress(image, epsilon, self.effort, self.go_on)["strings"]
+        return CodedImage(self.identity, image.shape[2], image.shape[3], z, y, icc_profile)
+
+    def check(self, image: Tensor) -> None:
+        """Raise what `encode` raises for an image that it cannot code."""
+        self.model.check_images(image, wait=True)
         if len(image) > 1:
             raise ValueError(f"a file holds one image, not {len(image)}: encode them one by one")
-        height, width = image.shape[2:]
-        check_dimensions(height, width)
-        (y,), (z,) = self.model.compress(image, epsilon, self.effort, self.go_on)["strings"]
-        return CodedImage(self.identity, height, width, z, y, icc_profile)
+        check_dimensions(*image.shape[2:])
 
     def decode(self, coded: CodedImage) -> Decoded:
         """The image, and how it was recovered. Raises BitstreamError for another model's file and if recovery fails."""

@@ -26,6 +26,7 @@ MODULES = (
     "pretrained.py",
     "codec.py",
     "image_codec.py",
+    "target_codec.py",
     "compressai_tools.py",
 )
 """The rooms of `modules/`. Each imports only itself and those before it."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,16 +31,20 @@ MaxPixels = Annotated[
     ),
 ]
 
-Effort = Annotated[
-    int,
-    typer.Option(
+
+def effort_option(default: str) -> Any:
+    """The option --effort, with its default in words."""
+    return typer.Option(
         "--effort",
         min=0,
         max=len(ITERATIONS) - 1,
         help="Refine what is coded of each image, for smaller files: 1 to 4 are 5, 10, 30 and 100 iterations. With the "
-        "bundled codecs, each takes 2.5 s of processor time a megapixel.",
-    ),
-]
+        f"bundled codecs, each takes 2.5 s of processor time a megapixel. [default: {default}]",
+        show_default=False,
+    )
+
+
+Effort = Annotated[int, effort_option("0")]
 Lmbda = Annotated[
     float | None,
     typer.Option(

@@ -14,6 +14,7 @@ from torch import Tensor
 from modules import HPCM
 from modules.bitstream.file_format import EPSILON, CodedImage
 from modules.image_codec import ImageCodec
+from modules.target_codec import TargetCodec
 from pipeline.common.files import replacing
 from pipeline.data.pictures import FORMATS, DataError, Picture, read_picture
 from pipeline.evaluation.conversions import Conversion
@@ -69,7 +70,7 @@ def read_to_code(path: Path, max_pixels: int | None, *models: HPCM, refined: boo
 
 
 def compress_file(
-    codec: ImageCodec,
+    codec: ImageCodec | TargetCodec,
     conversion: Conversion,
     epsilon: float = EPSILON,
     verify: bool = True,
@@ -78,7 +79,7 @@ def compress_file(
     """Compress a picture to an `.hpcm` file. With `verify`, its bytes are decoded before the file is written.
 
     Raises DataError for a picture that cannot be read or is too large, BitstreamError for one that cannot be coded,
-    and FileError.
+    TargetError for one that cannot be coded to its target, and FileError.
     """
     picture, image = read_to_code(conversion.source, max_pixels, codec.model, refined=codec.effort > 0)
     start = time.perf_counter()

@@ -234,6 +234,27 @@ def test_a_refined_image_is_smaller_and_its_file_is_an_ordinary_one(tmp_path: Pa
     assert rate[1] < rate[0]
 
 
+def test_a_target_chooses_codec_and_effort(tmp_path: Path, hpcm: Hpcm) -> None:
+    photo, coded = tmp_path / "coffee.png", tmp_path / "coffee.hpcm"
+    Image.fromarray(coffee()[100:228, 100:228]).save(photo)
+    hpcm("compress", photo, "--bytes", 800)
+    assert 0.99 * 800 <= coded.stat().st_size <= 800
+    hpcm("decompress", coded, "-o", tmp_path / "back.png")
+    printed = hpcm("compress", photo, "-o", tmp_path / "none.hpcm", "--bpp", 9, "--effort", 1, "--quality", 4, code=1)
+    assert "9 bits per pixel cannot be reached" in printed.err
+    assert not (tmp_path / "none.hpcm").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("--bytes", 800, "--psnr", 30), "give one of them"), (("--bpp", 0.3, "--effort", 0), "need --effort 1 to 4")],
+)
+def test_targets_that_contradict_are_refused(
+    options: tuple[object, ...], reason: str, photos: Path, hpcm: Hpcm
+) -> None:
+    assert reason in hpcm("compress", photos, *options, code=2).err
+
+
 def test_an_effort_needs_lambda(photos: Path, checkpoint: Path, hpcm: Hpcm) -> None:
     printed = hpcm("compress", photos, "-c", checkpoint, "--effort", 1, code=2)
     assert "does not name the λ that it was trained for; give --lmbda" in printed.err

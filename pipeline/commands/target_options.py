@@ -1,0 +1,44 @@
+"""The options of `hpcm compress` that ask for a size or a quality of each file, and the codec that they need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import typer
+
+from modules.image_codec import ImageCodec
+from modules.target_codec import Target, TargetCodec
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What each file shall have; at most one is given."""
+
+    num_bytes: Annotated[
+        int | None,
+        typer.Option("--bytes", min=1, help="At most so many bytes for each file, header and ICC profile included."),
+    ] = None
+    bpp: Annotated[float | None, typer.Option(min=1e-6, help="At most so many bits per pixel for each file.")] = None
+    psnr: Annotated[float | None, typer.Option(help="At least this PSNR in dB for each image.")] = None
+
+    @property
+    def target(self) -> Target | None:
+        """What is asked for. Raises BadParameter if more than one is given."""
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) > 1:
+            raise typer.BadParameter("--bytes, --bpp and --psnr each say where to stop: give one of them")
+        if self.num_bytes is not None:
+            return Target("bytes", self.num_bytes)
+        if self.bpp is not None:
+            return Target("bits per pixel", self.bpp)
+        return None if self.psnr is None else Target("dB", self.psnr)
+
+    def effort(self, given: int | None) -> int:
+        """The effort: without one, 0, or 2 for a target. Raises BadParameter for effort 0 with a target."""
+        if given == 0 and self.target:
+            raise typer.BadParameter("--effort 0 refines nothing: --bytes, --bpp and --psnr need --effort 1 to 4")
+        return (2 if self.target else 0) if given is None else given
+
+    def codec(self, codecs: Sequence[ImageCodec]) -> ImageCodec | TargetCodec:
+        """The codec for files that meet the target; the first if there is none."""
+        return TargetCodec(codecs, self.target) if self.target else codecs[0]
