@@ -1,5 +1,6 @@
 """What a command asks for: a chain, whose λ and metric may follow from the file of its root."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,15 @@ class ChainRequest:
     """A checkpoint from whose weights the root is trained."""
     scratch: bool = False
     """Train the root even if the recipe has weights for it."""
+    name: str | None = None
+    """What is added to the recipe's name in the results."""
 
     def chain(self) -> Chain:
         """Build the chain. Raises RecipeError, and ChainError if λ is neither known nor given."""
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ChainError(
+                f"--name {self.name}: give letters, digits, `_`, `-` and `.`, which a folder's name may have"
+            )
         recipe = load_recipe(self.recipe, self.overrides)
         decided, note, doubt = self._loss(recipe.chain(self.stage)[0])
         if decided:
@@ -37,7 +44,8 @@ class ChainRequest:
         baseline = self.baseline
         if not (baseline or self.start or self.scratch):
             baseline = _root_weights(recipe, stages[0])
-        chain = Chain(recipe.name, stages, self.runs, baseline, self.start, recipe.sources)
+        name = recipe.name + (f"-{self.name}" if self.name else "")
+        chain = Chain(name, stages, self.runs, baseline, self.start, recipe.sources)
         chain.note, chain.doubt = note, doubt
         return chain
 

@@ -44,6 +44,8 @@ class RecipeOptions:
     baseline: Codec = None
     """Use this codec as the first stage instead of training it. `hpcm info --help` lists the forms of a codec."""
     settings: Settings = None
+    name: str | None = None
+    """Keep the results beside those of the recipe itself, in `<recipe>-<name>`."""
     runs: Runs = Path("runs")
 
     def overrides(self, lmbda: float | None = None) -> tuple[str, ...]:
@@ -70,8 +72,8 @@ class ChainOptions(RecipeOptions):
             raise typer.BadParameter(
                 "give only one of --baseline (not trained), --start (trained further) and --scratch"
             )
-        overrides = self.overrides(self.lmbda)
-        return ChainRequest(self.recipe, overrides, stage, self.runs, self.baseline, self.start, self.scratch).chain()
+        overrides, root = self.overrides(self.lmbda), (self.baseline, self.start, self.scratch)
+        return ChainRequest(self.recipe, overrides, stage, self.runs, *root, self.name).chain()
 
 
 @dataclass(frozen=True)

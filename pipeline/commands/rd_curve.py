@@ -42,7 +42,10 @@ class SweepOptions(RecipeOptions):
             title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
             overrides = *self.overrides(), f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])
             stages = targets or leaves(load_recipe(self.recipe, overrides))
-            requests = (ChainRequest(self.recipe, overrides, name, self.runs, self.baseline) for name in stages)
+            requests = (
+                ChainRequest(self.recipe, overrides, stage, self.runs, self.baseline, name=self.name)
+                for stage in stages
+            )
             yield Point(title, [request.chain() for request in requests])
 
 

@@ -108,10 +108,10 @@ def points_table(title: str, found: Mapping[str, Curve]) -> Table:
 
 
 def deltas_table(found: Mapping[str, Curve], controls: Mapping[str, str]) -> Table:
-    """BD-rate and BD-PSNR of every stage that has a control, or why there are none."""
+    """BD-rate and BD-PSNR of every stage against its control or another reference, or why there are none."""
     table = Table(
-        "Bjøntegaard deltas against the control, by pchip (–: curves are not monotone or do not overlap)",
-        ("stage", "control", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
+        "Bjøntegaard deltas by pchip (–: curves are not monotone or do not overlap)",
+        ("stage", "against", "λ", "BD-rate %", "BD-PSNR dB", "BD-rate % (MS-SSIM)"),
         left=2,
     )
     for name, control in controls.items():

@@ -32,11 +32,11 @@ class ReportError(UserError):
     """There is nothing to report on."""
 
 
-def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
+def write(runs: Path, folder: Path, recipes: Sequence[str] = (), reference: str | None = None) -> Path:
     """Write the page and its figures into a folder; returns the page's path.
 
-    `recipes` names the recipes to report on, in this order; without any, all in the folder of runs. Raises ReportError
-    if one of them has no published stage.
+    `recipes` names the recipes to report on, in this order; without any, all in the folder of runs. `reference` is a
+    `recipe/stage` with which all stages are compared. Raises ReportError if one of them has no published stage.
     """
     by_recipe: dict[str, list[ChainRecord]] = {}
     for chain in (chain for chain in read_chains(runs) if chain.published):
@@ -46,11 +46,16 @@ def write(runs: Path, folder: Path, recipes: Sequence[str] = ()) -> Path:
     if unknown or not there:
         known = f"; there are {', '.join(there)}" if there else ""
         raise ReportError(f"{runs}: no published stage of {' or '.join(unknown) or 'any recipe'}{known}")
+    curves = {f"{r}/{name}": c for r in there for name, c in rate_distortion.curves(by_recipe[r]).items()}
+    if reference is not None and reference not in curves:
+        raise ReportError(f"{runs}: no published stage {reference}; there are {', '.join(curves)}")
+    shown = [name for name in curves if name.partition("/")[0] in (recipes or there) and name != reference]
     folder.mkdir(parents=True, exist_ok=True)
     newest = {(cost.title, cost.device): cost for cost in read_comparisons(runs)}
     stages = (stage.record for chains in by_recipe.values() for chain in chains for stage in chain.published.values())
     page = {
         "date": datetime.fromtimestamp(max(record.ended or 0 for record in stages) / 1000, UTC).strftime("%-d %B %Y"),
+        "against": rate_distortion.deltas_table(curves, dict.fromkeys(shown, reference)) if reference else None,
         "sections": [_section(by_recipe[recipe], partial(_drawn, folder)) for recipe in recipes or there],
         "costs": [
             {

@@ -118,7 +118,9 @@ def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
     assert [path.name for path in superseded.parent.iterdir()] == [f"baseline-{str(digest)[:12]}"]
 
 
-def test_clean_lists_what_was_interrupted_and_asks(interrupted: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_lists_what_is_kept_and_asks(
+    interrupted: Chain, finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def clean(*options: str) -> str:
         result = CliRunner().invoke(app, ["clean", "--runs", str(interrupted.runs), *options], input="n\n")
         return result.output
@@ -131,6 +133,11 @@ def test_clean_lists_what_was_interrupted_and_asks(interrupted: Chain, monkeypat
     assert interrupted.plan()[0].reason == "not built yet"  # It cannot be resumed from what is left.
     assert "baseline: 5 steps" in clean("--yes")
     assert "no interrupted trainings" in clean()
+    shutil.copytree(finished[0].folder / "phase1", interrupted.folder / "superseded" / "phase1-0123")
+    assert "no interrupted trainings" in clean()
+    assert "phase1: 13 steps" in clean("--superseded")
+    assert "(superseded)" in clean("--superseded", "--yes")
+    assert not (interrupted.folder / "superseded").exists()
 
 
 def _interrupt(*arguments: object) -> None:

@@ -149,3 +149,10 @@ def test_a_file_of_another_preset_names_it(tiny_file: Path, runs: Path) -> None:
     chain = ChainRequest("base", (), "baseline", runs, baseline=tiny_file).chain()
     with pytest.raises(StageError, match=r"matches the file, such as with --set model\.preset=tiny"):
         load_fitting(chain.tasks[0], tiny_file)
+
+
+def test_a_named_variant_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    chain = ChainRequest(str(FOLDER), (), "phase1", tmp_path, name="wide").chain()
+    assert (chain.recipe, chain.folder) == ("mini-wide", tmp_path / "mini-wide" / "lmbda-0.013")
+    with pytest.raises(ChainError, match=r"--name \.\./other: give letters"):
+        ChainRequest(str(FOLDER), (), "phase1", tmp_path, name="../other").chain()

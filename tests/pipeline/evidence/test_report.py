@@ -111,3 +111,11 @@ def test_nothing_to_report_on_is_an_error(finished: tuple[Chain, Notes], runs: P
         write(runs, runs / "report")
     with pytest.raises(ReportError, match="no published stage of base; there are mini"):
         write(finished[0].runs, runs / "report", ["base"])
+    with pytest.raises(ReportError, match="no published stage mini/wide; there are mini/baseline, mini/phase1"):
+        write(finished[0].runs, runs / "report", reference="mini/wide")
+
+
+def test_every_stage_is_compared_with_one_that_is_named(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+    page = write(finished[0].runs, tmp_path, reference="mini/baseline").read_text()
+    assert "Every stage against one" in page
+    assert "1 λ in common with mini/baseline; a curve needs two or more" in page
