@@ -66,7 +66,8 @@ class CodecOptions:
 
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", "-c", parser=codec_path, metavar="CODEC")] = None
     """The codec [default: a bundled codec]; `hpcm info --help` lists its forms."""
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
+    overwrite: bool = False
+    """Replace existing files."""
     device: Device = "cpu"
     max_pixels: MaxPixels = None
     quiet: Quiet = False

@@ -27,17 +27,14 @@ class CompressionOptions(CodecOptions):
     quality: Annotated[float | None, typer.Option(min=1)] = None
     """1 gives the smallest files. Without -c, the number of a bundled codec; with -c, any number from 1 to that of the
     codec's rates [default: the middle]."""
-    epsilon: Annotated[
-        float, typer.Option(help="Relative error in a decoder's scales that the file tolerates; 0: none.")
-    ] = EPSILON
+    epsilon: float = EPSILON
+    """Relative error in a decoder's scales that the file tolerates; 0: none."""
     effort: Annotated[int | None, effort_option("0, or 2 with a target")] = None
     lmbda: Lmbda = None
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Decode each file before writing it, to check it.")
-    ] = True
-    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Skip images whose output file exists.")] = (
-        False
-    )
+    verify: bool = True
+    """Decode each file before writing it, to check it."""
+    skip_existing: bool = False
+    """Skip images whose output file exists."""
 
     def models(self, all_qualities: bool) -> list[HPCM]:
         """The codec that is asked for, or the bundled ones of all qualities if none is."""

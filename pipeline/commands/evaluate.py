@@ -45,15 +45,11 @@ class EvaluationOptions:
     )
     """The codec; with --against, repeatable [default: the bundled codec of middle quality; with --against, those of all
     qualities]. `hpcm info --help` lists the forms of a codec."""
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="Compare with these, separated by commas: codecs at equal file sizes (`jpeg`, `webp`, `avif`), the "
-            "published curves `hpcm-base-kodak` and `hpcm-large-kodak`, and files with a curve, as CSV or CompressAI's "
-            "JSON."
-        ),
-    ] = None
-    plot: Annotated[Path | None, typer.Option(help="With --against: draw rate–distortion curves to this PNG.")] = None
+    against: str | None = None
+    """Compare with these, separated by commas: codecs at equal file sizes (`jpeg`, `webp`, `avif`), the published
+    curves `hpcm-base-kodak` and `hpcm-large-kodak`, and files with a curve, as CSV or CompressAI's JSON."""
+    plot: Path | None = None
+    """With --against: draw rate–distortion curves to this PNG."""
     effort: Effort = 0
     lmbda: Lmbda = None
     device: Device = "cpu"

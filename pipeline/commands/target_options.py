@@ -14,12 +14,12 @@ from modules.target_codec import Target, TargetCodec
 class TargetOptions:
     """What each file shall have; at most one is given."""
 
-    num_bytes: Annotated[
-        int | None,
-        typer.Option("--bytes", min=1, help="At most so many bytes for each file, header and ICC profile included."),
-    ] = None
-    bpp: Annotated[float | None, typer.Option(min=1e-6, help="At most so many bits per pixel for each file.")] = None
-    psnr: Annotated[float | None, typer.Option(help="At least this PSNR in dB for each image.")] = None
+    num_bytes: Annotated[int | None, typer.Option("--bytes", min=1)] = None
+    """At most so many bytes for each file, header and ICC profile included."""
+    bpp: Annotated[float | None, typer.Option(min=1e-6)] = None
+    """At most so many bits per pixel for each file."""
+    psnr: float | None = None
+    """At least this PSNR in dB for each image."""
 
     @property
     def target(self) -> Target | None:
