@@ -55,6 +55,12 @@ Lmbda = Annotated[
 
 def set_lmbda(model: HPCM, lmbda: float | None, effort: int) -> None:
     """Set a codec's λ; None keeps its own. Raises BadParameter if the effort needs a λ and there is none."""
+    if model.config.rates:
+        if lmbda is not None:
+            raise typer.BadParameter(
+                "--lmbda: a codec of several rates refines for the λ of its quality; give --quality"
+            )
+        return
     model.lmbda = model.lmbda if lmbda is None else lmbda
     if effort and model.lmbda is None:
         raise typer.BadParameter("--effort: the checkpoint does not name the λ that it was trained for; give --lmbda")

@@ -45,6 +45,9 @@ def test_a_photograph_is_coded_at_any_quality_and_decoded(variable: Path, photo:
         sizes.append(coded.stat().st_size)
     assert sizes == sorted(set(sizes))
     assert "0.0018, 0.013" in hpcm("info", variable).out
+    coded = photo.with_name("refined.hpcm")
+    hpcm("compress", photo, "-o", coded, "-c", variable, "--quality", 2, "--effort", 1)
+    hpcm("decompress", coded, "-c", variable)
 
 
 def test_evaluate_measures_every_rate(variable: Path, photo: Path, hpcm: Hpcm) -> None:
@@ -59,4 +62,5 @@ def test_a_quality_that_the_codec_does_not_have_is_refused(variable: Path, photo
         "quality 3: this codec has qualities from 1 to 2"
         in hpcm("compress", photo, "-c", variable, "--quality", 3, code=2).err
     )
+    assert "refines for the λ of its quality" in hpcm("compress", photo, "-c", variable, "--lmbda", 0.01, code=2).err
     assert "--quality 2.5: there are 1 (λ = 0.0018)" in hpcm("compress", photo, "--quality", 2.5, code=1).err
