@@ -1,6 +1,7 @@
 """The command `hpcm`."""
 
 import io
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -69,6 +70,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # File names may contain characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s")  # Otherwise mlflow.pytorch sets a level that hides warnings.
     try:
         app()
     except UserError as error:

@@ -1,6 +1,7 @@
 """The command line: short error messages, exit codes, kills and several processes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -153,14 +154,19 @@ def test_a_run_that_gets_a_signal_saves_and_continues_there(stored_runs: Path) -
     assert logged["train/scratch/bpp"] == list(range(2, 31, 2))
 
 
-def test_of_two_launched_processes_one_speaks(stored_runs: Path) -> None:
+def test_of_two_launched_processes_one_speaks_and_warnings_are_shown(stored_runs: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(PHOTOS, tmp_path / "photos")
+    shutil.copy(photos / "coffee.jpg", photos / "cut.jpg")
+    os.truncate(photos / "cut.jpg", 3000)
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "pipeline")
-    sweep = ["rd-curve", "baseline", "--recipe", FOLDER, "--val", PHOTOS, "--lmbda", "0.013", "--runs", stored_runs]
+    sweep = ["rd-curve", "baseline", "--recipe", FOLDER, "--val", PHOTOS, "--data", photos, "--lmbda", "0.013"]
+    sweep += ["--runs", stored_runs]
     command = mini.hpcm(*sweep, launcher=launcher)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("after scratch: ") == 1
-    assert mini_chain(stored_runs, "baseline").plan()[0].status == "done"
+    assert "cut.jpg: cannot be read" in done.stderr
+    assert mini_chain(stored_runs, "baseline", [f"data.train={photos}"]).plan()[0].status == "done"
     second = {**ENVIRONMENT, "RANK": "1"}
     done = subprocess.run(mini.hpcm(*sweep, "--plan"), env=second, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, "")
