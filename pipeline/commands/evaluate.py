@@ -18,7 +18,7 @@ from pipeline.commands.each_file import each_file
 from pipeline.commands.options import AsJson, Device, Quiet
 from pipeline.common.figure_style import save
 from pipeline.common.files import write_json
-from pipeline.common.tables import Table, number, shortest
+from pipeline.common.tables import Table, shortest
 from pipeline.data.pictures import SUFFIXES
 from pipeline.evaluation.codec_files import read_to_code
 from pipeline.evaluation.coding import code
@@ -26,7 +26,7 @@ from pipeline.evaluation.conversions import find
 from pipeline.evaluation.pillow_codecs import PillowCodec, codecs_named
 from pipeline.evaluation.quality import NamedImage
 from pipeline.evaluation.rd_curves import PUBLISHED, is_kodak, read_curve
-from pipeline.evaluation.results import Evaluation, ImageResult
+from pipeline.evaluation.results import Evaluation, ImageResult, cells
 from pipeline.evidence import codec_comparison
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.published import Quality
@@ -126,7 +126,9 @@ def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     columns = ("coded bpp", "estimated bpp", "PSNR dB", "MS-SSIM", "encode s", "decode s")
     table = Table("", ("image" if of_images else "rate", *columns))
     for result in (*of_images, *means):
-        table.add(*_cells(result))
+        bpp, psnr_db, ms_ssim, _ = cells(result.quality)
+        seconds = f"{result.encode_seconds:.2f}", f"{result.decode_seconds:.2f}"
+        table.add(result.name, bpp, f"{result.estimated_bpp:.4f}", psnr_db, ms_ssim, *seconds)
     return first.to_json(_name(model, file), *others), [table], complete
 
 
@@ -136,19 +138,6 @@ def _at_each_rate(model: HPCM) -> Iterator[tuple[str, HPCM]]:
         at_rate = copy.copy(model)  # It shares the weights.
         at_rate.quality = quality
         yield f"quality {quality}, λ = {shortest(lmbda)}", at_rate
-
-
-def _cells(result: ImageResult) -> list[str]:
-    quality = result.quality
-    return [
-        result.name,
-        f"{quality.bpp:.4f}",
-        f"{result.estimated_bpp:.4f}",
-        f"{quality.psnr_db:.2f}",
-        number(quality.ms_ssim),
-        f"{result.encode_seconds:.2f}",
-        f"{result.decode_seconds:.2f}",
-    ]
 
 
 def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
