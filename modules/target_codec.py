@@ -13,8 +13,8 @@ from modules.bitstream.file_format import EPSILON, CodedImage, check_epsilon
 from modules.image_codec import ImageCodec
 from modules.refinement import ITERATIONS, Latent, Schedule, refine
 
-_REFINEMENTS, _BLENDS = 5, 8
-"""Most refinements with one codec, and most blends of two latents after them."""
+_REFINEMENTS, _BLENDS, _QUALITIES = 5, 8, 12
+"""Most refinements with one codec, most blends of two latents after them, and most qualities of a codec of rates."""
 
 _RANGE = math.log(16)
 """λ stays within a factor of 16 of the codec's own."""
@@ -61,10 +61,12 @@ class TargetCodec:
     The λ of the refinement moves by false position, in at most five attempts. If none meets the target within 1 % of
     the size or 0.02 dB, the latents of two attempts on either side are blended, which needs no iterations. If all lie
     on one side, the next codec is tried. Raises ValueError for codecs of effort 0.
+
+    A codec of several rates needs none of this, and no effort: its quality moves.
     """
 
     def __init__(self, codecs: Sequence[ImageCodec], target: Target):
-        if not all(codec.effort for codec in codecs):
+        if not all(codec.effort or codec.model.config.rates for codec in codecs):
             raise ValueError("a target needs an effort from 1 to 4: the refinement moves the size of a file")
         self.codecs, self.target = {codec.identity: codec for codec in codecs}, target
         self.model, self.effort = codecs[0].model, codecs[0].effort
@@ -76,15 +78,17 @@ class TargetCodec:
         Raises TargetError if it cannot be reached, and what `ImageCodec.encode` raises.
         """
         search = _Search(self.target, image, icc_profile, check_epsilon(epsilon))
-        plain = sorted(map(search.plain, self.codecs.values()), key=lambda attempt: attempt.distance)
-        found: list[_Attempt] = []
-        for nearest in plain[:2]:
-            attempts = search.attempts(nearest)
-            if all(_sides(attempts)) or attempts[-1].meets:
+        if self.model.config.rates:
+            found, searches = list[_Attempt](), map(search.at_qualities, self.codecs.values())
+        else:
+            found = sorted(map(search.plain, self.codecs.values()), key=lambda attempt: attempt.distance)
+            searches = map(search.attempts, found[:2])
+        for attempts in searches:
+            if all(_sides(attempts)) or any(attempt.meets for attempt in attempts):
                 permitted = (attempt for attempt in attempts if self.target.permits(attempt.reached))
                 return min(permitted, key=lambda attempt: abs(attempt.excess)).coded
             found += attempts
-        values = sorted(attempt.reached for attempt in (*plain, *found))
+        values = sorted(attempt.reached for attempt in found)
         raise TargetError(
             f"{self.target.wanted:g} {self.target.unit} cannot be reached: {values[0]:.6g} to {values[-1]:.6g} were"
         )
@@ -97,7 +101,7 @@ class TargetCodec:
 class _Attempt(NamedTuple):
     codec: ImageCodec
     shift: float
-    """Logarithm of λ divided by the codec's own."""
+    """Logarithm of λ divided by the codec's own. For a codec of several rates, its quality."""
     latent: Latent
     coded: CodedImage
     reached: float
@@ -150,6 +154,22 @@ class _Search(NamedTuple):
             blend = Latent(*(a.lerp(b, part) for a, b in zip(low.latent, high.latent, strict=True)))
             found.append(self._attempt(plain.codec, 0.0, lambda _, blend=blend: blend))  # type: ignore[misc]
         return found
+
+    def at_qualities(self, codec: ImageCodec) -> list[_Attempt]:
+        """Attempts at the highest and lowest quality, then between them until one meets the target."""
+        codec.check(self.image)
+        found = [self._at_quality(codec, quality) for quality in (len(codec.model.config.rates), 1)]
+        for _ in range(_QUALITIES):
+            low, high = _sides(found)
+            if any(attempt.meets for attempt in found) or not (low and high):
+                break
+            found.append(self._at_quality(codec, low.shift + _part(low, high) * (high.shift - low.shift)))
+        return found
+
+    def _at_quality(self, codec: ImageCodec, quality: float) -> _Attempt:
+        with codec.model.at_quality(quality):
+            schedule = Schedule.of(codec.model.check_effort(codec.effort), ITERATIONS[codec.effort])
+            return self._attempt(codec, quality, partial(refine, codec.model, self.image, schedule, codec.go_on))
 
     def _refinements(self, plain: _Attempt) -> list[_Attempt]:
         codec, found = plain.codec, list[_Attempt]()

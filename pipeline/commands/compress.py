@@ -60,10 +60,10 @@ def compress(pictures: Pictures, options: CompressionOptions, targets: TargetOpt
     With --effort, Ctrl-C completes the current image with the best that was found. A second Ctrl-C stops at once.
 
     --bytes, --bpp and --psnr are targets. The bundled codec that comes nearest is chosen for each image, and the λ of
-    its refinement moves, in up to eight attempts, until the file is within 1 % of its size or 0.02 dB of its PSNR.
+    its refinement moves, in up to eight attempts, until the file is within 1 % of its size or 0.02 dB of its PSNR. With
+    a codec of several rates, its quality moves, and nothing needs to be refined.
     """
     options.check()
-    effort = targets.effort(options.effort)
     conversions = plan(pictures, output, COMPRESSION, options.overwrite or options.skip_existing)
     if options.skip_existing:
         found, conversions = conversions, [item for item in conversions if not item.target.exists()]
@@ -72,6 +72,7 @@ def compress(pictures: Pictures, options: CompressionOptions, targets: TargetOpt
         if not conversions:
             return
     models, refinement = options.models(all_qualities=targets.target is not None), Refinement()
+    effort = targets.effort(options.effort, models[0])
     for model in models:
         set_lmbda(model, options.lmbda, effort)
     codec = targets.codec([ImageCodec(model, effort, refinement.go_on) for model in models])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from modules import HPCM
 from modules.image_codec import ImageCodec
 from modules.target_codec import Target, TargetCodec
 
@@ -33,12 +34,13 @@ class TargetOptions:
             return Target("bits per pixel", self.bpp)
         return None if self.psnr is None else Target("dB", self.psnr)
 
-    def effort(self, given: int | None) -> int:
-        """The effort: without one, 0, or 2 for a target. Raises BadParameter for effort 0 with a target."""
-        if given == 0 and self.target:
-            raise typer.BadParameter("--effort 0 refines nothing: --bytes, --bpp and --psnr need --effort 1 to 4")
-        return (2 if self.target else 0) if given is None else given
+    def effort(self, given: int | None, model: HPCM) -> int:
+        """The effort: without one, 0, or 2 for a target with a codec of one rate."""
+        return (2 if self.target and not model.config.rates else 0) if given is None else given
 
     def codec(self, codecs: Sequence[ImageCodec]) -> ImageCodec | TargetCodec:
-        """The codec for files that meet the target; the first if there is none."""
-        return TargetCodec(codecs, self.target) if self.target else codecs[0]
+        """The codec for files that meet the target; the first if there is none. Raises BadParameter for effort 0."""
+        try:
+            return TargetCodec(codecs, self.target) if self.target else codecs[0]
+        except ValueError as error:
+            raise typer.BadParameter(f"--effort 0: {error}") from error

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from skimage.data import coffee
 from torch import Tensor
 
-from modules import target_codec
+from modules import HPCM, target_codec
 from modules.image_codec import ImageCodec
 from modules.target_codec import Target, TargetCodec, TargetError
 from pipeline.weights.checkpoints import load_codec
@@ -20,8 +21,6 @@ def bundled() -> list[ImageCodec]:
 
 @pytest.fixture(scope="module")
 def photo() -> Tensor:
-    from skimage.data import coffee
-
     return torch.from_numpy(coffee()[100:228, 100:228].copy()).permute(2, 0, 1)[None] / 255
 
 
@@ -47,6 +46,20 @@ def test_an_image_has_at_least_the_psnr_that_is_asked_for(bundled: list[ImageCod
     codec = TargetCodec(bundled, Target("dB", 29.0))
     x_hat = (codec.decode(codec.encode(photo)).x_hat * 255).round() / 255
     assert 29.0 <= -10 * math.log10(float((x_hat - photo).square().mean())) <= 29.021
+
+
+def test_the_quality_of_a_codec_of_several_rates_moves_without_refinement(bundled: list[ImageCodec]) -> None:
+    photo = torch.from_numpy(coffee()[:256, :384].copy()).permute(2, 0, 1)[None] / 255
+    parent = bundled[2].model
+    model = HPCM(parent.config.changed(rates=[0.0018, 0.013, 0.0483])).eval()
+    model.load_state_dict(parent.state_dict(), strict=False)
+    assert model.rate_vectors is not None
+    model.rate_vectors.start_from(0.013)
+    for wanted in (2500, 4000):
+        coded = TargetCodec([ImageCodec(model)], Target("bytes", wanted)).encode(photo)
+        assert 0.99 * wanted <= len(coded.pack()) <= wanted
+    with pytest.raises(TargetError, match="100 bytes cannot be reached"):
+        TargetCodec([ImageCodec(model)], Target("bytes", 100)).encode(photo)
 
 
 @pytest.mark.parametrize("target", [Target("bytes", 100), Target("dB", 60.0)])
