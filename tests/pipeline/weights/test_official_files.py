@@ -2,18 +2,18 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from official_files import FORMS, PRESETS, formula_state, published, zero_state
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
 from modules import HPCM, preset_config
 from modules.compressai_tools import main as compressai
-from pipeline.commands import main as cli
 from pipeline.weights.checkpoints import CheckpointError, load_codec
 from pipeline.weights.metadata import read_metadata
 
@@ -100,12 +100,13 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_lineage_of_an_imported_file_tells_of_the_ones(small: Path, tmp_path: Path) -> None:
+def test_the_lineage_of_an_imported_file_tells_of_the_ones(
+    small: Path, tmp_path: Path, hpcm: Callable[..., Any]
+) -> None:
     target = tmp_path / "baseline.safetensors"
-    assert CliRunner().invoke(cli.app, ["import", str(small), str(target)]).exit_code == 0
+    hpcm("import", small, target)
     assert read_metadata(target)["filled_with_ones"] == "adaptive_params_list"
-    shown = CliRunner().invoke(cli.app, ["info", str(target)]).stdout
-    assert "imported from 0.013.pth.tar, adaptive_params_list set to ones" in shown
+    assert "imported from 0.013.pth.tar, adaptive_params_list set to ones" in hpcm("info", target).out
     assert load_codec(target).filled_with_ones is None
 
 
