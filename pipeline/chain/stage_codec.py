@@ -23,11 +23,15 @@ class StageError(UserError):
 
 def codec_config(task: StageTask) -> HPCMConfig:
     """The configuration of a stage's codec. Raises RecipeError for invalid settings."""
-    choice = task.stage.model
+    choice, lmbda = task.stage.model, task.stage.lmbda
     try:
-        return preset_config(choice.preset, choice.phase, **choice.overrides)
+        config = preset_config(choice.preset, choice.phase, **choice.overrides)
     except ValueError as error:
         raise RecipeError(task.located(_misfit(choice, str(error)))) from error
+    if config.rates and not config.rates[0] <= lmbda <= config.rates[-1]:
+        problem = f"the chain's λ = {lmbda} must lie between the first and the last of {list(config.rates)}"
+        raise RecipeError(task.located(Misfit(problem, "model", "overrides", "rates")))
+    return config
 
 
 def _misfit(model: ModelChoice, problem: str) -> Misfit:

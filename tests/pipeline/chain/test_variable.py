@@ -1,5 +1,6 @@
 """A stage that turns a codec of one rate into one of several."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from mini import Notes, Stop, copied, history, mini_chain, record_of, run_chain
 
 from pipeline.chain.chain import Chain
+from pipeline.chain.stage_codec import codec_config
 from pipeline.common.errors import Interrupted
+from pipeline.recipes.loading import RecipeError
 from pipeline.recipes.schema import Segment
 from pipeline.weights.checkpoints import load_codec, read
 
@@ -68,3 +71,18 @@ def test_a_stage_interrupted_in_both_segments_ends_as_if_it_had_not_been(
             run_chain(chain, stop)
     run_chain(chain)
     assert chain.tasks[-1].checkpoint.read_bytes() == reference.checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("variable.model.overrides.rates=[0.02, 0.01]", "give 2 to 63 positive λ in ascending order"),
+        (
+            "variable.model.overrides.rates=[0.02, 0.04]",
+            "the chain's λ = 0.013 must lie between the first and the last",
+        ),
+    ],
+)
+def test_rates_that_cannot_be_are_refused_before_anything_is_trained(setting: str, problem: str, runs: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"{re.escape(setting)}: model\.overrides\.rates: {problem}"):
+        codec_config(mini_chain(runs, "variable", [setting]).tasks[-1])
