@@ -56,9 +56,8 @@ def load_fitting(task: StageTask, path: Path) -> HPCM:
     model, expected = load_codec(path), codec_config(task)
     if model.config != expected:
         found, wanted = model.config.to_dict(), expected.to_dict()
-        differing = [
-            f"{name} is {found[name]}, expected {wanted[name]}" for name in found if found[name] != wanted[name]
-        ]
+        names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        differing = [f"{name} is {found.get(name, 'none')}, expected {wanted.get(name, 'none')}" for name in names]
         hint = ""
         with suppress(StopIteration):  # The codec is no preset.
             hint = f", such as with --set model.preset={preset_of(model.config)[0]}"
