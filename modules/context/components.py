@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from modules.layers.blocks import LinearLayer
+from modules.plugins import load_installed_plugins, note_registration
 
 SLOTS = {
     "attn_s1": "attention",
@@ -105,6 +106,7 @@ def register(group: str, name: str) -> Callable[[KindClass], KindClass]:
         known = _KINDS[group].setdefault(name, kind)
         if known is not kind and known.__qualname__ != kind.__qualname__:
             raise ValueError(f"the {group} kind {name!r} is already {known.__module__}.{known.__qualname__}")
+        note_registration(name, kind.__module__)
         kind.group, kind.name = group, name
         _KINDS[group][name] = kind
         return kind
@@ -163,7 +165,10 @@ def settings_of_kinds(group: str, choices: Any) -> Mapping[str, Any]:
 
 def _kind_named(group: str, name: object, where: str) -> type[Kind]:
     if not isinstance(name, str) or name not in _KINDS[group]:
-        raise ValueError(f"{where}: no kind {name!r}{nearest(name, _KINDS[group])} (register your own kinds first)")
+        load_installed_plugins()
+    if not isinstance(name, str) or name not in _KINDS[group]:
+        own = "a kind of your own needs its module in `plugins` of the recipe or in HPCM_PLUGINS"
+        raise ValueError(f"{where}: no kind {name!r}{nearest(name, _KINDS[group])} ({own})")
     return _KINDS[group][name]
 
 

@@ -1,7 +1,7 @@
 """What a command asks for: a chain, whose λ and metric may follow from the file of its root."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.chain.chain import Chain
@@ -40,12 +40,12 @@ class ChainRequest:
         decided, note, doubt = self._loss(recipe.chain(self.stage)[0])
         if decided:
             recipe = load_recipe(self.recipe, (*self.overrides, *decided))
-        stages = recipe.chain(self.stage)
         baseline = self.baseline
         if not (baseline or self.start or self.scratch):
-            baseline = _root_weights(recipe, stages[0])
-        name = recipe.name + (f"-{self.name}" if self.name else "")
-        chain = Chain(name, stages, self.runs, baseline, self.start, recipe.sources)
+            baseline = _root_weights(recipe, recipe.chain(self.stage)[0])
+        if self.name:
+            recipe = replace(recipe, name=f"{recipe.name}-{self.name}")
+        chain = Chain(recipe, self.stage, self.runs, baseline, self.start)
         chain.note, chain.doubt = note, doubt
         return chain
 

@@ -1,6 +1,5 @@
 """The codec that a stage's settings describe."""
 
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,12 +7,10 @@ import torch
 
 from modules import HPCM
 from modules.biwkv4.build import cpu_kernels, cuda_kernels
-from modules.config import PRESETS, HPCMConfig, preset_config, preset_of
+from modules.config import HPCMConfig, preset_of
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.errors import UserError
-from pipeline.recipes.loading import RecipeError
-from pipeline.recipes.schema import ModelChoice
-from pipeline.recipes.yaml_source import Misfit
+from pipeline.training.codec_choice import config_of
 from pipeline.weights.checkpoints import load_codec
 
 
@@ -23,24 +20,7 @@ class StageError(UserError):
 
 def codec_config(task: StageTask) -> HPCMConfig:
     """The configuration of a stage's codec. Raises RecipeError for invalid settings."""
-    choice, lmbda = task.stage.model, task.stage.lmbda
-    try:
-        config = preset_config(choice.preset, choice.phase, **choice.overrides)
-    except ValueError as error:
-        raise RecipeError(task.located(_misfit(choice, str(error)))) from error
-    if config.rates and not config.rates[0] <= lmbda <= config.rates[-1]:
-        problem = f"the chain's λ = {lmbda} must lie between the first and the last of {list(config.rates)}"
-        raise RecipeError(task.located(Misfit(problem, "model", "overrides", "rates")))
-    return config
-
-
-def _misfit(model: ModelChoice, problem: str) -> Misfit:
-    """The problem of a codec's configuration, with the key that it names."""
-    if model.preset not in PRESETS:
-        return Misfit(problem, "model", "preset")
-    named = [key for key in model.overrides if re.search(rf"\b{re.escape(key)}\b", problem)]
-    path = ("overrides", named[0]) if named else ()
-    return Misfit(problem.removeprefix(f"{named[0]}: ") if named else problem, "model", *path)
+    return config_of(task.stage, task.source)
 
 
 def kernel(task: StageTask, device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """A stage's settings, folders, parent and input digests."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.common.files import FileError, file_digest
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.schema import Stage
-from pipeline.recipes.yaml_source import Misfit, YamlNode, dotted
+from pipeline.recipes.yaml_source import Misfit, YamlNode, located
 from pipeline.records.record import CHECKPOINT, FILE, StageRecord
 from pipeline.weights.metadata import check_file, inputs_digest, read_digest
 
@@ -34,6 +34,8 @@ class StageTask:
     """Finds the images. The stages of a chain share one function with a cache, since folders can be large and slow."""
     source: YamlNode | None = None
     """The stage's YAML, for messages."""
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the source of the recipe's plugins, by name."""
 
     @property
     def chain_folder(self) -> Path:
@@ -69,9 +71,7 @@ class StageTask:
 
     def located(self, misfit: Misfit, *prefix: str | int) -> str:
         """A message that names the file and line of a value that does not fit, or the stage if they are not known."""
-        path = (*prefix, *misfit.path)
-        where = self.source.origin_of(path) if self.source else self.stage.name
-        return f"{where}: {dotted(path)}: {misfit.problem}"
+        return located(misfit, self.source, self.stage.name, *prefix)
 
     @cached_property
     def train_photos(self) -> Photos:
@@ -91,6 +91,7 @@ class StageTask:
             return {"baseline": self._file_digest, "model": self.stage.model.model_dump_json()}
         images = self.train_photos.digest
         found = {"recipe": self.stage.digest(), "training images": images, "code version": CODE_VERSION}
+        found |= {f"plugin {name}": digest for name, digest in self.plugins.items()}
         if self.start is not None:
             found["start"] = self._file_digest
         if self.parent is not None:

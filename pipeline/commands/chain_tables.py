@@ -14,7 +14,8 @@ from pipeline.records.record import StageRecord
 def plan_table(chain: Chain, plan: Sequence[PlannedStage]) -> Table:
     """What `hpcm plan` prints."""
     title = f"{chain.recipe}, {chain.note or f'λ = {shortest(chain.lmbda)}'}, in {chain.folder}"
-    table = Table(f"{title}\n{chain.doubt}".strip(), ("stage", "status", "why", "segments (steps)"), left=4)
+    code = "".join(f"\nruns the code of the plugin {name}: {file}" for name, file in chain.plugins.items())
+    table = Table(f"{title}{code}\n{chain.doubt}".strip(), ("stage", "status", "why", "segments (steps)"), left=4)
     for planned in plan:
         segments = ", ".join(f"{segment.name} ({segment.steps:,})" for segment in planned.task.stage.schedule)
         if planned.task.imported is not None:
@@ -30,6 +31,7 @@ def plan_json(chain: Chain, plan: Sequence[PlannedStage]) -> dict[str, Any]:
         "lmbda": chain.lmbda,
         "seed": chain.seed,
         "folder": str(chain.folder),
+        "plugins": {name: str(file) for name, file in chain.plugins.items()},
         "stages": [
             {
                 "name": planned.name,

@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from modules.plugins import load_plugins, loaded_plugins
+
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
@@ -31,7 +33,8 @@ def in_fresh_process(
     call: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs
 ) -> Result | None:
     """The result of a call in a new process; None if it ran out of memory or died. Arguments and result are pickled."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+    plugins = load_plugins, (loaded_plugins(),)
+    with ProcessPoolExecutor(1, get_context("spawn"), *plugins) as processes:
         try:
             return within_memory(partial(processes.submit(call, *arguments, **keywords).result))
         except BrokenProcessPool:  # The kernel killed the process for its memory, or it crashed. They look the same.

@@ -7,6 +7,7 @@ import numpy as np
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
+from modules.plugins import note_registration
 from pipeline.recipes.registered import METRICS as TRAINABLE
 
 
@@ -49,6 +50,7 @@ def register_metric(metric: Metric) -> Metric:
     if metric.name in _METRICS or metric.name in ("bpp", "psnr_db", "ms_ssim", "rd_loss"):
         raise ValueError(f"the metric name {metric.name!r} is taken")
     _METRICS[metric.name] = metric
+    note_registration(metric.name, metric.measure.__module__)
     if metric.distortion is not None:
         TRAINABLE[metric.name] = metric.minimum_side
     return metric

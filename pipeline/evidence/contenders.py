@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules import HPCM, HPCMConfig, preset_config
+from modules import HPCM, HPCMConfig
 from pipeline.common.errors import UserError
 from pipeline.common.memory import largest_resident_size
 from pipeline.common.processes import ProcessGroup, start_accelerator
@@ -23,6 +23,7 @@ from pipeline.data.images import find_images
 from pipeline.data.pictures import read_image
 from pipeline.recipes.loading import Recipe
 from pipeline.recipes.schema import Data, ModelChoice, Segment, Stage
+from pipeline.training.codec_choice import config_of
 from pipeline.training.trial import Limits, Trial, step_seconds
 from pipeline.weights.checkpoints import load_codec
 
@@ -131,14 +132,11 @@ def photograph(size: Size) -> Tensor:
 def of_recipe(recipe: Recipe) -> list[Contender]:
     """The codecs of a recipe's stages, untrained: the longest chains first, parents before children.
 
-    Of equal codecs only the first is included. A control, for example, equals the Baseline. Raises ValueError for
+    Of equal codecs only the first is included. A control, for example, equals the Baseline. Raises RecipeError for
     invalid model settings.
     """
     found: dict[HPCMConfig, Contender] = {}
-    configs = {
-        name: preset_config(stage.model.preset, stage.model.phase, **stage.model.overrides)
-        for name, stage in recipe.stages.items()
-    }
+    configs = {name: config_of(stage, recipe.sources[name]) for name, stage in recipe.stages.items()}
     for target in sorted(recipe.stages, key=lambda name: -len(recipe.chain(name))):
         for stage in recipe.chain(target):
             parent = configs[stage.parent] if stage.parent else None

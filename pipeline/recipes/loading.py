@@ -1,7 +1,8 @@
 """Loads a recipe: reads a folder of stages, merges defaults and overrides, and checks the whole."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, get_args
@@ -9,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from modules.plugins import PluginError, load_installed_plugins, load_plugin
 from pipeline.common.packaged import DEFAULTS, STAGES, label, recipe_names
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.segment import FORMS
@@ -25,6 +27,8 @@ from pipeline.recipes.yaml_source import (
 )
 
 MOST_LINES = 10
+PLUGINS = "plugins"
+MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 CHAIN_NAMES = ("training", "superseded", "abandoned", "lock", "logs")
 """Names in a chain's folder that are not stages."""
 RUNS_NAMES = ("mlartifacts", "comparisons", "report", "mlflow.db", "mlflow.lock", "images.db", "images.lock")
@@ -51,6 +55,8 @@ class Recipe:
     folder: Path
     sources: Mapping[str, YamlNode]
     """The YAML of each stage, with the file and line of every value."""
+    plugins: Mapping[str, Path] = field(default_factory=dict)
+    """The files of the modules that the recipe imports, by name."""
 
     def chain(self, stage_name: str) -> list[Stage]:
         """The stage after all its ancestors, root first. Raises RecipeError if there is no such stage."""
@@ -65,8 +71,9 @@ class Recipe:
 def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read every stage of a recipe, which is given by its name under `stages/` or by its folder's path.
 
-    `common.yaml` gives the defaults. A stage's own file overrides them key by key, and lists as a whole. `overrides`,
-    such as `data.crop=128`, override both. Raises RecipeError listing the problems, one per line.
+    `common.yaml` gives the defaults, and may list `plugins`, which are imported first. A stage's own file overrides the
+    defaults key by key, and lists as a whole. `overrides`, such as `data.crop=128`, override both. Raises RecipeError
+    listing the problems, one per line.
     """
     path = _find_folder(folder)
     defaults = read_file(path / DEFAULTS, label(path / DEFAULTS))
@@ -75,6 +82,7 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     files = sorted(file for file in path.glob("*.yaml") if file.name != DEFAULTS and file.name[0] != ".")
     if not files:
         raise RecipeError(f"{label(path)}: no stage here; add a YAML file for each stage beside {DEFAULTS}")
+    defaults, plugins = _import_plugins(defaults, path)
     trees = {file.stem: merge(defaults, read_file(file, label(file))) for file in files}
     for override in overrides:
         trees |= _overridden(trees, override)
@@ -88,9 +96,26 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             problems += _explain(failure, tree)
         problems += _misplaced(name, trees)
     _report(problems or _cycles(trees))
-    recipe = Recipe(path.name, stages, path, trees)
+    recipe = Recipe(path.name, stages, path, trees, plugins)
     _report(_differing_settings(recipe))
     return recipe
+
+
+def _import_plugins(defaults: YamlNode, folder: Path) -> tuple[YamlNode, dict[str, Path]]:
+    """Import the modules that a recipe lists and those that are installed.
+
+    Returns the other defaults, and the files of the modules. Raises RecipeError.
+    """
+    others = {key: node for key, node in defaults.value.items() if key != PLUGINS}
+    listed = defaults.value.get(PLUGINS, YamlNode([], defaults.origin))
+    names, where = listed.plain(), f"{listed.origin}: {PLUGINS}"
+    if not isinstance(names, tuple) or not all(isinstance(name, str) and MODULE.fullmatch(name) for name in names):
+        raise RecipeError(f"{where}: should be a list of names of Python modules, not {shown(names)}")
+    try:
+        load_installed_plugins()
+        return YamlNode(others, defaults.origin), {name: load_plugin(name, folder) for name in names}
+    except PluginError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _find_folder(folder: str | Path) -> Path:
@@ -196,6 +221,8 @@ def _wording(error: ErrorDetails, path: tuple[str | int, ...]) -> str:
     """A readable validation error: what was expected, what was found, and the nearest valid value."""
     key, context = str(error["loc"][-1]), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
+        if key == PLUGINS:
+            return f"belongs in {DEFAULTS}, for all stages"
         valid = _fields(path[:-1])
         return "unknown key" + (nearest(key, valid) or f"; expected one of {', '.join(valid)}")
     if error["type"] in WORDINGS:

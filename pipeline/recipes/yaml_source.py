@@ -52,6 +52,12 @@ class YamlNode:
         return self.origin
 
 
+def located(misfit: Misfit, source: YamlNode | None, stage: str, *prefix: str | int) -> str:
+    """A message that names the file and line of a value that does not fit, or the stage if they are not known."""
+    path = (*prefix, *misfit.path)
+    return f"{source.origin_of(path) if source else stage}: {dotted(path)}: {misfit.problem}"
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """A path in messages: `schedule[1].lr.rwkv`; a key with other characters has quotes, as in `lr['h_a.*']`."""
     text = "".join(f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w-]+", key) else f"[{key!r}]" for key in path)

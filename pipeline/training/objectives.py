@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modules import HPCM, Noise
+from modules.plugins import note_registration
 from pipeline.evaluation.metrics import metric_named
 from pipeline.evaluation.quality import bits_per_pixel
 from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
@@ -71,6 +72,7 @@ def register_objective(name: str, traits: ObjectiveTraits) -> Callable[[Objectiv
             raise ValueError(f"the objective {name!r} is already registered by {_CLASSES[name].__qualname__}")
         OBJECTIVES[name] = traits
         _CLASSES[name] = objective
+        note_registration(name, objective.__module__)
         return objective
 
     return add

@@ -16,6 +16,7 @@ from modules import HPCM
 from modules.bitstream.identity import model_identity
 from modules.loading import bare_names, check_fit, nearest_config, read_tensors, state_digest
 from modules.loading import codec_tensors as codec_tensors  # for the many that import it from here
+from modules.plugins import PluginError, load_installed_plugins
 from modules.saved_codec import METADATA_KEY
 from pipeline.common.contracts import to_values
 from pipeline.common.files import replacing
@@ -96,6 +97,10 @@ def load_codec(source: Path | str) -> HPCM:
     configuration.
     """
     path = codec_file(source)
+    try:
+        load_installed_plugins()
+    except PluginError as error:
+        raise CheckpointError(str(error)) from error
     return _built(path, _read_official(path) if is_official(path) else read(path))
 
 

@@ -61,7 +61,7 @@ class Notes(Watcher):
 def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: Path | None = None) -> Chain:
     """The mini recipe's chain to a stage, with a small validation image."""
     recipe = load_recipe(FOLDER, [*SMALL, *settings])
-    return Chain(recipe.name, recipe.chain(stage), runs, baseline, sources=recipe.sources)
+    return Chain(recipe, stage, runs, baseline)
 
 
 def run_chain(

@@ -126,7 +126,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def chain_to(recipe: Path, runs: Path) -> Chain:
     loaded = load_recipe(recipe, ["baseline.schedule.scratch.steps=2", *SMALL])
-    return Chain(loaded.name, loaded.chain("pooled"), runs)
+    return Chain(loaded, "pooled", runs)
 
 
 def test_a_chain_migrates_to_a_component_of_your_own(recipe: Path, runs: Path, tmp_path: Path) -> None:
