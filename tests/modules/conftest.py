@@ -1,6 +1,8 @@
 import pytest
 import torch
 from fuzz_bitstream import mini_codec
+from skimage.data import coffee
+from torch import Tensor
 
 from modules import HPCM
 
@@ -23,3 +25,9 @@ def codecs() -> list[HPCM]:
         model.update(force=True)
         models.append(model)
     return models
+
+
+@pytest.fixture(scope="session")
+def photo() -> Tensor:
+    """A photograph of a cup, (1, 3, 128, 128)."""
+    return torch.from_numpy(coffee()[100:228, 100:228].copy()).permute(2, 0, 1)[None] / 255

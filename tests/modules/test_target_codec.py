@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from mini import with_rates
 from skimage.data import coffee
 from torch import Tensor
 
-from modules import HPCM, target_codec
+from modules import target_codec
 from modules.image_codec import ImageCodec
 from modules.target_codec import Target, TargetCodec, TargetError
 from pipeline.weights.checkpoints import load_codec
@@ -17,11 +18,6 @@ from pipeline.weights.shipped import qualities
 @pytest.fixture(scope="module")
 def bundled() -> list[ImageCodec]:
     return [ImageCodec(load_codec(path), effort=1) for _, path in qualities()]
-
-
-@pytest.fixture(scope="module")
-def photo() -> Tensor:
-    return torch.from_numpy(coffee()[100:228, 100:228].copy()).permute(2, 0, 1)[None] / 255
 
 
 @pytest.mark.parametrize("wanted", [600, 950])
@@ -50,11 +46,7 @@ def test_an_image_has_at_least_the_psnr_that_is_asked_for(bundled: list[ImageCod
 
 def test_the_quality_of_a_codec_of_several_rates_moves_without_refinement(bundled: list[ImageCodec]) -> None:
     photo = torch.from_numpy(coffee()[:256, :384].copy()).permute(2, 0, 1)[None] / 255
-    parent = bundled[2].model
-    model = HPCM(parent.config.changed(rates=[0.0018, 0.013, 0.0483])).eval()
-    model.load_state_dict(parent.state_dict(), strict=False)
-    assert model.rate_vectors is not None
-    model.rate_vectors.start_from(0.013)
+    model = with_rates(bundled[2].model, [0.0018, 0.013, 0.0483])
     for wanted in (2500, 4000):
         coded = TargetCodec([ImageCodec(model)], Target("bytes", wanted)).encode(photo)
         assert 0.99 * wanted <= len(coded.pack()) <= wanted

@@ -44,6 +44,14 @@ def mini_codec(segment: int) -> HPCM:
     return HPCM(preset_config("tiny", segment, **mini_stage("baseline").model.overrides))
 
 
+def with_rates(parent: HPCM, rates: Sequence[float]) -> HPCM:
+    """A codec of several rates. At λ = 0.013 it codes as its parent does."""
+    child = HPCM(parent.config.changed(rates=list(rates))).eval()
+    child.load_state_dict(parent.state_dict(), strict=False)
+    child.rate_vectors.start_from(0.013)
+    return child
+
+
 class Notes(Watcher):
     """Keeps the messages for the user."""
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mini import with_rates
 from PIL import Image
 from skimage.data import coffee
 
-from modules import HPCM
 from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.published import Lineage
 from pipeline.weights.shipped import qualities
@@ -20,12 +20,9 @@ Hpcm = Callable[..., Any]
 @pytest.fixture(scope="module")
 def variable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of an untrained codec of two rates, with the weights of a bundled codec."""
-    parent, path = load_codec(dict(qualities())[0.013]), tmp_path_factory.mktemp("variable") / "variable.safetensors"
-    model = HPCM(parent.config.changed(rates=[0.0018, 0.013])).eval()
-    model.load_state_dict(parent.state_dict(), strict=False)
-    assert model.rate_vectors is not None
-    model.rate_vectors.start_from(0.013)
-    publish(path, model, Lineage(name="variable"))
+    path = tmp_path_factory.mktemp("variable") / "variable.safetensors"
+    parent = load_codec(dict(qualities())[0.013])
+    publish(path, with_rates(parent, [0.0018, 0.013]), Lineage(name="variable"))
     return path
 
 
