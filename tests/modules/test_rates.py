@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from float_configurations import CONFIGURATIONS
 from mini import with_rates
 from torch import Tensor
 
@@ -55,9 +56,14 @@ def test_decoding_gives_the_reconstruction_of_the_stored_quality(child: HPCM, ph
     assert child.quality == 2.5
 
 
-def test_a_file_decodes_in_float64(parent: HPCM, child: HPCM, photo: Tensor) -> None:
-    coded = child.compress(photo, quality=1.3)
-    decoded = with_rates(parent, RATES).double().decompress(**coded)
+@pytest.mark.parametrize("name", ["no oneDNN", "channels first", "float64"])
+def test_a_file_decodes_under_other_floating_point_configurations(
+    name: str, parent: HPCM, child: HPCM, photo: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    other, coded = with_rates(parent, RATES), child.compress(photo, quality=1.3)
+    CONFIGURATIONS[name].prepare(other)
+    decoded = other.decompress(**coded)
     assert decoded["recovery"] == [""]
     assert ((decoded["x_hat"] - child.decompress(**coded)["x_hat"]) * 255).abs().max() < 0.5
 
