@@ -74,7 +74,7 @@ def test_epsilon_sets_the_guards(photos: Path, checkpoint: Path, hpcm: Hpcm) -> 
         assert (guards.epsilon, guards.guard_bytes > 0) == (pytest.approx(float(epsilon)), epsilon != "0")
     assert sizes[0] < sizes[1]
     hpcm("compress", source, "--epsilon", "0.1", code=2)
-    hpcm("compress", source, "-c", checkpoint, "--quality", "1", code=2)
+    hpcm("compress", source, "-c", checkpoint, "--quality", "2", code=2)
 
 
 def test_the_format_follows_the_suffix_of_the_output(photos: Path, checkpoint: Path, hpcm: Hpcm) -> None:
