@@ -15,7 +15,7 @@ from pipeline.evaluation.conversions import SUFFIX
 from pipeline.records.record import FILE as RECORD
 from pipeline.records.record import StageRecord
 from pipeline.weights.metadata import CheckpointError, is_official, read_metadata
-from pipeline.weights.published import Lineage, Quality
+from pipeline.weights.published import Lineage
 from pipeline.weights.shipped import codec_file
 from pipeline.weights.trained_for import stage_settings, with_loss
 
@@ -104,7 +104,7 @@ class CheckpointInfo:
             "λ": f"{values['lmbda']:g} ({values['metric']})" if values["lmbda"] else None,
             "rates": ", ".join(f"{rate:g}" for rate in values["config"].get("rates", ())),
             "parent": values["parent"],
-            "quality": _quality(quality) if quality else None,
+            "quality": f"{quality.text('coded bpp')}, loss {quality.rd_loss:.4f}" if quality else None,
             "lineage": " → ".join(self.ancestry),
             "source": ", ".join(filter(None, source)),
             "model": values["model"],
@@ -130,11 +130,6 @@ class CheckpointInfo:
             return ", ".join([preset, f"Phase {phase}" if phase else "Baseline", *own])
         kinds = [str(slot["kind"]) for slot in config.values() if isinstance(slot, dict) and "kind" in slot]
         return f"M = {config.get('M')}, N = {config.get('N')}, {', '.join(dict.fromkeys(kinds))}"
-
-
-def _quality(quality: Quality) -> str:
-    similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
-    return f"{quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB{similarity}, loss {quality.rd_loss:.4f}"
 
 
 def _verify(file: Path, metadata: dict[str, Any]) -> None:

@@ -54,8 +54,4 @@ class Reporting:
     def validated(self, title: str, quality: Quality, step: int) -> None:
         """Log a validation at a step of the stage."""
         self.metrics.append(quality.metrics("val"), step)
-        similarity = f", MS-SSIM {quality.ms_ssim:.4f}" if quality.ms_ssim is not None else ""
-        self.watcher.note(
-            f"{title}: validation loss {quality.rd_loss:.4f}, estimated {quality.bpp:.4f} bpp, "
-            f"{quality.psnr_db:.2f} dB{similarity}"
-        )
+        self.watcher.note(f"{title}: validation loss {quality.rd_loss:.4f}, estimated {quality.text()}")

@@ -20,6 +20,11 @@ class Quality:
     others: dict[str, float] = field(default_factory=dict)
     """Values of other registered metrics, by name."""
 
+    def text(self, rate: str = "bpp") -> str:
+        """Rate, PSNR and, if known, MS-SSIM in words; `rate` is the unit of the rate."""
+        similarity = f", MS-SSIM {self.ms_ssim:.4f}" if self.ms_ssim is not None else ""
+        return f"{self.bpp:.4f} {rate}, {self.psnr_db:.2f} dB{similarity}"
+
     def metrics(self, prefix: str) -> dict[str, float]:
         """The values that are not None, by metric name."""
         values = {"bpp": self.bpp, "psnr_db": self.psnr_db, "ms_ssim": self.ms_ssim, "rd_loss": self.rd_loss}
