@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see pipeline/__init__.py
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+logging.basicConfig()  # as the command line does: mlflow.pytorch would set a level that hides warnings
 settings.register_profile("hpcm", deadline=None)  # How long an example takes depends on what else the machine does.
 settings.load_profile("hpcm")
 

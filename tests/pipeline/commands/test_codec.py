@@ -1,12 +1,7 @@
 """`hpcm compress` and `decompress` on the command line."""
 
 import io
-import json
-import os
-import signal
-import struct
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +14,9 @@ from skimage.data import coffee
 
 from modules.bitstream.file_format import CodedImage
 from modules.image_codec import ImageCodec
-from pipeline.commands.each_file import Refinement, each_file
 from pipeline.common import memory
 from pipeline.data.pictures import SUFFIXES
-from pipeline.evaluation import conversions, limits
+from pipeline.evaluation import conversions
 from pipeline.evaluation.limits import coding_bytes, padded_pixels
 from pipeline.weights.checkpoints import load_codec
 
@@ -136,34 +130,20 @@ def test_files_are_replaced_only_on_request(photos: Path, checkpoint: Path, hpcm
     assert CodedImage.read(target).width == 60
 
 
-def deep_png() -> bytes:
-    """An RGB image of 2 × 2 with 16 bits a channel, which Pillow cannot write."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    rows = 2 * (b"\0" + struct.pack(">6H", *range(0, 60000, 10000)))
-    header = struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0)
-    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 def test_what_a_file_loses_is_said(tmp_path: Path, checkpoint: Path, hpcm: Hpcm) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "alpha.png")
     Image.new("I;16", (8, 8), 30000).save(tmp_path / "gray.png")
-    (tmp_path / "deep.png").write_bytes(deep_png())
-    (tmp_path / "deep.ppm").write_bytes(b"P6 1 1 65535\n" + bytes(6))
+    (tmp_path / "gray.ppm").write_bytes(b"P6 1 1 65535\n" + bytes(6))
     Image.new("CMYK", (8, 8)).save(tmp_path / "print.jpg", icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 108)
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     command = ("compress", tmp_path, "-o", tmp_path / "coded", "-c", checkpoint)
     assert "would be written there" in hpcm(*command, code=1).err
-    (tmp_path / "deep.ppm").rename(tmp_path / "deeper.ppm")
+    (tmp_path / "gray.ppm").rename(tmp_path / "deep.ppm")
     printed = hpcm(*command).out
     for line in (
         "alpha.png: transparency was blended with white",
         "gray.png: 16 bits a channel became 8",
-        "deep.png: 16 bits a channel became 8",
-        "deeper.ppm: 16 bits a channel became 8",
+        "deep.ppm: 16 bits a channel became 8",
         "print.jpg: the color profile of the CMYK image was dropped because it is not for RGB",
     ):
         assert line in printed
@@ -218,75 +198,6 @@ def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
     coded = photos.parent / "coded" / "one.hpcm"
     printed = hpcm("decompress", coded, "-c", checkpoint, "--max-pixels", 16383, code=1).err
     assert "one.hpcm: 60×40 pixels, 16,384 with padding: more than --max-pixels 16383" in printed
-
-
-def test_a_refined_image_is_smaller_and_its_file_is_an_ordinary_one(tmp_path: Path, hpcm: Hpcm) -> None:
-    photo, plain, refined = (tmp_path / name for name in ("coffee.png", "plain.hpcm", "refined.hpcm"))
-    Image.fromarray(coffee()[100:228, 100:228]).save(photo)
-    hpcm("compress", photo, "-o", plain)
-    hpcm("compress", photo, "-o", refined, "--effort", 1, "--lmbda", 1e-4, "--no-verify")
-    assert refined.stat().st_size < plain.stat().st_size
-    hpcm("decompress", refined, "-o", tmp_path / "back.png")
-    rate = {}
-    for effort in (0, 1):
-        hpcm("evaluate", photo, "--effort", effort, "--lmbda", 1e-4, "-o", tmp_path / "results.json")
-        rate[effort] = json.loads((tmp_path / "results.json").read_text())["results"]["bpp"]
-    assert rate[1] < rate[0]
-
-
-def test_a_target_chooses_codec_and_effort(tmp_path: Path, hpcm: Hpcm) -> None:
-    photo, coded = tmp_path / "coffee.png", tmp_path / "coffee.hpcm"
-    Image.fromarray(coffee()[100:228, 100:228]).save(photo)
-    hpcm("compress", photo, "--bytes", 800)
-    assert 0.99 * 800 <= coded.stat().st_size <= 800
-    hpcm("decompress", coded, "-o", tmp_path / "back.png")
-    printed = hpcm("compress", photo, "-o", tmp_path / "none.hpcm", "--bpp", 9, "--effort", 1, "--quality", 4, code=1)
-    assert "9 bits per pixel cannot be reached" in printed.err
-    assert not (tmp_path / "none.hpcm").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [(("--bytes", 800, "--psnr", 30), "give one of them"), (("--bpp", 0.3, "--effort", 0), "a target needs an effort")],
-)
-def test_targets_that_contradict_are_refused(
-    options: tuple[object, ...], reason: str, photos: Path, hpcm: Hpcm
-) -> None:
-    assert reason in hpcm("compress", photos, *options, code=2).err
-
-
-def test_an_effort_needs_lambda(photos: Path, checkpoint: Path, hpcm: Hpcm) -> None:
-    printed = hpcm("compress", photos, "-c", checkpoint, "--effort", 1, code=2)
-    assert "does not name the λ that it was trained for; give --lmbda" in printed.err
-
-
-def test_an_image_that_can_be_coded_but_not_refined_is_refused(
-    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
-) -> None:
-    monkeypatch.setattr(limits, "refining_bytes", lambda config, pixels: 2**60 if pixels == 128**2 else 1)
-    arguments = ("compress", photos / "one.png", "-c", checkpoint, "-o", photos.parent / "one.hpcm")
-    assert "16,384 with padding: refining needs" in hpcm(*arguments, "--effort", 1, "--lmbda", 0.01, code=1).err
-    hpcm(*arguments)
-
-
-def test_the_first_interrupt_ends_the_refinement_and_no_other_file_is_begun(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    refinement, done = Refinement(), []
-
-    def work(name: str) -> list[str]:
-        assert refinement.go_on(0, 5)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert not refinement.go_on(1, 5)
-        done.append(name)
-        return []
-
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        each_file([(Path("first"), "first"), (Path("second"), "second")], work, refinement)
-    assert done == ["first"]
-    assert "stopped at second; 1 of 2 files are done" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(

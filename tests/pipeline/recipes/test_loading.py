@@ -1,14 +1,10 @@
 """Recipes: what is accepted, what is refused, and what the error messages say."""
 
-import math
 import os
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from pipeline.recipes.loading import RecipeError, load_recipe
 from pipeline.recipes.schema import Stage
@@ -119,8 +115,6 @@ MISTAKES = {
     "data.crop=x": '--set data.crop=x: data.crop: should be a valid integer, not "x"',
     "data.crop=true": "data.crop: should be a valid integer, not true",
     "data.crop=64.0": "data.crop: should be a valid integer",
-    "data.crop='64'": 'data.crop: should be a valid integer, not "64"',
-    "lmbda=true": "lmbda: should be a valid number, not true",
     "optimizer.betas=[0.9, 0.99, 0.999]": "optimizer.betas: should have at most 2 entries, not 3",
     "optimizer.betas=[0.9]": "optimizer.betas[1]: missing",
     "lmbda=.nan": "lmbda: should be a finite number",
@@ -128,23 +122,17 @@ MISTAKES = {
     "seed=" + 40 * "1": "seed: should be a valid integer",
     "metric=mes": "metric: no metric \"mes\"; did you mean 'mse'?",
     "data=3": "data: should be a mapping of keys and values, not 3",
-    "data=null": "data: should be a mapping of keys and values, not null",
     "schedule=3": "schedule: should be a list, not 3",
-    "schedule=[3]": "schedule[0]: should be a mapping",
     "schedule.0.lr={}": "schedule[0].lr: should have at least 1 entries, not 0",
     "schedule.0.lr.new=-1": "schedule[0].lr.new: should be greater than 0, not -1",
     "schedule.0.train=nwe": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
-    "schedule.0.train=[]": "schedule[0].train: should be 'all', 'new' or a list of name patterns",
     "schedule.0.name=a/b": "schedule[0].name: should be a word of letters, digits, - and _",
     "phase1.transfer.rename={'a.{i}': 'b.{j}'}": "transfer.rename: 'a.{i}' → 'b.{j}': {j} is not on the left",
     "phase1.transfer.rename={'a.{i}.{i}': 'b.{i}'}": "'a.{i}.{i}' → 'b.{i}': a placeholder may occur only once on",
     "phase1.transfer.rename={'a.{i}': 'b.{i.x}'}": "'a.{i}' → 'b.{i.x}': a placeholder is a word in braces, such",
-    "phase1.transfer.rename={'a.{0}': b}": "a placeholder is a word in braces",
-    "phase1.transfer.rename={'a.{_leaf}': b}": "a placeholder is a word in braces",
     "phase1.transfer.rename={'a.{i': b}": "a placeholder is a word in braces",
     "schedule.0.decay={at: [1], factor: 2}": "schedule[0].decay.factor: should be less than 1, not 2",
     "schedule.0.decay=cosin": "decay: should be 'constant' or 'cosine', not \"cosin\"; did you mean 'cosine'?",
-    "keep=bets": "keep: should be 'last' or 'best', not \"bets\"; did you mean 'best'?",
     "model={}": "model.preset: missing; expected here or in common.yaml",
     "phase1.schedule.1.steps=1": "phase1.yaml:11: schedule[1].handover: 2 steps are more than the segment's 1",
     "phase1.schedule.1.warmup=9": "schedule[1].warmup: 9 steps are more than the segment's 4",
@@ -160,9 +148,7 @@ MISTAKES = {
     "baseline.transfer.rename={a: b}": "transfer: a stage without a parent has nothing to transfer",
     "phase1.metric=ms-ssim": "common.yaml:3: data.crop: 64 is too small: 'metric: ms-ssim' needs at least 161 pixels",
     "phase1.parent=basline": "parent: there is no stage 'basline'; did you mean 'baseline'?",
-    "phase1.parent={a: 1}": "parent: should be a valid string",
     "baseline.parent=phase1": "the parents form a cycle: baseline → phase1 → baseline",
-    "baseline.parent=baseline": "the parents form a cycle: baseline → baseline",
     "phase1.name=phase2": "name: should be 'phase1', the name of the file",
     "schedule.5.steps=1": "no entry '5' in this list of 2 (align, frozen)",
     "schedule.frosen.steps=1": "did you mean 'frozen'?",
@@ -203,17 +189,14 @@ def test_at_most_ten_mistakes_are_listed(folder: Path) -> None:
     ("content", "message"),
     [
         (b"", "common.yaml: the file is empty"),
-        (b"# nothing\n", "common.yaml: the file is empty"),
         (b"- 1\n", "common.yaml:1: expected a mapping"),
         (b"a: 1\nb: \xff\n", "common.yaml:2: not UTF-8 text"),
         (b"a: 1\n\nb: \x07\n", "common.yaml:3: control character (code 7); delete it"),
         (b"a: 1\nb:\n\tc: 2\n", "common.yaml:3: found character '\\t' that cannot start any token; indent with spaces"),
         (b"a: 1\na: 2\n", "common.yaml:2: a: written twice; first at"),
         (b"a: &x 1\nb: *x\n", "common.yaml:1: anchors and aliases"),
-        (b"a: 1\nb: *x\n", "common.yaml:2: anchors and aliases"),
         (b"a: !!python/name:os.system ''\n", "common.yaml:1: the tag"),
         (b"a: 1\n1: 2\n", "common.yaml:2: a key must be text"),
-        (b"? [a]\n: 2\n", "common.yaml:1: a key must be text"),
         (b"a: " + 10**5 * b"[", "common.yaml:1: nested deeper than 20 levels"),
         (b"a: 1\n---\nb: 1\n", "common.yaml:2: "),
         (b"a: 1\n b: [\n", "common.yaml:2: "),
@@ -314,22 +297,3 @@ def test_the_digest_covers_what_influences_the_weights(folder: Path, override: s
     assert (digest(override) == plain) is same
     (folder / "phase1.yaml").write_text(yaml.safe_dump(yaml.safe_load(PHASE1)))
     assert digest() == plain  # The order of keys does not matter.
-
-
-@pytest.mark.parametrize("key", Stage.model_fields)
-def test_a_value_of_a_wrong_type_is_reported_at_its_key(folder: Path, key: str) -> None:
-    fields = load_recipe(folder).stages["phase1"].model_dump()
-    for wrong in ({"no": 1}, ((),), "\n", -1.5, math.inf):
-        with pytest.raises(ValidationError) as caught:
-            Stage.model_validate(fields | {key: wrong})
-        assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} <= {key}
-
-
-@given(st.text(max_size=60))
-def test_any_text_is_a_value_or_an_error_with_its_origin(text: str) -> None:
-    origin = "here"
-    try:
-        read_text(text, origin).plain()
-    except RecipeError as error:
-        origin = str(error)
-    assert origin.startswith("here")

@@ -1,6 +1,8 @@
 """What MLflow's pages show, for comparing stores, and a training that they show."""
 
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,12 @@ def measured(record: StageRecord, **quality: float) -> StageRecord:
     evaluation = record.result.evaluation
     images = tuple(replace(image, quality=replace(image.quality, **quality)) for image in evaluation.images)
     return replace(record, result=replace(record.result, evaluation=replace(evaluation, images=images)))
+
+
+def twice_at_once(work: Callable[[], None]) -> None:
+    """Run a function in two threads."""
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -3,8 +3,8 @@
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow_server import Server
-from pages import measured, shown, training
+from pages import measured, shown, training, twice_at_once
 
 from pipeline.common.files import write_json
 from pipeline.records import metrics
@@ -114,38 +114,23 @@ def test_mirrors_that_are_killed_between_any_two_calls_leave_nothing_twice(
 
     for kind, name in WRITING:
         monkeypatch.setattr(kind, name, then_killed(getattr(kind, name)))
-    kills = 0
-    while _is_killed(fresh, chain):  # after its first call that writes
-        kills += 1
+    kills, ended = 0, False
+    while not ended:
+        with suppress(KeyboardInterrupt):  # after its first call that writes
+            Mirror(fresh).chain(chain, working=False)
+            ended = True
+        kills += not ended
     monkeypatch.undo()
     assert kills > 30
     assert shown(fresh) == shown(store)
-
-
-def _is_killed(store: Store, chain: Path) -> bool:
-    try:
-        Mirror(store).chain(chain, working=False)
-    except KeyboardInterrupt:
-        return True
-    return False
 
 
 def test_two_mirrors_at_once_make_no_run_twice(chain: Path, store: Store, fresh: Store) -> None:
     def bring() -> None:
         Mirror(fresh).chain(chain, working=False)
 
-    threads = [threading.Thread(target=bring) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    twice_at_once(bring)
     assert shown(fresh) == shown(store)
-
-
-def test_of_two_runs_with_one_key_the_older_is_continued(fresh: Store) -> None:
-    client = fresh.client()
-    made = [client.create_run(experiment_id(client), time, {"hpcm.key": "k"}).info.run_id for time in (2, 1)]
-    assert find_run(client, "k") == made[1]
 
 
 def test_what_a_store_accepts_and_loses_is_sent_by_the_next_mirror(

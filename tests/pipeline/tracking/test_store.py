@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import twice_at_once
 
 from pipeline.records.record import StageRecord
 from pipeline.tracking import store as store_module
@@ -34,14 +35,16 @@ def test_of_two_first_runs_neither_replaces_the_others_database(
         client = Store.default(runs).client()
         kept.append(client.create_run(experiment_id(client)).info.run_id)
 
-    threads = [threading.Thread(target=begin) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    twice_at_once(begin)
     client = Store.default(runs).client()
     assert sorted(run.info.run_id for run in client.search_runs([experiment_id(client)])) == sorted(kept)
     assert len(kept) == 2
+
+
+def test_of_two_runs_with_one_key_the_older_is_continued(fresh: Store) -> None:
+    client = fresh.client()
+    made = [client.create_run(experiment_id(client), time, {"hpcm.key": "k"}).info.run_id for time in (2, 1)]
+    assert find_run(client, "k") == made[1]
 
 
 def keep_a_file(runs: Path, key: str) -> None:
