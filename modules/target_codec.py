@@ -146,13 +146,15 @@ class _Search(NamedTuple):
     def attempts(self, plain: _Attempt) -> list[_Attempt]:
         """Attempts until one meets the target, or until no more are left. The first is the given one."""
         found = [plain, *self._refinements(plain)]
+        low, high = _sides(found)
         for _ in range(_BLENDS):
-            low, high = _sides(found)
             if found[-1].meets or not (low and high):
                 break
             part = _part(low, high)
             blend = Latent(*(a.lerp(b, part) for a, b in zip(low.latent, high.latent, strict=True)))
-            found.append(self._attempt(plain.codec, 0.0, lambda _, blend=blend: blend))  # type: ignore[misc]
+            last = self._attempt(plain.codec, 0.0, lambda _, blend=blend: blend)  # type: ignore[misc]
+            found.append(last)
+            low, high = (low, last) if last.excess > 0 else (last, high)
         return found
 
     def at_qualities(self, codec: ImageCodec) -> list[_Attempt]:
