@@ -21,6 +21,7 @@ from pipeline.evidence.comparison import Plan, tables
 from pipeline.evidence.contenders import ComparisonError, Contender
 from pipeline.recipes.loading import load_recipe
 from pipeline.records.comparison import Comparison, read_comparisons
+from pipeline.training.trial import Trainer
 from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage
@@ -81,6 +82,18 @@ def test_a_comparison_reads_back_as_written(measured: Comparison, tmp_path: Path
     assert [found.time for found in read_comparisons(tmp_path)] == [measured.time - 1, measured.time]
     assert read_comparisons(tmp_path)[1] == measured
     assert comparison.new_folder(tmp_path, "mini").name == "mini-3"
+
+
+def test_a_frozen_step_trains_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[set[str]] = []
+
+    def keep(self: Trainer, state: object) -> None:
+        trained.append({name.split(".")[0] for name in self.migration.new})
+        assert self.stage.schedule[0].train == "new"
+
+    monkeypatch.setattr(Trainer, "train", keep)
+    grown(1)[0].seconds("frozen", (128, 128), "cpu")
+    assert trained == [{"attn_s3"}]
 
 
 def test_memory_is_that_of_a_process_of_its_own() -> None:
@@ -185,18 +198,18 @@ def test_a_preset_is_the_recipe_of_its_name(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("--size", "512"), "HEIGHTxWIDTH"),
-        (("--set", "model.preset=huge"), "huge"),
-        (("--device", "cuda"), "no CUDA device"),
-        (("--preset=tiny", "lean"), "not both"),
-        (("--set=seed=1", "lean"), "not both"),
-        (("--device", "xpu"), "give cpu, cuda or cuda:N"),
+        (("--size", "512"), 2, "HEIGHTxWIDTH"),
+        (("--set", "model.preset=huge"), 1, "huge"),
+        (("--device", "cuda"), 2, "no CUDA device"),
+        (("--preset=tiny", "lean"), 2, "not both"),
+        (("--set=seed=1", "lean"), 2, "not both"),
+        (("--device", "xpu"), 2, "give cpu, cuda or cuda:N"),
     ],
 )
 def test_what_cannot_be_measured_is_named(
-    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+    arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert message in hpcm("compare", *arguments, code=2).err
+    assert message in hpcm("compare", *arguments, code=code).err
