@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from modules.threads import wait_without_spinning
+
 if TYPE_CHECKING:
     from modules.codec import HPCM, HPCM_Baseline, HPCM_Phase1, HPCM_Phase2, HPCM_Phase3, HPCM_Phase4
     from modules.config import PRESETS, HPCMConfig, preset_config
@@ -20,6 +22,9 @@ __all__ = [
     "Noise",
     "preset_config",
 ]
+
+
+wait_without_spinning()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from compressai import zoo
+from compressai import ops, zoo
 from compressai.zoo import image as image_zoo
 
 from modules.codec import HPCM
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit("usage: python -m modules.compressai_tools eval_model|update_model|plot|… [its own arguments]")
     add_architecture()
     tool, *rest = arguments
+    if NAME in rest:
+        # `eval_model` would pad images with black to multiples of 64, which costs bits. The codec pads them itself.
+        ops.compute_padding = lambda height, width, **options: ((0, 0, 0, 0), (0, 0, 0, 0))
     sys.argv = [f"compressai.utils.{tool}", *rest]
     runpy.run_module(f"compressai.utils.{tool}", run_name="__main__", alter_sys=True)
 

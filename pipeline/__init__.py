@@ -8,9 +8,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-# OpenMP's threads spin while they wait, which on a shared machine takes the core from the thread they wait for: a step
-# can take ten times as long. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import modules as modules  # sets how threads wait, before PyTorch is imported
 
 # A dependency of CompressAI uses a deprecated function of PyTorch. Users cannot fix that.
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)

@@ -1,7 +1,7 @@
 import logging
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see pipeline/__init__.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see modules/threads.py
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # No test writes to a server of the user.
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # Their number depends on how long a run takes.
 

@@ -12,6 +12,7 @@ OUTSIDE = {"torch", "compressai", "einops", "numpy", "safetensors", "huggingface
 """Packages that `modules/` may use. The last two save and load codecs (`modules/pretrained.py`)."""
 
 MODULES = (
+    "threads.py",
     "plugins.py",
     "compressai_parts.py",
     "image_checks.py",

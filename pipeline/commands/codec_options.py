@@ -13,7 +13,9 @@ from modules.image_codec import ImageCodec
 from modules.refinement import ITERATIONS
 from pipeline.commands.checkpoint_info import codec_path, known_codecs, name_of
 from pipeline.commands.devices import device_of
+from pipeline.commands.display import errors
 from pipeline.commands.options import Device, Quiet
+from pipeline.evaluation.conversions import Conversion, plan
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.shipped import of_quality
 
@@ -74,6 +76,8 @@ class CodecOptions:
     """The codec [default: a bundled codec]; `hpcm info --help` lists its forms."""
     overwrite: bool = False
     """Replace existing files."""
+    skip_existing: bool = False
+    """Skip files whose output file exists."""
     device: Device = "cpu"
     max_pixels: MaxPixels = None
     quiet: Quiet = False
@@ -88,6 +92,14 @@ class CodecOptions:
                 raise typer.BadParameter(f"--quality: {error}") from error
             model.quality = quality
         return model
+
+    def plan(self, sources: list[Path], output: Path | None, kind: tuple[tuple[str, ...], str]) -> list[Conversion]:
+        """The conversions of a kind that are left to do. Raises DataError."""
+        found = plan(sources, output, kind, self.overwrite or self.skip_existing)
+        left = [item for item in found if not (self.skip_existing and item.target.exists())]
+        if len(left) < len(found):
+            errors.print(f"skipped: {len(found) - len(left)} of {len(found)}, because their files exist")
+        return left
 
     def finder(self, runs: Path) -> Callable[[bytes], ImageCodec]:
         """A function from the identity in a coded file to its codec: the checkpoint's, or a bundled one, or in `runs`.

@@ -1,8 +1,8 @@
 """`hpcm compress`: images to `.hpcm` files."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import typer
 
@@ -10,13 +10,13 @@ from modules import HPCM
 from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.image_codec import ImageCodec
 from pipeline.commands.codec_options import CodecOptions, Lmbda, Output, Pictures, effort_option, set_lmbda
-from pipeline.commands.display import console
 from pipeline.commands.each_file import Refinement, convert_each
+from pipeline.commands.options import AsJson
 from pipeline.commands.streams import with_standard_streams
 from pipeline.commands.target_options import TargetOptions
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import compress_file
-from pipeline.evaluation.conversions import COMPRESSION, Conversion, plan
+from pipeline.evaluation.conversions import COMPRESSION, Conversion
 from pipeline.weights.shipped import qualities
 
 
@@ -33,8 +33,6 @@ class CompressionOptions(CodecOptions):
     lmbda: Lmbda = None
     verify: bool = True
     """Decode each file before writing it, to check it."""
-    skip_existing: bool = False
-    """Skip images whose output file exists."""
 
     def models(self, all_qualities: bool) -> list[HPCM]:
         """The codec that is asked for, or the bundled ones of all qualities if none is."""
@@ -51,7 +49,13 @@ class CompressionOptions(CodecOptions):
 
 
 @with_standard_streams("pictures", ".hpcm")
-def compress(pictures: Pictures, options: CompressionOptions, targets: TargetOptions, output: Output = None) -> None:
+def compress(
+    pictures: Pictures,
+    options: CompressionOptions,
+    targets: TargetOptions,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
     """Compress images to `.hpcm` files. Each file is decoded before it is written, to check it and to measure PSNR.
 
     The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
@@ -64,13 +68,7 @@ def compress(pictures: Pictures, options: CompressionOptions, targets: TargetOpt
     a codec of several rates, its quality moves, and nothing needs to be refined.
     """
     options.check()
-    conversions = plan(pictures, output, COMPRESSION, options.overwrite or options.skip_existing)
-    if options.skip_existing:
-        found, conversions = conversions, [item for item in conversions if not item.target.exists()]
-        if skipped := len(found) - len(conversions):
-            console.print(f"skipped: {skipped} of {len(found)}, because their files exist")
-        if not conversions:
-            return
+    conversions, found = options.plan(pictures, output, COMPRESSION), list[dict[str, Any]]()
     models, refinement = options.models(all_qualities=targets.target is not None), Refinement()
     effort = targets.effort(options.effort, models[0])
     for model in models:
@@ -80,6 +78,7 @@ def compress(pictures: Pictures, options: CompressionOptions, targets: TargetOpt
 
     def convert(conversion: Conversion) -> Iterable[str]:
         done = compress_file(codec, conversion, options.epsilon, options.verify, options.max_pixels)
+        found.append({"source": str(conversion.source), "target": str(conversion.target), **asdict(done)})
         table.add(
             conversion.name,
             f"{done.width}×{done.height}",
@@ -91,4 +90,4 @@ def compress(pictures: Pictures, options: CompressionOptions, targets: TargetOpt
         )
         return done.changes
 
-    convert_each(conversions, convert, table, refinement if effort else None)
+    convert_each(conversions, convert, table, found if as_json else None, refinement if effort else None)

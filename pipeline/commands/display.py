@@ -41,7 +41,7 @@ def show(*tables: Table) -> None:
 
 def show_json(value: Any) -> None:
     """Print a value as JSON."""
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json.dumps(value, indent=1, ensure_ascii=False), file=console.file)
 
 
 def duration(seconds: float) -> str:

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.commands.display import console, errors, print_above_bar, show
+from pipeline.commands.display import console, errors, print_above_bar, show, show_json
 from pipeline.common.tables import Table
 from pipeline.evaluation.conversions import Conversion
 
@@ -86,11 +86,14 @@ def convert_each(
     conversions: Sequence[Conversion],
     convert: Callable[[Conversion], Iterable[str]],
     table: Table,
+    values: list[dict[str, Any]] | None = None,
     refinement: Refinement | None = None,
 ) -> None:
-    """Do every conversion, and show the table that they filled. Exits 1 if one failed."""
+    """Do every conversion, and show the table that they filled, or `values` as JSON. Exits 1 if one failed."""
     complete = each_file([(conversion.source, conversion) for conversion in conversions], convert, refinement)
-    if table.rows:
+    if values is not None:
+        show_json(values)
+    elif table.rows:
         show(table)
     if not complete:
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.each_file import each_file
 from pipeline.commands.options import AsJson, Device, Quiet
+from pipeline.commands.streams import from_standard_input
 from pipeline.common.figure_style import save
 from pipeline.common.files import write_json
 from pipeline.common.tables import Table, shortest
@@ -90,7 +91,8 @@ def evaluate(
         if path.is_dir():
             raise typer.BadParameter(f"{path} is a folder; give the file to write")
         path.parent.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
-    values, tables, complete = (_against if options.against else _alone)(pictures, options)
+    with from_standard_input(pictures) as files:
+        values, tables, complete = (_against if options.against else _alone)(files, options)
     if output and values:
         write_json(output, values)
     if as_json and values:

@@ -12,10 +12,16 @@ from pipeline.commands.checkpoint_info import CODEC_FORMS, CheckpointInfo, codec
 from pipeline.commands.display import show, show_json
 from pipeline.commands.each_file import each_file
 from pipeline.commands.options import AsJson, Runs
+from pipeline.commands.streams import STREAM, from_standard_input
 from pipeline.common.tables import Table
 from pipeline.evaluation.conversions import SUFFIX, find
 
-Inspected = Annotated[list[Path], typer.Argument(help=f"`.hpcm` files and folders of them, and codecs. {CODEC_FORMS}")]
+Inspected = Annotated[
+    list[Path],
+    typer.Argument(
+        help=f"`.hpcm` files and folders of them, `-` for one from standard input, and codecs. {CODEC_FORMS}"
+    ),
+]
 
 
 def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
@@ -24,11 +30,12 @@ def info(files: Inspected, runs: Runs = Path("runs"), as_json: AsJson = False) -
     The codec of an `.hpcm` file is named if it is bundled or in --runs.
     """
     found: list[dict[str, Any]] = []
-    codecs = [path for path in files if is_codec(path)]
+    codecs = [path for path in files if path != STREAM and is_codec(path)]
     coded = [path for path in files if path not in codecs]
     complete = True
     if coded:
-        table, complete = _coded_info(coded, runs, found)
+        with from_standard_input(coded) as local:
+            table, complete = _coded_info(local, runs, found)
         if not as_json:
             show(*[table] if table.rows else [])
     for path in codecs:

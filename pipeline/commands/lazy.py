@@ -23,6 +23,8 @@ from typer.models import ParameterInfo
 
 MARKUP: Literal["markdown"] = "markdown"
 """The markup of help texts."""
+HELP = {"help_option_names": ["-h", "--help"]}
+"""The settings of every command."""
 
 
 class LazyCommand(TyperCommand):
@@ -33,7 +35,9 @@ class LazyCommand(TyperCommand):
         name = str(self.name).replace("-", "_")
         name += "_" * iskeyword(name)
         app = typer.Typer(add_completion=False, rich_markup_mode=MARKUP)
-        app.command(self.name)(with_options(getattr(import_module(f"pipeline.commands.{name}"), name)))
+        app.command(self.name, context_settings=HELP)(
+            with_options(getattr(import_module(f"pipeline.commands.{name}"), name))
+        )
         return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.lazy import MARKUP, LazyCommand
+from pipeline.commands.lazy import HELP, MARKUP, LazyCommand
 from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
 from pipeline.common.tables import printable
 
@@ -41,6 +41,7 @@ COMMANDS = {
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings=HELP,
     rich_markup_mode=MARKUP,
     pretty_exceptions_enable=False,
     help="Move a trained HPCM image codec, stage by stage, to RWKV context models.",

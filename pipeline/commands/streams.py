@@ -1,7 +1,8 @@
 """Standard input and output as the file `-`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,17 +35,24 @@ def with_standard_streams(sources: str, suffix: str) -> Callable[[Callable[..., 
     return decorate
 
 
+@contextmanager
+def from_standard_input(given: list[Path]) -> Iterator[list[Path]]:
+    """The given files, with a temporary file that holds standard input in place of `-`."""
+    with TemporaryDirectory(prefix="hpcm-") as folder:
+        file = Path(folder) / "standard-input"
+        if STREAM in given:
+            file.write_bytes(sys.stdin.buffer.read())
+        yield [file if path == STREAM else path for path in given]
+
+
 def _through_files(command: Callable[..., None], options: dict[str, Any], sources: str, suffix: str) -> None:
     given, output = options[sources], options["output"]
     if len(given) > 1:
         raise typer.BadParameter("`-` is one file: give no other files with it, and only one file for standard output")
     if given[0].is_dir():
         raise typer.BadParameter(f"{given[0]} is a folder: only one file can go to standard output")
-    with TemporaryDirectory(prefix="hpcm-") as folder:
-        if given == [STREAM]:
-            file = Path(folder) / "standard-input"
-            file.write_bytes(sys.stdin.buffer.read())
-            options = {**options, sources: [file]}
+    with from_standard_input(given) as files, TemporaryDirectory(prefix="hpcm-") as folder:
+        options = {**options, sources: files}
         if output not in (None, STREAM):
             command(**options)
             return

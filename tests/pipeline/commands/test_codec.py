@@ -1,6 +1,7 @@
 """`hpcm compress` and `decompress` on the command line."""
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,13 +122,15 @@ def test_files_are_replaced_only_on_request(photos: Path, checkpoint: Path, hpcm
     source, target = photos / "one.png", photos / "one.hpcm"
     target.write_bytes(b"mine")
     assert "one.hpcm: exists; --overwrite replaces it" in hpcm("compress", source, "-c", checkpoint, code=1).err
-    printed = hpcm("compress", photos, "-c", checkpoint, "--skip-existing").out
-    assert "skipped: 1 of " in printed
-    assert "one.hpcm" not in printed
+    printed = hpcm("compress", photos, "-c", checkpoint, "--skip-existing", "--json")
+    assert "skipped: 1 of " in printed.err
+    (coded,) = json.loads(printed.out)
+    assert (coded["target"], coded["width"]) == (str(photos / "more" / "turned.hpcm"), 40)
     assert target.read_bytes() == b"mine"
     assert (photos / "more" / "turned.hpcm").is_file()
     hpcm("compress", source, "-c", checkpoint, "--overwrite")
     assert CodedImage.read(target).width == 60
+    assert "skipped: 1 of 1" in hpcm("decompress", target, "-c", checkpoint, "--skip-existing").err
 
 
 def test_what_a_file_loses_is_said(tmp_path: Path, checkpoint: Path, hpcm: Hpcm) -> None:
@@ -221,6 +224,10 @@ def test_standard_input_and_output(photos: Path, checkpoint: Path, monkeypatch: 
     coded = hpcm("compress", "-", "-c", checkpoint)
     assert CodedImage.parse(coded.raw).width == 60
     assert "60×40" in coded.err
+    standard_input(coded.raw)
+    assert "60×40" in hpcm("info", "-").out
+    standard_input((photos / "one.png").read_bytes())
+    assert "standard-input" in hpcm("evaluate", "-", "-c", checkpoint).out
     standard_input(coded.raw)
     decoded = hpcm("decompress", "-", "-o", "-", "-c", checkpoint, "--quiet")
     assert Image.open(io.BytesIO(decoded.raw)).size == (60, 40)

@@ -80,7 +80,7 @@ def test_bad_input_is_one_screen_that_says_what_to_do(
 
 @pytest.mark.parametrize("command", [name for panel in cli.COMMANDS.values() for name in panel])
 def test_every_command_is_found_and_explains_its_options(command: str, hpcm: Callable[..., Any]) -> None:
-    assert f"{command} [OPTIONS]" in hpcm(command, "--help").out
+    assert f"{command} [OPTIONS]" in hpcm(command, "-h").out
 
 
 @pytest.mark.parametrize(
