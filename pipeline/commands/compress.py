@@ -64,8 +64,8 @@ def compress(
     With --effort, Ctrl-C completes the current image with the best that was found. A second Ctrl-C stops at once.
 
     --bytes, --bpp and --psnr are targets. The bundled codec that comes nearest is chosen for each image, and the λ of
-    its refinement moves, in up to eight attempts, until the file is within 1 % of its size or 0.02 dB of its PSNR. With
-    a codec of several rates, its quality moves, and nothing needs to be refined.
+    its refinement moves until the file is within 1 % of its size, or 0.02 dB above its PSNR. With a codec of several
+    rates, its quality moves, and nothing needs to be refined. A target that cannot be reached is an error.
     """
     options.check()
     conversions, found = options.plan(pictures, output, COMPRESSION), list[dict[str, Any]]()
