@@ -24,7 +24,7 @@ _SLOPE, _LEAST_SLOPE = 25.0, 5.0
 
 
 class TargetError(ValueError):
-    """No file meets the target. The message says what can be reached."""
+    """No file meets the target. The message says what can be reached, or that the search was stopped."""
 
 
 class Target(NamedTuple):
@@ -171,7 +171,7 @@ class _Search(NamedTuple):
     def _at_quality(self, codec: ImageCodec, quality: float) -> _Attempt:
         with codec.model.at_quality(quality):
             schedule = Schedule.of(codec.model.check_effort(codec.effort), ITERATIONS[codec.effort])
-            return self._attempt(codec, quality, partial(refine, codec.model, self.image, schedule, codec.go_on))
+            return self._attempt(codec, quality, self._refined(codec, schedule))
 
     def _refinements(self, plain: _Attempt) -> list[_Attempt]:
         codec, found = plain.codec, list[_Attempt]()
@@ -180,7 +180,7 @@ class _Search(NamedTuple):
         while len(found) < _REFINEMENTS and not (found and (found[-1].meets or abs(found[-1].shift) == _RANGE)):
             shift = min(max(shift, -_RANGE), _RANGE)
             schedule = Schedule.of(lmbda, iterations, shift)
-            last = self._attempt(codec, shift, partial(refine, codec.model, self.image, schedule, codec.go_on))
+            last = self._attempt(codec, shift, self._refined(codec, schedule))
             if found and shift != found[-1].shift:
                 slope = max((last.excess - found[-1].excess) / (shift - found[-1].shift), _LEAST_SLOPE)
             found.append(last)
@@ -190,6 +190,14 @@ class _Search(NamedTuple):
             else:
                 shift = last.shift - 1.2 * last.excess / slope
         return found
+
+    def _refined(self, codec: ImageCodec, schedule: Schedule) -> Callable[[Latent], Latent]:
+        def go_on(iteration: int, iterations: int) -> bool:
+            if not codec.go_on(iteration, iterations):
+                raise TargetError("stopped before a file met the target")
+            return True
+
+        return partial(refine, codec.model, self.image, schedule, go_on)
 
     def _attempt(self, codec: ImageCodec, shift: float, refined: Callable[[Latent], Latent]) -> _Attempt:
         latents = []

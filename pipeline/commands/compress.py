@@ -61,7 +61,8 @@ def compress(
     The EXIF orientation is applied and the ICC profile is kept. Transparent images are blended with white, and 16 bits
     per channel are reduced to 8; a message says so.
 
-    With --effort, Ctrl-C completes the current image with the best that was found. A second Ctrl-C stops at once.
+    With --effort, Ctrl-C completes the current image with the best that was found; with a target it writes no file.
+    A second Ctrl-C stops at once.
 
     --bytes, --bpp and --psnr are targets. The bundled codec that comes nearest is chosen for each image, and the λ of
     its refinement moves until the file is within 1 % of its size, or 0.02 dB above its PSNR. With a codec of several

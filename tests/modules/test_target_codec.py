@@ -63,3 +63,9 @@ def test_an_error_names_the_range_that_can_be_reached(target: Target, bundled: l
 def test_a_target_needs_an_effort(bundled: list[ImageCodec]) -> None:
     with pytest.raises(ValueError, match="a target needs an effort from 1 to 4"):
         TargetCodec([ImageCodec(bundled[0].model)], Target("bytes", 1000))
+
+
+def test_a_search_that_is_stopped_codes_nothing(bundled: list[ImageCodec], photo: Tensor) -> None:
+    codec = ImageCodec(bundled[0].model, effort=1, go_on=lambda iteration, _: iteration < 2)
+    with pytest.raises(TargetError, match="stopped before a file met the target"):
+        TargetCodec([codec], Target("bytes", 400)).encode(photo)
