@@ -20,6 +20,8 @@ def codec_file(source: Path | str) -> Path:
     `source` is a file (a checkpoint, a `model.safetensors`, a `.pth.tar`), a stage's folder, a folder of
     `save_pretrained`, the name or quality of a bundled codec, or a name on the Hugging Face Hub.
     """
+    if str(source).startswith("models:/"):
+        raise CheckpointError(f"{source}: load it with load_registered of pipeline.tracking.mlflow_model")
     name, bundled = str(source), {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
     if not Path(source).exists():
         if name in bundled:

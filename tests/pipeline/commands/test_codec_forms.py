@@ -82,5 +82,7 @@ def test_commands_use_one_loader(command: str, parameter: str) -> None:
 def test_a_codec_that_does_not_exist_is_refused_with_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no-codec: no such file or folder; the bundled codecs are baseline, c"):
         codec_path("no-codec")
+    with pytest.raises(CheckpointError, match="load it with load_registered"):
+        load_codec("models:/hpcm-mini@phase4")
     with pytest.raises(CheckpointError, match="neither a published stage's checkpoint"):
         codec_path(str(tmp_path))
