@@ -103,7 +103,7 @@ def test_a_file_of_another_model_is_not_decoded(codec: ImageCodec) -> None:
 
 def test_an_image_too_large_for_the_format_is_refused_before_coding(codec: ImageCodec) -> None:
     with pytest.raises(BitstreamError, match="images have 1 to"):
-        codec.encode(torch.empty(1, 3, 2**14, 2**14, device="meta"))
+        codec.encode(torch.zeros(1).expand(1, 3, 1, 2**26))
 
 
 def test_the_identity_covers_all_that_a_decoder_computes_with(codec: ImageCodec) -> None:
