@@ -73,6 +73,8 @@ def refine(network: HPCMNetwork, image: Tensor, schedule: Schedule, go_on: GoOn,
     with torch.inference_mode(False), torch.enable_grad(), _frozen(network):
         variables = [tensor.detach().clone() for tensor in latent]
         velocities = [torch.zeros_like(tensor) for tensor in variables]
+        # A codec of several rates has wider bins of y at low rates. There the steps are wider too.
+        sizes = (1.0 if network.rate is None else max(1.0, float(network.rate.inverse_gain.mean())), 1.0)
         for iteration in range(schedule.iterations):
             if not go_on(iteration, schedule.iterations):
                 return best
@@ -85,7 +87,7 @@ def refine(network: HPCMNetwork, image: Tensor, schedule: Schedule, go_on: GoOn,
             step = decay * schedule.step / (1 - _MOMENTUM ** (iteration + 1))
             directions = [_normalized(gradient) for gradient in torch.autograd.grad(smooth, candidate)]
             velocities = [v.lerp(d, 1 - _MOMENTUM) for v, d in zip(velocities, directions, strict=True)]
-            moved = [t.detach() - step * v for t, v in zip(candidate, velocities, strict=True)]
+            moved = [t.detach() - step * size * v for t, v, size in zip(candidate, velocities, sizes, strict=True)]
             variables = [t.lerp(center, pull) for t, center in zip(moved, rounded, strict=True)]
         candidate = Latent(*variables)
         with torch.no_grad():
