@@ -9,9 +9,6 @@ from pipeline.chain.plan import PlannedStage
 from pipeline.common.tables import Table
 from pipeline.recipes.loading import Recipe
 
-LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
-"""The λ of the published checkpoints."""
-
 
 @dataclass(frozen=True)
 class Point:

@@ -212,7 +212,7 @@ class StageRun:
         self.watcher.note(
             f"result: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, R-D loss {quality.rd_loss:.4f}{change}"
         )
-        rates = tuple(self.validation.at_each_rate(codec))
+        rates = tuple(self.validation.at_each_rate(codec, quality))
         reasons = judge(self.stage.accept, quality, parent)
         verdict = "accepted" if not reasons else "accepted anyway" if self.context.accept_anyway else "refused"
         parameters, kmacs = sum(p.numel() for p in codec.parameters()), macs_per_pixel(codec.config) / 1000

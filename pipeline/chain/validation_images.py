@@ -73,10 +73,10 @@ class ValidationImages:
         with codec.at_lmbda(lmbda):
             return evaluate(codec, self._interruptible(), lmbda, self.stage.metric, keep)
 
-    def at_each_rate(self, codec: HPCM) -> Iterator[RateResult]:
-        """The results of a codec of several rates at each λ; none for another codec."""
+    def at_each_rate(self, codec: HPCM, own: Quality) -> Iterator[RateResult]:
+        """The results of a codec of several rates at each λ, `own` at the stage's; none for another codec."""
         for lmbda in codec.config.rates:
-            quality = self.evaluate(codec, lmbda=lmbda)[0].quality
+            quality = own if lmbda == self.stage.lmbda else self.evaluate(codec, lmbda=lmbda)[0].quality
             self.watcher.note(
                 f"λ = {shortest(lmbda)}: {quality.bpp:.4f} coded bpp, {quality.psnr_db:.2f} dB, "
                 f"R-D loss {quality.rd_loss:.4f}"

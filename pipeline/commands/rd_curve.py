@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.chain.lambda_sweep import LMBDAS, Point, leaves, sweep_table
+from pipeline.chain.lambda_sweep import Point, leaves, sweep_table
 from pipeline.chain.plan import ChainError
 from pipeline.chain.request import ChainRequest
 from pipeline.commands.chain_options import MeasureOptions, RecipeOptions, RunOptions
@@ -16,6 +16,7 @@ from pipeline.commands.display import IS_FIRST_PROCESS, console, show
 from pipeline.commands.lazy import imported_when_called
 from pipeline.common.tables import shortest
 from pipeline.recipes.loading import load_recipe
+from pipeline.weights.trained_for import LMBDAS
 
 run_planned = imported_when_called("pipeline.commands.running:run_planned")
 show_measured = imported_when_called("pipeline.commands.measured_plan:show_measured")
@@ -27,13 +28,16 @@ class SweepOptions(RecipeOptions):
     """The λ and seeds of a sweep."""
 
     lmbda: list[float] | None = None
-    """λ to train at; repeatable [default: the six λ of the official codecs]."""
+    """λ to train at; repeatable [default: the six λ of the official codecs for the recipe's metric]."""
     seed: list[int] | None = None
     """Seed of all stages; repeatable, to train several chains per λ."""
 
     def points(self, targets: Sequence[str]) -> Iterator[Point]:
         """Every λ and seed, with chains to these stages, or to all without children. Raises RecipeError, ChainError."""
-        lmbdas = sorted(self.lmbda or LMBDAS)
+        metric = next(iter(load_recipe(self.recipe, self.overrides()).stages.values())).metric
+        lmbdas = sorted(self.lmbda or LMBDAS.get(metric, ()))
+        if not lmbdas:
+            raise ChainError(f"no official codec was trained for {metric}; give the λ with --lmbda")
         if self.baseline is not None and len(lmbdas) > 1:
             raise ChainError(
                 f"{self.baseline}: a codec has one λ, but the sweep has {len(lmbdas)}; give its λ with --lmbda"

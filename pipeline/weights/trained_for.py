@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.weights.published import Lineage
 
-LMBDAS = {
+LMBDAS: dict[str, tuple[float, ...]] = {
     "mse": (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483),
     "ms-ssim": (2.4, 4.58, 8.73, 16.64, 31.73, 60.5),
 }

@@ -61,6 +61,13 @@ def test_a_signal_during_publication_stops_the_sweep(
     assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
 
 
+def test_without_lambdas_those_of_the_official_codecs_for_the_metric_are_taken(
+    tmp_path: Path, hpcm: Callable[..., Any]
+) -> None:
+    planned = words(hpcm("rd-curve", "--recipe", "ms-ssim", "--runs", tmp_path, "--plan").out)
+    assert "stage 2.4 4.58 8.73 16.64 31.73 60.5" in planned
+
+
 def test_one_codec_is_not_of_several_lambdas(
     finished: tuple[Chain, Notes], runs: Path, hpcm: Callable[..., Any]
 ) -> None:
