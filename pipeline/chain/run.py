@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -12,12 +13,13 @@ from pipeline.chain.plan import FORCED, PlannedStage, status_of
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.publication import move_into_place
 from pipeline.chain.stage import run_stage
-from pipeline.chain.stage_codec import kernel
+from pipeline.chain.stage_codec import StageError, kernel
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.fault_injection import fault
 from pipeline.common.files import free_name, text_digest
 from pipeline.common.folder_lock import held
 from pipeline.data.crops import noticing_lost_workers
+from pipeline.records.record import StageRecord
 
 
 def run_chain(chain: Chain, plan: Sequence[PlannedStage], context: RunContext) -> None:
@@ -48,6 +50,7 @@ def run_chain(chain: Chain, plan: Sequence[PlannedStage], context: RunContext) -
 def _prepare(chain: Chain, plan: Sequence[PlannedStage], context: RunContext, exits: ExitStack) -> None:
     """Lock the folder, ask what must be asked, move away trainings to restart, and begin what works beside the run."""
     exits.enter_context(held(chain.folder))
+    _check_parents(plan)
     todo = [planned for planned in plan if planned.status != "done"]
     restarted = [planned.task for planned in todo if context.fresh and any(planned.task.trainings.glob("*/*"))]
     consequences = list(_consequences(chain, todo, context.processes.accelerator.device.type))
@@ -62,6 +65,17 @@ def _prepare(chain: Chain, plan: Sequence[PlannedStage], context: RunContext, ex
         fault("abandon")
     chain.facts()
     exits.enter_context(context.mirror(chain.folder))
+
+
+def _check_parents(plan: Sequence[PlannedStage]) -> None:
+    """Raise StageError if a stage would train from a published parent whose checkpoint is damaged."""
+    for parent, child in pairwise(plan):
+        folder = parent.task.folder
+        if child.trains and parent.status == "done" and not StageRecord.read(folder).fits_checkpoint(folder):
+            raise StageError(
+                f"{parent.task.checkpoint}: changed after it was published; nothing was begun.\n"
+                f"  Restore the file from its copy in MLflow, or run: hpcm run {parent.name} --force"
+            )
 
 
 def _consequences(chain: Chain, todo: Sequence[PlannedStage], device: str) -> Iterator[str]:

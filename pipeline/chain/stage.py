@@ -32,7 +32,7 @@ from pipeline.training.narrowing import Site, start_child
 from pipeline.training.reporting import Migration, Reporting
 from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Ledger, Origin, ledger_of, new_components, transfer_weights
-from pipeline.weights.checkpoints import CheckpointError, codec_tensors, load_codec
+from pipeline.weights.checkpoints import codec_tensors, load_codec
 from pipeline.weights.metadata import read_metadata
 from pipeline.weights.published import Lineage, Quality
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
@@ -194,15 +194,8 @@ class StageRun:
 
     @cached_property
     def parent(self) -> HPCM | None:
-        """The parent's codec; None for a root. Raises StageError if its file is damaged."""
-        if self.task.parent is None:
-            return None
-        try:
-            return load_codec(self.task.parent)
-        except CheckpointError as error:
-            raise StageError(
-                f"{error}.\n  Restore the file from its copy in MLflow, or run: hpcm run {self.stage.parent} --force"
-            ) from error
+        """The parent's codec; None for a root."""
+        return load_codec(self.task.parent) if self.task.parent else None
 
     def evaluate(self, codec: HPCM) -> None:
         """Code the validation images with real bitstreams, and judge the result. Only the first process calls this."""

@@ -62,11 +62,12 @@ class StageTask:
         return self.trainings / inputs_digest(inputs)
 
     def superseded(self, inputs: dict[str, str]) -> Path | None:
-        """The folder of an earlier published stage with these inputs; None if there is none."""
+        """The folder of an earlier published stage with these inputs, not damaged; None if there is none."""
         for path in sorted((self.chain_folder / "superseded").glob(f"{self.stage.name}-*/{CHECKPOINT}")):
-            record = record_in(path.parent)
-            if record and record.name == self.stage.name and record.lineage.inputs == inputs:
-                return path.parent
+            folder, record = path.parent, record_in(path.parent)
+            known = record and (record.name, record.lineage.inputs) == (self.stage.name, inputs)
+            if record and known and record.fits_checkpoint(folder):
+                return folder
         return None
 
     def located(self, misfit: Misfit, *prefix: str | int) -> str:

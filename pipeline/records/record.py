@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.common.contracts import read_contract
-from pipeline.common.files import FileError, write_json
+from pipeline.common.files import FileError, file_digest, write_json
 from pipeline.data.images import Photos
 from pipeline.evaluation.results import Evaluation
 from pipeline.weights.metadata import seal
@@ -216,6 +216,10 @@ class StageRecord:
     def ended(self) -> int | None:
         """When the last attempt ended, in ms since 1970; None while it runs, or if it was killed."""
         return self.attempts[-1].ended if self.attempts else None
+
+    def fits_checkpoint(self, folder: Path) -> bool:
+        """Whether the checkpoint in a folder is the published one, byte for byte. Raises FileError if it is missing."""
+        return file_digest(folder / CHECKPOINT) == self.files.get(CHECKPOINT)
 
     @classmethod
     def read(cls, folder: Path) -> StageRecord:

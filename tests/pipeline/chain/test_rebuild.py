@@ -18,6 +18,7 @@ from pipeline.chain import run as run_module
 from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
+from pipeline.chain.stage_codec import StageError
 from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
 from pipeline.evidence.audit import audit
@@ -125,6 +126,30 @@ def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(bui
     assert record_of(built, "phase1").key != json.loads((superseded / "record.json").read_text())["key"]
     chains, problems = audit(built.runs)
     assert [*problems, *(line for chain in chains for stage in chain.stages for line in stage.problems)] == []
+
+
+def test_a_damaged_parent_is_found_before_anything_is_asked_or_moved(built: Chain) -> None:
+    with pytest.raises(Interrupted):
+        run_chain(built, Stop("align", 1, signal.SIGTERM), force=True)
+    path, asked = built.tasks[0].checkpoint, Asked()
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+    before = sorted(path for path in built.folder.rglob("*") if path.name != "lock")
+    changed = mini_chain(built.runs, "phase1", ["phase1.data.batch_size=1"])
+    for chain, options in ((built, {}), (built, {"fresh": True}), (built, {"force": True}), (changed, {})):
+        with pytest.raises(StageError, match=rf"{path}: changed after it was (?s:.*) hpcm run baseline --force"):
+            rebuild(chain, asked, **options)
+    assert asked.lines == []
+    assert sorted(path for path in built.folder.rglob("*") if path.name != "lock") == before
+
+
+def test_a_damaged_superseded_stage_does_not_move_back(built: Chain) -> None:
+    (built.folder / "superseded").mkdir()
+    built.tasks[1].folder.rename(aside := built.folder / "superseded" / "phase1-0123")
+    assert built.plan()[1].status == "superseded"
+    path = aside / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert built.plan()[1].status == "missing"
 
 
 def test_a_kill_within_publication_loses_nothing(built: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
