@@ -49,9 +49,11 @@ class Schedule(NamedTuple):
         """The schedule for a codec's own λ, or for one that is exp(shift) times as large.
 
         Large steps pay at high rates, in few iterations, and where λ is far from the one that g_a was trained for.
+        For a smaller λ they grow less, because few iterations with too large steps meet nothing better.
         """
         step = 1.05 * lmbda**0.7 * (30 / max(iterations, 1)) ** 0.2
-        return cls(lmbda * math.exp(shift), iterations, step * math.exp(0.7 * abs(shift)), min(2 * step, 0.15))
+        growth = math.exp(max(0.7 * shift, -0.35 * shift))
+        return cls(lmbda * math.exp(shift), iterations, step * growth, min(2 * step, 0.15))
 
 
 class Latent(NamedTuple):

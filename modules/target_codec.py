@@ -59,17 +59,18 @@ class TargetCodec:
     """Codes each image to a target, with the one of several codecs that comes nearest without refinement.
 
     The λ of the refinement moves by false position, in at most five attempts. If none meets the target within 1 % of
-    the size or 0.02 dB, the latents of two attempts on either side are blended, which needs no iterations. If all lie
-    on one side, the next codec is tried. Raises ValueError for codecs of effort 0.
+    the size or 0.02 dB, the latents of two attempts on either side are blended, which needs no iterations. If none
+    meets it then, the next codec is tried. If it does not help, `note` is called with what the nearest permitted file
+    has, and that file is returned. Raises ValueError for codecs of effort 0.
 
     A codec of several rates needs none of this, and no effort: its quality moves.
     """
 
-    def __init__(self, codecs: Sequence[ImageCodec], target: Target):
+    def __init__(self, codecs: Sequence[ImageCodec], target: Target, note: Callable[[str], None] = lambda text: None):
         if not all(codec.effort or codec.model.config.rates for codec in codecs):
             raise ValueError("a target needs an effort from 1 to 4: the refinement moves the size of a file")
         self.codecs, self.target = {codec.identity: codec for codec in codecs}, target
-        self.model, self.effort = codecs[0].model, codecs[0].effort
+        self.model, self.effort, self.note = codecs[0].model, codecs[0].effort, note
 
     @torch.no_grad()
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
@@ -84,14 +85,17 @@ class TargetCodec:
             found = sorted(map(search.plain, self.codecs.values()), key=lambda attempt: attempt.distance)
             searches = map(search.attempts, found[:2])
         for attempts in searches:
-            if all(_sides(attempts)) or any(attempt.meets for attempt in attempts):
-                permitted = (attempt for attempt in attempts if self.target.permits(attempt.reached))
-                return min(permitted, key=lambda attempt: abs(attempt.excess)).coded
+            for attempt in reversed(attempts):  # The first one is not refined.
+                if attempt.meets:
+                    return attempt.coded
             found += attempts
-        values = sorted(attempt.reached for attempt in found)
-        raise TargetError(
-            f"{self.target.wanted:g} {self.target.unit} cannot be reached: {values[0]:.6g} to {values[-1]:.6g} were"
-        )
+        permitted = [attempt for attempt in found if self.target.permits(attempt.reached)]
+        wanted, values = f"{self.target.wanted:g} {self.target.unit}", sorted(attempt.reached for attempt in found)
+        if not permitted or len(permitted) == len(found):
+            raise TargetError(f"{wanted} cannot be reached: {values[0]:.6g} to {values[-1]:.6g} were")
+        nearest = min(permitted, key=lambda attempt: abs(attempt.excess))
+        self.note(f"{nearest.reached:.6g} {self.target.unit}, the nearest to {wanted} that was found")
+        return nearest.coded
 
     def decode(self, coded: CodedImage) -> Decoded:
         """What `ImageCodec.decode` returns, with the codec that made the file."""

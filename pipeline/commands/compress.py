@@ -66,18 +66,21 @@ def compress(
 
     --bytes, --bpp and --psnr are targets. The bundled codec that comes nearest is chosen for each image, and the λ of
     its refinement moves until the file is within 1 % of its size, or 0.02 dB above its PSNR. With a codec of several
-    rates, its quality moves, and nothing needs to be refined. A target that cannot be reached is an error.
+    rates, its quality moves, and nothing needs to be refined. If no file comes so near, the nearest is written, and a
+    message says so. A target that cannot be reached is an error.
     """
     options.check()
     conversions, found = options.plan(pictures, output, COMPRESSION), list[dict[str, Any]]()
-    models, refinement = options.models(all_qualities=targets.target is not None), Refinement()
+    notes = list[str]()
+    models, refinement = options.models(all_qualities=targets.target is not None), Refinement(completes=True)
     effort = targets.effort(options.effort, models[0])
     for model in models:
         set_lmbda(model, options.lmbda, effort)
-    codec = targets.codec([ImageCodec(model, effort, refinement.go_on) for model in models])
+    codec = targets.codec([ImageCodec(model, effort, refinement.go_on) for model in models], notes.append)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
+        notes.clear()
         done = compress_file(codec, conversion, options.epsilon, options.verify, options.max_pixels)
         found.append({"source": str(conversion.source), "target": str(conversion.target), **asdict(done)})
         table.add(
@@ -89,6 +92,6 @@ def compress(
             f"{done.encode_seconds:.2f}",
             number(done.decode_seconds, ".2f"),
         )
-        return done.changes
+        return (*done.changes, *notes)
 
     convert_each(conversions, convert, table, found if as_json else None, refinement if effort else None)

@@ -18,15 +18,23 @@ Item = TypeVar("Item")
 
 
 class Refinement:
-    """The iterations on one file, in a line of their own. The first Ctrl-C ends them, a second one the process."""
+    """The iterations on one file, in a line of their own.
+
+    If `completes`, the first Ctrl-C ends the iterations, and the file is completed. A second one ends the process.
+    """
 
     stopped = False
+
+    def __init__(self, completes: bool):
+        self.completes = completes
 
     @contextmanager
     def shown(self, bar: Progress) -> Iterator[None]:
         """Show the iterations below the files, and receive Ctrl-C."""
         self._bar, self._task = bar, bar.add_task("refinement", visible=False)
-        before = signal.signal(signal.SIGINT, self._stop)
+        before = signal.getsignal(signal.SIGINT)
+        if self.completes:
+            signal.signal(signal.SIGINT, self._stop)
         try:
             yield
         finally:

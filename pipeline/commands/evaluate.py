@@ -1,7 +1,7 @@
 """`hpcm evaluate`: the rate and quality of codecs on images, alone or against JPEG, WebP and AVIF."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from pipeline.commands.checkpoint_info import codec_path
 from pipeline.commands.codec_options import Effort, Lmbda, MaxPixels, Pictures, set_lmbda
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
-from pipeline.commands.each_file import each_file
+from pipeline.commands.each_file import Refinement, each_file
 from pipeline.commands.options import AsJson, Device, Quiet
 from pipeline.commands.streams import from_standard_input
 from pipeline.common.figure_style import save
@@ -69,6 +69,23 @@ class EvaluationOptions:
         set_lmbda(model, self.lmbda, self.effort)
         return model
 
+    def each_image(
+        self,
+        pictures: list[Path],
+        models: Sequence[HPCM],
+        measure: Callable[[NamedImage], None],
+        refinement: Refinement,
+    ) -> bool:
+        """Measure every image that is small enough for the models. Returns whether all succeeded."""
+
+        def work(item: tuple[str, Path]) -> Iterable[str]:
+            name, path = item
+            picture, image = read_to_code(path, self.max_pixels, *models, refined=self.effort > 0)
+            measure((name, image))
+            return picture.changes
+
+        return each_file([(path, (name, path)) for name, path in find(pictures, SUFFIXES)], work, refinement)
+
 
 def evaluate(
     pictures: Pictures,
@@ -106,19 +123,17 @@ def evaluate(
 def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     """Evaluate one codec: each image, or the means at each of its rates."""
     file = options.checkpoint[0] if options.checkpoint else of_quality(None)
-    found = find(pictures, SUFFIXES)
     model = options.load(file)
     codecs = dict(_at_each_rate(model)) or {"mean": model}
     results: dict[str, list[ImageResult]] = {name: [] for name in codecs}
+    refinement = Refinement(completes=False)
 
-    def measure(item: tuple[str, Path]) -> Iterable[str]:
-        name, path = item
-        picture, image = read_to_code(path, options.max_pixels, model, refined=options.effort > 0)
+    def measure(named: NamedImage) -> None:
         for rate, codec in codecs.items():
-            results[rate].append(code(codec, name, image, lmbda=0.0, metric="mse", effort=options.effort)[0])
-        return picture.changes
+            result, _ = code(codec, named, 0.0, "mse", options.effort, refinement.go_on)
+            results[rate].append(result)
 
-    complete = each_file([(path, (name, path)) for name, path in found], measure)
+    complete = options.each_image(pictures, [model], measure, refinement)
     evaluations = {rate: Evaluation(tuple(images)) for rate, images in results.items() if images}
     if not evaluations:
         return {}, [], complete
@@ -145,15 +160,16 @@ def _at_each_rate(model: HPCM) -> Iterator[tuple[str, HPCM]]:
 def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     """Compare codecs with Pillow's and with published curves."""
     others, published = _named_references(options.against or "")
-    ours = [(name, ImageCodec(model, options.effort)) for name, model in _named_codecs(options)]
-    images, complete = _images(pictures, [codec for _, codec in ours], options)
-    if not images:
-        return {}, [], False
     for name in published:
-        if name.endswith("-kodak") and not is_kodak(image for image, _ in images):
+        if name.endswith("-kodak") and not is_kodak(image for image, _ in find(pictures, SUFFIXES)):
             errors.print(f"{name}: measured on the 24 Kodak images, and these are others", soft_wrap=True)
-    comparer = codec_comparison.CodecComparer(images, others, lambda line: errors.print(f"  {line}", soft_wrap=True))
-    measured = comparer.compare([comparer.point(*codec) for codec in ours], curves=options.plot is not None)
+    refinement = Refinement(completes=False)
+    ours = [(name, ImageCodec(model, options.effort, refinement.go_on)) for name, model in _named_codecs(options)]
+    comparer = codec_comparison.CodecComparer(ours, others, curves=options.plot is not None)
+    complete = options.each_image(pictures, [codec.model for _, codec in ours], comparer.add, refinement)
+    measured = comparer.comparison()
+    if measured is None:
+        return {}, [], complete
     found = replace(measured, published=published)
     if options.plot is not None:
         save(codec_comparison.draw(found), options.plot)
@@ -193,21 +209,3 @@ def _named_codecs(options: EvaluationOptions) -> list[tuple[str, HPCM]]:
 def _name(model: HPCM, file: Path) -> str:
     """The name of a codec's stage, or of its file."""
     return model.lineage.get("name") or file.stem.removesuffix(".pth")
-
-
-def _images(
-    pictures: list[Path], codecs: Sequence[ImageCodec], options: EvaluationOptions
-) -> tuple[list[NamedImage], bool]:
-    """The images, read into memory, and whether all could be read and are small enough for the codecs."""
-    images: list[NamedImage] = []
-
-    def read(item: tuple[str, Path]) -> Iterable[str]:
-        name, path = item
-        picture, image = read_to_code(
-            path, options.max_pixels, *(codec.model for codec in codecs), refined=options.effort > 0
-        )
-        images.append((name, image))
-        return picture.changes
-
-    complete = each_file([(path, (name, path)) for name, path in find(pictures, SUFFIXES)], read)
-    return images, complete

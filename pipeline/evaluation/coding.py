@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
+from modules.refinement import GoOn
 from pipeline.common.files import replacing
 from pipeline.evaluation.quality import NamedImage, bits_per_pixel, quality_of
 from pipeline.evaluation.results import Evaluation, ImageResult, mean_quality
@@ -35,8 +36,8 @@ def evaluate(
     model.update(force=True)
     results: list[ImageResult] = []
     kept: list[Tensor] = []
-    for name, image in images:
-        result, x_hat = code(model, name, image, lmbda, metric)
+    for named in images:
+        result, x_hat = code(model, named, lmbda, metric)
         results.append(result)
         kept += [x_hat] if len(kept) < keep else []
     return Evaluation(tuple(results)), kept
@@ -44,20 +45,23 @@ def evaluate(
 
 @torch.no_grad()
 def code(
-    model: HPCM, name: str, image: Tensor, lmbda: float, metric: str, effort: int = 0
+    model: HPCM, named: NamedImage, lmbda: float, metric: str, effort: int = 0, go_on: GoOn = lambda *_: True
 ) -> tuple[ImageResult, Tensor]:
-    """Encode and decode one image (1, 3, H, W) with a real bitstream; returns result and 8-bit reconstruction."""
-    x = image.to(model.means_hyper.device)
+    """Encode and decode one image with a real bitstream; returns result and 8-bit reconstruction (1, 3, H, W).
+
+    `effort` and `go_on` are those of `HPCM.compress`.
+    """
+    x = named[1].to(model.means_hyper.device)
     pixels = x.shape[2] * x.shape[3]
     estimated = float(bits_per_pixel(model(x, training=False, reconstruct=False)["likelihoods"], pixels))
     start = time.perf_counter()
-    coded = model.compress(x, effort=effort)
+    coded = model.compress(x, effort=effort, go_on=go_on)
     encoded = time.perf_counter()
     x_hat = model.decompress(**coded)["x_hat"].mul(255).round().div(255).cpu()
     decoded = time.perf_counter()
     bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
-    quality = quality_of((name, image), x_hat, bpp, lmbda, metric)
-    return ImageResult(name, quality, estimated, encoded - start, decoded - encoded), x_hat
+    quality = quality_of(named, x_hat, bpp, lmbda, metric)
+    return ImageResult(named[0], quality, estimated, encoded - start, decoded - encoded), x_hat
 
 
 def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:

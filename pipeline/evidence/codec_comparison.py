@@ -1,6 +1,6 @@
 """Compares our codecs with Pillow's at equal file sizes, and with these and published curves over rates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,33 +55,43 @@ class CodecComparison:
 
 
 class CodecComparer:
-    """Codes the same images with our codecs and with Pillow's. The images and Pillow's files stay in memory."""
+    """Codes images with our codecs, by name, and with Pillow's; with `curves`, with these over their qualities as well.
 
-    def __init__(self, images: Sequence[NamedImage], against: Sequence[PillowCodec], note: Callable[[str], None]):
-        self.images, self.note = images, note
-        self.files = {codec.title: [PillowFiles(codec, named) for named in images] for codec in against}
+    It keeps neither the images nor their files.
+    """
 
-    def point(self, name: str, codec: ImageCodec) -> OperatingPoint:
-        """Code all images with one of our codecs, then with the others at the sizes of its files."""
-        self.note(f"{name}: {len(self.images)} images")
-        ours, sizes = zip(*(_coded(codec, named) for named in self.images), strict=True)
-        others = [
-            Measured(title, mean_quality([f.measure(f.nearest(size)) for f, size in zip(files, sizes, strict=True)]))
-            for title, files in self.files.items()
+    def __init__(self, ours: Sequence[tuple[str, ImageCodec]], against: Sequence[PillowCodec], curves: bool):
+        self.ours, self.against, self.curves = ours, against, curves
+        self._at_sizes: list[list[list[Quality]]] = []  # by image and our codec, with that codec first
+        self._swept: list[list[list[Quality]]] = []  # by image and other codec, with all its qualities
+
+    def add(self, named: NamedImage) -> None:
+        """Code an image with each of our codecs, and with the others at the sizes of its files."""
+        files = [PillowFiles(codec, named) for codec in self.against]
+        coded = [_coded(codec, named) for _, codec in self.ours]
+        at_sizes = [[quality, *(file.measure(file.nearest(size)) for file in files)] for quality, size in coded]
+        self._swept.append([[file.measure(quality) for quality in SWEPT] for file in files if self.curves])
+        self._at_sizes.append(at_sizes)
+
+    def comparison(self) -> CodecComparison | None:
+        """The means over the images, with the points in the order of their rates; None without images."""
+        if not self._at_sizes:
+            return None
+        titles = [codec.title for codec in self.against]
+        points = [
+            OperatingPoint(name, ours, tuple(map(Measured, titles, others)))
+            for (name, _), (ours, *others) in zip(self.ours, _means(self._at_sizes), strict=True)
         ]
-        return OperatingPoint(name, mean_quality(ours), tuple(others))
-
-    def compare(self, points: Sequence[OperatingPoint], curves: bool) -> CodecComparison:
-        """Sort the points. With `curves`, measure the other codecs over their qualities as well."""
         ordered = sorted(points, key=lambda point: point.ours.bpp)
-        swept = {title: self._curve(title, files) for title, files in self.files.items()} if curves else {}
+        curves = dict(zip(titles, _means(self._swept), strict=False))
         limit = ROOM * ordered[-1].ours.bpp
-        kept = {title: tuple(q for q in curve if q.bpp <= limit) for title, curve in swept.items()}
-        return CodecComparison(len(self.images), tuple(ordered), kept)
+        kept = {title: tuple(q for q in curve if q.bpp <= limit) for title, curve in curves.items()}
+        return CodecComparison(len(self._at_sizes), tuple(ordered), kept)
 
-    def _curve(self, title: str, files: Sequence[PillowFiles]) -> list[Quality]:
-        self.note(f"{title}: {len(SWEPT)} qualities")
-        return [mean_quality([file.measure(quality) for file in files]) for quality in SWEPT]
+
+def _means(of_images: list[list[list[Quality]]]) -> list[list[Quality]]:
+    """The means over images that have equal rows of qualities."""
+    return [[mean_quality(qualities) for qualities in zip(*rows, strict=True)] for rows in zip(*of_images, strict=True)]
 
 
 def _coded(codec: ImageCodec, named: NamedImage) -> tuple[Quality, int]:

@@ -83,7 +83,7 @@ def try_evaluation(trial: Trial, photos: Photos) -> EvaluationCost:
     images = list(islice(validation_images(photos, used), IMAGES))
     pixels = photos.pixels * used / count
     estimating = _seconds_per_pixel(images, lambda image: estimate(model, [image], stage.lmbda, stage.metric))
-    coding = _seconds_per_pixel(images, lambda image: code(model, *image, stage.lmbda, stage.metric))
+    coding = _seconds_per_pixel(images, lambda image: code(model, image, stage.lmbda, stage.metric))
     return EvaluationCost(pixels * estimating, pixels * coding, *_memory(device))
 
 

@@ -107,19 +107,24 @@ def test_configurations_of_one_process_read_and_write_the_same_symbols(
 def test_other_instruction_sets_read_and_write_the_same_symbols(
     codec: ImageCodec, image: Tensor, tmp_path: Path
 ) -> None:
-    """A part of `make portability`. The libraries choose their code when a process starts.
+    """A part of `make portability`, and a refined file. The libraries choose their code when a process starts.
 
     A file that is read proves it: its checks cover every symbol and every table.
     """
     names = ["oneDNN SSE4.1", "ATen default"]
     save_inputs(tmp_path, {"tiny": codec.model}, {"image": image})
     encode_all(tmp_path, "default")
+    codec.model.lmbda = 0.01
+    refined = ImageCodec(codec.model, effort=1).encode(image).pack()
+    assert refined != (tmp_path / "files/default/tiny@image.hpcm").read_bytes()
+    (tmp_path / "files/default/tiny@refined.hpcm").write_bytes(refined)
     processes = [start(tmp_path, name, "decode", "encode") for name in names]
     assert [process.wait() for process in processes] == [0, 0]
     decode_all(tmp_path, "default")
     read = results(tmp_path, "default")
-    assert set(read) == {f"{name}/tiny@image.hpcm" for name in ("default", *names)}
+    files = ["default/tiny@image.hpcm", "default/tiny@refined.hpcm"]
+    assert set(read) == {*files, *(f"{name}/tiny@image.hpcm" for name in names)}
     assert not any("refused" in one or "recovery" in one for one in read.values())
     for name in names:
-        file = "default/tiny@image.hpcm"
-        assert results(tmp_path, name)[file]["symbols"] == read[file]["symbols"]
+        for file in files:
+            assert results(tmp_path, name)[file]["symbols"] == read[file]["symbols"]

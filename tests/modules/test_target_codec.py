@@ -38,6 +38,17 @@ def test_two_latents_are_blended_if_no_refinement_meets_the_target(
     assert 0.96 * plain <= len(coded.pack()) <= 0.97 * plain
 
 
+def test_the_nearest_file_is_written_with_a_note_if_the_search_ends_before(
+    bundled: list[ImageCodec], photo: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_codec, "_REFINEMENTS", 0)
+    small, large = (len(ImageCodec(codec.model).encode(photo).pack()) for codec in (bundled[0], bundled[-1]))
+    notes = list[str]()
+    coded = TargetCodec([bundled[0], bundled[-1]], Target("bytes", large - 50), notes.append).encode(photo)
+    assert len(coded.pack()) == small
+    assert notes == [f"{small} bytes, the nearest to {large - 50} bytes that was found"]
+
+
 def test_an_image_has_at_least_the_psnr_that_is_asked_for(bundled: list[ImageCodec], photo: Tensor) -> None:
     codec = TargetCodec(bundled, Target("dB", 29.0))
     x_hat = (codec.decode(codec.encode(photo)).x_hat * 255).round() / 255

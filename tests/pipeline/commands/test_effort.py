@@ -69,7 +69,7 @@ def test_an_image_that_can_be_coded_but_not_refined_is_refused(
 def test_the_first_interrupt_ends_the_refinement_and_no_other_file_is_begun(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    refinement, done = Refinement(), []
+    refinement, done = Refinement(completes=True), []
 
     def work(name: str) -> list[str]:
         assert refinement.go_on(0, 5)
