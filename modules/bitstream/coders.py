@@ -10,27 +10,31 @@ from modules.context.coding_order import Step
 
 
 class Encoder:
-    """Writes each step's symbols. Every decoder whose scales are within ε chooses the same tables."""
+    """Finds each step's symbols. A GPU computes all steps before the first symbol is written."""
 
-    def __init__(self, y_rows: Tensor, scale_table: Tensor, writer: SymbolWriter, epsilon: float):
-        self.y_rows, self.scale_table, self.writer, self.epsilon = y_rows, scale_table, writer, epsilon
-        self.offsets: list[Offsets] = []
-        self.checks: list[int] = []
+    def __init__(self, y_rows: Tensor):
+        self.y_rows = y_rows
+        self.steps: list[tuple[Tensor, Tensor]] = []
+        """Symbols, as floats, and scales of each step, both (1, R, M/8)."""
 
     def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Encode the step's rows, (1, R, M/8); returns ŷ of these rows."""
+        """Round the step's rows, (1, R, M/8); returns ŷ of these rows."""
         symbols = (self.y_rows.index_select(1, step.rows) - means).round()
-        offsets = choose_offsets(scales, self.scale_table, self.epsilon)
-        indexes = table_index(moved(scales, offsets, self.epsilon), self.scale_table)
-        y_hat = self.writer.put(symbols, indexes) + means
-        self.offsets.append(offsets)
-        self.checks.append(shortened(step.number, self.writer.check))
-        return y_hat
+        self.steps.append((symbols, scales))
+        return symbols.int() + means
 
-    @property
-    def guards(self) -> Guards:
-        """The data that a decoder needs in addition to the symbols. It is complete once all steps are coded."""
-        return Guards(self.epsilon, tuple(self.offsets), tuple(self.checks))
+    def write(self, scale_table: Tensor, writer: SymbolWriter, epsilon: float) -> Guards:
+        """Write the symbols of all steps. Returns what a decoder needs in addition to them.
+
+        Every decoder whose scales are within ε chooses the same tables.
+        """
+        offsets: list[Offsets] = []
+        checks: list[int] = []
+        for number, (symbols, scales) in enumerate(self.steps):
+            offsets.append(choose_offsets(scales, scale_table, epsilon))
+            writer.put(symbols, table_index(moved(scales, offsets[-1], epsilon), scale_table))
+            checks.append(shortened(number, writer.check))
+        return Guards(epsilon, tuple(offsets), tuple(checks))
 
 
 class StepMismatch(BitstreamError):

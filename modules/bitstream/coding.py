@@ -51,11 +51,13 @@ def encode(
     with deterministic_float32(image.device):
         y = network.g_a(network.padded(image))
         y, z = refined(Latent(y, network.h_a(y)))
+        z_symbols = (z - network.means_hyper).round()
+        encoder = Encoder(network.symbol_rows(y))
+        network.walk(network.h_s(z_symbols.int() + network.means_hyper), encoder)
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)
-        z_hat = z_writer.put((z - network.means_hyper).round(), _z_indexes(z)) + network.means_hyper
-        encoder = Encoder(network.symbol_rows(y), tables.scales, y_writer, epsilon)
-        network.walk(network.h_s(z_hat), encoder)
-    return encoder.guards.pack() + y_writer.coded(), z_writer.string()
+        z_writer.put(z_symbols, _z_indexes(z))
+        guards = encoder.write(tables.scales, y_writer, epsilon)
+    return guards.pack() + y_writer.coded(), z_writer.string()
 
 
 def decode(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tables: Tables) -> Decoded:

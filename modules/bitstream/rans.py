@@ -30,7 +30,7 @@ _MISMATCH = (
 
 
 class SymbolWriter:
-    """Collects symbols and codes them in one call."""
+    """Collects symbols in the processor's memory and codes them in one call."""
 
     def __init__(self, tables: CodingTables):
         self.tables = tables
@@ -38,11 +38,12 @@ class SymbolWriter:
         self.indexes: list[Tensor] = []
         self.check = 0
 
-    def put(self, values: Tensor, indexes: Tensor) -> Tensor:
-        """Add whole numbers, as floats, with their tables `indexes`, both of one shape; returns them as int32.
+    def put(self, values: Tensor, indexes: Tensor) -> None:
+        """Add whole numbers, as floats, with their tables `indexes`, both of one shape.
 
         Raises BitstreamError for NaN and for magnitudes of 2²⁴ or more.
         """
+        values, indexes = values.cpu(), indexes.cpu()
         if not bool((values.abs() < LIMIT).all()):
             raise BitstreamError("the latent is not finite or too large to code: check image and weights for NaN")
         symbols = values.int()
@@ -56,7 +57,6 @@ class SymbolWriter:
             self._append(byte, torch.full_like(byte, self.tables.byte))
             excess = rest[rest > 0]
         self.check = _checksum(self.check, symbols, indexes)
-        return symbols
 
     def _append(self, symbols: Tensor, indexes: Tensor) -> None:
         self.symbols.append(symbols.flatten())
@@ -91,20 +91,19 @@ class SymbolReader:
 
     def take(self, indexes: Tensor) -> Tensor:
         """Read the next symbols, int32, in the shape of `indexes`."""
-        flat = indexes.flatten()
+        flat = indexes.flatten().cpu()  # All that follows is the processor's work: a GPU waits once for each step.
         symbols, reach = self._decode(flat), self.tables.reach[flat]
         outside = (symbols > reach).nonzero().flatten()
         if len(outside):
-            excess = self._decode_excess(len(outside), indexes.device)
+            excess = self._decode_excess(len(outside))
             magnitude = reach[outside] + 1 + (excess >> 1)
             symbols[outside] = torch.where(excess % 2 > 0, -magnitude, magnitude)
-        symbols = symbols.view(indexes.shape)
-        self.check = _checksum(self.check, symbols, indexes)
-        return symbols
+        self.check = _checksum(self.check, symbols, flat)
+        return symbols.view(indexes.shape).to(indexes.device)
 
-    def _decode_excess(self, count: int, device: torch.device) -> Tensor:
-        excess = torch.zeros(count, dtype=torch.int32, device=device)
-        pending = torch.arange(count, device=device)
+    def _decode_excess(self, count: int) -> Tensor:
+        excess = torch.zeros(count, dtype=torch.int32)
+        pending = torch.arange(count)
         for shift in range(0, 7 * _EXCESS_BYTES, 7):
             byte = self._decode(torch.full_like(pending, self.tables.byte))
             excess[pending] += (byte & 127) << shift
@@ -116,7 +115,7 @@ class SymbolReader:
     def _decode(self, indexes: Tensor) -> Tensor:
         tables = self.tables
         symbols = self.decoder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-        return torch.from_numpy(np.array(symbols, dtype=np.int32)).to(indexes.device)
+        return torch.from_numpy(np.array(symbols, dtype=np.int32))
 
     def finish(self, check: int) -> None:
         """Raise BitstreamError unless the symbols read and their tables have the writer's check value."""
@@ -136,5 +135,5 @@ def longest(count: int) -> int:
 
 def _checksum(check: int, symbols: Tensor, indexes: Tensor) -> int:
     for tensor in (symbols, indexes.int()):
-        check = zlib.crc32(tensor.flatten().cpu().numpy().data, check)
+        check = zlib.crc32(tensor.flatten().numpy().data, check)
     return check

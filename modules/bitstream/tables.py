@@ -31,7 +31,7 @@ class CodingTables:
     lengths: list[int]
     offsets: list[int]
     reach: Tensor
-    """(n,) the largest magnitude that each table covers."""
+    """(n,) the largest magnitude that each table covers, on the CPU."""
 
     @classmethod
     def from_buffers(cls, cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> "CodingTables":
@@ -40,7 +40,7 @@ class CodingTables:
         rows.append([*range(0, TOTAL + 1, TOTAL // 256)])
         # The coder takes the last symbol of a table as its own escape. This one has no mass, so it never occurs.
         rows = [[*row, TOTAL] for row in rows]
-        return cls(rows, [len(row) for row in rows], [*offsets.tolist(), 0], -offsets)
+        return cls(rows, [len(row) for row in rows], [*offsets.tolist(), 0], -offsets.cpu())
 
     @property
     def byte(self) -> int:
