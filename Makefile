@@ -14,8 +14,8 @@ CHAIN = --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(VAL),--val "$(V
 	$(if $(FROM),--$(FROM)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server bench fuzz \
-	soak conformance portability check clean
+.PHONY: help install build baseline stage1 stage2 stage3 stage4 plan audit report ui test test-all test-gpu test-cluster test-server bench \
+	bench-gpu fuzz soak conformance portability check clean
 
 help: ## list the targets and variables
 	@awk -F ":.*## " '/^[a-z0-9 -]+:.*## / {sub(/1 stage2.*/, "N", $$1); printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 bench: $(READY) ## measure the speed of the kernel and of coding; ARGS='--device cuda'
 	$(BIN)/python tests/benchmarks/biwkv4.py $(ARGS)
 	$(BIN)/python tests/benchmarks/codec.py $(ARGS)
+
+bench-gpu: $(READY) ## measure training steps and coding on a GPU, by part; takes less than nine minutes
+	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
 
 test-cluster: $(READY) ## run jobs on a SLURM, and a run on two nodes, on this machine; needs root and slurm-wlm
 	$(BIN)/python -m pytest -s -m slow tests/stages
