@@ -85,7 +85,9 @@ class RateVectors(nn.Module):
 
     def lmbda_at(self, quality: Tensor) -> Tensor:
         """The λ at qualities (B,), interpolated geometrically."""
-        logs = torch.tensor(self.rates, dtype=torch.float64, device=quality.device).log()
+        # A CUDA graph cannot hold a copy from the processor's memory, as `torch.tensor` makes one.
+        rates = [torch.full((), rate, dtype=torch.float64, device=quality.device) for rate in self.rates]
+        logs = torch.stack(rates).log()
         below, share = self._between(quality)
         return torch.lerp(logs[below], logs[below + 1], share).exp()
 

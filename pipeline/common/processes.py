@@ -1,15 +1,17 @@
 """Signals and processes. The first signal saves and stops after the current step; a second stops at once."""
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object, reduce
+from torch import Tensor
 
 from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
 from pipeline.common.timing import processor
@@ -72,6 +74,21 @@ class ProcessGroup:
         """Raise Interrupted if this process received a signal. Use it in work that one process does alone."""
         if self.signum:
             raise Interrupted(self.signum)
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Give the tensors the values that they have in the first process. All processes must call this."""
+        self._exchange(tensors, broadcast)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace the tensors by their means over the processes. All processes must call this."""
+        self._exchange(tensors, partial(reduce, reduction="mean"))
+
+    @torch.no_grad()
+    def _exchange(self, tensors: Sequence[Tensor], exchange: Callable[[Tensor], Tensor]) -> None:
+        """Exchange the values of tensors without gaps in their memory, in one flat tensor."""
+        if self.accelerator.num_processes > 1:
+            flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+            torch._foreach_copy_(flat, exchange(torch.cat(flat)).split([*map(len, flat)]))
 
     def on_main_process(self, work: Callable[[], Result]) -> Result:
         """Run `work` in the first process, and return its result in all processes. If it raises, all processes stop."""

@@ -151,7 +151,7 @@ class Stage(Settings):
     compile: bool = False
     cuda_graph: bool = False
     """Replay the forward and backward passes as a CUDA graph, which saves the launch time of each kernel. It has an
-    effect only if a single process trains on a GPU for `mse`, without `compile`."""
+    effect only on a GPU, for `mse`, without `compile`."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: PositiveInt = 10
     """Steps between log lines."""

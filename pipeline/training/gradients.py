@@ -1,12 +1,12 @@
 """The gradients of a training step: micro-batches, noise, handover and CUDA graph."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from modules import Noise
+from modules.context.coding_order import hierarchy
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.cuda_graph import Compute, GraphedGradients
 from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
@@ -37,15 +37,20 @@ class Gradients:
         objective = build_objective(segment.objective, context)
         if stage.compile:
             objective.compile()
-        self._objective = accelerator.prepare(objective)
-        # Several processes exchange gradients in the backward pass, and MS-SSIM copies its window from the CPU.
-        capturable = accelerator.num_processes == 1 and stage.metric == "mse" and not stage.compile
-        self.graphed = stage.cuda_graph and capturable and accelerator.device.type == "cuda"
+        # For evaluation, Accelerate adds autocast alone. DDP would exchange gradients within the backward pass.
+        self._objective = accelerator.prepare_model(objective, evaluation_mode=True)
+        wanted = stage.cuda_graph and accelerator.device.type == "cuda"
+        self.not_graphed = reason_against_graph(stage) if wanted else ""
+        """Why no CUDA graph computes the gradients, although the stage asks for one on a GPU; otherwise empty."""
+        self.graphed = wanted and not self.not_graphed
         """Whether a CUDA graph computes the gradients. Before each call they must be zero; otherwise, None will do."""
+        # A graph reads the coding order where it was at the capture. Images of many sizes may drop it from its cache.
+        crop = child.latent_shapes(stage.data.crop, stage.data.crop)[0][1:]
+        self._read_by_graph = hierarchy(*crop, child.means_hyper.device) if self.graphed else None
         self._compute = self._computation()
 
     def __call__(self, step: int, images: Tensor, samples: Sequence[int], seed: int) -> dict[str, Tensor]:
-        """Add the gradients of a step of the segment. Returns the means of the objective's values.
+        """Add this process's gradients of a step of the segment. Returns the means of the objective's values.
 
         `images` (B, 3, H, W) are the `samples` of this process. The noise depends only on them and the seed.
         """
@@ -57,10 +62,7 @@ class Gradients:
             chosen = slice(part * size, (part + 1) * size)
             crops, device = images[chosen], self.accelerator.device
             noise = training_noise(self.migration.child, (*crops.shape[2:],), seed, samples[chosen])
-            # The processes exchange gradients once per step.
-            alone = self.accelerator.no_sync(self._objective) if part < self.parts - 1 else nullcontext()
-            with alone:
-                values = self._compute(crops.to(device), Noise(*(tensor.to(device) for tensor in noise)))
+            values = self._compute(crops.to(device), Noise(*(tensor.to(device) for tensor in noise)))
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value / self.parts
         if step + 1 >= self.segment.handover:
@@ -93,3 +95,12 @@ class Gradients:
         values = self._objective(images, noise)
         self.accelerator.backward(values["loss"] / self.parts)
         return {name: value.detach() for name, value in values.items()}
+
+
+def reason_against_graph(stage: Stage) -> str:
+    """Why the training steps of a stage cannot be captured as a CUDA graph; empty if they can."""
+    if stage.compile:
+        return "torch.compile launches the kernels"
+    if stage.metric != "mse":
+        return f"the gradient of {stage.metric} may wait for a value from the GPU, as that of MS-SSIM does"
+    return ""

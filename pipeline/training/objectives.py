@@ -1,7 +1,7 @@
 """The objectives of segments, and the handover from old to new components.
 
 An objective is a mean over the samples of a batch, so N processes with B/N samples each minimize the same value as one
-process with B samples. It is a module, so DDP and torch.compile can wrap the whole step.
+process with B samples. It is a module, so autocast and torch.compile can wrap the whole step.
 """
 
 from collections import defaultdict

@@ -80,6 +80,7 @@ class SegmentRun:
         self.accelerator = self.processes.accelerator
         migration, reporting = trainer.migration, trainer.reporting
         self.child = migration.child.train().to(self.accelerator.device)
+        self.processes.share([*self.child.parameters()])  # Each may have rounded its transfer in its own way.
         set_trainable(self.child, trainable_names(self.child, segment.train, migration.new))
         self.optimizer = build_optimizer(self.child, self.stage, segment, migration.new)
         restore_optimizer(self.optimizer, state.optimizer)
@@ -94,7 +95,10 @@ class SegmentRun:
 
     def train(self) -> None:
         """Train to the end of the segment. It ends with the weights of the average or of the best validation."""
-        self.trainer.reporting.watcher.segment(self.segment, self.progress.step)
+        watcher = self.trainer.reporting.watcher
+        watcher.segment(self.segment, self.progress.step)
+        if self.gradients.not_graphed:
+            watcher.note(f"cuda_graph has no effect: {self.gradients.not_graphed}")
         try:
             self._validate_if_due()  # A state is saved before the validation at its step.
             for batch in training_loader(self.trainer.crops, self._batches(), self.stage.data.workers):
@@ -121,8 +125,9 @@ class SegmentRun:
         set_learning_rates(self.optimizer, self.segment, step)
         self.optimizer.zero_grad(set_to_none=not self.gradients.graphed)
         values = self.gradients(step, images, samples, self.trainer.crops.seed)
+        means = torch.stack([*values.values()])
+        self.processes.average([means, *(p.grad for p in self.parameters if p.grad is not None)])
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.stage.optimizer.clip_norm)
-        means = self.accelerator.reduce(torch.stack([*values.values()]), "mean")
         # Loss and gradient are means over all processes, so all processes decide alike.
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             return None

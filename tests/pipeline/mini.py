@@ -73,10 +73,15 @@ def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: P
 
 
 def run_chain(
-    chain: Chain, watcher: Watcher | None = None, accept_anyway: bool = True, force: bool = False, **options: Any
+    chain: Chain,
+    watcher: Watcher | None = None,
+    accept_anyway: bool = True,
+    force: bool = False,
+    cpu: bool = True,
+    **options: Any,
 ) -> None:
     """Run a chain in this process, without MLflow. `options` are those of RunContext."""
-    with ProcessGroup(Accelerator(cpu=True)) as processes:
+    with ProcessGroup(Accelerator(cpu=cpu)) as processes:
         context = RunContext(processes, watcher or Watcher(), accept_anyway, force, **options)
         run_planned(chain, chain.plan(force), context)
 

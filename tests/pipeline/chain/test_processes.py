@@ -83,6 +83,18 @@ def test_a_killed_process_ends_the_others_with_a_message(killed: int, tmp_path: 
     assert f"error: process {2 - killed} of 2 stops because another process has died" in printed
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_with_a_graph_each_train_as_one(tmp_path: Path) -> None:
+    settings, gpu = [*EVERY_STEP, *FEW_STEPS, "cuda_graph=true"], {"ACCELERATE_USE_CPU": "false"}
+    for count in (1, 2):
+        assert train(tmp_path / str(count), "phase1", settings, [gpu] * count) == [0] * count
+    found, expected = (losses(tmp_path / name, "phase1") for name in ("2", "1"))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=0.02), name
+
+
 def test_processes_that_see_other_files_do_not_begin(tmp_path: Path) -> None:
     environments = []
     for rank in range(2):
