@@ -73,9 +73,8 @@ test-gpu: $(READY) ## run the tests and the benchmark that need a CUDA device
 	$(BIN)/python tests/benchmarks/biwkv4.py --device cuda --dtype float32
 	$(BIN)/python tests/benchmarks/biwkv4.py --device cuda --dtype bfloat16
 
-bench: $(READY) ## measure the speed of the kernel and of coding; ARGS='--device cuda'
+bench: $(READY) ## measure the speed of the kernel; ARGS='--device cuda'
 	$(BIN)/python tests/benchmarks/biwkv4.py $(ARGS)
-	$(BIN)/python tests/benchmarks/codec.py $(ARGS)
 
 bench-gpu: $(READY) ## measure training steps and coding on a GPU, by part; takes less than nine minutes
 	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)

@@ -1,5 +1,6 @@
 """Images through encoder and decoder: every phase, any size, other settings of PyTorch; and weights without tables."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -48,6 +49,20 @@ def image() -> Tensor:
 @torch.no_grad()
 def reconstruction(model: HPCM, image: Tensor) -> Tensor:
     return model(image)["x_hat"].clamp(0, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", [0, 4])
+def test_gpu_and_cpu_decode_each_others_files(phase: int, photo: Tensor) -> None:
+    torch.manual_seed(0)
+    on_cpu = HPCM.from_preset("tiny", phase).eval()
+    on_cpu.update()
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    for encoder in (on_cpu, on_gpu):
+        (y,), (z,) = encoder.compress(photo.to(encoder.means_hyper.device))["strings"]
+        here, there = (decoder.trace(y, z, (128, 128)) for decoder in (on_cpu, on_gpu))
+        assert torch.equal(there.symbols.cpu(), here.symbols)
+        torch.testing.assert_close(there.x_hat.cpu(), here.x_hat, rtol=0, atol=1 / 255)
 
 
 @pytest.mark.parametrize("phase", PHASES)

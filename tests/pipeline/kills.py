@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.chain.chain import Chain
 from pipeline.commands import running
 from pipeline.commands.main import main
 from pipeline.training.objectives import RateDistortion
+from pipeline.training.trainer import Trainer
+from pipeline.weights.training_state import TrainingState
 
 KILLED = -9
 
@@ -35,7 +38,7 @@ def attempt(
     """Start a process of `hpcm run` with the mini recipe; HPCM_FAULT in its environment says where it dies.
 
     What it prints goes to the file that LOG names; it works in the folder FOLDER; with DOUBLE it computes in float64,
-    with POISON a loss is NaN. Without MIRROR nothing is sent to MLflow.
+    with POISON a loss is NaN, with DRIFT its weights start a little off. Without MIRROR nothing is sent to MLflow.
     """
     command = ["hpcm", "run", stage, "--recipe", str(FOLDER), "--runs", str(runs), "--accept-anyway", "--yes", *options]
     command += [part for setting in [*SMALL, *settings] for part in ("--set", setting)]
@@ -87,6 +90,8 @@ def _run(command: list[str], environment: Mapping[str, str]) -> None:
         _compute_in_double()
     if "POISON" in os.environ:
         _poison(int(os.environ["POISON"]))
+    if "DRIFT" in os.environ:
+        _drift()
     sys.argv = command
     main()
 
@@ -109,6 +114,17 @@ def _poison(step: int) -> None:
         return {**values, "loss": values["loss"] * (float("nan") if next(calls) == step else 1.0)}
 
     RateDistortion.forward = spoilt  # type: ignore[method-assign]
+
+
+def _drift() -> None:
+    """Begin with other weights, as on a machine that rounds the transfer differently."""
+    train = Trainer.train
+
+    def drifted(self: Trainer, state: TrainingState) -> TrainingState:
+        moved = {name: 1.001 * state.model[name] for name, _ in self.migration.child.named_parameters()}
+        return train(self, replace(state, model={**state.model, **moved}))
+
+    Trainer.train = drifted  # type: ignore[method-assign]
 
 
 def differences(chain: Chain, reference: Chain) -> list[str]:

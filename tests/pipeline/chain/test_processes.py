@@ -63,7 +63,7 @@ def test_two_processes_in_micro_batches_resumed_by_one_train_as_one(tmp_path: Pa
     one, both = tmp_path / "one", tmp_path / "both"
     settings = [*EVERY_STEP, *FEW_STEPS, "data.batch_size=4"]
     assert train(one, "phase1", settings, [DOUBLE]) == [0]
-    signaled = {**DOUBLE, "HPCM_FAULT": "step:6", "HPCM_FAULT_SIGNAL": "15"}
+    signaled = {**DOUBLE, "DRIFT": "1", "HPCM_FAULT": "step:6", "HPCM_FAULT_SIGNAL": "15"}
     in_parts = [*settings, "data.accumulate=2"]
     processes = attempts(both, "phase1", in_parts, [DOUBLE, signaled])
     assert [exit_code(process) for process in processes] == [143, 143]
