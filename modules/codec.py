@@ -65,19 +65,18 @@ class HPCM(Pretrained, CompressionModel):
         return Tables.from_buffers(dict(self.named_buffers(recurse=False)))
 
     def update(self, scale_table: Tensor | None = None, force: bool = False, update_quantiles: bool = False) -> bool:
-        """Build the coding tables from the weights. Returns whether any were built.
+        """Build the coding tables from the weights. Returns whether they are others than before, or `force`.
 
-        Call it once after loading or training. The parameters are those of `CompressionModel.update`;
-        `update_quantiles` is ignored.
+        Call it after loading or training. The parameters are those of `CompressionModel.update`;
+        `update_quantiles` is ignored. Raises ValueError if a scale is too large for a table.
         """
-        if self.get_buffer("scale_table").numel() and not force:
-            return False
         scales_of_z, scales_of_y = self.scales_hyper.detach().flatten(), scale_table
         if scales_of_y is None:
             scales_of_y = default_scale_table()
+        before, device = dict(self.named_buffers(recurse=False)), self.means_hyper.device
         for name, value in built_tables(self.entropy_estimation, scales_of_z, scales_of_y).items():
-            setattr(self, name, value.to(self.means_hyper.device))
-        return True
+            setattr(self, name, value.to(device))
+        return force or not all(torch.equal(before[name].cpu(), self.get_buffer(name).cpu()) for name in BUFFERS)
 
     @torch.no_grad()
     def compress(

@@ -182,7 +182,9 @@ class CodedImage:
         return LatentHeader.of(self.y)
 
     def pack(self) -> bytes:
-        """The file's bytes."""
+        """The file's bytes. Raises BitstreamError if the ICC profile is too long for a reader."""
+        if len(self.icc_profile) > MAX_PROFILE:
+            raise BitstreamError(f"an ICC profile of {len(self.icc_profile):,} bytes; at most {MAX_PROFILE:,} are kept")
         lengths = len(self.icc_profile), len(self.z), len(self.y)
         body = self.icc_profile + self.z + self.y
         header = Header(self.identity, self.height, self.width, *lengths)

@@ -12,6 +12,8 @@ SCALE_BOUND = 0.12
 LIKELIHOOD_BOUND = 1e-9
 TAIL_MASS = 1e-6
 """Probability of a coding table's escape symbol: the mass of both tails together."""
+LARGEST_REACH = 2**15 - 2
+"""Largest magnitude in a coding table: each of its symbols needs one of 2¹⁶ frequencies."""
 
 
 class _StandardCDF(torch.autograd.Function):
@@ -65,9 +67,13 @@ class GeneralizedGaussian(nn.Module):
         """Coding tables for (n,) scales: quantized CDFs (n, longest), their lengths (n,) and offsets (n,), int32.
 
         A table covers −c … c with c = ⌈scale · quantile⌉. Its last symbol is the escape symbol, for all other values.
+        Raises ValueError for a scale that is NaN or too large for a table.
         """
         scales = scales.double().clamp_min(SCALE_BOUND)
-        reach = torch.ceil(scales * self.quantile(TAIL_MASS / 2)).int()
+        reach = torch.ceil(scales * self.quantile(TAIL_MASS / 2))
+        if not (reach <= LARGEST_REACH).all():
+            raise ValueError(f"a scale of {float(scales.max()):.4g} is too large for a coding table")
+        reach = reach.int()
         cdfs = torch.zeros(len(scales), 2 * int(reach.max()) + 3, dtype=torch.int32)
         for row, scale, c in zip(cdfs, scales, reach.tolist(), strict=True):
             symbols = torch.arange(-c, c + 1, dtype=torch.float64)

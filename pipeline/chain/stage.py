@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from modules import HPCM, HPCMConfig
+from modules.loading import state_digest
 from pipeline.chain.context import RunContext
 from pipeline.chain.plan import Position, judge
 from pipeline.chain.publication import publish_stage, save_pictures
@@ -71,7 +72,7 @@ class StageRun:
 
     def begin(self, chain: ChainFacts) -> None:
         """Begin an attempt in the record, and cut the metrics to the state from which it continues."""
-        self.processes.accelerator.wait_for_everyone()  # All have read the states before the first process saves one.
+        self.processes.agree_on(self._state_facts)  # All have read the states before the first process saves one.
         for photos in (self.task.train_photos, self.task.val_photos):
             for path, reason in photos.skipped:
                 self.watcher.note(f"skipped {path}: {reason}")
@@ -99,6 +100,12 @@ class StageRun:
                     f"{name}: {value} before, {environment.get(name)} now; the result will be as good as that of an "
                     "uninterrupted run, but not bit for bit the same"
                 )
+
+    def _state_facts(self) -> dict[str, str]:
+        """The state from which the training continues, for a comparison of processes."""
+        if self.state is None:
+            return {"training state": "none"}
+        return {"training state": f"step {self.state.progress.stage_step} ({state_digest(self.state.model)[:16]})"}
 
     def _record(self, chain: ChainFacts) -> StageRecord:
         """The record of a training that begins."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modules import HPCM
 from pipeline.chain.context import RunContext
-from pipeline.chain.stage_codec import codec_config
+from pipeline.chain.stage_codec import StageError, codec_config
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.fault_injection import fault
 from pipeline.common.tables import shortest
@@ -68,10 +68,17 @@ class ValidationImages:
         """The results with real bitstreams at a λ, by default the stage's.
 
         The first `keep` reconstructions, (1, 3, H, W) each, come with them.
+        Raises StageError for a codec that diverged.
         """
         lmbda = self.stage.lmbda if lmbda is None else lmbda
-        with codec.at_lmbda(lmbda):
-            return evaluate(codec, self._interruptible(), lmbda, self.stage.metric, keep)
+        try:
+            with codec.at_lmbda(lmbda):
+                return evaluate(codec, self._interruptible(), lmbda, self.stage.metric, keep)
+        except ValueError as error:
+            raise StageError(
+                f"{self.stage.name}: not accepted: the codec cannot code the validation images: {error}.\n"
+                "  The trained state is kept. A lower learning rate starts the stage again."
+            ) from error
 
     def at_each_rate(self, codec: HPCM, own: Quality) -> Iterator[RateResult]:
         """The results of a codec of several rates at each λ, `own` at the stage's; none for another codec."""

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import stat
+import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,12 +24,11 @@ class FileError(UserError):
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it replaces `path` once it is complete and on disk. Raises FileError.
 
-    The temporary file is always new. Anything under its name, such as a link to another file, is removed first.
+    The temporary file is always new and has a name of its own. Of two writers at once, the last one wins.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
         with partial.open("xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield partial
@@ -91,6 +92,28 @@ def open_own(path: Path, mode: str) -> IO[Any]:
 
 def _not_through_links(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+class OwnFolder:
+    """A folder in which this process works. It notices if the folder is moved, deleted or replaced."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+        """An open descriptor: as long as there is one, no new folder gets the same inode."""
+
+    def check(self) -> None:
+        """Raise FileError unless the path names the folder that it named in the first call."""
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                weakref.finalize(self, os.close, self._descriptor)
+            if os.path.samestat(os.fstat(self._descriptor), self.path.stat()):
+                return
+            problem = "another folder was put in its place"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        raise FileError(f"{self.path}: {problem}. If it was moved, run the same command in its new place")
 
 
 def readable(name: str) -> str:

@@ -32,8 +32,11 @@ PACKAGED = {
         ("scikit-learn", "sklearn/datasets/images/flower.jpg"),
     ),
 }
-MADE_BY_RUNS = ({"mlflow.db"}, {FILE}, {"record.json", "metrics.jsonl"})
-"""Files that mark a folder of runs or a stage's folder. The images in it are results of training."""
+MADE_BY_RUNS = (
+    *({name} for name in ("mlflow.db", FILE, "rate-distortion.png", "comparison.json", "report.html")),
+    {"record.json", "metrics.jsonl"},
+)
+"""Files that mark a folder of runs, curves, a comparison, a report or a stage. The images in it are results."""
 
 logger = logging.getLogger(__name__)
 

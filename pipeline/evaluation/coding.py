@@ -1,8 +1,9 @@
 """Measures a codec on whole images: estimated from likelihoods, or with real bitstreams."""
 
+import re
 import time
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules import HPCM, HPCMConfig
 from modules.refinement import GoOn
-from pipeline.common.files import replacing
+from pipeline.common.files import replacing, text_digest
 from pipeline.evaluation.quality import NamedImage, bits_per_pixel, quality_of
 from pipeline.evaluation.results import Evaluation, ImageResult, mean_quality
 from pipeline.weights.published import Quality
@@ -76,8 +77,13 @@ def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> f
 
 
 def comparison_name(image: str) -> str:
-    """The name of an image's saved reconstruction: `b__001` for `b/001.jpg`."""
-    return image.rpartition(".")[0].replace("/", "__")
+    """The name of an image's saved reconstruction: `001` for `001.png`, and with a digest for all other names.
+
+    So `a.png`, `a.jpg` and `b/a.png` are kept apart, and a long path fits into a file's name.
+    """
+    if re.fullmatch(r"[^/~]{1,60}\.png", image):
+        return image.removesuffix(".png")
+    return f"{PurePosixPath(image).stem[:40]}~{text_digest(image)[:12]}"
 
 
 def save_comparison(path: Path, image: Tensor, x_hat: Tensor) -> None:

@@ -15,6 +15,14 @@ from pipeline.recipes.segment import Count, Problem, Segment, Settings, StepDeca
 
 __all__ = ["Segment", "Stage", "StepDecay"]
 
+
+def _named(folder: str) -> str:
+    if not folder:  # Such as of an unset variable in `--data "$DATA"`.
+        raise PydanticCustomError("folder", "should be a folder, or null for the packaged photographs")
+    return folder
+
+
+Folder = Annotated[str, AfterValidator(_named)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z]\w*)\}", re.ASCII)
@@ -49,9 +57,9 @@ class ModelChoice(Settings):
 class Data(Settings):
     """The images, and the size of the batches that are cut from them."""
 
-    train: str | None = None
+    train: Folder | None = None
     """Folder of training images, relative to the working directory; null for the packaged photographs."""
-    val: str | None = None
+    val: Folder | None = None
     """Folder of validation images, likewise; they are evaluated whole."""
     crop: PositiveInt
     """Side of the square training crops, in pixels."""

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.common.contracts import Long, parse_contract
-from pipeline.common.files import FileError, open_own, replacing
+from pipeline.common.files import FileError, OwnFolder, open_own, replacing
 
 FILE = "metrics.jsonl"
 SYSTEM = "system.jsonl"
@@ -37,13 +37,20 @@ class MetricsLog:
 
     def __init__(self, path: Path | None = None):
         self.path = path
+        self.folder = OwnFolder(path.parent) if path is not None else None
         self.lines = count_lines(path) if path is not None else 0
         """Number of lines in the file."""
+
+    def check(self) -> None:
+        """Raise FileError if the folder was moved, deleted or replaced while this log was in use."""
+        if self.folder is not None:
+            self.folder.check()
 
     def append(self, values: Mapping[str, float], step: int) -> None:
         """Write a line. Raises FileError, such as on a full disk; the file then has the lines before."""
         if self.path is None:
             return
+        self.check()
         line = json.dumps(asdict(Report(step, int(1000 * time.time()), dict(values)))).encode() + b"\n"
         try:
             with open_own(self.path, "ab") as file:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.common.files import FileError, readable
+from pipeline.common.files import readable
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.records.record import FILE, Attempt, SegmentResult, Source, StageRecord, Trained
@@ -45,12 +45,11 @@ class StageLog:
         return log
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record, and write it. Raises FileError, also if the folder was moved away."""
+        """Change fields of the record, and write it. Raises FileError, also if the folder was moved or replaced."""
         self.record = replace(self.record, **changes)
         if self.folder is None:
             return
-        if not self.folder.is_dir():
-            raise FileError(f"{self.folder}: no such folder. If it was moved, run the same command in its new place")
+        self.metrics.check()
         self.record.write(self.folder)
 
     def saved(self, progress: Progress, **changes: Any) -> None:

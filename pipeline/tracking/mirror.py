@@ -25,6 +25,7 @@ from pipeline.records.record import DataSet
 from pipeline.tracking.registry import DIGITS, register
 from pipeline.tracking.store import KEY, Store, StoreError, brief, experiment_id, find_run
 from pipeline.tracking.view import Artifact, RunView, chain_view, stage_view
+from pipeline.weights.metadata import CheckpointError
 
 
 @dataclass
@@ -166,7 +167,7 @@ class Mirror:
                 except (UserError, OSError) as error:
                     if not stage.folder.exists():  # It was published or moved just now: the next mirror sends it.
                         continue
-                    if not isinstance(error, FileError):
+                    if not isinstance(error, FileError | CheckpointError):
                         raise
                     problems.append(f"{stage.folder}: {error}")
                 except MlflowException as error:

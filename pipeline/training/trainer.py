@@ -65,7 +65,11 @@ class Trainer:
         return state
 
     def save(self, state: TrainingState) -> None:
-        """Save a state, with the number of lines of the metrics that precede it. Only the first process calls it."""
+        """Save a state, with the number of lines of the metrics that precede it. Only the first process calls it.
+
+        Raises FileError, also if the stage's folder was moved or replaced.
+        """
+        self.reporting.metrics.check()
         state = replace(state, progress=replace(state.progress, lines=self.reporting.metrics.lines))
         self.states.save(state)
         self.reporting.saved(state.progress)

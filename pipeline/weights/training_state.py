@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.common.contracts import contract_of
-from pipeline.common.files import FileError
 from pipeline.weights import checkpoints
 from pipeline.weights.metadata import CheckpointError
 
@@ -69,9 +68,7 @@ class StateFolder:
         self.folder = folder
 
     def save(self, state: TrainingState) -> None:
-        """Save a state, then delete all but the two newest. Raises FileError, also if the folder was moved away."""
-        if not self.folder.is_dir():
-            raise FileError(f"{self.folder}: no such folder. If it was moved, run the same command in its new place")
+        """Save a state, then delete all but the two newest. Raises FileError."""
         parts = {"model": state.model, "optimizer": state.optimizer, "average": state.average, "best": state.best}
         tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         name = f"segment-{state.progress.segment:02d}-step-{state.progress.stage_step:08d}.safetensors"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modules import HPCM, HPCMConfig
-from modules.bitstream.file_format import BitstreamError, CodedImage
+from modules.bitstream.file_format import MAX_PROFILE, BitstreamError, CodedImage
 from modules.bitstream.identity import model_identity
 from modules.image_codec import ImageCodec
 
@@ -70,6 +70,12 @@ def put(at: int, values: bytes) -> Callable[[bytearray], None]:
 def test_errors_say_what_is_wrong(data: bytes, message: str) -> None:
     with pytest.raises(BitstreamError, match=message):
         CodedImage.parse(data)
+
+
+def test_a_profile_that_no_reader_takes_is_not_written() -> None:
+    CodedImage.parse(dataclasses.replace(CODED, icc_profile=bytes(MAX_PROFILE)).pack())
+    with pytest.raises(BitstreamError, match="an ICC profile of 16,777,217 bytes"):
+        dataclasses.replace(CODED, icc_profile=bytes(MAX_PROFILE + 1)).pack()
 
 
 def test_every_flipped_bit_and_truncation_is_detected() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from modules import HPCM, HPCM_Phase4, HPCMConfig, preset_config
 from modules.context.attention import NoAttentionKind
 from modules.context.rwkv_kinds import RWKVContextKind
+from modules.loading import codec_tensors
 
 PHASES = range(5)
 
@@ -135,6 +136,16 @@ def test_tables_must_be_built_before_coding(picture: Tensor) -> None:
         model.compress(picture)
     assert model.update()
     assert not model.update()
+
+
+@torch.no_grad()
+def test_an_update_after_the_weights_changed_builds_the_tables_that_a_decoder_builds(picture: Tensor) -> None:
+    model = HPCM.from_preset("tiny").eval()
+    model.update()
+    model.scales_hyper.mul_(3)
+    assert model.update()
+    decoder = HPCM.from_tensors(model.config.to_dict(), codec_tensors(model), {})
+    assert decoder.decompress(**model.compress(picture))["x_hat"].shape == picture.shape
 
 
 def test_weights_load_with_tables_built_or_empty(codecs: list[HPCM]) -> None:

@@ -1,5 +1,7 @@
 """Likelihoods against the distribution's own formulas, and tables against their definition."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,14 @@ def test_lower_bounds_pass_only_gradients_that_raise_the_value(model: Generalize
     assert scales.grad[0] < 0  # a wider distribution would fit r = 1 better: let through
     assert scales.grad[1] == 0  # a narrower one would fit r = 0 better: held at the bound
     assert model(torch.tensor(1e3).double(), torch.tensor(0.12).double()).item() == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7, math.inf, math.nan])
+def test_a_scale_beyond_every_table_is_refused_before_memory_is_allocated(
+    model: GeneralizedGaussian, scale: float
+) -> None:
+    with pytest.raises(ValueError, match="too large for a coding table"):
+        model.tables(torch.tensor([1.0, scale]))
 
 
 def test_tables_cover_their_reach_and_sum_to_one(model: GeneralizedGaussian) -> None:

@@ -79,7 +79,7 @@ def exit_code(process: Process, timeout: float = 240) -> int:
 
 def _run(command: list[str], environment: Mapping[str, str]) -> None:
     if "MIRROR" not in environment:  # A database for each folder would take longer than the attempts.
-        running.LiveMirror = lambda *arguments: nullcontext()  # type: ignore[misc,assignment]
+        running.live_mirror = lambda *arguments: nullcontext()  # type: ignore[assignment]
     os.environ.update({"ACCELERATE_USE_CPU": "true", "LOG": os.devnull, **environment})
     log = os.open(os.environ["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mini import PHOTOS, STAGES, Notes, begun, copied, history, mini_chain, record_of, run_chain
+from accelerate import Accelerator
+from mini import PHOTOS, STAGES, Notes, begun, copied, history, mini_chain, mini_codec, record_of, run_chain
 from PIL import Image
 
 from pipeline.chain.chain import Chain
+from pipeline.chain.context import RunContext
 from pipeline.chain.measuring import segments_left
 from pipeline.chain.plan import ChainError, judge
 from pipeline.chain.precheck import check_stages
 from pipeline.chain.stage_codec import StageError, codec_config
+from pipeline.chain.validation_images import ValidationImages
+from pipeline.common.processes import ProcessGroup
 from pipeline.data.pictures import DataError
 from pipeline.evaluation import limits
+from pipeline.evaluation.coding import comparison_name
 from pipeline.recipes.schema import Accept, Segment
 from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
 from pipeline.weights.published import Lineage, Quality
@@ -41,7 +46,7 @@ def test_every_stage_is_published_with_its_record(finished: tuple[Chain, Notes])
         }
         assert record.files.keys() >= {
             "checkpoint.safetensors", "evaluation.json", "ledger.json", "metrics.jsonl", "rate-distortion.png",
-            "reconstructions/coffee.png", "stage.yaml",
+            f"reconstructions/{comparison_name('coffee.jpg')}.png", "stage.yaml",
         }  # fmt: skip
     assert not (chain.folder / "training").exists()
     assert [planned.status for planned in chain.plan()] == ["done"] * 5
@@ -121,6 +126,15 @@ def test_parent_and_child_are_compared_on_the_childs_images(finished: tuple[Chai
     run_chain(chain, accept_anyway=False)  # On the parent's own images the loss is far lower.
     parent, child = (record_of(chain, name).quality for name in ("baseline", "phase1"))
     assert child.rd_loss > 1.6 * parent.rd_loss
+
+
+def test_a_codec_that_diverged_is_refused_with_the_reason(runs: Path) -> None:
+    codec = mini_codec(0)
+    list(codec.g_a.parameters())[-1].data.fill_(1e12)
+    with ProcessGroup(Accelerator(cpu=True)) as processes:
+        images = ValidationImages(mini_chain(runs, "baseline").tasks[0], RunContext(processes))
+        with pytest.raises(StageError, match=r"not accepted: .*too large"):
+            images.evaluate(codec)
 
 
 def test_validation_images_that_change_or_are_too_large_are_noticed(

@@ -68,6 +68,13 @@ def test_two_processes_in_micro_batches_resumed_by_one_train_as_one(tmp_path: Pa
     processes = attempts(both, "phase1", in_parts, [DOUBLE, signaled])
     assert [exit_code(process) for process in processes] == [143, 143]
     assert "interrupted in frozen at step" in mini_chain(both, "phase1", settings).plan()[-1].reason
+    other = tmp_path / "node" / both.name
+    shutil.copytree(both, other)
+    sorted(other.rglob("segment-*"))[-1].unlink()
+    elsewhere = {"FOLDER": str(other.parent), "LOG": str(tmp_path / "log")}
+    nodes = [DOUBLE | {"FOLDER": str(tmp_path)}, DOUBLE | elsewhere]
+    assert [exit_code(process) for process in attempts(Path(both.name), "phase1", in_parts, nodes)] == [1, 1]
+    assert "  training state: process 1 has step 5 (" in (tmp_path / "log").read_text()
     assert train(both, "phase1", in_parts, [DOUBLE]) == [0]
     assert_as_one(both, one, "phase1")
 

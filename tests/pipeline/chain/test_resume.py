@@ -86,7 +86,7 @@ def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(runs:
             if self.steps == 5:
                 runs.rename(tmp_path / "moved")
 
-    with pytest.raises(FileError, match=rf"{runs}\S*: cannot be written: No such file"):
+    with pytest.raises(FileError, match=rf"{runs}\S*: No such file or directory. If it was moved"):
         run_chain(mini_chain(runs, "baseline"), Move())
     chain, notes = mini_chain(tmp_path / "moved", "baseline"), Notes()
     assert chain.plan()[0].reason == "interrupted in scratch at step 3"
@@ -94,6 +94,24 @@ def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(runs:
     assert notes.steps == 3
     assert [step for step, _ in history(chain.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
     assert not runs.exists()
+
+
+def test_a_run_writes_nothing_into_a_folder_that_replaced_its_own(runs: Path, tmp_path: Path) -> None:
+    """As when a second run begins after the first one's folder was deleted."""
+    others: list[Path] = []
+
+    class Replace(Notes):
+        def step(self, values: dict[str, float] | None) -> None:
+            super().step(values)
+            if self.steps == 4:
+                shutil.copytree(runs, tmp_path / "copy")
+                shutil.rmtree(runs)
+                (tmp_path / "copy").rename(runs)
+                others.extend(sorted(path for path in runs.rglob("*") if path.is_file()))
+
+    with pytest.raises(FileError, match="another folder was put in its place"):
+        run_chain(mini_chain(runs, "baseline"), Replace())
+    assert sorted(path for path in runs.rglob("*") if path.is_file()) == others
 
 
 def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:

@@ -203,19 +203,6 @@ def test_an_image_beyond_the_memory_is_refused_and_the_next_is_coded(
     assert "one.hpcm: 60×40 pixels, 16,384 with padding: more than --max-pixels 16383" in printed
 
 
-def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(
-    photos: Path, checkpoint: Path, hpcm: Hpcm
-) -> None:
-    coded = photos.parent / "one.hpcm"
-    hpcm("compress", photos / "one.png", "-o", coded, "-c", checkpoint)
-    (photos.parent / "victim").write_text("mine")
-    (photos.parent / "one.png.partial").symlink_to(photos.parent / "victim")
-    hpcm("decompress", coded, "-c", checkpoint)
-    assert (photos.parent / "victim").read_text() == "mine"
-    with Image.open(photos.parent / "one.png") as picture:
-        assert picture.size == (60, 40)
-
-
 def test_standard_input_and_output(photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm) -> None:
     def standard_input(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))

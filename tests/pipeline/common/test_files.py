@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.figure_style import new_figure, save
-from pipeline.common.files import FileError, replacing, write_json
+from pipeline.common.files import FileError, replacing
 from pipeline.common.folder_lock import held
 from pipeline.common.memory import memory_limit, too_large
 from pipeline.common.tables import shortest
@@ -23,22 +23,12 @@ def victim(tmp_path: Path) -> Iterator[Path]:
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_a_link_in_the_place_of_the_partial_file_is_removed_and_not_written_through(
-    tmp_path: Path, victim: Path
-) -> None:
-    (tmp_path / "a.json.partial").symlink_to(victim)
-    write_json(tmp_path / "a.json", 1)
-    assert (tmp_path / "a.json").read_text() == "1\n"
-    assert not (tmp_path / "a.json").is_symlink()
-
-
-def test_a_link_that_is_made_just_before_the_partial_file_is_not_written_through(
-    tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.json.partial").symlink_to(victim)
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # as if it were made after this
-    with pytest.raises(FileError, match=r"a.json: cannot be written: File exists"):
-        write_json(tmp_path / "a.json", 1)
+def test_of_two_writers_at_once_the_last_one_wins_with_a_whole_file(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as last, replacing(tmp_path / "a") as first:
+        last.write_text("of the last")
+        first.write_text("of the first")
+    assert (tmp_path / "a").read_text() == "of the last"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_figure_is_not_written_through_a_link(tmp_path: Path, victim: Path) -> None:

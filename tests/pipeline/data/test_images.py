@@ -178,7 +178,7 @@ def test_a_damaged_index_is_replaced(content: bytes, tmp_path: Path) -> None:
     assert (runs / image_index.FILE).read_bytes().startswith(b"SQLite format 3")
 
 
-@pytest.mark.parametrize("marks", [["mlflow.db"], ["images.db"], ["record.json", "metrics.jsonl"]])
+@pytest.mark.parametrize("marks", [["mlflow.db"], ["images.db"], ["report.html"], ["record.json", "metrics.jsonl"]])
 def test_images_that_runs_made_are_left_out(marks: list[str], tmp_path: Path) -> None:
     save(tmp_path / "0.png")
     for runs in ("runs", "older"):

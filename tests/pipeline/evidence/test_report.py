@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from made import costs
 from mini import STAGES, Notes
 from PIL import Image
 
 from pipeline.chain.chain import Chain
-from pipeline.evaluation.coding import comparison_name
+from pipeline.evaluation.coding import comparison_name, save_comparison
 from pipeline.evidence.reconstructions import BRIGHTEST, compared_crops, error_map
 from pipeline.evidence.report import ReportError, write
 from pipeline.evidence.report_tables import story_table
@@ -28,8 +29,13 @@ def test_an_error_map_ends_where_it_says() -> None:
     assert (colors[0, 1] == colors[0, 2]).all()
 
 
-def test_images_of_one_name_in_two_folders_are_kept_apart() -> None:
-    assert [comparison_name(name) for name in ("a/001.png", "b/001.png", "c.jpg")] == ["a__001", "b__001", "c"]
+def test_pictures_of_images_with_similar_or_long_names_are_kept_apart(tmp_path: Path) -> None:
+    names = ["a.png", "a.jpg", "a.jpg.png", "b/a.png", "b__a.png", f"{'c/' * 200}a.png", f"{'ä' * 120}.png", ".png"]
+    names.append(f"{comparison_name('a.jpg')}.png")
+    assert len({comparison_name(name) for name in names}) == len(names)
+    assert comparison_name("a.png") == "a"
+    for name in names:
+        save_comparison(tmp_path / f"{comparison_name(name)}.png", torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
 def test_renditions_are_those_that_were_kept(finished: tuple[Chain, Notes]) -> None:

@@ -157,6 +157,7 @@ MISTAKES = {
     "a..b=1": "expected key=value",
     "lmbda=[1": "expected ',' or ']'",
     "data.train=!!python/object/apply:os.system ['true']": "is not allowed",
+    'data.train=""': 'data.train: should be a folder, or null for the packaged photographs, not ""',
     "data.train=&a x": "anchors and aliases",
     'data.train="\\UFFFFFFFF"': "escape is not a valid character",
 }

@@ -263,12 +263,12 @@ def test_a_stage_that_cannot_be_mirrored_is_named_and_the_others_are_sent(
     copied: tuple[Path, Store], store: Store, hpcm: Callable[..., Any]
 ) -> None:
     folder, emptied = copied
-    (folder / "baseline" / "ledger.json").unlink()
+    (folder / "baseline" / "checkpoint.safetensors").write_bytes(b"")
     (folder / "broken").mkdir()
     (folder / "broken" / "record.json").write_text("{")
     (folder.parents[1] / "mlflow.db").unlink()
     printed = hpcm("sync", "--runs", folder.parents[1], code=1)
-    assert re.search(r"(?s)broken/record.json: damaged.*baseline/ledger.json: no such file", printed.out + printed.err)
+    assert re.search(r"(?s)broken/record.json: damaged.*baseline/checkpoint.safetensors: ", printed.out + printed.err)
     assert shown(emptied)["mini phase1"] == shown(store)["mini phase1"]
 
 
