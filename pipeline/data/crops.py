@@ -8,7 +8,7 @@ same crop for the same n.
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from pipeline.data.images import Photos
 from pipeline.data.pictures import DataError, read_image
@@ -125,12 +125,24 @@ class StepBatches:
             yield list(range(first, first + share))
 
 
-def training_loader(crops: TrainingCrops, batches: StepBatches, workers: int = 0) -> DataLoader[Any]:
-    """Batches in step order: `image` (B / world_size, 3, crop, crop) and `sample` (B / world_size,)."""
+Batch = dict[str, Any]
+
+
+def training_loader(
+    crops: TrainingCrops,
+    batches: StepBatches,
+    workers: int = 0,
+    complete: Callable[[Batch], Batch] = lambda batch: batch,
+) -> DataLoader[Any]:
+    """Batches in step order: `image` (B / world_size, 3, crop, crop) and `sample` (B / world_size,).
+
+    The workers `complete` each batch.
+    """
     return DataLoader(
         crops,
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=lambda samples: complete(default_collate(samples)),
         # Forked workers end when the trainer is killed; workers of a fork server would stay.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),

@@ -9,7 +9,7 @@ from modules import Noise
 from modules.context.coding_order import hierarchy
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.cuda_graph import Compute, GraphedGradients
-from pipeline.training.objectives import Handover, ObjectiveContext, build_objective, training_noise
+from pipeline.training.objectives import Handover, ObjectiveContext, build_objective
 from pipeline.training.reporting import Migration
 
 
@@ -49,20 +49,17 @@ class Gradients:
         self._read_by_graph = hierarchy(*crop, child.means_hyper.device) if self.graphed else None
         self._compute = self._computation()
 
-    def __call__(self, step: int, images: Tensor, samples: Sequence[int], seed: int) -> dict[str, Tensor]:
+    def __call__(self, step: int, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Add this process's gradients of a step of the segment. Returns the means of the objective's values.
 
-        `images` (B, 3, H, W) are the `samples` of this process. The noise depends only on them and the seed.
+        `images` (B, 3, H, W) and `noise` are those of this process.
         """
         if step < self.segment.handover:
             self._blend(step / self.segment.handover)
-        size = len(samples) // self.parts
         means: dict[str, Tensor] = {}
-        for part in range(self.parts):
-            chosen = slice(part * size, (part + 1) * size)
-            crops, device = images[chosen], self.accelerator.device
-            noise = training_noise(self.migration.child, (*crops.shape[2:],), seed, samples[chosen])
-            values = self._compute(crops.to(device), Noise(*(tensor.to(device) for tensor in noise)))
+        for crops, *drawn in zip(*(tensor.chunk(self.parts) for tensor in (images, *noise)), strict=True):
+            inputs = [tensor.to(self.accelerator.device, non_blocking=True) for tensor in (crops, *drawn)]
+            values = self._compute(inputs[0], Noise(*inputs[1:]))
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value / self.parts
         if step + 1 >= self.segment.handover:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modules import HPCM, Noise
 from modules.plugins import note_registration
+from pipeline.data.crops import Batch
 from pipeline.evaluation.metrics import metric_named
 from pipeline.evaluation.quality import bits_per_pixel
 from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
@@ -33,6 +34,12 @@ def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Seque
     y, z, rate = (torch.stack(part) for part in zip(*drawn, strict=True))
     y, z = ((part - 0.5).contiguous(memory_format=torch.channels_last) for part in (y, z))
     return Noise(y, z, rate)
+
+
+def with_noise(model: HPCM, seed: int, batch: Batch) -> Batch:
+    """A batch of `training_loader` with the `noise` of its samples. Data workers draw it, so that no step waits."""
+    size = (*batch["image"].shape[2:],)
+    return {**batch, "noise": training_noise(model, size, seed, batch["sample"].tolist())}
 
 
 @dataclass(frozen=True)

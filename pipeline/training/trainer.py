@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from modules import Noise
 from pipeline.common.errors import Interrupted, UserError
 from pipeline.common.fault_injection import fault
 from pipeline.common.processes import ProcessGroup
@@ -14,6 +15,7 @@ from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.gradients import Gradients
 from pipeline.training.meter import Meter
+from pipeline.training.objectives import with_noise
 from pipeline.training.optimizer import (
     build_optimizer,
     optimizer_tensors,
@@ -105,9 +107,10 @@ class SegmentRun:
             watcher.note(f"cuda_graph has no effect: {self.gradients.not_graphed}")
         try:
             self._validate_if_due()  # A state is saved before the validation at its step.
-            for batch in training_loader(self.trainer.crops, self._batches(), self.stage.data.workers):
+            crops, workers = self.trainer.crops, self.stage.data.workers
+            for batch in training_loader(crops, self._batches(), workers, partial(with_noise, self.child, crops.seed)):
                 began = time.perf_counter()
-                values = self._step(batch["image"], batch["sample"].tolist())
+                values = self._step(batch["image"], batch["noise"])
                 self.progress = self.meter.count(self.progress, values, time.perf_counter() - began)
                 self._stop_if_not_finite()
                 self._save_if_due()
@@ -123,12 +126,12 @@ class SegmentRun:
         left = self.segment.steps - self.progress.step
         return StepBatches(self.progress.stage_step, left, data.batch_size, *processes, data.accumulate)
 
-    def _step(self, images: Tensor, samples: list[int]) -> dict[str, float] | None:
+    def _step(self, images: Tensor, noise: Noise) -> dict[str, float] | None:
         """One update. Returns the objective's values, or None if a non-finite loss or gradient skipped the update."""
         step = self.progress.step
         set_learning_rates(self.optimizer, self.segment, step)
         self.optimizer.zero_grad(set_to_none=not self.gradients.graphed)
-        values = self.gradients(step, images, samples, self.trainer.crops.seed)
+        values = self.gradients(step, images, noise)
         means = torch.stack([*values.values()])
         self.processes.average([means, *(p.grad for p in self.parameters if p.grad is not None)])
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.stage.optimizer.clip_norm)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from pipeline.evaluation.coding import code, estimate
 from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Stage
 from pipeline.training.estimate import EvaluationCost, StepCost
+from pipeline.training.objectives import with_noise
 from pipeline.training.reporting import Migration, Reporting, Watcher
 from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import new_components, new_tensors, tensors_to_copy
@@ -149,9 +151,9 @@ def step_seconds(
 
 def _batch_seconds(trial: Trial, crops: TrainingCrops) -> float:
     """Mean seconds that the loader alone, with its workers, takes for a batch."""
-    data = trial.stage.data
+    data, noise = trial.stage.data, partial(with_noise, HPCM.on_meta(trial.config), crops.seed)
     began = time.perf_counter()
-    for number, _ in enumerate(training_loader(crops, StepBatches(0, BATCHES, data.batch_size), data.workers)):
+    for number, _ in enumerate(training_loader(crops, StepBatches(0, BATCHES, data.batch_size), data.workers, noise)):
         if number == BATCHES // 2 - 1:
             began = time.perf_counter()
     return (time.perf_counter() - began) / (BATCHES - BATCHES // 2)
