@@ -54,8 +54,9 @@ class GraphedGradients:
                 self._compute(images, Noise(*noise))
         torch.cuda.current_stream(device).wait_stream(stream)
         # On the stream of the warm-up, because autograd accumulates gradients on the stream of their first use.
+        # Threads that pin batches, or watch other processes, may allocate and ask for events during the capture.
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._values = self._compute(images, Noise(*noise))
         except torch.OutOfMemoryError:
             raise

@@ -1,4 +1,4 @@
-"""The gradients of a training step: micro-batches, noise, handover and CUDA graph."""
+"""The gradients of a training step: micro-batches, handover and CUDA graph."""
 
 from collections.abc import Sequence
 
@@ -99,5 +99,5 @@ def reason_against_graph(stage: Stage) -> str:
     if stage.compile:
         return "torch.compile launches the kernels"
     if stage.metric != "mse":
-        return f"the gradient of {stage.metric} may wait for a value from the GPU, as that of MS-SSIM does"
+        return f"the gradient of the metric {stage.metric} may wait for a value from the GPU"
     return ""
