@@ -40,9 +40,9 @@ def waits(child: HPCM, parent: HPCM, objective: str, metric: str = "mse", side: 
 
 def test_a_step_waits_for_the_gpu_only_with_ms_ssim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modules.network.check_range", lambda images: None)  # On a GPU training does not call it.
-    parent = mini_codec(0)
-    assert waits(mini_codec(3), parent, "align") == set()
-    assert waits(mini_codec(1), parent, "rate-distortion") == set()
+    parent, child = mini_codec(0), mini_codec(1)
+    for objective in ("align", "rate-distortion"):
+        assert waits(child, parent, objective) == set(), objective
     assert waits(with_rates(parent, [0.004, 0.013, 0.04]), parent, "rate-distortion") == set()
     assert "aten::item" in waits(parent, parent, "rate-distortion", "ms-ssim", 192)
 
