@@ -43,7 +43,7 @@ def ui(
             raise UserError(f"{runs}: MLflow has none of these runs yet; add them with hpcm sync --runs {runs}")
         raise UserError(f"{runs}: this folder has no runs yet; name another one with --runs")
     if store.uri.startswith("http"):
-        print(address(store, store.uri))
+        print(address(store, store.shown.replace("***@", "")))
         return
     port = port or free_port()
     print(f"runs: {address(store, f'http://127.0.0.1:{port}')}", flush=True)
@@ -80,5 +80,6 @@ def serve(store: Store, port: int) -> NoReturn:
     """Replace this process by MLflow's server, for one person on this machine."""
     # MLflow's default has four processes and a scheduler of jobs, which one person does not need.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    where = ["--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = store.uri  # Anyone can read the arguments of a process.
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "mlflow", "server", *where])

@@ -1,10 +1,12 @@
 """Signals and processes. The first signal saves and stops after the current step; a second stops at once."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -28,11 +30,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def start_accelerator(precision: str, cpu: bool = False) -> Accelerator:
     """Connect the processes that `accelerate launch` started; without it there is one process.
 
-    It trains on a GPU if there is one, unless `cpu` is true.
+    It trains on a GPU if there is one, unless `cpu` is true. Variables of the environment do not change the weights.
     """
     # The others wait while the first process evaluates, which can take long. They notice a dead process sooner.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patient])
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, dynamo_backend="no", kwargs_handlers=[patient])
+    accelerator.gradient_accumulation_steps = 1  # The recipe divides batches; this would also divide the loss.
+    return accelerator
+
+
+def _launcher() -> int | None:
+    """The parent process if it is `accelerate launch`, which ends at a signal without passing it on."""
+    try:
+        return os.getppid() if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes() else None
+    except OSError:
+        return None
 
 
 def environment_of(accelerator: Accelerator) -> dict[str, str]:
@@ -50,13 +62,19 @@ class ProcessGroup:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.signum = 0
+        self._signum = 0
+        self._launcher = _launcher()
         self._previous: dict[int, Any] = {}
 
     @property
     def is_main(self) -> bool:
         """Whether this is the first process, which evaluates, publishes and writes records."""
         return self.accelerator.is_main_process
+
+    @property
+    def signum(self) -> int:
+        """The first signal, or 0. The end of `accelerate launch` counts as SIGTERM."""
+        return self._signum or (signal.SIGTERM if self._launcher not in (None, os.getppid()) else 0)
 
     def agreed_signal(self) -> int:
         """A signal that any process received, or 0. All processes must call this; all get the same answer."""
@@ -148,7 +166,7 @@ class ProcessGroup:
             signal.signal(number, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        self._signum = signum
         # Restore the default handlers: they act at once, even while a long operation runs outside Python.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

@@ -72,8 +72,8 @@ class Store:
     @classmethod
     def at(cls, uri: str) -> "Store":
         """The store at an address. Raises StoreError if it is unclear where a password in it ends."""
-        if re.match(r"(?!sqlite:|file:)[\w+]+://([^/?#@]*@[^/?#@]*@|[^/?#]*[/?#].*@)", uri):
-            raise StoreError("MLFLOW_TRACKING_URI: write @, /, ? and # in a password as %40, %2F, %3F and %23")
+        if re.match(r"(?!sqlite:|file:)[\w+]+://([^/?#@]*@[^/?#@]*@|[^/?#\s]*[/?#\s].*@)", uri):
+            raise StoreError("MLFLOW_TRACKING_URI: in a password write @ / ? # and a space as %40 %2F %3F %23 and %20")
         return cls(uri)
 
     @property
@@ -107,6 +107,11 @@ class Store:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with self.errors_as_its_own():
             if self.database is not None:
+                if self.database.is_symlink():
+                    raise StoreError(
+                        f"{self.database}: this is a link, and links are not followed; give the database itself in "
+                        "MLFLOW_TRACKING_URI"
+                    )
                 make_database(self.database)
             client = MlflowClient(tracking_uri=self.uri)
             if client.get_experiment_by_name(EXPERIMENT) is None:
@@ -220,7 +225,7 @@ def find_run(client: MlflowClient, key: str) -> str | None:
 def without_password(text: str) -> str:
     """A text with user names, passwords and query strings removed from its addresses."""
     text = re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", text)
-    return re.sub(r"\b((?!sqlite|file)[\w+]+://)\S*@", r"\1***@", text)
+    return re.sub(r"\b((?!sqlite|file)[\w+]+:/+)\S*@", r"\1***@", text)
 
 
 def brief(error: Exception) -> str:

@@ -27,6 +27,14 @@ def test_the_page_is_that_of_the_experiment_by_name(
     assert "metrics.`final/bpp`" in client.get_experiment(wanted).tags["mlflow.sharedViewState.results"]
 
 
+def test_the_page_of_a_server_is_named_without_the_password(
+    monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@host:5000")
+    monkeypatch.setattr(ui, "address", lambda store, server: server)
+    assert hpcm("ui").out == "http://host:5000\n"
+
+
 def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
