@@ -1,7 +1,7 @@
 """The codec's networks: transforms around a hierarchical progressive context model (HPCM, ICCV 2025)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +14,7 @@ from modules.config import HPCMConfig, preset_config
 from modules.context.coding_order import EIGHTHS, CodeStep, ContextModel, Step, from_rows, hierarchy, to_rows, walk
 from modules.context.components import Kind
 from modules.context.rates import Rate, RateVectors
+from modules.estimator import Estimator
 from modules.image_checks import check_form, check_range
 from modules.layers.blocks import Checkpointed
 from modules.layers.entropy import GeneralizedGaussian
@@ -72,7 +73,8 @@ class HPCMNetwork(nn.Module):
             kind.build(M) for kind in (config.attn_s1, config.attn_s2, config.attn_s3)
         )
         self.context_net = nn.ModuleList(config.context_net.build(M) for _ in range(2))
-        self.rate_vectors = RateVectors(config.rates, M) if config.rates else None
+        layers = self.g_a.layer_channels, self.g_s.layer_channels
+        self.rate_vectors = RateVectors(config.rates, M, *layers) if config.rates else None
         self.quality: float | Tensor = (1 + len(config.rates)) / 2 if config.rates else 1.0
         if has_values(self.means_hyper):
             initialize_convolutions(self)
@@ -184,8 +186,7 @@ class HPCMNetwork(nn.Module):
         """
         self.check_images(images)
         training = self.training if training is None else training
-        padded = self.padded(images)
-        y = self.g_a(padded).to(images.dtype)
+        y = self.analyzed(images).to(images.dtype)
         z_residual = self.h_a(y).to(images.dtype) - self.means_hyper
         z_hat = (quantize_ste(z_residual) if training else z_residual.round()) + self.means_hyper
         hyper = self.h_s(z_hat).to(images.dtype)
@@ -206,7 +207,7 @@ class HPCMNetwork(nn.Module):
             "y": self.entropy_estimation(residual, scales),
             "z": self.entropy_estimation(z_residual, self.scales_hyper),
         }
-        x_hat = self.g_s(y_hat)[:, :, : images.shape[2], : images.shape[3]] if reconstruct else None
+        x_hat = self.synthesized(y_hat, images.shape) if reconstruct else None
         return {"x_hat": x_hat, "y_hat": y_hat, "scales": scales, "likelihoods": likelihoods}
 
     def padded(self, images: Tensor) -> Tensor:
@@ -216,6 +217,18 @@ class HPCMNetwork(nn.Module):
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         return images.contiguous(memory_format=torch.channels_last)
+
+    def analyzed(self, images: Tensor) -> Tensor:
+        """The latent y (B, M, h, w) of images (B, 3, H, W), before rounding."""
+        rate = self.rate
+        y: Tensor = self.g_a(self.padded(images), rate and rate.g_a)
+        return y
+
+    def synthesized(self, y_hat: Tensor, shape: Sequence[int]) -> Tensor:
+        """The images of ŷ (B, M, h, w), not clipped. They are cut to the last two numbers of `shape`, (…, H, W)."""
+        rate = self.rate
+        x_hat: Tensor = self.g_s(y_hat, rate and rate.g_s)
+        return x_hat[:, :, : shape[-2], : shape[-1]]
 
     def symbol_rows(self, y: Tensor) -> Tensor:
         """The rows of y (B, M, h, w), as `coding_order` orders them, in the units in which symbols are rounded."""
@@ -275,25 +288,3 @@ class _AtRate:
     def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
         """As `ContextModel` describes it."""
         return self.network.predict(step, context, y_hat, self.rate.step_factor(step))
-
-
-class Estimator:
-    """Rounds each step's residual. Keeps the residual and its scales for the likelihoods."""
-
-    def __init__(self, y_rows: Tensor, training: bool):
-        self.y_rows, self.round = y_rows, quantize_ste if training else torch.round
-        self.residuals: list[Tensor] = []
-        self.scales: list[Tensor] = []
-
-    def __call__(self, step: Step, scales: Tensor, means: Tensor) -> Tensor:
-        """Round the step's rows, (B, R, M/8); returns ŷ of these rows."""
-        residual = self.y_rows.index_select(1, step.rows) - means
-        self.residuals.append(residual)
-        self.scales.append(scales)
-        rounded: Tensor = self.round(residual)
-        return rounded + means
-
-    def collected(self, restore: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals (before rounding) and scales of all steps as rows of y."""
-        residuals, scales = (torch.cat(rows, dim=1).index_select(1, restore) for rows in (self.residuals, self.scales))
-        return residuals, scales

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.compressai_parts import quantize_ste
 from modules.context.coding_order import ContextModel, Step
-from modules.network import Estimator, HPCMNetwork
+from modules.estimator import Estimator
+from modules.network import HPCMNetwork
 
 ITERATIONS = (0, 5, 10, 30, 100)
 """The number of iterations of each effort, 0 … 4."""
@@ -109,7 +110,7 @@ def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -
     estimator = Estimator(network.symbol_rows(latent.y), training=True)
     z_hat = quantize_ste(z_residual) + network.means_hyper
     y_hat = network.walk(network.h_s(z_hat), estimator, _Recomputed if recompute else lambda model: model)
-    x_hat = network.g_s(y_hat)[:, :, : image.shape[2], : image.shape[3]].clamp(0, 1)
+    x_hat = network.synthesized(y_hat, image.shape).clamp(0, 1)
     distortion = lmbda * 255**2 * (x_hat - image).square().mean()
     symbols = [(torch.cat(estimator.residuals, dim=1), torch.cat(estimator.scales, dim=1))]
     symbols.append((z_residual, network.scales_hyper))

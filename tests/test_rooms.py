@@ -20,6 +20,7 @@ MODULES = (
     "layers",
     "context",
     "config.py",
+    "estimator.py",
     "network.py",
     "refinement.py",
     "bitstream",

@@ -49,7 +49,7 @@ def encode(
     `refined` may replace the latent before it is coded.
     """
     with deterministic_float32(image.device):
-        y = network.g_a(network.padded(image))
+        y = network.analyzed(image)
         y, z = refined(Latent(y, network.h_a(y)))
         z_symbols = (z - network.means_hyper).round()
         encoder = Encoder(network.symbol_rows(y))
@@ -76,7 +76,7 @@ def decode(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tab
                 f"decoded in float64: at coding step {mismatch.step + 1} of {STEPS}, float32 on this machine was off "
                 f"by more than the file's ε = {guards.epsilon:.1g}"
             )
-        return Decoded(_image(network, y_hat, shape), recovery)
+        return Decoded(network.synthesized(y_hat, shape).clamp(0, 1), recovery)
 
 
 def _decode_in_float64(network: HPCMNetwork, y: bytes, z_hat: Tensor, tables: Tables) -> Tensor:
@@ -100,7 +100,7 @@ def trace(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tabl
         guards, reader = _start(network, y, z_hat, tables.y)
         decoder = Decoder(tables.scales, reader, guards)
         y_hat = network.walk(network.h_s(z_hat), decoder)
-        return Trace(*decoder.recorded, _image(network, y_hat, shape))
+        return Trace(*decoder.recorded, network.synthesized(y_hat, shape).clamp(0, 1))
 
 
 def in_float64(network: Network) -> Network:
@@ -113,11 +113,6 @@ def _start(network: HPCMNetwork, y: bytes, z_hat: Tensor, tables: CodingTables) 
     symbols = network.config.M * 16 * z_hat.shape[2] * z_hat.shape[3]
     guards, coded = Guards.parse(y, symbols)
     return guards, SymbolReader(coded, tables, symbols)
-
-
-def _image(network: HPCMNetwork, y_hat: Tensor, shape: tuple[int, int]) -> Tensor:
-    x_hat: Tensor = network.g_s(y_hat)[:, :, : shape[0], : shape[1]].clamp(0, 1)
-    return x_hat
 
 
 def _decode_z(network: HPCMNetwork, z: bytes, shape: tuple[int, int], tables: CodingTables) -> Tensor:

@@ -1,9 +1,11 @@
 """Vectors with which one codec codes at every rate between those of several λ.
 
 A gain for each channel of y makes the quantization of its residuals finer or coarser, and an inverse gain brings them
-back. A factor for each coding step adapts the step vectors of the priors. Each λ has its own vectors, and between two
-λ they are interpolated geometrically (gain units: Cui et al., CVPR 2021). The networks see y on its own scale at every
-rate, so a codec that was trained for one λ codes at other rates before any training.
+back (gain units: Cui et al., CVPR 2021). A factor for each coding step adapts the step vectors of the priors. A scale
+and a shift for each channel adapt the output of every layer of g_a and g_s, because at low rates a good encoder removes
+details before it quantizes. Each λ has its own vectors. Between two λ, shifts are interpolated linearly and all others
+geometrically. The networks see y on its own scale at every rate, so a codec that was trained for one λ codes at other
+rates before any training.
 """
 
 import math
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.context.coding_order import EIGHTHS, CodeStep, Step
+from modules.layers.transforms import Changes
 
 STEPS_WITH_VECTORS = 10
 
@@ -28,6 +31,10 @@ class Rate:
     """(B or 1, M): how many units of y a symbol has."""
     steps: Tensor
     """(B or 1, 10, 3M): factors of the step vectors."""
+    g_a: Changes
+    """What adapts each layer of g_a."""
+    g_s: Changes
+    """What adapts each layer of g_s."""
 
     def step_factor(self, step: Step) -> Tensor:
         """The factor of a step's vector, (B or 1, 3M, 1, 1)."""
@@ -54,34 +61,53 @@ class Rate:
 
 
 class RateVectors(nn.Module):
-    """The vectors of every λ in `rates`, as logarithms. Quality 1 is the first λ, and quality R the last."""
+    """The vectors of every λ in `rates`. Quality 1 is the first λ, and quality R the last.
 
-    def __init__(self, rates: Sequence[float], M: int):
+    `g_a` and `g_s` are the numbers of output channels of these transforms' layers.
+    """
+
+    def __init__(self, rates: Sequence[float], M: int, g_a: Sequence[int], g_s: Sequence[int]):
         super().__init__()
         self.rates = tuple(rates)
-        count = len(self.rates)
+        self._layers = tuple(g_a), tuple(g_s)
+        count, channels = len(self.rates), sum(g_a) + sum(g_s)
         self.gain = nn.Parameter(torch.zeros(count, M))
         self.inverse_gain = nn.Parameter(torch.zeros(count, M))
         self.steps = nn.Parameter(torch.zeros(count, STEPS_WITH_VECTORS, 3 * M))
+        self.scales = nn.Parameter(torch.zeros(count, channels))
+        self.shifts = nn.Parameter(torch.zeros(count, channels))
 
     @torch.no_grad()
     def start_from(self, lmbda: float) -> None:
         """Set the vectors for the weights of a codec that was trained for one λ: gains √(λ_r / λ), no other change."""
+        for vectors in self.parameters():
+            vectors.zero_()
         for number, rate in enumerate(self.rates):
             self.gain[number] = math.log(rate / lmbda) / 2
             self.inverse_gain[number] = -math.log(rate / lmbda) / 2
-        self.steps.zero_()
 
     def at(self, quality: Tensor) -> Rate:
         """The vectors at qualities (B,) from 1 to R. They are computed in float64, so machines hardly differ."""
         below, share = self._between(quality)
 
-        def between(logs: Tensor) -> Tensor:
-            flat = logs.flatten(1).double()
-            vectors = torch.lerp(flat[below], flat[below + 1], share[:, None]).exp()
-            return vectors.to(logs.dtype).unflatten(1, logs.shape[1:])
+        def between(vectors: Tensor) -> Tensor:
+            flat = vectors.flatten(1).double()
+            return torch.lerp(flat[below], flat[below + 1], share[:, None]).unflatten(1, vectors.shape[1:])
 
-        return Rate(between(self.gain), between(self.inverse_gain), between(self.steps))
+        def factors(logs: Tensor) -> Tensor:
+            return between(logs).exp().to(logs.dtype)
+
+        of_g_a, of_g_s = self._layers
+        scales, shifts = factors(self.scales), between(self.shifts).to(self.shifts.dtype)
+        pieces = (vectors[:, :, None, None].split([*of_g_a, *of_g_s], dim=1) for vectors in (scales, shifts))
+        changes = list(zip(*pieces, strict=True))
+        return Rate(
+            factors(self.gain),
+            factors(self.inverse_gain),
+            factors(self.steps),
+            changes[: len(of_g_a)],
+            changes[len(of_g_a) :],
+        )
 
     def lmbda_at(self, quality: Tensor) -> Tensor:
         """The λ at qualities (B,), interpolated geometrically."""

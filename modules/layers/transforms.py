@@ -8,6 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.layers.residual import PConvRB
 
+Changes = Sequence[tuple[Tensor, Tensor]]
+"""For each layer of a transform, a scale and a shift of its output, both (B or 1, C, 1, 1)."""
+
 
 def _blocks(channels: int, depth: int, hidden_rate: float = 4) -> list[nn.Module]:
     return [PConvRB(channels, hidden_rate) for _ in range(depth)]
@@ -20,9 +23,22 @@ class Transform(nn.Module):
         super().__init__()
         self.branch = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C_in, H, W) to (B, C_out, H', W')."""
-        return self.branch(x)
+    def forward(self, x: Tensor, changes: Changes | None = None) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C_out, H', W'). `changes` adapt the output of each layer."""
+        if changes is None:
+            return self.branch(x)
+        for layer, (scale, shift) in zip(self.branch, changes, strict=True):
+            x = layer(x)
+            x = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+        return x
+
+    @property
+    def layer_channels(self) -> list[int]:
+        """The number of output channels of each layer."""
+        channels: list[int] = []
+        for layer in self.branch:
+            channels.append(getattr(layer, "out_channels", 0) or channels[-1])  # A residual block keeps the channels.
+        return channels
 
 
 class ImageTransform(Transform):
@@ -42,15 +58,17 @@ class ImageTransform(Transform):
         reach = 2 + sum(depth << level for level, depth in enumerate(depths, start=1))
         self.halo = -(-reach // 16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C_in, H, W) to (B, C_out, H', W')."""
+    def forward(self, x: Tensor, changes: Changes | None = None) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C_out, H', W'). `changes` adapt the output of each layer."""
         height, width = (size // self.units[0] for size in x.shape[2:])
         if max(height, width) <= self.tile:
-            return super().forward(x)
+            return super().forward(x, changes)
         tops, lefts = (range(0, size, self.tile) for size in (height, width))
-        return torch.cat([torch.cat([self._tile(x, top, left) for left in lefts], dim=3) for top in tops], dim=2)
+        return torch.cat(
+            [torch.cat([self._tile(x, changes, top, left) for left in lefts], dim=3) for top in tops], dim=2
+        )
 
-    def _tile(self, x: Tensor, top: int, left: int) -> Tensor:
+    def _tile(self, x: Tensor, changes: Changes | None, top: int, left: int) -> Tensor:
         outer = [slice(max(first - self.halo, 0), first + self.tile + self.halo) for first in (top, left)]
         inner = [
             slice(first - around.start, first - around.start + self.tile)
@@ -59,9 +77,9 @@ class ImageTransform(Transform):
         rows, columns = (slice(s.start * self.units[0], s.stop * self.units[0]) for s in outer)
         piece = x[:, :, rows, columns].contiguous(memory_format=torch.channels_last)
         if piece.requires_grad:  # Of all tiles together, the backward pass would need too much memory.
-            y = checkpoint(super().forward, piece, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(super().forward, piece, changes, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = super().forward(piece)
+            y = super().forward(piece, changes)
         rows, columns = (slice(s.start * self.units[1], s.stop * self.units[1]) for s in inner)
         return y[:, :, rows, columns]
 

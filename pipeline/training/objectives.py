@@ -123,8 +123,8 @@ class RateDistortion(Objective):
 class EveryRate(RateDistortion):
     """The loss of a codec of several rates. Each sample is coded at a quality of its own, and has its λ.
 
-    The loss of a sample is divided by (λ / the stage's λ)^0.75, so that no rate dominates. Losses grow about like this:
-    with exponents of 0.72 to 0.82 among the four bundled codecs.
+    The loss of a sample is divided by λ / the stage's λ, so distortion weighs as much at every rate. Losses grow with
+    λ^0.75, so low rates, which are the hardest to reach from a codec of a higher one, weigh more than others.
     """
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class EveryRate(RateDistortion):
         bits = [-likelihoods.log2().flatten(1).sum(1) for likelihoods in coded["likelihoods"].values()]
         bpp = torch.stack(bits).sum(0) / (images.shape[2] * images.shape[3])
         lmbda = vectors.lmbda_at(quality).to(images.dtype)
-        loss = (self.lmbda / lmbda) ** 0.75 * (lmbda * metric.weight * distortion + bpp)
+        loss = self.lmbda * (metric.weight * distortion + bpp / lmbda)
         return {"loss": loss.mean(), "bpp": bpp.mean(), "distortion": distortion.mean()}
 
 

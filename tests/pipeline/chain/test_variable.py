@@ -43,7 +43,7 @@ class Ends(Notes):
 def test_the_frozen_segment_trains_the_vectors_and_nothing_else(variable: tuple[Chain, Ends]) -> None:
     start, frozen = (variable[1].tensors[name] for name in ("frozen", "unfrozen"))
     moved = {name for name in start if not torch.equal(start[name], frozen[name])}
-    assert moved == {f"rate_vectors.{name}" for name in ("gain", "inverse_gain", "steps")}
+    assert moved == {f"rate_vectors.{name}" for name in ("gain", "inverse_gain", "steps", "scales", "shifts")}
     assert record_of(variable[0], "variable").start.step0_gap == pytest.approx(0, abs=1e-4)
 
 
