@@ -64,9 +64,8 @@ class ImageTransform(Transform):
         if max(height, width) <= self.tile:
             return super().forward(x, changes)
         tops, lefts = (range(0, size, self.tile) for size in (height, width))
-        return torch.cat(
-            [torch.cat([self._tile(x, changes, top, left) for left in lefts], dim=3) for top in tops], dim=2
-        )
+        rows = [torch.cat([self._tile(x, changes, top, left) for left in lefts], dim=3) for top in tops]
+        return torch.cat(rows, dim=2)
 
     def _tile(self, x: Tensor, changes: Changes | None, top: int, left: int) -> Tensor:
         outer = [slice(max(first - self.halo, 0), first + self.tile + self.halo) for first in (top, left)]

@@ -89,9 +89,8 @@ def _kept_bytes(config: HPCMConfig) -> _KeptBytes:
     likelihoods = 3 * bytes_of(lambda: model.entropy_estimation(meta(1, M, h, w), meta(1, M, h, w)).log2())
     inputs = len(steps) * 4 * 3 * M / 256
     always = inputs + bytes_of(lambda: model.h_s(meta(1, N, h // 4, w // 4))) + likelihoods + 8 * 3 * 4
-    return _KeptBytes(
-        bytes_of(lambda: model.synthesized(meta(1, M, h, w), (16 * h, 16 * w))), tuple(steps), always, model.g_s.halo
-    )
+    synthesis = bytes_of(lambda: model.synthesized(meta(1, M, h, w), (16 * h, 16 * w)))
+    return _KeptBytes(synthesis, tuple(steps), always, model.g_s.halo)
 
 
 def check_size(model: HPCM, height: int, width: int, max_pixels: int | None = None, refined: bool = False) -> None:
