@@ -1,4 +1,4 @@
-"""Codes images to a size in bytes or to a PSNR. The λ of the refinement moves until the file meets the target."""
+"""Codes images to a size in bytes or to a PSNR. The quality, or the λ of the refinement, moves until a file has it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,19 +8,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from modules.bitstream.coding import Decoded
 from modules.bitstream.file_format import EPSILON, CodedImage, check_epsilon
 from modules.image_codec import ImageCodec
 from modules.refinement import ITERATIONS, Latent, Schedule, refine
 
 _REFINEMENTS, _BLENDS, _QUALITIES = 5, 8, 12
-"""Most refinements with one codec, most blends of two latents after them, and most qualities of a codec of rates."""
+"""Most refinements at different λ, most blends of two latents after them, and most qualities."""
 
 _RANGE = math.log(16)
 """λ stays within a factor of 16 of the codec's own."""
 
 _SLOPE, _LEAST_SLOPE = 25.0, 5.0
-"""Change of the excess with log λ: what is expected at first, and the least that two refinements may show."""
+"""Change of the excess with the quality or with log λ: what is expected first, and the least between two attempts."""
 
 
 class TargetError(ValueError):
@@ -56,21 +55,20 @@ class Target(NamedTuple):
 
 
 class TargetCodec:
-    """Codes each image to a target, with the one of several codecs that comes nearest without refinement.
+    """Codes each image to a target.
 
-    The λ of the refinement moves by false position, in at most five attempts. If none meets the target within 1 % of
-    the size or 0.02 dB, the latents of two attempts on either side are blended, which needs no iterations. If none
-    meets it then, the next codec is tried. If it does not help, `note` is called with what the nearest permitted file
-    has, and that file is returned. Raises ValueError for codecs of effort 0.
-
-    A codec of several rates needs none of this, and no effort: its quality moves.
+    The quality of a codec of several rates moves by false position; an effort refines each latent as well. The quality
+    of a codec of one rate cannot move. The λ of its refinement does, in at most five attempts. If none meets the target
+    within 1 % of the size or 0.02 dB, the latents of two attempts on either side are blended, which needs no
+    iterations. If none meets it then, `note` is called with what the nearest permitted file has, and that file is
+    returned. Raises ValueError for a codec of one rate and effort 0.
     """
 
-    def __init__(self, codecs: Sequence[ImageCodec], target: Target, note: Callable[[str], None] = lambda text: None):
-        if not all(codec.effort or codec.model.config.rates for codec in codecs):
+    def __init__(self, codec: ImageCodec, target: Target, note: Callable[[str], None] = lambda text: None):
+        if not (codec.effort or codec.model.config.rates):
             raise ValueError("a target needs an effort from 1 to 4: the refinement moves the size of a file")
-        self.codecs, self.target = {codec.identity: codec for codec in codecs}, target
-        self.model, self.effort, self.note = codecs[0].model, codecs[0].effort, note
+        self.codec, self.target, self.note = codec, target, note
+        self.model, self.effort, self.decode = codec.model, codec.effort, codec.decode
 
     @torch.no_grad()
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
@@ -78,17 +76,12 @@ class TargetCodec:
 
         Raises TargetError if it cannot be reached, and what `ImageCodec.encode` raises.
         """
-        search = _Search(self.target, image, icc_profile, check_epsilon(epsilon))
-        if self.model.config.rates:
-            found, searches = list[_Attempt](), map(search.at_qualities, self.codecs.values())
-        else:
-            found = sorted(map(search.plain, self.codecs.values()), key=lambda attempt: attempt.distance)
-            searches = map(search.attempts, found[:2])
-        for attempts in searches:
-            for attempt in reversed(attempts):  # The first one is not refined.
-                if attempt.meets:
-                    return attempt.coded
-            found += attempts
+        self.codec.check(image)
+        search = _Search(self.codec, self.target, image, icc_profile, check_epsilon(epsilon))
+        found = search.qualities() if self.model.config.rates else search.refinements()
+        nearest = min(found, key=lambda attempt: abs(attempt.excess))
+        if nearest.meets:
+            return nearest.coded
         permitted = [attempt for attempt in found if self.target.permits(attempt.reached)]
         wanted, values = f"{self.target.wanted:g} {self.target.unit}", sorted(attempt.reached for attempt in found)
         if not permitted or len(permitted) == len(found):
@@ -97,15 +90,10 @@ class TargetCodec:
         self.note(f"{nearest.reached:.6g} {self.target.unit}, the nearest to {wanted} that was found")
         return nearest.coded
 
-    def decode(self, coded: CodedImage) -> Decoded:
-        """What `ImageCodec.decode` returns, with the codec that made the file."""
-        return self.codecs[coded.identity].decode(coded)
-
 
 class _Attempt(NamedTuple):
-    codec: ImageCodec
-    shift: float
-    """Logarithm of λ divided by the codec's own. For a codec of several rates, its quality."""
+    place: float
+    """The quality, or for a codec of one rate the logarithm of λ divided by the codec's own."""
     latent: Latent
     coded: CodedImage
     reached: float
@@ -114,11 +102,6 @@ class _Attempt(NamedTuple):
     @property
     def meets(self) -> bool:
         return abs(self.excess) <= 0.5
-
-    @property
-    def distance(self) -> float:
-        """To add detail that a codec was not trained for costs more than to remove it."""
-        return max(self.excess, -1.5 * self.excess)
 
 
 def _sides(attempts: Sequence[_Attempt]) -> tuple[_Attempt | None, _Attempt | None]:
@@ -136,81 +119,87 @@ def _part(low: _Attempt, high: _Attempt) -> float:
     return min(max(low.excess / (low.excess - high.excess), 0.1), 0.9)
 
 
+def _moved(
+    attempt: Callable[[float], _Attempt], place: float, bounds: tuple[float, float], most: int
+) -> list[_Attempt]:
+    """Attempts from a place on, until one meets the target, a bound does not reach it, or there are `most`."""
+    found, slope = list[_Attempt](), _SLOPE
+    while len(found) < most and not (found and found[-1].meets):
+        place = min(max(place, bounds[0]), bounds[1])
+        if found and place == found[-1].place:
+            break
+        last = attempt(place)
+        if found:
+            slope = max((last.excess - found[-1].excess) / (place - found[-1].place), _LEAST_SLOPE)
+        found.append(last)
+        low, high = _sides(found)
+        if low and high:
+            place = low.place + _part(low, high) * (high.place - low.place)
+        else:
+            place = last.place - 1.2 * last.excess / slope
+    return found
+
+
 class _Search(NamedTuple):
+    codec: ImageCodec
     target: Target
     image: Tensor
     icc_profile: bytes
     epsilon: float
 
-    def plain(self, codec: ImageCodec) -> _Attempt:
-        """The file without refinement."""
-        codec.check(self.image)
-        return self._attempt(codec, 0.0, lambda latent: latent)
+    def qualities(self) -> list[_Attempt]:
+        """Attempts at different qualities, first without refinement."""
+        rates = len(self.codec.model.config.rates)
 
-    def attempts(self, plain: _Attempt) -> list[_Attempt]:
-        """Attempts until one meets the target, or until no more are left. The first is the given one."""
-        found = [plain, *self._refinements(plain)]
+        def attempts(effort: int, place: float) -> list[_Attempt]:
+            return _moved(partial(self._at_quality, effort), place, (1, rates), _QUALITIES)
+
+        found = attempts(0, (1 + rates) / 2)
+        if self.codec.effort:
+            found = attempts(self.codec.effort, min(found, key=lambda attempt: abs(attempt.excess)).place)
+        return found
+
+    def refinements(self) -> list[_Attempt]:
+        """Attempts without refinement, with refinement for different λ, and with blends of two latents."""
+        plain = self._attempt(0.0, lambda latent: latent)
+        found = [plain, *_moved(self._at_lmbda, -plain.excess / _SLOPE, (-_RANGE, _RANGE), _REFINEMENTS)]
         low, high = _sides(found)
         for _ in range(_BLENDS):
             if found[-1].meets or not (low and high):
                 break
             part = _part(low, high)
             blend = Latent(*(a.lerp(b, part) for a, b in zip(low.latent, high.latent, strict=True)))
-            last = self._attempt(plain.codec, 0.0, lambda _, blend=blend: blend)  # type: ignore[misc]
+            last = self._attempt(0.0, lambda _, blend=blend: blend)  # type: ignore[misc]
             found.append(last)
             low, high = (low, last) if last.excess > 0 else (last, high)
         return found
 
-    def at_qualities(self, codec: ImageCodec) -> list[_Attempt]:
-        """Attempts at the highest and lowest quality, then between them until one meets the target."""
-        codec.check(self.image)
-        found = [self._at_quality(codec, quality) for quality in (len(codec.model.config.rates), 1)]
-        for _ in range(_QUALITIES):
-            low, high = _sides(found)
-            if any(attempt.meets for attempt in found) or not (low and high):
-                break
-            found.append(self._at_quality(codec, low.shift + _part(low, high) * (high.shift - low.shift)))
-        return found
+    def _at_quality(self, effort: int, quality: float) -> _Attempt:
+        model = self.codec.model
+        with model.at_quality(quality):
+            return self._attempt(quality, self._refined(Schedule.of(model.check_effort(effort), ITERATIONS[effort])))
 
-    def _at_quality(self, codec: ImageCodec, quality: float) -> _Attempt:
-        with codec.model.at_quality(quality):
-            schedule = Schedule.of(codec.model.check_effort(codec.effort), ITERATIONS[codec.effort])
-            return self._attempt(codec, quality, self._refined(codec, schedule))
+    def _at_lmbda(self, shift: float) -> _Attempt:
+        effort = self.codec.effort
+        schedule = Schedule.of(self.codec.model.check_effort(effort), ITERATIONS[effort], shift)
+        return self._attempt(shift, self._refined(schedule))
 
-    def _refinements(self, plain: _Attempt) -> list[_Attempt]:
-        codec, found = plain.codec, list[_Attempt]()
-        shift, slope = -plain.excess / _SLOPE, _SLOPE
-        lmbda, iterations = codec.model.check_effort(codec.effort), ITERATIONS[codec.effort]
-        while len(found) < _REFINEMENTS and not (found and (found[-1].meets or abs(found[-1].shift) == _RANGE)):
-            shift = min(max(shift, -_RANGE), _RANGE)
-            schedule = Schedule.of(lmbda, iterations, shift)
-            last = self._attempt(codec, shift, self._refined(codec, schedule))
-            if found and shift != found[-1].shift:
-                slope = max((last.excess - found[-1].excess) / (shift - found[-1].shift), _LEAST_SLOPE)
-            found.append(last)
-            low, high = _sides(found)
-            if low and high:
-                shift = low.shift + _part(low, high) * (high.shift - low.shift)
-            else:
-                shift = last.shift - 1.2 * last.excess / slope
-        return found
-
-    def _refined(self, codec: ImageCodec, schedule: Schedule) -> Callable[[Latent], Latent]:
+    def _refined(self, schedule: Schedule) -> Callable[[Latent], Latent]:
         def go_on(iteration: int, iterations: int) -> bool:
-            if not codec.go_on(iteration, iterations):
+            if not self.codec.go_on(iteration, iterations):
                 raise TargetError("stopped before a file met the target")
             return True
 
-        return partial(refine, codec.model, self.image, schedule, go_on)
+        return partial(refine, self.codec.model, self.image, schedule, go_on)
 
-    def _attempt(self, codec: ImageCodec, shift: float, refined: Callable[[Latent], Latent]) -> _Attempt:
+    def _attempt(self, place: float, refined: Callable[[Latent], Latent]) -> _Attempt:
         latents = []
 
         def kept(latent: Latent) -> Latent:
             latents.append(refined(latent))
             return latents[0]
 
-        y, z = codec.model.strings(self.image, self.epsilon, kept)
-        coded = CodedImage(codec.identity, self.image.shape[2], self.image.shape[3], z, y, self.icc_profile)
-        reached = self.target.reached(codec, self.image, coded)
-        return _Attempt(codec, shift, latents[0], coded, reached, self.target.excess(reached))
+        y, z = self.codec.model.strings(self.image, self.epsilon, kept)
+        coded = CodedImage(self.codec.identity, self.image.shape[2], self.image.shape[3], z, y, self.icc_profile)
+        reached = self.target.reached(self.codec, self.image, coded)
+        return _Attempt(place, latents[0], coded, reached, self.target.excess(reached))

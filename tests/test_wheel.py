@@ -69,12 +69,12 @@ def run(folder: Path, python: str, *arguments: str, **environment: str) -> str:
 def test_an_installed_package_finds_recipes_weights_and_kernel_sources(unpacked: Path, tmp_path: Path) -> None:
     code = """if True:
         from modules.biwkv4.build import SOURCES
-        from pipeline.weights.shipped import of_quality
+        from pipeline.weights.shipped import DEFAULT
         from pipeline.common.packaged import label, recipe_names
         from pipeline.recipes.loading import STAGES, load_recipe
-        print(SOURCES.is_dir(), of_quality(None).is_file(), label(STAGES / "tiny" / "phase3.yaml"))
+        print(SOURCES.is_dir(), DEFAULT.is_file(), label(STAGES / "tiny" / "phase3.yaml"))
         print(*(name for name in recipe_names() if load_recipe(name).stages))
-        print(SOURCES, of_quality(None), STAGES, sep="\\n")"""
+        print(SOURCES, DEFAULT, STAGES, sep="\\n")"""
     found, names, *folders = run(tmp_path, sys.executable, "-c", code, PYTHONPATH=str(unpacked)).splitlines()
     assert found == "True True stages/tiny/phase3.yaml"
     assert names.split() == sorted(path.parent.name for path in ROOT.glob("stages/*/common.yaml"))

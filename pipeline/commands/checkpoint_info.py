@@ -21,7 +21,7 @@ from pipeline.weights.trained_for import stage_settings, with_loss
 
 CODEC_FORMS = (
     "A codec is a stage's folder or checkpoint, a folder of `save_pretrained` or its file, a `.pth.tar`, "
-    "`models:/NAME@ALIAS` in MLflow, a name on the Hugging Face Hub, or the name or quality of a bundled codec."
+    "`models:/NAME@ALIAS` in MLflow, a name on the Hugging Face Hub, or the name of a bundled codec."
 )
 registered_file = imported_when_called("pipeline.tracking.mlflow_model:registered_file")
 load_codec = imported_when_called("pipeline.weights.checkpoints:load_codec")

@@ -17,7 +17,7 @@ from pipeline.commands.display import errors
 from pipeline.commands.options import Device, Quiet
 from pipeline.evaluation.conversions import Conversion, plan
 from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.shipped import of_quality
+from pipeline.weights.shipped import DEFAULT
 
 Pictures = Annotated[list[Path], typer.Argument(help="Images and folders of images; `-`: standard input.")]
 Output = Annotated[
@@ -55,6 +55,29 @@ Lmbda = Annotated[
 ]
 
 
+def quality_option(default: str) -> Any:
+    """The option --quality, with its default in words."""
+    return typer.Option(
+        "--quality",
+        min=1,
+        help="From 1, which gives the smallest files, to the number of the codec's rates, which is 4 for the bundled "
+        f"codec. Fractions are allowed. [default: {default}]",
+        show_default=False,
+    )
+
+
+def load_at(checkpoint: Path | None, quality: float | None, device: str) -> HPCM:
+    """Load a codec, by default the bundled one of every rate; it codes at the quality, or at its own for None."""
+    model = load_codec(checkpoint or DEFAULT).to(device_of(device))
+    if quality is not None:
+        try:
+            model.check_quality(quality)
+        except ValueError as error:
+            raise typer.BadParameter(f"--quality: {error}") from error
+        model.quality = quality
+    return model
+
+
 def set_lmbda(model: HPCM, lmbda: float | None, effort: int) -> None:
     """Set a codec's λ; None keeps its own. Raises BadParameter if the effort needs a λ and there is none."""
     if model.config.rates:
@@ -73,7 +96,7 @@ class CodecOptions:
     """A codec, and what it may do."""
 
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", "-c", parser=codec_path, metavar="CODEC")] = None
-    """The codec [default: a bundled codec]; `hpcm info --help` lists its forms."""
+    """The codec [default: the bundled codec of every rate]; `hpcm info --help` lists its forms."""
     overwrite: bool = False
     """Replace existing files."""
     skip_existing: bool = False
@@ -83,15 +106,8 @@ class CodecOptions:
     quiet: Quiet = False
 
     def model(self, quality: float | None = None) -> HPCM:
-        """The bundled codec of a quality, or the codec of the checkpoint, which then codes at the quality."""
-        model = load_codec(self.checkpoint or of_quality(quality)).to(device_of(self.device))
-        if self.checkpoint and quality is not None:
-            try:
-                model.check_quality(quality)
-            except ValueError as error:
-                raise typer.BadParameter(f"--quality: {error}") from error
-            model.quality = quality
-        return model
+        """The codec, which then codes at the quality; None takes the codec's own."""
+        return load_at(self.checkpoint, quality, self.device)
 
     def plan(self, sources: list[Path], output: Path | None, kind: tuple[tuple[str, ...], str]) -> list[Conversion]:
         """The conversions of a kind that are left to do. Raises DataError."""

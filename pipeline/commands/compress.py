@@ -6,10 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from modules import HPCM
 from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.image_codec import ImageCodec
-from pipeline.commands.codec_options import CodecOptions, Lmbda, Output, Pictures, effort_option, set_lmbda
+from pipeline.commands.codec_options import (
+    CodecOptions,
+    Lmbda,
+    Output,
+    Pictures,
+    effort_option,
+    quality_option,
+    set_lmbda,
+)
 from pipeline.commands.each_file import Refinement, convert_each
 from pipeline.commands.options import AsJson
 from pipeline.commands.streams import with_standard_streams
@@ -17,16 +24,13 @@ from pipeline.commands.target_options import TargetOptions
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import compress_file
 from pipeline.evaluation.conversions import COMPRESSION, Conversion
-from pipeline.weights.shipped import qualities
 
 
 @dataclass(frozen=True)
 class CompressionOptions(CodecOptions):
     """How images are compressed."""
 
-    quality: Annotated[float | None, typer.Option(min=1)] = None
-    """1 gives the smallest files. Without -c, the number of a bundled codec; with -c, any number from 1 to that of the
-    codec's rates [default: the middle]."""
+    quality: Annotated[float | None, quality_option("the middle")] = None
     epsilon: float = EPSILON
     """Relative error in a decoder's scales that the file tolerates; 0: none."""
     effort: Annotated[int | None, effort_option("0, or 2 with a target")] = None
@@ -34,14 +38,10 @@ class CompressionOptions(CodecOptions):
     verify: bool = True
     """Decode each file before writing it, to check it."""
 
-    def models(self, all_qualities: bool) -> list[HPCM]:
-        """The codec that is asked for, or the bundled ones of all qualities if none is."""
-        if all_qualities and not (self.checkpoint or self.quality):
-            return [self.model(quality) for quality in range(1, 1 + len(qualities()))]
-        return [self.model(self.quality)]
-
-    def check(self) -> None:
-        """Raise BadParameter for an ε that cannot be used."""
+    def check(self, targets: TargetOptions) -> None:
+        """Raise BadParameter for an ε that cannot be used, and for two options that choose the rate."""
+        if targets.target and self.quality:
+            raise typer.BadParameter("--quality: --bytes, --bpp and --psnr choose the quality; give one of them")
         try:
             check_epsilon(self.epsilon)
         except ValueError as error:
@@ -64,19 +64,18 @@ def compress(
     With --effort, Ctrl-C completes the current image with the best that was found; with a target it writes no file.
     A second Ctrl-C stops at once.
 
-    --bytes, --bpp and --psnr are targets. The bundled codec that comes nearest is chosen for each image, and the λ of
-    its refinement moves until the file is within 1 % of its size, or 0.02 dB above its PSNR. With a codec of several
-    rates, its quality moves, and nothing needs to be refined. If no file comes so near, the nearest is written, and a
-    message says so. A target that cannot be reached is an error.
+    --bytes, --bpp and --psnr are targets. The quality moves until the file is within 1 % of its size, or 0.02 dB above
+    its PSNR. With a codec of one rate, the λ of the refinement moves instead, and the effort is 2 unless another is
+    given. If no file comes so near, the nearest is written, and a message says so. A target that cannot be reached is
+    an error.
     """
-    options.check()
+    options.check(targets)
     conversions, found = options.plan(pictures, output, COMPRESSION), list[dict[str, Any]]()
     notes = list[str]()
-    models, refinement = options.models(all_qualities=targets.target is not None), Refinement(completes=True)
-    effort = targets.effort(options.effort, models[0])
-    for model in models:
-        set_lmbda(model, options.lmbda, effort)
-    codec = targets.codec([ImageCodec(model, effort, refinement.go_on) for model in models], notes.append)
+    model, refinement = options.model(options.quality), Refinement(completes=True)
+    effort = targets.effort(options.effort, model)
+    set_lmbda(model, options.lmbda, effort)
+    codec = targets.codec(ImageCodec(model, effort, refinement.go_on), notes.append)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:

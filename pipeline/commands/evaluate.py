@@ -11,8 +11,7 @@ import typer
 from modules import HPCM
 from modules.image_codec import ImageCodec
 from pipeline.commands.checkpoint_info import codec_path
-from pipeline.commands.codec_options import Effort, Lmbda, MaxPixels, Pictures, set_lmbda
-from pipeline.commands.devices import device_of
+from pipeline.commands.codec_options import Effort, Lmbda, MaxPixels, Pictures, load_at, quality_option, set_lmbda
 from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.each_file import Refinement, each_file
 from pipeline.commands.options import AsJson, Device, Quiet
@@ -29,9 +28,8 @@ from pipeline.evaluation.quality import NamedImage
 from pipeline.evaluation.rd_curves import PUBLISHED, is_kodak, read_curve
 from pipeline.evaluation.results import Evaluation, ImageResult, cells
 from pipeline.evidence import codec_comparison
-from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.published import Quality
-from pipeline.weights.shipped import of_quality, qualities
+from pipeline.weights.shipped import DEFAULT
 
 Outcome = tuple[dict[str, object], list[Table], bool]
 """The values for JSON, the tables, and whether all images succeeded."""
@@ -44,8 +42,9 @@ class EvaluationOptions:
     checkpoint: Annotated[list[Path] | None, typer.Option("--checkpoint", "-c", parser=codec_path, metavar="CODEC")] = (
         None
     )
-    """The codec; with --against, repeatable [default: the bundled codec of middle quality; with --against, those of all
-    qualities]. `hpcm info --help` lists the forms of a codec."""
+    """The codec; with --against, repeatable [default: the bundled codec of every rate]. `hpcm info --help` lists the
+    forms of a codec."""
+    quality: Annotated[float | None, quality_option("every rate of the codec, by its means")] = None
     against: str | None = None
     """Compare with these, separated by commas: codecs at equal file sizes (`jpeg`, `webp`, `avif`), the published
     curves `hpcm-base-kodak` and `hpcm-large-kodak`, and files with a curve, as CSV or CompressAI's JSON."""
@@ -60,12 +59,14 @@ class EvaluationOptions:
         """Raise BadParameter for options that cannot be used together."""
         if self.plot and not self.against:
             raise typer.BadParameter("--plot draws curves of several codecs: give --against as well")
+        if self.quality and self.against:
+            raise typer.BadParameter("--against compares curves, which need every rate: leave out --quality")
         if not self.against and len(self.checkpoint or ()) > 1:
             raise typer.BadParameter("several checkpoints are compared only with --against")
 
     def load(self, file: Path) -> HPCM:
         """Load a codec on the chosen device."""
-        model = load_codec(file).to(device_of(self.device))
+        model = load_at(file, self.quality, self.device)
         set_lmbda(model, self.lmbda, self.effort)
         return model
 
@@ -122,9 +123,9 @@ def evaluate(
 
 def _alone(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     """Evaluate one codec: each image, or the means at each of its rates."""
-    file = options.checkpoint[0] if options.checkpoint else of_quality(None)
+    file = options.checkpoint[0] if options.checkpoint else DEFAULT
     model = options.load(file)
-    codecs = dict(_at_each_rate(model)) or {"mean": model}
+    codecs = {"mean": model} if options.quality else dict(_at_each_rate(model)) or {"mean": model}
     results: dict[str, list[ImageResult]] = {name: [] for name in codecs}
     refinement = Refinement(completes=False)
 
@@ -188,14 +189,9 @@ def _named_references(names: str) -> tuple[list[PillowCodec], dict[str, tuple[Qu
 
 
 def _named_codecs(options: EvaluationOptions) -> list[tuple[str, HPCM]]:
-    """The given codecs, or the bundled ones of all qualities, each with the name that tables show."""
-    if not options.checkpoint:
-        return [
-            (f"hpcm quality {place}, λ = {shortest(lmbda)}", options.load(path))
-            for place, (lmbda, path) in enumerate(qualities(), start=1)
-        ]
+    """The codecs at each of their rates, each with the name that tables show."""
     found = []
-    for file in options.checkpoint:
+    for file in options.checkpoint or [DEFAULT]:
         model = options.load(file)
         if model.config.rates:
             found += [(f"{_name(model, file)}, {rate}", file, codec) for rate, codec in _at_each_rate(model)]

@@ -1,6 +1,6 @@
 """The options of `hpcm compress` that ask for a size or a quality of each file, and the codec that they need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -38,9 +38,9 @@ class TargetOptions:
         """The effort: without one, 0, or 2 for a target with a codec of one rate."""
         return (2 if self.target and not model.config.rates else 0) if given is None else given
 
-    def codec(self, codecs: Sequence[ImageCodec], note: Callable[[str], None]) -> ImageCodec | TargetCodec:
-        """The codec for files that meet the target; the first if there is none. Raises BadParameter for effort 0."""
+    def codec(self, codec: ImageCodec, note: Callable[[str], None]) -> ImageCodec | TargetCodec:
+        """A codec for files that meet the target; the given one if there is none. Raises BadParameter for effort 0."""
         try:
-            return TargetCodec(codecs, self.target, note) if self.target else codecs[0]
+            return TargetCodec(codec, self.target, note) if self.target else codec
         except ValueError as error:
             raise typer.BadParameter(f"--effort 0: {error}") from error

@@ -14,15 +14,15 @@ from modules.image_codec import ImageCodec
 from modules.network import Noise
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.published import Lineage
-from pipeline.weights.shipped import qualities
+from pipeline.weights.shipped import codec_file
 
 RATES = (0.0018, 0.0067, 0.013, 0.0483)
 
 
 @pytest.fixture(scope="module")
 def parent() -> HPCM:
-    """The bundled codec of λ = 0.013."""
-    return load_codec(dict(qualities())[0.013])
+    """The bundled control of λ = 0.013."""
+    return load_codec("control-0.013")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_vectors_and_lambda_are_interpolated_geometrically(child: HPCM) -> None:
 def test_codecs_of_one_rate_are_as_before(parent: HPCM, photo: Tensor) -> None:
     assert "rates" not in parent.config.to_dict()
     assert not any("rate_vectors" in name for name in parent.state_dict())
-    assert ImageCodec(parent).identity.hex() == Lineage.read(dict(qualities())[0.013]).identity
+    assert ImageCodec(parent).identity.hex() == Lineage.read(codec_file("control-0.013")).identity
     with pytest.raises(ValueError, match="quality 2: this codec has one rate"):
         parent.compress(photo, quality=2)
 

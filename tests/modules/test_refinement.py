@@ -8,13 +8,12 @@ from modules import HPCM
 from modules.image_codec import ImageCodec
 from modules.refinement import Latent, Schedule, _losses, refine
 from pipeline.weights.checkpoints import load_codec
-from pipeline.weights.shipped import of_quality
 
 
 @pytest.fixture(scope="module")
 def trained() -> HPCM:
-    """The bundled codec of middle quality, alone because tests change it."""
-    return load_codec(of_quality(None))
+    """The bundled control of λ = 0.0067, alone because tests change it."""
+    return load_codec("control-0.0067")
 
 
 def latent_of(model: HPCM, image: Tensor) -> Latent:

@@ -45,13 +45,13 @@ def test_a_folder_is_compressed_and_decompressed(photos: Path, checkpoint: Path,
         assert np.array_equal(np.asarray(one), (expected[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def test_without_a_checkpoint_a_bundled_codec_is_used(tmp_path: Path, hpcm: Hpcm) -> None:
+def test_without_a_checkpoint_the_bundled_codec_of_every_rate_is_used(tmp_path: Path, hpcm: Hpcm) -> None:
     photo, coded, back = (tmp_path / name for name in ("coffee.png", "coffee.hpcm", "back.png"))
     Image.fromarray(coffee()[100:228, 100:292]).save(photo)
     hpcm("compress", photo)
     hpcm("decompress", coded, "-o", back)
-    assert "coffee.png" in hpcm("evaluate", photo).out
-    assert "bundled control-0.0067.safetensors" in hpcm("info", coded).out
+    assert "coffee.png" in hpcm("evaluate", photo, "--quality", 2.5).out
+    assert "bundled variable.safetensors" in hpcm("info", coded).out
     error = np.asarray(Image.open(photo), dtype=float) - np.asarray(Image.open(back), dtype=float)
     assert 10 * np.log10(255**2 / np.square(error).mean()) > 28
     assert coded.stat().st_size < 128 * 192 / 8  # 1 bit per pixel

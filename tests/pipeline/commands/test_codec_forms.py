@@ -31,7 +31,6 @@ FORMS = {
     "registered": "models:/hpcm-mini@phase4",
     "on the Hub": "somebody/codec",
     "bundled": "control-small",
-    "quality": "1",
 }
 
 

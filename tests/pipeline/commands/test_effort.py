@@ -20,31 +20,45 @@ Hpcm = Callable[..., Any]
 def test_a_refined_image_is_smaller_and_its_file_is_an_ordinary_one(tmp_path: Path, hpcm: Hpcm) -> None:
     photo, plain, refined = (tmp_path / name for name in ("coffee.png", "plain.hpcm", "refined.hpcm"))
     Image.fromarray(coffee()[100:228, 100:228]).save(photo)
-    hpcm("compress", photo, "-o", plain)
-    hpcm("compress", photo, "-o", refined, "--effort", 1, "--lmbda", 1e-4, "--no-verify")
+    hpcm("compress", photo, "-o", plain, "-c", "control-0.0067")
+    hpcm("compress", photo, "-o", refined, "-c", "control-0.0067", "--effort", 1, "--lmbda", 1e-4, "--no-verify")
     assert refined.stat().st_size < plain.stat().st_size
     hpcm("decompress", refined, "-o", tmp_path / "back.png")
     rate = {}
     for effort in (0, 1):
-        hpcm("evaluate", photo, "--effort", effort, "--lmbda", 1e-4, "-o", tmp_path / "results.json")
+        hpcm(
+            "evaluate",
+            photo,
+            "-c",
+            "control-0.0067",
+            "--effort",
+            effort,
+            "--lmbda",
+            1e-4,
+            "-o",
+            tmp_path / "results.json",
+        )
         rate[effort] = json.loads((tmp_path / "results.json").read_text())["results"]["bpp"]
     assert rate[1] < rate[0]
 
 
-def test_a_target_chooses_codec_and_effort(tmp_path: Path, hpcm: Hpcm) -> None:
+def test_a_target_chooses_the_quality(tmp_path: Path, hpcm: Hpcm) -> None:
     photo, coded = tmp_path / "coffee.png", tmp_path / "coffee.hpcm"
     Image.fromarray(coffee()[100:228, 100:228]).save(photo)
     hpcm("compress", photo, "--bytes", 800)
     assert 0.99 * 800 <= coded.stat().st_size <= 800
     hpcm("decompress", coded, "-o", tmp_path / "back.png")
-    printed = hpcm("compress", photo, "-o", tmp_path / "none.hpcm", "--bpp", 9, "--effort", 1, "--quality", 4, code=1)
+    printed = hpcm("compress", photo, "-o", tmp_path / "none.hpcm", "--bpp", 9, code=1)
     assert "9 bits per pixel cannot be reached" in printed.err
     assert not (tmp_path / "none.hpcm").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [(("--bytes", 800, "--psnr", 30), "give one of them"), (("--bpp", 0.3, "--effort", 0), "a target needs an effort")],
+    [
+        (("--bytes", 800, "--psnr", 30), "give one of them"),
+        (("--bpp", 0.3, "-c", "lean", "--effort", 0), "a target needs an effort"),
+    ],
 )
 def test_targets_that_contradict_are_refused(
     options: tuple[object, ...], reason: str, photos: Path, hpcm: Hpcm

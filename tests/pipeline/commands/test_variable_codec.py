@@ -12,7 +12,6 @@ from skimage.data import coffee
 
 from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.published import Lineage
-from pipeline.weights.shipped import qualities
 
 Hpcm = Callable[..., Any]
 
@@ -21,7 +20,7 @@ Hpcm = Callable[..., Any]
 def variable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of an untrained codec of two rates, with the weights of a bundled codec."""
     path = tmp_path_factory.mktemp("variable") / "variable.safetensors"
-    parent = load_codec(dict(qualities())[0.013])
+    parent = load_codec("control-0.013")
     publish(path, with_rates(parent, [0.0018, 0.013]), Lineage(name="variable"))
     return path
 
@@ -60,4 +59,4 @@ def test_a_quality_that_the_codec_does_not_have_is_refused(variable: Path, photo
         in hpcm("compress", photo, "-c", variable, "--quality", 3, code=2).err
     )
     assert "refines for the λ of its quality" in hpcm("compress", photo, "-c", variable, "--lmbda", 0.01, code=2).err
-    assert "--quality 2.5: there are 1 (λ = 0.0018)" in hpcm("compress", photo, "--quality", 2.5, code=1).err
+    assert "choose the quality" in hpcm("compress", photo, "--quality", 2, "--bytes", 900, code=2).err

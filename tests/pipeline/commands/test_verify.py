@@ -67,7 +67,7 @@ def test_this_machine_reads_the_streams_and_says_where_symbols_differ(suite: Pat
 
 
 def test_the_noisy_stream_has_residuals_beyond_its_tables() -> None:
-    model = load_codec(shipped.of_quality(None))
+    model = load_codec("control-0.0067")
     coded = CodedImage.read(STREAMS / "control-0.0067-noise.hpcm")
     trace, tables = model.trace(coded.y, coded.z, (coded.height, coded.width)), model.coding_tables
     assert (trace.symbols.abs() > tables.y.reach[table_index(trace.scales, tables.scales)]).any()
@@ -95,32 +95,15 @@ def test_the_output_ends_with_pass_or_fail(
     assert printed.err == (f"error: two.hpcm: {fault}\n" if fault else "")
 
 
-@pytest.fixture
-def rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of bundled weights: a codec at three rates, and one of another kind."""
-    for module in (shipped, packaged):
-        monkeypatch.setattr(module, "WEIGHTS", tmp_path)
-    for number, (name, lmbda) in enumerate(
-        [("control", 0.05), ("control", 0.002), ("other", 0.01), ("control", 0.013)]
-    ):
-        torch.manual_seed(number)
-        publish(tmp_path / f"{name}-{lmbda}.safetensors", mini_codec(4), Lineage(name=name, lmbda=lmbda, metric="mse"))
-    return tmp_path
-
-
-def test_qualities_are_the_rates_in_order_and_the_middle_one_the_default(rates: Path) -> None:
-    assert [lmbda for lmbda, _ in shipped.qualities()] == [0.002, 0.013, 0.05]
-    assert shipped.of_quality(1).name == "control-0.002.safetensors"
-    assert shipped.of_quality(None).name == "control-0.013.safetensors"
-    with pytest.raises(UserError, match=r"--quality 4: there are 1 \(λ = 0\.002\), 2 \(λ = 0\.013\), 3"):
-        shipped.of_quality(4)
-
-
-def test_a_file_finds_the_codec_that_made_it(rates: Path, tmp_path: Path) -> None:
+def test_a_file_finds_the_codec_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = tmp_path / "runs" / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
-    publish(stage, mini_codec(0), Lineage(name="baseline"))
+    bundled = tmp_path / "bundled.safetensors"
+    for number, (path, name) in enumerate(((stage, "baseline"), (bundled, "control"))):
+        torch.manual_seed(number)
+        publish(path, mini_codec(4 * number), Lineage(name=name))
+    monkeypatch.setattr(packaged, "WEIGHTS", tmp_path)
     find = CodecOptions().finder(tmp_path / "runs")
-    for path in (rates / "other-0.01.safetensors", rates / "control-0.05.safetensors", stage):
+    for path in (bundled, stage):
         codec = ImageCodec(load_codec(path))
         assert find(codec.identity).identity == codec.identity
     with pytest.raises(BitstreamError, match=r"not bundled and not in .*runs; give it with -c"):
