@@ -93,7 +93,9 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
         return _begun(task, working)
     changed = _changes(task, inputs) if task.is_published else ""
     if task.is_published and not changed:
-        return PlannedStage(task, "stale", FORCED) if force else PlannedStage(task, "done", "current")
+        return (
+            PlannedStage(task, "stale", FORCED) if force else PlannedStage(task, "done", f"current{_elsewhere(task)}")
+        )
     if superseded := task.superseded(inputs):
         reason = f"{changed or 'not built yet'}; superseded/{superseded.name} has the same inputs and moves back"
         return PlannedStage(task, "superseded", reason, complete=superseded)
@@ -103,6 +105,14 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
     other = "; an interrupted training with other inputs is kept: "
     differing = other + changed_inputs(kept.lineage.inputs, inputs) if kept else ""
     return PlannedStage(task, "missing", f"not built yet{differing}")
+
+
+def _elsewhere(task: StageTask) -> str:
+    """A remark about a published stage whose results are of other validation images than the recipe's."""
+    measured = StageRecord.read(task.folder).val_images
+    if measured.digest == task.val_photos.digest:
+        return ""
+    return f"; its results are of other validation images ({measured.name}): `hpcm evaluate` measures it on these"
 
 
 def _begun(task: StageTask, working: Path) -> PlannedStage:

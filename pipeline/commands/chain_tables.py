@@ -48,11 +48,10 @@ def plan_json(chain: Chain, plan: Sequence[PlannedStage]) -> dict[str, Any]:
 def closing_table(chain: Chain) -> Table:
     """One row per published stage: size, cost, quality, step-0 gap and minutes of training."""
     columns = ("stage", "params", "kMAC/px", "coded bpp", "PSNR dB", "MS-SSIM", "R-D loss", "step-0", "min")
-    table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}", columns)
-    for task in chain.tasks:
-        if not task.is_published:
-            continue
-        record = StageRecord.read(task.folder)
+    records = [StageRecord.read(task.folder) for task in chain.tasks if task.is_published]
+    names = dict.fromkeys(record.val_images.name for record in records)
+    table = Table(f"{chain.recipe}, λ = {shortest(chain.lmbda)}, measured on {', '.join(names) or 'nothing'}", columns)
+    for record in records:
         result = record.evaluated
         size = f"{result.parameters / 1e6:.2f}M", f"{result.kmacs_per_pixel:.1f}"
         minutes = f"{record.trained.seconds / 60:.1f}" if record.steps else "–"
