@@ -15,6 +15,9 @@ from modules.refinement import ITERATIONS, Latent, Schedule, refine
 _REFINEMENTS, _BLENDS, _QUALITIES = 5, 8, 12
 """Most refinements at different λ, most blends of two latents after them, and most qualities."""
 
+_EFFORT = 2
+"""The effort of refinements for other λ, unless the codec has one."""
+
 _RANGE = math.log(16)
 """λ stays within a factor of 16 of the codec's own."""
 
@@ -57,18 +60,16 @@ class Target(NamedTuple):
 class TargetCodec:
     """Codes each image to a target.
 
-    The quality of a codec of several rates moves by false position; an effort refines each latent as well. The quality
-    of a codec of one rate cannot move. The λ of its refinement does, in at most five attempts. If none meets the target
-    within 1 % of the size or 0.02 dB, the latents of two attempts on either side are blended, which needs no
-    iterations. If none meets it then, `note` is called with what the nearest permitted file has, and that file is
-    returned. Raises ValueError for a codec of one rate and effort 0.
+    The quality of a codec of several rates moves by false position; an effort refines each latent as well. Beyond the
+    lowest and the highest quality, and for a codec of one rate, the λ of a refinement moves, in at most five attempts
+    of the codec's effort, or of effort 2. If none meets the target within 1 % of the size or 0.02 dB, the latents of
+    two attempts on either side are blended, which needs no iterations. If none meets it then, `note` is called with
+    what the nearest permitted file has, and that file is returned.
     """
 
     def __init__(self, codec: ImageCodec, target: Target, note: Callable[[str], None] = lambda text: None):
-        if not (codec.effort or codec.model.config.rates):
-            raise ValueError("a target needs an effort from 1 to 4: the refinement moves the size of a file")
         self.codec, self.target, self.note = codec, target, note
-        self.model, self.effort, self.decode = codec.model, codec.effort, codec.decode
+        self.model, self.effort, self.decode = codec.model, codec.effort or _EFFORT, codec.decode
 
     @torch.no_grad()
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
@@ -78,7 +79,7 @@ class TargetCodec:
         """
         self.codec.check(image)
         search = _Search(self.codec, self.target, image, icc_profile, check_epsilon(epsilon))
-        found = search.qualities() if self.model.config.rates else search.refinements()
+        found = search.attempts()
         nearest = min(found, key=lambda attempt: abs(attempt.excess))
         if nearest.meets:
             return nearest.coded
@@ -93,7 +94,7 @@ class TargetCodec:
 
 class _Attempt(NamedTuple):
     place: float
-    """The quality, or for a codec of one rate the logarithm of λ divided by the codec's own."""
+    """The quality; or the logarithm of the refinement's λ divided by the codec's own."""
     latent: Latent
     coded: CodedImage
     reached: float
@@ -147,19 +148,25 @@ class _Search(NamedTuple):
     icc_profile: bytes
     epsilon: float
 
-    def qualities(self) -> list[_Attempt]:
-        """Attempts at different qualities, first without refinement."""
+    def attempts(self) -> list[_Attempt]:
+        """Attempts at different qualities, first without refinement, and for different λ if that is not enough."""
         rates = len(self.codec.model.config.rates)
+        if not rates:
+            return self._refinements()
 
-        def attempts(effort: int, place: float) -> list[_Attempt]:
+        def at_qualities(effort: int, place: float) -> list[_Attempt]:
             return _moved(partial(self._at_quality, effort), place, (1, rates), _QUALITIES)
 
-        found = attempts(0, (1 + rates) / 2)
+        found = at_qualities(0, (1 + rates) / 2)
         if self.codec.effort:
-            found = attempts(self.codec.effort, min(found, key=lambda attempt: abs(attempt.excess)).place)
-        return found
+            found = at_qualities(self.codec.effort, min(found, key=lambda attempt: abs(attempt.excess)).place)
+        end = found[-1]
+        if end.meets or end.place not in (1, rates):
+            return found
+        with self.codec.model.at_quality(end.place):
+            return [*found, *self._refinements()]
 
-    def refinements(self) -> list[_Attempt]:
+    def _refinements(self) -> list[_Attempt]:
         """Attempts without refinement, with refinement for different λ, and with blends of two latents."""
         plain = self._attempt(0.0, lambda latent: latent)
         found = [plain, *_moved(self._at_lmbda, -plain.excess / _SLOPE, (-_RANGE, _RANGE), _REFINEMENTS)]
@@ -180,7 +187,7 @@ class _Search(NamedTuple):
             return self._attempt(quality, self._refined(Schedule.of(model.check_effort(effort), ITERATIONS[effort])))
 
     def _at_lmbda(self, shift: float) -> _Attempt:
-        effort = self.codec.effort
+        effort = self.codec.effort or _EFFORT
         schedule = Schedule.of(self.codec.model.check_effort(effort), ITERATIONS[effort], shift)
         return self._attempt(shift, self._refined(schedule))
 

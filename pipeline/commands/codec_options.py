@@ -34,19 +34,16 @@ MaxPixels = Annotated[
 ]
 
 
-def effort_option(default: str) -> Any:
-    """The option --effort, with its default in words."""
-    return typer.Option(
+Effort = Annotated[
+    int,
+    typer.Option(
         "--effort",
         min=0,
         max=len(ITERATIONS) - 1,
         help="Refine what is coded of each image, for smaller files: 1 to 4 are 5, 10, 30 and 100 iterations. With the "
-        f"bundled codecs, each takes 2.5 s of processor time a megapixel. [default: {default}]",
-        show_default=False,
-    )
-
-
-Effort = Annotated[int, effort_option("0")]
+        "bundled codecs, each takes 2.5 s of processor time a megapixel.",
+    ),
+]
 Lmbda = Annotated[
     float | None,
     typer.Option(
@@ -78,8 +75,8 @@ def load_at(checkpoint: Path | None, quality: float | None, device: str) -> HPCM
     return model
 
 
-def set_lmbda(model: HPCM, lmbda: float | None, effort: int) -> None:
-    """Set a codec's λ; None keeps its own. Raises BadParameter if the effort needs a λ and there is none."""
+def set_lmbda(model: HPCM, lmbda: float | None, refines: bool) -> None:
+    """Set a codec's λ; None keeps its own. Raises BadParameter if a refinement needs a λ and there is none."""
     if model.config.rates:
         if lmbda is not None:
             raise typer.BadParameter(
@@ -87,8 +84,10 @@ def set_lmbda(model: HPCM, lmbda: float | None, effort: int) -> None:
             )
         return
     model.lmbda = model.lmbda if lmbda is None else lmbda
-    if effort and model.lmbda is None:
-        raise typer.BadParameter("--effort: the checkpoint does not name the λ that it was trained for; give --lmbda")
+    if refines and model.lmbda is None:
+        raise typer.BadParameter(
+            "refinement needs the λ that the codec was trained for, and the checkpoint does not name it; give --lmbda"
+        )
 
 
 @dataclass(frozen=True)

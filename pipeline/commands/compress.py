@@ -10,10 +10,10 @@ from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.image_codec import ImageCodec
 from pipeline.commands.codec_options import (
     CodecOptions,
+    Effort,
     Lmbda,
     Output,
     Pictures,
-    effort_option,
     quality_option,
     set_lmbda,
 )
@@ -33,7 +33,7 @@ class CompressionOptions(CodecOptions):
     quality: Annotated[float | None, quality_option("the middle")] = None
     epsilon: float = EPSILON
     """Relative error in a decoder's scales that the file tolerates; 0: none."""
-    effort: Annotated[int | None, effort_option("0, or 2 with a target")] = None
+    effort: Effort = 0
     lmbda: Lmbda = None
     verify: bool = True
     """Decode each file before writing it, to check it."""
@@ -65,17 +65,17 @@ def compress(
     A second Ctrl-C stops at once.
 
     --bytes, --bpp and --psnr are targets. The quality moves until the file is within 1 % of its size, or 0.02 dB above
-    its PSNR. With a codec of one rate, the λ of the refinement moves instead, and the effort is 2 unless another is
-    given. If no file comes so near, the nearest is written, and a message says so. A target that cannot be reached is
-    an error.
+    its PSNR. Beyond the lowest and the highest quality, and for a codec of one rate, the λ of a refinement moves
+    instead, with effort 2 unless another is given. If no file comes so near, the nearest is written, and a message says
+    so. A target that cannot be reached is an error.
     """
     options.check(targets)
     conversions, found = options.plan(pictures, output, COMPRESSION), list[dict[str, Any]]()
     notes = list[str]()
     model, refinement = options.model(options.quality), Refinement(completes=True)
-    effort = targets.effort(options.effort, model)
-    set_lmbda(model, options.lmbda, effort)
-    codec = targets.codec(ImageCodec(model, effort, refinement.go_on), notes.append)
+    refines = options.effort > 0 or targets.target is not None
+    set_lmbda(model, options.lmbda, refines)
+    codec = targets.codec(ImageCodec(model, options.effort, refinement.go_on), notes.append)
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:
@@ -93,4 +93,4 @@ def compress(
         )
         return (*done.changes, *notes)
 
-    convert_each(conversions, convert, table, found if as_json else None, refinement if effort else None)
+    convert_each(conversions, convert, table, found if as_json else None, refinement if refines else None)

@@ -67,7 +67,7 @@ class EvaluationOptions:
     def load(self, file: Path) -> HPCM:
         """Load a codec on the chosen device."""
         model = load_at(file, self.quality, self.device)
-        set_lmbda(model, self.lmbda, self.effort)
+        set_lmbda(model, self.lmbda, self.effort > 0)
         return model
 
     def each_image(

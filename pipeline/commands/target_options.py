@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from modules import HPCM
 from modules.image_codec import ImageCodec
 from modules.target_codec import Target, TargetCodec
 
@@ -34,13 +33,6 @@ class TargetOptions:
             return Target("bits per pixel", self.bpp)
         return None if self.psnr is None else Target("dB", self.psnr)
 
-    def effort(self, given: int | None, model: HPCM) -> int:
-        """The effort: without one, 0, or 2 for a target with a codec of one rate."""
-        return (2 if self.target and not model.config.rates else 0) if given is None else given
-
     def codec(self, codec: ImageCodec, note: Callable[[str], None]) -> ImageCodec | TargetCodec:
-        """A codec for files that meet the target; the given one if there is none. Raises BadParameter for effort 0."""
-        try:
-            return TargetCodec(codec, self.target, note) if self.target else codec
-        except ValueError as error:
-            raise typer.BadParameter(f"--effort 0: {error}") from error
+        """A codec for files that meet the target; the given one if there is none."""
+        return TargetCodec(codec, self.target, note) if self.target else codec

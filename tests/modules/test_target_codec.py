@@ -78,9 +78,13 @@ def test_an_error_names_the_range_that_can_be_reached(
             TargetCodec(codec, target).encode(photo)
 
 
-def test_a_target_for_a_codec_of_one_rate_needs_an_effort(fixed: ImageCodec) -> None:
-    with pytest.raises(ValueError, match="a target needs an effort from 1 to 4"):
-        TargetCodec(ImageCodec(fixed.model), Target("bytes", 1000))
+def test_the_range_of_qualities_is_extended_by_a_refinement(variable: HPCM, photo: Tensor) -> None:
+    codec = ImageCodec(variable, effort=1)
+    with variable.at_quality(1):
+        wanted = int(0.85 * len(ImageCodec(variable).encode(photo).pack()))
+    coded = TargetCodec(codec, Target("bytes", wanted)).encode(photo)
+    assert 0.99 * wanted <= len(coded.pack()) <= wanted
+    codec.decode(coded)
 
 
 def test_a_search_that_is_stopped_codes_nothing(fixed: ImageCodec, photo: Tensor) -> None:
