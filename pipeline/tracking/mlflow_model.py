@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import mlflow.pytorch
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
@@ -54,7 +52,7 @@ def registered_file(address: str) -> Path:
         if store.database is not None and not store.database.exists():
             raise FileNotFoundError(f"{store.database}: no such file")
         # Use a client of this store, because MLflow's own loading of `models:/…` uses the process's default store.
-        client = MlflowClient(tracking_uri=store.uri) if store.database is None else store.client()
+        client = store.bare_client() if store.database is None else store.client()
         name, *version = get_model_name_and_version(client, address)
         if version:
             place = client.get_model_version_download_uri(name, version[0])
@@ -63,7 +61,7 @@ def registered_file(address: str) -> Path:
         folder = TemporaryDirectory(prefix="hpcm-")
         atexit.register(folder.cleanup)
         return Path(get_artifact_repository(place, tracking_uri=store.uri).download_artifacts(CHECKPOINT, folder.name))
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # MLflow passes on the errors of its backends.
         raise CheckpointError(
             f"{address}: MLflow has no such codec: {brief(error)}.\n"
             "  MLFLOW_TRACKING_URI names the store; `hpcm ui` shows the models in a folder of runs."

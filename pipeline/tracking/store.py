@@ -96,15 +96,19 @@ class Store:
         except Exception as error:  # MLflow passes on the errors of its backends.
             raise StoreError(f"MLflow ({self.shown}): {brief(error)}") from None
 
+    def bare_client(self) -> MlflowClient:
+        """A client that creates nothing. It does not try again for minutes if a server is away."""
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        return MlflowClient(tracking_uri=self.uri)
+
     def client(self) -> MlflowClient:
         """A client. Creates the store and the experiment if they are missing.
 
         Raises StoreError if the experiment is in MLflow's trash, or if no MLflow server answers at the address.
         """
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
         with self.errors_as_its_own():
             if self.database is not None:
                 if self.database.is_symlink():
@@ -113,7 +117,7 @@ class Store:
                         "MLFLOW_TRACKING_URI"
                     )
                 make_database(self.database)
-            client = MlflowClient(tracking_uri=self.uri)
+            client = self.bare_client()
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 try:
                     client.create_experiment(EXPERIMENT, self._artifacts.as_uri() if self.runs else None)

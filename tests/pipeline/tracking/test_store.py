@@ -140,7 +140,7 @@ def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("command", ["sync", "ui", "audit --mlflow"])
+@pytest.mark.parametrize("command", ["sync", "ui", "audit --mlflow", "info models:/codec@alias"])
 def test_no_command_prints_a_password(
     command: str, copied: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
 ) -> None:
