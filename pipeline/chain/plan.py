@@ -93,9 +93,7 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
         return _begun(task, working)
     changed = _changes(task, inputs) if task.is_published else ""
     if task.is_published and not changed:
-        return (
-            PlannedStage(task, "stale", FORCED) if force else PlannedStage(task, "done", f"current{_elsewhere(task)}")
-        )
+        return PlannedStage(task, "stale", FORCED) if force else PlannedStage(task, "done", _current(task))
     if superseded := task.superseded(inputs):
         reason = f"{changed or 'not built yet'}; superseded/{superseded.name} has the same inputs and moves back"
         return PlannedStage(task, "superseded", reason, complete=superseded)
@@ -107,12 +105,12 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
     return PlannedStage(task, "missing", f"not built yet{differing}")
 
 
-def _elsewhere(task: StageTask) -> str:
-    """A remark about a published stage whose results are of other validation images than the recipe's."""
+def _current(task: StageTask) -> str:
+    """`current`, with a remark if the stage's results are of other validation images than the recipe's."""
     measured = StageRecord.read(task.folder).val_images
     if measured.digest == task.val_photos.digest:
-        return ""
-    return f"; its results are of other validation images ({measured.name}): `hpcm evaluate` measures it on these"
+        return "current"
+    return f"current; its results are of other images ({measured.name}): `hpcm evaluate` measures it on these"
 
 
 def _begun(task: StageTask, working: Path) -> PlannedStage:

@@ -58,7 +58,7 @@ def test_a_change_of_inputs_makes_a_stage_and_its_children_stale(
     Image.new("RGB", (128, 128)).save(photos / "black.png")
     assert reasons() == ["current", "current"]
     assert reasons("log_every=7", "accept.psnr_drop=9.0", "gradient_checkpointing=true") == ["current", "current"]
-    elsewhere = "current; its results are of other validation images (photos): `hpcm evaluate` measures it on these"
+    elsewhere = "current; its results are of other images (photos): `hpcm evaluate` measures it on these"
     assert reasons(f"data.val={photos}") == [elsewhere, elsewhere]
     assert reasons(f"phase1.data.train={photos}") == ["current", "stale: training images changed"]
     assert reasons("baseline.ema=0.9") == ["stale: recipe changed (ema: null → 0.9)", "waits for baseline"]
