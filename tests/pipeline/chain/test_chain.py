@@ -187,17 +187,6 @@ def test_mistakes_in_later_stages_are_reported_before_anything_runs(runs: Path, 
     assert not (runs / "mini").exists()
 
 
-def test_a_damaged_parent_ends_the_attempt_and_says_what_to_do(finished: tuple[Chain, Notes], runs: Path) -> None:
-    parent = copied(finished[0], runs, "baseline").tasks[0].checkpoint
-    content = bytearray(parent.read_bytes())
-    content[-1] ^= 1
-    parent.write_bytes(content)
-    chain = mini_chain(runs, "phase1")
-    with pytest.raises(StageError, match=r"do not match their digest; .*(?s:.*)hpcm run baseline --force"):
-        run_chain(chain)
-    assert begun(chain, "phase1").attempts[-1].state == "failed"
-
-
 def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(finished: tuple[Chain, Notes], runs: Path) -> None:
     copied(finished[0], runs, "baseline")
     limits = ["phase1.schedule.align.steps=0", "phase1.accept.bpp_change=-0.9"]
