@@ -1,274 +1,234 @@
-// Bi-WKV4 on a GPU. A thread handles one channel of one chunk of time. Neighboring threads handle neighboring channels.
-// Threads share only global memory, and a phase ends before the next begins. So the tests can run these functions on a
-// CPU, one thread after another (tests/modules/biwkv4_emulation.cpp).
+// Bi-WKV4 on a GPU. A block of threads has 32 neighboring channels of one tile of a sequence. Up to kWhole rows are one
+// tile. Each warp of the block has one run of the tile's rows, and reads it in blocks of kBlock rows.
 //
-// The phases are those of the CPU: the sums within each chunk (sum_keys), the channel's shift and center (find_frame),
-// the sums before and after each chunk (join_keys), and a second pass over each chunk with these sums. They run with
-// OneShift as `Weights` for all channels, then with RunningMaximum for channels beyond the bound, whose results they
-// overwrite. So the host need not know which channels are beyond the bound.
+// The phases are those of the CPU: the sums of each run (sum_keys), the frame of all sums (find_frame), the sums before
+// and after each run (join_warps), and a second pass over each run with these sums. schedule.h has their order.
 #pragma once
 
 #include <cstdint>
 
 #include "../shared/accumulators.h"
-#include "cell.h"
 #include "device.h"
+#include "thread.h"
+#include "weights.h"
 
 namespace biwkv {
 
-// A block of rows in the backward pass, in registers.
-template <class Weights>
-struct Block {
-  using Real = typename Weights::Real;
-  Real x[kBlock];
+// The mean, or 0 if there are no weights.
+BIWKV_DEVICE float mean_of(const Sum<float>& sum) {
+  const float mean = sum.n * reciprocal(sum.d);
+  return mean == mean ? mean : 0.0f;
+}
+
+// A block of rows, in registers.
+template <class T>
+struct Rows {
+  typename T::Real x[kBlock];
   float v[kBlock];
-  typename Weights::Gradient gradient[kBlock];
-  Real grad_k[kBlock], grad_v[kBlock];    // without the contribution of later positions
-  typename Weights::State keys[kBlock];   // sums over the keys before each row
+  typename T::State keys[kBlock];  // sums over the keys after each row
 };
 
-// Fills a block. `before` and `earlier` are the sums over keys and over gradients at the start of the block; they are
-// updated to its end. `after` is the sum over the keys after its end. Adds the gradient of u of this block; of the
-// gradient of w it adds only the crossings with earlier gradients.
-template <class Number, class Weights, class State = typename Weights::State, class Real = typename Weights::Real>
-BIWKV_DEVICE void walk(const Cell<Number, Weights, true>& cell, int block, Block<Weights>& rows, State& before,
-                       State after, State& earlier, Real& to_w, Real& to_u) {
-  const Weights& weights = cell.weights;
-  cell.load(block, rows.x, rows.v);
-#pragma unroll Weights::kUnrollRows
+// Calls use(i, rows, output) for each row of a block. `before` is the sum over the keys before the block, and is moved
+// to its end. `after` is the sum over the keys after the block, and is moved to its start.
+template <class T, class State, class Use>
+BIWKV_DEVICE void walk(const T& t, int block, Rows<T>& rows, State& before, State& after, const Use& use) {
+  float keys[kBlock];
+  t.load(block, keys, rows.v);
+#pragma unroll T::Weights::kUnroll
   for (int i = kBlock - 1; i >= 0; --i) {
+    rows.x[i] = t.weights.weight(keys[i], t.frame.base);
+    if (T::kCenters) rows.v[i] -= t.frame.center;
     rows.keys[i] = after;
-    after = weights.push(after, rows.x[i], static_cast<Real>(rows.v[i]));
+    after = t.weights.push(after, rows.x[i], rows.v[i]);
   }
-#pragma unroll Weights::kUnrollRows
+#pragma unroll T::Weights::kUnroll
   for (int i = 0; i < kBlock; ++i) {
-    const bool inside = block * kBlock + i < cell.rows;
-    const Real x = rows.x[i], v = rows.v[i], grad = inside ? cell.grad(block * kBlock + i) : 0.0f;
-    const auto out = weights.output(before, rows.keys[i], x, v);
-    rows.gradient[i] = inside ? weights.gradient(out, grad) : Weights::no_gradient();
-    const Real own = inside ? weights.own_part(out, rows.gradient[i], grad) : Real(0);
-    const Real bonus = inside ? own * out.off : Real(0);
-    to_u += bonus;
-    to_w += weights.crossing(rows.keys[i], earlier);
-    rows.grad_k[i] = weights.to_key(x, v, earlier) + bonus, rows.grad_v[i] = weights.to_value(x, earlier) + own;
-    rows.keys[i] = before;
-    if (!inside) continue;  // repeated decay beyond the sequence could give infinity times zero
-    before = weights.push(before, x, v);
-    earlier = weights.push(earlier, rows.gradient[i]);
+    use(i, rows, t.weights.output(before, rows.keys[i], rows.x[i], rows.v[i]));
+    before = t.weights.push(before, rows.x[i], rows.v[i]);
   }
-  before = weights.settle(before), earlier = weights.settle(earlier);
+  before = t.weights.settle(before), after = t.weights.settle(after);
 }
 
-// ---- the phases, one call per thread ----------------------------------------------------------------------------
+// ---- sums over keys ---------------------------------------------------------------------------------------------
 
-template <class Number, class Weights, bool backward>
-BIWKV_DEVICE void sum_keys(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  Cell<Number, Weights, backward> cell(all, b, chunk, channel);
-  float max = -3.40282347e38f;  // not -inf, so that a chunk with only keys of -inf gives zeros, not NaN
-#pragma unroll 8
-  for (int row = 0; row < cell.rows; ++row) max = larger(max, cell.k(row));
-  cell.field(kMax) = cell.weights.shift = max;
-  float center = 0.0f;
-  if (backward && Weights::kCentered) {
-    Sum<float> mean = {0.0f, 0.0f};
-#pragma unroll 8
-    for (int row = 0; row < cell.rows; ++row) {
-      const float x = cell.weights.weight(cell.k(row));
-      mean = {mean.n + x * cell.v(row), mean.d + x};
+// Sums a run from its end, relative to the largest key and the mean value so far. Without a center, v - y would cancel
+// if one key dominates. Notes for each block the sum over later ones.
+template <class T>
+BIWKV_DEVICE void sum_keys(T& t) {
+  using Weights = typename T::Weights;
+  for (int block = t.blocks() - 1; block >= 0; --block) {
+    float keys[kBlock], v[kBlock];
+    t.load(block, keys, v);
+    const Frame old = t.own;
+    Weights::put(t.back, t.note(0, block), Weights::kLanesAtOnce);
+    *t.note(Weights::kWidth, block) = old.base;
+    if (T::kCenters) *t.note(Weights::kWidth + 1, block) = old.center;
+#pragma unroll Weights::kUnroll
+    for (int i = 0; i < kBlock; ++i) t.own.base = keys[i] > t.own.base ? keys[i] : t.own.base;
+    typename T::Real x[kBlock];
+#pragma unroll Weights::kUnroll
+    for (int i = 0; i < kBlock; ++i) x[i] = Weights::weight(keys[i], t.own.base);
+    if constexpr (T::kCenters) {
+      Sum<float> mean = {0.0f, t.own.weight * exponential(old.base - t.own.base)};
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) mean = {mean.n + x[i] * (v[i] - old.center), mean.d + x[i]};
+      t.own.center += mean_of(mean), t.own.weight = mean.d;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) v[i] -= t.own.center;
     }
-    center = mean.n / mean.d;
-    center = center == center ? center : 0.0f;
-    cell.field(kCenter) = center;
+    auto sum = Weights::nothing();
+#pragma unroll Weights::kUnroll
+    for (int i = 0; i < kBlock; ++i) sum = t.weights.push(sum, x[i], v[i]);
+    sum = t.weights.aged(sum, t.all.run - (block + 1) * kBlock);
+    t.forth = Weights::plus(Weights::moved(t.forth, old, t.own), sum);
+    t.back = Weights::moved(t.back, old, t.own);
+#pragma unroll Weights::kUnroll
+    for (int i = kBlock - 1; i >= 0; --i) t.back = t.weights.push(t.back, x[i], v[i]);
+    t.back = t.weights.settle(t.back);
   }
-  auto forth = Weights::nothing(), back = forth;
-  auto age = Weights::near();
-#pragma unroll Weights::kUnrollRows
-  for (int row = 0; row < cell.rows; ++row) {
-    const auto x = cell.weights.weight(cell.k(row));
-    const typename Weights::Real v = cell.v(row) - center;
-    forth = cell.weights.push(forth, x, v);
-    back = cell.weights.add(back, age, x, v);
-    age = cell.weights.farther(age);
-    if (row % kBlock == kBlock - 1) forth = cell.weights.settle(forth), age = cell.weights.settle(age);
-  }
-  cell.put(kForth, forth);
-  cell.put(kBack, back);
 }
 
-// Computes the channel's shift and center from the maxima and centers of its chunks.
-template <class Number, class Weights, bool backward>
-BIWKV_DEVICE void find_frame(const Tensors<Number>& all, int64_t b, int64_t, int64_t channel) {
-  using Chunk = Cell<Number, Weights, backward>;
-  float max = -3.40282347e38f;
-#pragma unroll 8
-  for (int64_t c = 0; c < all.chunks; ++c) max = larger(max, Chunk(all, b, c, channel).field(kMax));
-  const Chunk first(all, b, 0, channel);
-  first.frame(0) = Weights::shift_of(max, all.w[channel] * all.length);
-  if (!backward || !Weights::kCentered) return;
-  double n = 0, d = 0;
+// The sum over all keys after a block, from the note of sum_keys.
+template <class T>
+BIWKV_DEVICE typename T::State after_block(const T& t, int block) {
+  using Weights = typename T::Weights;
+  Frame noted = {static_cast<float>(*t.note(Weights::kWidth, block)), 0.0f};
+  if (T::kCenters) noted.center = *t.note(Weights::kWidth + 1, block);
+  return Weights::plus(t.weights.aged(t.after, t.all.run - (block + 1) * kBlock),
+                       Weights::moved(Weights::get(t.note(0, block), Weights::kLanesAtOnce), noted, t.frame));
+}
+
+template <class Store>
+BIWKV_DEVICE void put_peak(const Peak& peak, Store* to, int64_t stride) {
+  to[0] = peak.base, to[stride] = peak.center, to[2 * stride] = peak.weight;
+}
+template <class Store>
+BIWKV_DEVICE Peak get_peak(const Store* from, int64_t stride) {
+  return {{static_cast<float>(from[0]), static_cast<float>(from[stride])}, static_cast<float>(from[2 * stride])};
+}
+
+// Joins the peaks from `begin` up to `end`, which at(i) gives.
+template <class T, class At>
+BIWKV_DEVICE Peak join_peaks(int64_t begin, int64_t end, const At& at) {
+  Peak top = T::no_peak();
 #pragma unroll 4
-  for (int64_t c = 0; c < all.chunks; ++c) {
-    const Chunk cell(all, b, c, channel);
-    const double weight = cell.state(kForth).d * exponential(static_cast<double>(cell.field(kMax)) - max);
-    n += weight * cell.field(kCenter), d += weight;
+  for (int64_t i = begin; i < end; ++i) top.base = at(i).base > top.base ? at(i).base : top.base;
+  Sum<float> mean = {0.0f, 0.0f};
+#pragma unroll 4
+  for (int64_t i = begin; T::kCenters && i < end; ++i) {
+    const Peak peak = at(i);
+    const float weight = peak.weight * exponential(peak.base - top.base);
+    mean = {mean.n + weight * peak.center, mean.d + weight};
   }
-  const float center = static_cast<float>(n / d);
-  first.frame(1) = center == center ? center : 0.0f;
+  return {{top.base, mean_of(mean)}, mean.d};
 }
 
-// Replaces the state of each chunk with that of all positions before (forth) or after it (back), in float64. `own`
-// reads a chunk's state. The loop reads several chunks before it writes them, so that reads do not wait for writes.
-template <class Number, class Weights, bool backward, class Own>
-BIWKV_DEVICE void join(const Tensors<Number>& all, int64_t b, int64_t channel, bool back, int which, const Own& own) {
-  using Chunk = Cell<Number, Weights, backward>;
-  const auto chunk = [&](int64_t i) { return Chunk(all, b, back ? all.chunks - 1 - i : i, channel); };
-  const double skip = Weights::skip(all.w[channel], kChunk);
-  auto sum = Weights::none_joined();
-  for (int64_t i = 0; i < all.chunks; i += kBlock) {
-    typename Weights::Joined states[kBlock];
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) {
-      if (i + j < all.chunks) states[j] = own(chunk(i + j), which);
-    }
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) {
-      if (i + j >= all.chunks) break;
-      chunk(i + j).put(which, sum);
-      sum = Weights::join(sum, skip, states[j]);
-    }
+// Finds the frame of all sums from the peaks on the board.
+template <class T>
+BIWKV_DEVICE void find_frame(T& t) {
+  t.top = join_peaks<T>(0, t.all.warps, [&](int64_t of) { return get_peak(t.slot(kPeak, of), T::kSlots); });
+  t.frame = t.frame_of(t.top);
+}
+
+template <class T, class State>
+BIWKV_DEVICE void put_sums(const T& t, const State& forth, const State& back) {
+  T::Weights::put(forth, t.slot(kSums, t.warp), T::kSlots);
+  T::Weights::put(back, t.slot(kSums + T::Weights::kWidth, t.warp), T::kSlots);
+}
+
+// Adds to `before` the sums on the board of warps before `end`, and to `after` those of warps after `begin`. A warp's
+// sums are `rows` from the next warp's.
+template <class T, class State>
+BIWKV_DEVICE void join_warps(const T& t, int end, int begin, int rows, State& before, State& after) {
+  using Weights = typename T::Weights;
+#pragma unroll 4
+  for (int of = 0; of < end; ++of) {
+    before = Weights::plus(t.weights.aged(before, rows), Weights::get(t.slot(kSums, of), T::kSlots));
   }
-}
-
-template <class Number, class Weights, bool backward>
-BIWKV_DEVICE void join_keys(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) {
-  join<Number, Weights, backward>(all, b, channel, side != 0, side ? kBack : kForth, [](const auto& cell, int which) {
-    const double by = static_cast<double>(cell.field(kMax)) - cell.weights.shift;
-    const double uncenter = backward && Weights::kCentered ? static_cast<double>(cell.field(kCenter)) - cell.center : 0;
-    return Weights::moved(Weights::widen(cell.state(which)), by, uncenter);
-  });
-}
-
-template <class Number, class Weights>
-BIWKV_DEVICE void join_gradients(const Tensors<Number>& all, int64_t b, int64_t side, int64_t channel) {
-  join<Number, Weights, true>(all, b, channel, side != 0, side ? kGradBack : kGradForth,
-                              [](const auto& cell, int which) { return Weights::widen(cell.state(which)); });
-}
-
-template <class Number, class Weights>
-BIWKV_DEVICE void write_output(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  using Real = typename Weights::Real;
-  const Cell<Number, Weights, false> cell(all, b, chunk, channel);
-  typename Weights::State after[kBlocks], before = cell.state(kForth);
-  cell.sums_after(after);
-#pragma unroll Weights::kUnrollBlocks
-  for (int block = 0; block < kBlocks; ++block) {
-    Real x[kBlock];
-    float v[kBlock];
-    typename Weights::State later[kBlock], sum = after[block];
-    cell.load(block, x, v);
-#pragma unroll Weights::kUnrollRows
-    for (int i = kBlock - 1; i >= 0; --i) {
-      later[i] = sum;
-      sum = cell.weights.push(sum, x[i], static_cast<Real>(v[i]));
-    }
-#pragma unroll Weights::kUnrollRows
-    for (int i = 0; i < kBlock; ++i) {
-      cell.write(all.y, block * kBlock + i, cell.weights.output(before, later[i], x[i], static_cast<Real>(v[i])).y);
-      before = cell.weights.push(before, x[i], static_cast<Real>(v[i]));
-    }
-    before = cell.weights.settle(before);
+#pragma unroll 4
+  for (int of = t.all.warps - 1; of > begin; --of) {
+    after = Weights::plus(t.weights.aged(after, rows), Weights::get(t.slot(kSums + Weights::kWidth, of), T::kSlots));
   }
 }
 
-template <class Number, class Weights>
-BIWKV_DEVICE void sum_gradients(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  using Real = typename Weights::Real;
-  const Cell<Number, Weights, true> cell(all, b, chunk, channel);
-  typename Weights::State after[kBlocks], before = cell.state(kForth);
-  auto forth = Weights::nothing(), back = forth;
-  Real age = Weights::near(), to_w = 0, to_u = 0;
-  cell.sums_after(after);
-#pragma unroll Weights::kUnrollBlocks
-  for (int block = 0; block < kBlocks; ++block) {
-    Block<Weights> rows;
-    walk(cell, block, rows, before, after[block], forth, to_w, to_u);
-#pragma unroll Weights::kUnrollRows
-    for (int i = 0; i < kBlock; ++i) {
-      if (block * kBlock + i >= cell.rows) continue;
-      back = cell.weights.add(back, age, rows.gradient[i]);
-      age = cell.weights.farther(age);
-    }
-    age = cell.weights.settle(age);
+template <class T>
+BIWKV_DEVICE void write_output(T& t) {
+  for (int block = 0; block < t.blocks(); ++block) {
+    Rows<T> rows;
+    auto after = after_block(t, block);
+    int64_t at = t.place(block * kBlock);
+    walk(t, block, rows, t.before, after, [&](int i, auto&, const auto& out) {
+      if (block * kBlock + i < t.rows) t.write(t.all.y, at, out.y);
+      at += t.all.channels;
+    });
   }
-  cell.put(kGradForth, forth);
-  cell.put(kGradBack, back);
 }
 
-template <class Number, class Weights>
-BIWKV_DEVICE void write_gradients(const Tensors<Number>& all, int64_t b, int64_t chunk, int64_t channel) {
-  using Real = typename Weights::Real;
-  const Cell<Number, Weights, true> cell(all, b, chunk, channel);
-  typename Weights::State after[kBlocks], before[kBlocks], earlier[kBlocks];  // of each block; earlier: over gradients
-  Real to_w = 0, to_u = 0;
-  cell.sums_after(after);
-  before[0] = cell.state(kForth), earlier[0] = cell.state(kGradForth);
-#pragma unroll Weights::kUnrollBlocks
-  for (int block = 0; block + 1 < kBlocks; ++block) {
-    Block<Weights> rows;
-    Real unused_w = 0, unused_u = 0;
-    before[block + 1] = before[block], earlier[block + 1] = earlier[block];
-    walk(cell, block, rows, before[block + 1], after[block], earlier[block + 1], unused_w, unused_u);
+// ---- gradients --------------------------------------------------------------------------------------------------
+
+// Sums a run's gradients. Notes for each block the sums over earlier keys, and over earlier gradients of the run.
+template <class T>
+BIWKV_DEVICE void sum_gradients(T& t) {
+  using Weights = typename T::Weights;
+  auto keys = t.before;
+  t.forth = t.back = Weights::nothing();
+  for (int block = 0; block < t.blocks(); ++block) {
+    Rows<T> rows;
+    typename T::State gradient[kBlock];
+    auto after = after_block(t, block);
+    Weights::put(keys, t.note(0, block), Weights::kLanesAtOnce);
+    Weights::put(t.forth, t.note(Weights::kWidth, block), Weights::kLanesAtOnce);
+    walk(t, block, rows, keys, after, [&](int i, auto&, const auto& out) {
+      const bool inside = block * kBlock + i < t.rows;  // the weight of a row beyond may be 0 / 0
+      gradient[i] = inside ? t.weights.gradient(out, t.grad(block * kBlock + i)) : Weights::nothing();
+      t.forth = t.weights.push(t.forth, gradient[i]);
+    });
+    t.forth = t.weights.settle(t.forth);
+    auto sum = Weights::nothing();
+#pragma unroll Weights::kUnroll
+    for (int i = kBlock - 1; i >= 0; --i) sum = t.weights.push(sum, gradient[i]);
+    t.back = Weights::plus(t.back, t.weights.aged(sum, block * kBlock));
   }
-  auto later = cell.state(kGradBack);
-#pragma unroll Weights::kUnrollBlocks
-  for (int block = kBlocks - 1; block >= 0; --block) {
-    Block<Weights> rows;
-    walk(cell, block, rows, before[block], after[block], earlier[block], to_w, to_u);
-#pragma unroll Weights::kUnrollRows
+}
+
+template <class T>
+BIWKV_DEVICE void write_gradients(T& t) {
+  using Weights = typename T::Weights;
+  using Real = typename T::Real;
+  for (int block = t.blocks() - 1; block >= 0; --block) {
+    Rows<T> rows;
+    typename T::State gradient[kBlock];
+    Real grad_k[kBlock], grad_v[kBlock];  // without what comes from later rows
+    auto keys = Weights::get(t.note(0, block), Weights::kLanesAtOnce);
+    auto earlier = Weights::plus(t.weights.aged(t.earlier, block * kBlock),
+                                 Weights::get(t.note(Weights::kWidth, block), Weights::kLanesAtOnce));
+    walk(t, block, rows, keys, t.after, [&](int i, auto& row, const auto& out) {
+      const bool inside = block * kBlock + i < t.rows;
+      const float grad = t.grad(block * kBlock + i);
+      const Real x = row.x[i], v = row.v[i];
+      gradient[i] = inside ? t.weights.gradient(out, grad) : Weights::nothing();
+      const Real own = inside ? t.weights.own_part(out, gradient[i], grad) : Real(0);
+      const Real bonus = inside ? own * out.off : Real(0);
+      t.to_u += bonus;
+      t.to_w += t.weights.crossing(row.keys[i], earlier);
+      grad_k[i] = t.weights.to_key(x, v, earlier) + bonus, grad_v[i] = t.weights.to_value(x, earlier) + own;
+      row.keys[i] = keys;  // from here on the sum over the keys before the row
+      earlier = t.weights.push(earlier, gradient[i]);
+    });
+    int64_t at = t.place(block * kBlock + kBlock);
+#pragma unroll Weights::kUnroll
     for (int i = kBlock - 1; i >= 0; --i) {
       const Real x = rows.x[i], v = rows.v[i];
-      cell.write(all.grad_k, block * kBlock + i, rows.grad_k[i] + cell.weights.to_key(x, v, later));
-      cell.write(all.grad_v, block * kBlock + i, rows.grad_v[i] + cell.weights.to_value(x, later));
-      to_w += cell.weights.crossing(rows.keys[i], later);
-      later = cell.weights.push(later, rows.gradient[i]);
+      at -= t.all.channels;
+      if (block * kBlock + i < t.rows) {
+        t.write(t.all.grad_k, at, grad_k[i] + t.weights.to_key(x, v, t.later));
+        t.write(t.all.grad_v, at, grad_v[i] + t.weights.to_value(x, t.later));
+      }
+      t.to_w += t.weights.crossing(rows.keys[i], t.later);
+      t.later = t.weights.push(t.later, gradient[i]);
     }
-    later = cell.weights.settle(later);
+    t.later = t.weights.settle(t.later);
   }
-  cell.field(kPartW) = static_cast<float>(cell.weights.to_w(to_w));
-  cell.field(kPartU) = static_cast<float>(to_u);
-}
-
-// Runs all phases but sum_parameters. each.template run<phase>(rows) calls a phase for every channel and for as many
-// rows (chunks or sides).
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-template <class Number, class Weights, bool backward, class Each>
-BIWKV_SHARED void run_phases(const Each& each, int64_t chunks) {
-  each.template run<sum_keys<Number, Weights, backward>>(chunks);
-  each.template run<find_frame<Number, Weights, backward>>(1);
-  each.template run<join_keys<Number, Weights, backward>>(2);
-  if constexpr (backward) {
-    each.template run<sum_gradients<Number, Weights>>(chunks);
-    each.template run<join_gradients<Number, Weights>>(2);
-    each.template run<write_gradients<Number, Weights>>(chunks);
-  } else {
-    each.template run<write_output<Number, Weights>>(chunks);
-  }
-}
-
-// Sums the gradients of one channel's w and u over the batch and the chunks, in a fixed order.
-template <class Number>
-BIWKV_DEVICE void sum_parameters(const Tensors<Number>& all, int64_t, int64_t, int64_t channel) {
-  double w = 0, u = 0;
-  for (int64_t b = 0; b < all.batch; ++b) {
-#pragma unroll 8
-    for (int64_t c = 0; c < all.chunks; ++c) {
-      const int64_t at = (b * all.chunks + c) * all.channels + channel, field = all.batch * all.chunks * all.channels;
-      w += all.fields[kPartW * field + at], u += all.fields[kPartU * field + at];
-    }
-  }
-  all.grad_w[channel] = static_cast<float>(w), all.grad_u[channel] = static_cast<float>(u);
 }
 
 }  // namespace biwkv

@@ -14,8 +14,10 @@
 
 #if defined(__CUDACC__)
 #define BIWKV_SHARED __host__ __device__ __forceinline__
+#define BIWKV_CALLED inline __host__ __device__ __noinline__
 #else
 #define BIWKV_SHARED inline __attribute__((always_inline))
+#define BIWKV_CALLED BIWKV_SHARED
 #endif
 
 namespace biwkv {
@@ -42,6 +44,15 @@ BIWKV_SHARED Sum<V> sum_push(const Sum<V>& sum, V decay, V n, V d) {
 }
 
 template <class V>
+BIWKV_SHARED V reciprocal(V x) {
+  return 1.0f / x;
+}
+#if defined(__CUDA_ARCH__)
+// One instruction, with an error of one more unit in the last place.
+BIWKV_SHARED float reciprocal(float x) { return __fdividef(1.0f, x); }
+#endif
+
+template <class V>
 struct Output {
   V y;        // the weighted mean of v
   V inverse;  // 1 / D, where D is the total weight
@@ -51,7 +62,7 @@ struct Output {
 template <class V>
 BIWKV_SHARED Output<V> sum_output(const Sum<V>& prefix, const Sum<V>& suffix, V own, V v) {
   const V n = prefix.n + suffix.n, d = prefix.d + suffix.d;
-  const V inverse = 1.0f / (d + own);
+  const V inverse = reciprocal(d + own);
   return {(n + own * v) * inverse, inverse, (v * d - n) * inverse};
 }
 
@@ -65,7 +76,8 @@ BIWKV_SHARED V flux(const Sum<V>& keys, const Sum<V>& gradients) {
 
 // If b is NaN, the result is NaN, because a comparison with NaN is false.
 BIWKV_SHARED double larger(double a, double b) { return a > b ? a : b; }
-BIWKV_SHARED double exponential(double x) { return exp(x); }
+// On a GPU a call, because many inlined ones at a time would take too many registers.
+BIWKV_CALLED double exponential(double x) { return exp(x); }
 
 struct Running {
   double n, d, m;  // the sums are n e^m and d e^m

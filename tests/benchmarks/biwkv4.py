@@ -1,4 +1,4 @@
-"""Speed of the Bi-WKV4 operator, its reference and its definition, and of a copy that moves as many bytes.
+"""Speed of the Bi-WKV4 operator, its reference and its definition, of a copy that moves as many bytes, and of a launch.
 
 python tests/benchmarks/biwkv4.py --device cuda --dtype bfloat16
 """
@@ -16,7 +16,7 @@ from modules.biwkv4.op import biwkv4, biwkv4_reference
 
 SIZES = [(1, 256, 640), (8, 256, 960), (1, 1536, 960), (1, 8160, 640), (1, 65536, 192)]
 """Sizes of k: (B, T, C)."""
-GPU_SIZES = [*SIZES, (8, 4096, 960)]
+GPU_SIZES = [*SIZES, (16, 256, 640), (8, 4096, 960)]
 MOST_DENSE = 1e9
 """Number of weights, B·T·T·C, above which the definition would take minutes."""
 
@@ -40,7 +40,9 @@ def contenders(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> d
     # The forward pass reads k and v and writes y. A copy of 3/2 of a tensor moves as many bytes.
     source = torch.randn(3 * k.numel() // 2, device=device).to(dtype)
     target = torch.empty_like(source)
+    one = torch.empty(1, device=device)
     found: dict[str, Callable[[], object]] = {
+        "launch": lambda: one.zero_(),
         "copy": lambda: target.copy_(source),
         "forward": lambda: biwkv4(w, u, k, v),
         "forward and backward": lambda: torch.autograd.grad(biwkv4(*leaves), leaves, grad_y),

@@ -60,7 +60,7 @@ def assert_close(results: list[Tensor], truth: list[Tensor], bound: float = 1e-5
 
 
 @pytest.fixture(scope="session")
-def phases(tmp_path_factory: pytest.TempPathFactory) -> build.Kernels:
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The GPU's phases, compiled for the CPU, where they run one thread after another, in float32."""
     compiler = shutil.which("c++")
     if compiler is None:
@@ -68,8 +68,12 @@ def phases(tmp_path_factory: pytest.TempPathFactory) -> build.Kernels:
     library, source = tmp_path_factory.mktemp("phases") / "phases.so", Path(__file__).with_name("biwkv4_emulation.cpp")
     command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", f"-I{build.SOURCES}", source, "-o", library]
     subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
-    return build.Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="session")
+def phases(emulation: ctypes.CDLL) -> build.Kernels:
+    return build.Kernels(emulation.biwkv4_forward, emulation.biwkv4_backward)
 
 
 @pytest.fixture(params=["cpu", "phases"])
@@ -96,12 +100,28 @@ def test_values_and_gradients_are_those_of_the_definition(shape: tuple[int, ...]
     assert_close(computed(inputs, grad_y), expected(inputs, grad_y), 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 63, 64, 65, 200, 1500])
+@pytest.mark.parametrize("length", [1, 7, 8, 63, 64, 65, 200, 1500, 4096, 4097, 5000])
 def test_lengths_of_the_gpus_phases(length: int, phases: build.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_kernels", lambda k: phases)
     (w, u, k, v), grad_y = draw((2, length, 3))
     k = torch.stack([k, v], dim=2).flatten(2)[..., :3]  # a view with a stride
     assert_close(computed((w, u, k, v), grad_y), expected((w, u, k, v), grad_y))
+
+
+@pytest.mark.parametrize("shape", [(2, 200, 35), (1, 4500, 3)])
+def test_the_order_of_the_gpus_threads_and_blocks_changes_no_bit(
+    shape: tuple[int, int, int], emulation: ctypes.CDLL, phases: build.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a barrier, or with a race, some order would show it."""
+    monkeypatch.setattr(op, "_kernels", lambda k: phases)
+    (w, u, k, v), grad_y = draw(shape)
+    w[1], u[2] = 300.0 / shape[1], 90.0  # channels beyond the bound
+    in_order = computed((w, u, k, v), grad_y)
+    for order in (1, 2, 2):  # reversed, and twice at random
+        emulation.biwkv4_emulation_order(order)
+        other = computed((w, u, k, v), grad_y)
+        emulation.biwkv4_emulation_order(0)
+        assert_same_bits(in_order, other)
 
 
 def _peaks(k: Tensor, height: float) -> Tensor:
@@ -136,7 +156,8 @@ def extreme(keys: str, whole: float, length: int) -> tuple[Inputs, Tensor]:
 
 
 # A single key of −inf would give 0 / 0.
-EXTREMES = [(keys, length) for keys in KEYS for length in (1, 2, 65, 500, 2100) if (keys, length) != ("one at -inf", 1)]
+LENGTHS = (1, 2, 65, 500, 2100, 4500)
+EXTREMES = [(keys, length) for keys in KEYS for length in LENGTHS if (keys, length) != ("one at -inf", 1)]
 
 
 @pytest.mark.parametrize("whole", [-60.0, -3.0, 1.0, 60.0])
@@ -150,7 +171,7 @@ def test_extreme_keys_and_decays(keys: str, whole: float, length: int, kernels: 
 BEYOND = [(300.0, 0.0), (-300.0, 0.0), (1e4, 0.0), (5.0, 90.0), (5.0, -90.0)]
 
 
-@pytest.mark.parametrize("length", [1, 50, 2100])
+@pytest.mark.parametrize("length", [1, 50, 2100, 4500])
 @pytest.mark.parametrize(("whole", "boost"), BEYOND)
 def test_channels_beyond_the_bound_of_the_fast_kernels(whole: float, boost: float, length: int, kernels: str) -> None:
     (w, u, k, v), grad_y = draw((1, length, 35))

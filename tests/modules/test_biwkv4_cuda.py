@@ -23,13 +23,13 @@ def test_source_compiles_without_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) >= 3 * 3 * 13  # architectures, number types, phases
+    assert len(spills) >= 3 * (3 * 5 + 1)  # architectures, number types, launches
     assert set(spills) == {("0", "0")}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 65, 5), (3, 1000, 130), (1, 8160, 32)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 65, 5), (3, 1000, 130), (1, 4096, 32), (1, 4097, 32), (1, 8160, 32)])
 def test_gpu_matches_brute_force(shape, dtype: torch.dtype) -> None:
     inputs, grad_y = draw(shape, dtype, decay=1.5)
     results = computed(tuple(x.cuda() for x in inputs), grad_y.cuda())
@@ -57,7 +57,7 @@ def test_gpu_is_deterministic_and_reads_views() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_slices_change_no_bit() -> None:
+def test_gpu_batch_changes_no_bit() -> None:
     (w, u, k, v), grad_y = draw((40, 4096, 96), torch.bfloat16)
     inputs = tuple(x.cuda() for x in (w, u, k, v))
     y, _, _, dk, dv = computed(inputs, grad_y.cuda())
