@@ -24,6 +24,9 @@ ITERATIONS = (0, 5, 10, 30, 100)
 
 _MOMENTUM = 0.6
 
+_WIDEST = 0.35
+"""The widest step for a λ below the codec's own, in quantization bins, unless the step for its own λ is wider."""
+
 _SMOOTHING = 0.25
 """The rate is differentiated as the mean of the rates at ± this distance from the residual, which has no jumps."""
 
@@ -50,11 +53,12 @@ class Schedule(NamedTuple):
         """The schedule for a codec's own λ, or for one that is exp(shift) times as large.
 
         Large steps pay at high rates, in few iterations, and where λ is far from the one that g_a was trained for.
-        For a smaller λ they grow less, because few iterations with too large steps meet nothing better.
+        For a smaller λ they grow up to `_WIDEST`, because few iterations with wider steps meet nothing better.
         """
         step = 1.05 * lmbda**0.7 * (30 / max(iterations, 1)) ** 0.2
-        growth = math.exp(max(0.7 * shift, -0.35 * shift))
-        return cls(lmbda * math.exp(shift), iterations, step * growth, min(2 * step, 0.15))
+        widest = math.inf if shift > 0 else max(step, _WIDEST)
+        first = min(step * math.exp(0.7 * abs(shift)), widest)
+        return cls(lmbda * math.exp(shift), iterations, first, min(2 * step, 0.15))
 
 
 class Latent(NamedTuple):

@@ -65,7 +65,7 @@ def test_the_nearest_file_is_written_with_a_note_if_the_search_ends_before(
 
 
 def test_an_image_has_at_least_the_psnr_that_is_asked_for(fixed: ImageCodec, variable: HPCM, photo: Tensor) -> None:
-    for codec, wanted in ((fixed, 28.0), (ImageCodec(variable), 29.0)):
+    for codec, wanted in ((fixed, 28.7), (ImageCodec(variable), 29.0)):
         assert wanted <= psnr(TargetCodec(codec, Target("dB", wanted)), photo) <= wanted + 0.021
 
 
