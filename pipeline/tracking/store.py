@@ -186,7 +186,7 @@ def make_database(path: Path) -> None:
 
 
 def _create_tables(path: Path) -> None:
-    MlflowClient(tracking_uri=_sqlite_address(path)).search_experiments()
+    Store(_sqlite_address(path)).bare_client().search_experiments()
 
 
 def _sqlite_address(path: Path) -> str:
