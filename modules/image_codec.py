@@ -10,7 +10,7 @@ from modules.refinement import GoOn
 
 
 class ImageCodec:
-    """Codes images to files and back with a model. Builds the model's coding tables if they are missing.
+    """Codes images to files and back with a model. Builds the model's coding tables.
 
     `effort` and `go_on` are those of `HPCM.compress`. Raises ValueError if the model's λ is needed and not known.
     """

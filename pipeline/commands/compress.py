@@ -8,15 +8,7 @@ import typer
 
 from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.image_codec import ImageCodec
-from pipeline.commands.codec_options import (
-    CodecOptions,
-    Effort,
-    Lmbda,
-    Output,
-    Pictures,
-    quality_option,
-    set_lmbda,
-)
+from pipeline.commands.codec_options import CodecOptions, Effort, Lmbda, Output, Pictures, quality_option, set_lmbda
 from pipeline.commands.each_file import Refinement, convert_each
 from pipeline.commands.options import AsJson
 from pipeline.commands.streams import with_standard_streams
