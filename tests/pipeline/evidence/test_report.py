@@ -100,7 +100,7 @@ def test_the_page_holds_everything_and_needs_nothing(
     assert len(page.sources) == 3 + 1 + 2 * 2
     assert all(source.startswith("data:image/") for source in page.sources)
     assert not re.search(r"<(script|link|iframe)|https?://|@import|url\(", text)
-    assert text.count("no control") == 1  # said once, not for every stage
+    assert text.count("No control was built") == 1  # said once, not for every stage
     for name in STAGES:
         assert read_chain(finished[0].folder).published[name].record.digest[:12] in text
     drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
