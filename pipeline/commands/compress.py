@@ -8,6 +8,7 @@ import typer
 
 from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.image_codec import ImageCodec
+from modules.target_codec import TargetCodec
 from pipeline.commands.codec_options import CodecOptions, Effort, Lmbda, Output, Pictures, quality_option, set_lmbda
 from pipeline.commands.each_file import Refinement, convert_each
 from pipeline.commands.options import AsJson
@@ -65,9 +66,10 @@ def compress(
     conversions, found = options.plan(pictures, output, COMPRESSION), list[dict[str, Any]]()
     notes = list[str]()
     model, refinement = options.model(options.quality), Refinement(completes=True)
-    refines = options.effort > 0 or targets.target is not None
+    target, refines = targets.target, options.effort > 0 or targets.target is not None
     set_lmbda(model, options.lmbda, refines)
-    codec = targets.codec(ImageCodec(model, options.effort, refinement.go_on), notes.append)
+    plain = ImageCodec(model, options.effort, refinement.go_on)
+    codec = TargetCodec(plain, target, notes.append) if target else plain
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:

@@ -1,13 +1,11 @@
-"""The options of `hpcm compress` that ask for a size or a quality of each file, and the codec that they need."""
+"""The options of `hpcm compress` that ask for a size or a quality of each file."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated
 
 import typer
 
-from modules.image_codec import ImageCodec
-from modules.target_codec import Target, TargetCodec
+from modules.target_codec import Target
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,3 @@ class TargetOptions:
         if self.bpp is not None:
             return Target("bits per pixel", self.bpp)
         return None if self.psnr is None else Target("dB", self.psnr)
-
-    def codec(self, codec: ImageCodec, note: Callable[[str], None]) -> ImageCodec | TargetCodec:
-        """A codec for files that meet the target; the given one if there is none."""
-        return TargetCodec(codec, self.target, note) if self.target else codec
