@@ -1,7 +1,6 @@
 """A sweep over λ and seeds, with chains for each pair. Every chain can be interrupted and resumed."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline.chain.chain import Chain
@@ -9,26 +8,20 @@ from pipeline.chain.plan import PlannedStage
 from pipeline.common.tables import Table
 from pipeline.recipes.loading import Recipe
 
-
-@dataclass(frozen=True)
-class Point:
-    """One λ and seed of a sweep, with the chains to build for it: one per target stage."""
-
-    title: str
-    """`0.013`, or `0.013 seed 1`."""
-    chains: list[Chain]
-
-    def plan(self) -> dict[str, PlannedStage]:
-        """The status of each stage, by name."""
-        return {planned.name: planned for chain in self.chains for planned in chain.plan()}
+Points = Mapping[str, list[Chain]]
+"""The chains for each λ and seed, one per target stage. The titles are such as `0.013` and `0.013 seed 1`."""
 
 
-def sweep_table(recipe: str, points: Iterable[Point]) -> Table:
+def plan_of(chains: Iterable[Chain]) -> dict[str, PlannedStage]:
+    """The status of each stage of some chains, by name."""
+    return {planned.name: planned for chain in chains for planned in chain.plan()}
+
+
+def sweep_table(recipe: str, points: Points) -> Table:
     """The status of all stages: one row per stage, one column per λ and seed, in the order of running."""
-    columns = {point.title: point.plan() for point in points}
-    names = dict.fromkeys(name for planned in columns.values() for name in planned)
+    columns = {title: plan_of(chains) for title, chains in points.items()}
     table = Table(f"{Path(recipe).name}, λ by λ", ("stage", *columns))
-    for name in names:
+    for name in dict.fromkeys(name for planned in columns.values() for name in planned):
         table.add(name, *(_cell(planned[name]) for planned in columns.values()))
     left = [steps_left(planned.values()) for planned in columns.values()]
     table.add("steps left", *(f"{steps:,}" if steps else "–" for steps in left))

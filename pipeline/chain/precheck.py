@@ -6,7 +6,7 @@ from functools import cache
 from modules import HPCM
 from pipeline.chain.stage_codec import StageError, codec_config
 from pipeline.chain.stage_task import StageTask
-from pipeline.recipes.yaml_source import Misfit
+from pipeline.recipes.yaml_source import Misfit, located
 from pipeline.training.optimizer import parameter_groups, set_trainable, trainable_names
 from pipeline.training.transfer import new_tensors, tensors_to_copy
 
@@ -41,4 +41,4 @@ def _check(task: StageTask, parent: HPCM | None, child: HPCM) -> None:
             set_trainable(child, trainable_names(child, segment.train, new))
             parameter_groups(child, segment.lr, new)
     except Misfit as misfit:
-        raise StageError(task.located(misfit, *prefix)) from misfit
+        raise StageError(located(misfit, task.source, task.stage.name, *prefix)) from misfit

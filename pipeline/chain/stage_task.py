@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.common.files import FileError, file_digest
 from pipeline.data.images import Photos, find_images
 from pipeline.recipes.schema import Stage
-from pipeline.recipes.yaml_source import Misfit, YamlNode, located
+from pipeline.recipes.yaml_source import YamlNode
 from pipeline.records.record import CHECKPOINT, FILE, StageRecord
 from pipeline.weights.metadata import check_file, inputs_digest, read_digest
 
@@ -69,10 +69,6 @@ class StageTask:
             if record and known and record.fits_checkpoint(folder):
                 return folder
         return None
-
-    def located(self, misfit: Misfit, *prefix: str | int) -> str:
-        """A message that names the file and line of a value that does not fit, or the stage if they are not known."""
-        return located(misfit, self.source, self.stage.name, *prefix)
 
     @cached_property
     def train_photos(self) -> Photos:

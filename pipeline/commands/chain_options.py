@@ -1,17 +1,20 @@
 """The options that select chains, and those for running and measuring them."""
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline.chain.chain import Chain
-from pipeline.chain.request import ChainRequest
+from pipeline.chain.plan import ChainError
+from pipeline.chain.root_loss import RootLoss, root_loss, root_weights
 from pipeline.commands.checkpoint_info import Codec
 from pipeline.commands.options import RECIPE, Quiet, Runs, Settings
 from pipeline.common.packaged import recipe_names, stage_names
+from pipeline.recipes.loading import load_recipe
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -48,11 +51,28 @@ class RecipeOptions:
     """Keep the results beside those of the recipe itself, in `<recipe>-<name>`."""
     runs: Runs = Path("runs")
 
-    def overrides(self, lmbda: float | None = None) -> tuple[str, ...]:
-        """The options as overrides of the recipe; those of `--set` come last and win."""
-        given = {"data.train": self.data, "data.val": self.val, "lmbda": lmbda}
+    def overrides(self, **more: float | None) -> tuple[str, ...]:
+        """The options, and `more` settings, as overrides of the recipe; those of `--set` come last and win."""
+        given = {"data.train": self.data, "data.val": self.val, **more}
         options = (f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
         return (*options, *(self.settings or ()))
+
+    def build(self, stage: str, overrides: tuple[str, ...], start: Path | None = None, scratch: bool = False) -> Chain:
+        """The chain to a stage; for `start` and `scratch` see `ChainOptions`. Raises RecipeError and ChainError."""
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ChainError(
+                f"--name {self.name}: give letters, digits, `_`, `-` and `.`, which a folder's name may have"
+            )
+        recipe, file, loss = load_recipe(self.recipe, overrides), self.baseline or start, RootLoss()
+        if file is not None:
+            loss = root_loss(recipe.chain(stage)[0], file, file is start, overrides)
+            recipe = load_recipe(self.recipe, (*overrides, *loss.overrides))
+        baseline = self.baseline if file or scratch else root_weights(recipe, recipe.chain(stage)[0])
+        if self.name:
+            recipe = replace(recipe, name=f"{recipe.name}-{self.name}")
+        chain = Chain(recipe, stage, self.runs, baseline, start)
+        chain.note, chain.doubt = loss.note, loss.doubt
+        return chain
 
 
 @dataclass(frozen=True)
@@ -72,8 +92,7 @@ class ChainOptions(RecipeOptions):
             raise typer.BadParameter(
                 "give only one of --baseline (not trained), --start (trained further) and --scratch"
             )
-        overrides, root = self.overrides(self.lmbda), (self.baseline, self.start, self.scratch)
-        return ChainRequest(self.recipe, overrides, stage, self.runs, *root, self.name).chain()
+        return self.build(stage, self.overrides(lmbda=self.lmbda), self.start, self.scratch)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
 """The curves of a sweep, once its chains are built."""
 
-from collections.abc import Iterable
-
-from pipeline.chain.lambda_sweep import Point
+from pipeline.chain.lambda_sweep import Points
 from pipeline.commands.display import console, show
 from pipeline.common.figure_style import save
 from pipeline.evidence import figures, rate_distortion
 from pipeline.records.chains import read_chain
 
 
-def draw_curves(points: Iterable[Point]) -> None:
+def draw_curves(points: Points) -> None:
     """Print the points and the differences between the curves, and draw them beside the chains."""
-    folders = dict.fromkeys(chain.folder for point in points for chain in point.chains)
+    folders = dict.fromkeys(chain.folder for chains in points.values() for chain in chains)
     found = [read_chain(folder) for folder in folders]
     curves = rate_distortion.curves(found)
     deltas = rate_distortion.deltas_table(curves, rate_distortion.controls(found))

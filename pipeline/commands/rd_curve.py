@@ -1,6 +1,6 @@
 """`hpcm rd-curve`: a recipe at several λ, and the curves of its stages."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.chain.lambda_sweep import Point, leaves, sweep_table
+from pipeline.chain.lambda_sweep import Points, leaves, plan_of, sweep_table
 from pipeline.chain.plan import ChainError
-from pipeline.chain.request import ChainRequest
 from pipeline.commands.chain_options import MeasureOptions, RecipeOptions, RunOptions
 from pipeline.commands.display import IS_FIRST_PROCESS, console, show
 from pipeline.commands.lazy import imported_when_called
@@ -32,7 +31,7 @@ class SweepOptions(RecipeOptions):
     seed: list[int] | None = None
     """Seed of all stages; repeatable, to train several chains per λ."""
 
-    def points(self, targets: Sequence[str]) -> Iterator[Point]:
+    def points(self, targets: Sequence[str]) -> Points:
         """Every λ and seed, with chains to these stages, or to all without children. Raises RecipeError, ChainError."""
         metric = next(iter(load_recipe(self.recipe, self.overrides()).stages.values())).metric
         lmbdas = sorted(self.lmbda or LMBDAS.get(metric, ()))
@@ -42,15 +41,14 @@ class SweepOptions(RecipeOptions):
             raise ChainError(
                 f"{self.baseline}: a codec has one λ, but the sweep has {len(lmbdas)}; give its λ with --lmbda"
             )
+        points = {}
         for lmbda, seed in product(lmbdas, self.seed or (None,)):
-            title = shortest(lmbda) + (f" seed {seed}" if seed is not None else "")
-            overrides = *self.overrides(), f"lmbda={lmbda!r}", *([f"seed={seed}"] if seed is not None else [])
+            title, overrides = shortest(lmbda), (*self.overrides(), f"lmbda={lmbda!r}")
+            if seed is not None:
+                title, overrides = f"{title} seed {seed}", (*overrides, f"seed={seed}")
             stages = targets or leaves(load_recipe(self.recipe, overrides))
-            requests = (
-                ChainRequest(self.recipe, overrides, stage, self.runs, self.baseline, name=self.name)
-                for stage in stages
-            )
-            yield Point(title, [request.chain() for request in requests])
+            points[title] = [self.build(stage, overrides) for stage in stages]
+        return points
 
 
 def rd_curve(
@@ -69,15 +67,15 @@ def rd_curve(
     """
     points = partial(options.points, targets or [])
     if measuring.measure:
-        plans = {point.title: list(point.plan().values()) for point in points()}
+        plans = {title: list(plan_of(chains).values()) for title, chains in points().items()}
         show_measured(plans, measuring.processes)
         return
     show(sweep_table(options.recipe, points()))
     if plan:
         return
-    for point in points():
-        for chain in point.chains:
-            console.print(f"λ = {point.title}, to {chain.tasks[-1].stage.name}")
+    for title, chains in points().items():
+        for chain in chains:
+            console.print(f"λ = {title}, to {chain.tasks[-1].stage.name}")
             run_planned(chain, chain.plan(), running)
         show(sweep_table(options.recipe, points()))
     if IS_FIRST_PROCESS:

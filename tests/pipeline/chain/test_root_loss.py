@@ -14,8 +14,8 @@ from modules import HPCM
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
 from pipeline.chain.precheck import check_stages
-from pipeline.chain.request import ChainRequest
 from pipeline.chain.stage_codec import StageError, load_fitting
+from pipeline.commands.chain_options import ChainOptions
 from pipeline.commands.chain_tables import plan_table
 from pipeline.weights.checkpoints import publish
 from pipeline.weights.published import Lineage
@@ -48,9 +48,9 @@ def test_an_official_lmbda_in_a_name_is_found(name: str, expected: tuple[float, 
     assert (found and found[:2]) == expected
 
 
-def request(file: Path, *overrides: str, start: bool = False) -> ChainRequest:
-    baseline, first = (None, file) if start else (file, None)
-    return ChainRequest(str(FOLDER), overrides, "phase1", file.parent / "runs", baseline, first)
+def chain_from(file: Path, *settings: str, start: bool = False) -> Chain:
+    files = {"start" if start else "baseline": file}
+    return ChainOptions(str(FOLDER), settings=list(settings), runs=file.parent / "runs", **files).chain("phase1")
 
 
 def loss_of(chain: Chain) -> list[tuple[float, str]]:
@@ -63,51 +63,51 @@ def empty(path: Path) -> Path:
 
 
 def test_a_baselines_name_gives_lmbda_and_metric(tmp_path: Path) -> None:
-    chain = request(empty(tmp_path / "0.0035.pth.tar")).chain()
+    chain = chain_from(empty(tmp_path / "0.0035.pth.tar"))
     assert loss_of(chain) == [(0.0035, "mse")] * 2
     assert plan_table(chain, []).title.startswith("mini, λ = 0.0035 for mse, by the name of 0.0035.pth.tar, in ")
-    chain = request(empty(tmp_path / "HPCM_Base_ms-ssim_2.4.pth.tar"), LARGE_CROPS).chain()
+    chain = chain_from(empty(tmp_path / "HPCM_Base_ms-ssim_2.4.pth.tar"), LARGE_CROPS)
     assert loss_of(chain) == [(2.4, "ms-ssim")] * 2
 
 
 @pytest.mark.parametrize(("recipe", "preset"), [("base", "base"), ("large", "large"), ("base", "phi-context")])
 def test_every_published_kind_is_planned_for_both_metrics(recipe: str, preset: str, tmp_path: Path) -> None:
-    settings = (f"model.preset={preset}",)
+    settings = [f"model.preset={preset}"]
     for name, loss in (("mse_0.0483", (0.0483, "mse")), ("ms-ssim_60.5", (60.5, "ms-ssim"))):
         file = empty(tmp_path / f"HPCM_{preset}_{name}.pth.tar")
-        chain = ChainRequest(recipe, settings, "phase4", tmp_path / "runs", baseline=file).chain()
+        chain = ChainOptions(recipe, settings=settings, runs=tmp_path / "runs", baseline=file).chain("phase4")
         assert loss_of(chain) == [loss] * 5
         check_stages(chain.tasks)
-    start = ChainRequest("ms-ssim", ("lmbda=2.4", *settings), "tuned", tmp_path / "runs", start=file).chain()
-    check_stages(start.tasks)
+    tuned = ChainOptions("ms-ssim", settings=["lmbda=2.4", *settings], runs=tmp_path / "runs", start=file)
+    check_stages(tuned.chain("tuned").tasks)
 
 
 def test_the_lineage_of_a_baseline_gives_them(tmp_path: Path) -> None:
     for lineage in (Lineage(stage="{lmbda: 0.02, metric: mse}"), Lineage(imported_from="0.0067.pth.tar")):
         path = tmp_path / "baseline.safetensors"
         publish(path, mini_codec(0), lineage)
-        assert loss_of(request(path).chain())[0][0] == (0.02 if lineage.stage else 0.0067)
+        assert loss_of(chain_from(path))[0][0] == (0.02 if lineage.stage else 0.0067)
 
 
 def test_an_unknown_lmbda_must_be_given(tmp_path: Path) -> None:
     file = empty(tmp_path / "best.pth.tar")
     for start in (False, True):
         with pytest.raises(ChainError) as caught:
-            request(file, start=start).chain()
+            chain_from(file, start=start)
         assert "Give it with --lmbda" in str(caught.value)
         assert "0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483 for mse" in str(caught.value)
-        assert loss_of(request(file, "lmbda=0.02", start=start).chain()) == [(0.02, "mse")] * 2
+        assert loss_of(chain_from(file, "lmbda=0.02", start=start)) == [(0.02, "mse")] * 2
 
 
 def test_a_start_may_have_had_another_loss(tmp_path: Path) -> None:
     file = empty(tmp_path / "0.013.pth.tar")
-    assert loss_of(request(file, start=True).chain()) == [(0.013, "mse")] * 2
-    assert request(file, "lmbda=0.02", start=True).chain().doubt == ""
+    assert loss_of(chain_from(file, start=True)) == [(0.013, "mse")] * 2
+    assert chain_from(file, "lmbda=0.02", start=True).doubt == ""
     with pytest.raises(
         ChainError, match=r"for which λ of ms-ssim(.|\n)*2.4, 4.58, 8.73, 16.64, 31.73, 60.5 for ms-ssim"
     ):
-        request(file, "metric=ms-ssim", LARGE_CROPS, start=True).chain()
-    chain = request(file, "metric=ms-ssim", "lmbda=8.73", LARGE_CROPS, start=True).chain()
+        chain_from(file, "metric=ms-ssim", LARGE_CROPS, start=True)
+    chain = chain_from(file, "metric=ms-ssim", "lmbda=8.73", LARGE_CROPS, start=True)
     assert loss_of(chain) == [(8.73, "ms-ssim")] * 2
 
 
@@ -131,14 +131,10 @@ def tiny_file(tmp_path: Path) -> Path:
 def test_the_lineage_of_a_chains_root_tells_of_the_ones(tiny_file: Path, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     Image.new("RGB", (64, 64), "gray").save(tmp_path / "val" / "image.png")
-    settings = (
-        f"data.val={tmp_path / 'val'}",
-        "baseline.schedule.scratch.steps=0",
-        "baseline.schedule.scratch.warmup=0",
-    )
+    settings = ["baseline.schedule.scratch.steps=0", "baseline.schedule.scratch.warmup=0"]
     for start in (False, True):
-        files = {"start" if start else "baseline": tiny_file}
-        chain = ChainRequest("tiny", settings, "baseline", runs / str(start), **files).chain()
+        options = {"start" if start else "baseline": tiny_file, "settings": settings, "val": str(tmp_path / "val")}
+        chain = ChainOptions("tiny", runs=runs / str(start), **options).chain("baseline")
         run_chain(chain)
         lineage = Lineage.read(chain.tasks[0].checkpoint)
         assert (lineage.imported_from, lineage.filled_with_ones) == (tiny_file.name, "adaptive_params_list")
@@ -146,13 +142,13 @@ def test_the_lineage_of_a_chains_root_tells_of_the_ones(tiny_file: Path, runs: P
 
 
 def test_a_file_of_another_preset_names_it(tiny_file: Path, runs: Path) -> None:
-    chain = ChainRequest("base", (), "baseline", runs, baseline=tiny_file).chain()
+    chain = ChainOptions("base", runs=runs, baseline=tiny_file).chain("baseline")
     with pytest.raises(StageError, match=r"matches the file, such as with --set model\.preset=tiny"):
         load_fitting(chain.tasks[0], tiny_file)
 
 
 def test_a_named_variant_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    chain = ChainRequest(str(FOLDER), (), "phase1", tmp_path, name="wide").chain()
+    chain = ChainOptions(str(FOLDER), runs=tmp_path, name="wide").chain("phase1")
     assert (chain.recipe, chain.folder) == ("mini-wide", tmp_path / "mini-wide" / "lmbda-0.013")
     with pytest.raises(ChainError, match=r"--name \.\./other: give letters"):
-        ChainRequest(str(FOLDER), (), "phase1", tmp_path, name="../other").chain()
+        ChainOptions(str(FOLDER), runs=tmp_path, name="../other").chain("phase1")
