@@ -119,8 +119,8 @@ class HPCM(Pretrained, CompressionModel):
         """The λ for an effort from 0 to 4; raises ValueError if the effort is out of range or needs an unknown λ."""
         if not 0 <= effort < len(ITERATIONS):
             raise ValueError(f"effort {effort}: give a number from 0 to {len(ITERATIONS) - 1}")
-        if self.rate_vectors is not None:
-            return float(self.rate_vectors.lmbda_at(torch.tensor([float(self.quality)])))
+        if (rate := self.rate) is not None:
+            return float(rate.lmbda)
         if effort and not (self.lmbda and self.lmbda > 0):
             raise ValueError("the λ of this codec is not known: give the λ for bpp + λ·255²·MSE")
         return self.lmbda or 0.0

@@ -153,7 +153,7 @@ class HPCMNetwork(nn.Module):
         """The vectors of the present quality; None for a codec of one rate."""
         if self.rate_vectors is None:
             return None
-        return self.rate_vectors.at(torch.as_tensor(self.quality, device=self.means_hyper.device).reshape(-1))
+        return Rate(self.rate_vectors, torch.as_tensor(self.quality, device=self.means_hyper.device).reshape(-1))
 
     def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of y (M, h, w) and z (N, h/4, w/4) for an image of this size, after padding."""
@@ -283,8 +283,8 @@ class _AtRate:
     """The context model of a network at one rate."""
 
     def __init__(self, network: HPCMNetwork, rate: Rate):
-        self.network, self.rate, self.fuse = network, rate, network.fuse
+        self.network, self.factors, self.fuse = network, rate.steps[..., None, None], network.fuse
 
     def predict(self, step: Step, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
         """As `ContextModel` describes it."""
-        return self.network.predict(step, context, y_hat, self.rate.step_factor(step))
+        return self.network.predict(step, context, y_hat, self.factors[:, step.number - 1])

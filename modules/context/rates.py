@@ -10,7 +10,6 @@ rates before any training.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +20,53 @@ from modules.layers.transforms import Changes
 STEPS_WITH_VECTORS = 10
 
 
-@dataclass(frozen=True)
 class Rate:
-    """The vectors of one rate, or those of each sample of a batch."""
+    """The vectors of qualities (B,) from 1 to R. Each is computed, in float64, where it is asked for."""
 
-    gain: Tensor
-    """(B or 1, M): how many symbols a unit of y has."""
-    inverse_gain: Tensor
-    """(B or 1, M): how many units of y a symbol has."""
-    steps: Tensor
-    """(B or 1, 10, 3M): factors of the step vectors."""
-    g_a: Changes
-    """What adapts each layer of g_a."""
-    g_s: Changes
-    """What adapts each layer of g_s."""
+    def __init__(self, vectors: "RateVectors", quality: Tensor):
+        self._vectors = vectors
+        position = quality.double() - 1
+        below = position.floor().clamp(0, len(vectors.rates) - 2)
+        self._below, self._share = below.long(), (position - below)[:, None]
 
-    def step_factor(self, step: Step) -> Tensor:
-        """The factor of a step's vector, (B or 1, 3M, 1, 1)."""
-        return self.steps[:, step.number - 1, :, None, None]
+    @property
+    def gain(self) -> Tensor:
+        """(B, M): how many symbols a unit of y has."""
+        return self._factors(self._vectors.gain)
+
+    @property
+    def inverse_gain(self) -> Tensor:
+        """(B, M): how many units of y a symbol has."""
+        return self._factors(self._vectors.inverse_gain)
+
+    @property
+    def steps(self) -> Tensor:
+        """(B, 10, 3M): factors of the step vectors."""
+        return self._factors(self._vectors.steps)
+
+    @property
+    def g_a(self) -> Changes:
+        """What adapts each layer of g_a."""
+        return self._changes(0, self._vectors.g_a)
+
+    @property
+    def g_s(self) -> Changes:
+        """What adapts each layer of g_s."""
+        return self._changes(sum(self._vectors.g_a), self._vectors.g_s)
+
+    @property
+    def lmbda(self) -> Tensor:
+        """λ (B,), float64, interpolated geometrically."""
+        # A CUDA graph cannot hold a copy from the processor's memory, as `torch.tensor` makes one.
+        rates = torch.stack([self._share.new_full((1,), rate) for rate in self._vectors.rates])
+        return self._between(rates.log()).exp().squeeze(1)
 
     def coded(self, code: CodeStep) -> CodeStep:
         """A `CodeStep` for the units of y from one for the units of symbols."""
+        vectors = self.gain, self.inverse_gain
 
         def run(step: Step, scales: Tensor, means: Tensor) -> Tensor:
-            gain, inverse = (self._of_rows(vectors, step.rows) for vectors in (self.gain, self.inverse_gain))
+            gain, inverse = (_of_rows(of_channels, step.rows) for of_channels in vectors)
             symbols_mean = means * gain
             return (code(step, scales * gain, symbols_mean) - symbols_mean) * inverse + means
 
@@ -52,12 +74,26 @@ class Rate:
 
     def in_symbols(self, y_rows: Tensor) -> Tensor:
         """All rows of y (B, 8·h·w, M/8) in the units of symbols."""
-        return y_rows * self._of_rows(self.gain, torch.arange(y_rows.shape[1], device=y_rows.device))
+        return y_rows * _of_rows(self.gain, torch.arange(y_rows.shape[1], device=y_rows.device))
 
-    @staticmethod
-    def _of_rows(vectors: Tensor, rows: Tensor) -> Tensor:
-        """The entries of (B, M) vectors for rows of y, (B, R, M/8). Row p·8 + e holds eighth e of the channels."""
-        return vectors.unflatten(1, (EIGHTHS, -1)).index_select(1, rows % EIGHTHS)
+    def _between(self, vectors: Tensor) -> Tensor:
+        flat = vectors.flatten(1).double()
+        between = torch.lerp(flat[self._below], flat[self._below + 1], self._share)
+        return between.unflatten(1, vectors.shape[1:])
+
+    def _factors(self, logs: Tensor) -> Tensor:
+        return self._between(logs).exp().to(logs.dtype)
+
+    def _changes(self, first: int, channels: list[int]) -> Changes:
+        part = slice(first, first + sum(channels))
+        scales, shifts = self._factors(self._vectors.scales[:, part]), self._between(self._vectors.shifts[:, part])
+        pieces = (x[:, :, None, None].split(channels, dim=1) for x in (scales, shifts.to(scales.dtype)))
+        return list(zip(*pieces, strict=True))
+
+
+def _of_rows(vectors: Tensor, rows: Tensor) -> Tensor:
+    """The entries of (B, M) vectors for rows of y, (B, R, M/8). Row p·8 + e holds eighth e of the channels."""
+    return vectors.unflatten(1, (EIGHTHS, -1)).index_select(1, rows % EIGHTHS)
 
 
 class RateVectors(nn.Module):
@@ -69,7 +105,7 @@ class RateVectors(nn.Module):
     def __init__(self, rates: Sequence[float], M: int, g_a: Sequence[int], g_s: Sequence[int]):
         super().__init__()
         self.rates = tuple(rates)
-        self._layers = tuple(g_a), tuple(g_s)
+        self.g_a, self.g_s = list(g_a), list(g_s)
         count, channels = len(self.rates), sum(g_a) + sum(g_s)
         self.gain = nn.Parameter(torch.zeros(count, M))
         self.inverse_gain = nn.Parameter(torch.zeros(count, M))
@@ -85,43 +121,6 @@ class RateVectors(nn.Module):
         for number, rate in enumerate(self.rates):
             self.gain[number] = math.log(rate / lmbda) / 2
             self.inverse_gain[number] = -math.log(rate / lmbda) / 2
-
-    def at(self, quality: Tensor) -> Rate:
-        """The vectors at qualities (B,) from 1 to R. They are computed in float64, so machines hardly differ."""
-        below, share = self._between(quality)
-
-        def between(vectors: Tensor) -> Tensor:
-            flat = vectors.flatten(1).double()
-            return torch.lerp(flat[below], flat[below + 1], share[:, None]).unflatten(1, vectors.shape[1:])
-
-        def factors(logs: Tensor) -> Tensor:
-            return between(logs).exp().to(logs.dtype)
-
-        of_g_a, of_g_s = self._layers
-        scales, shifts = factors(self.scales), between(self.shifts).to(self.shifts.dtype)
-        pieces = (vectors[:, :, None, None].split([*of_g_a, *of_g_s], dim=1) for vectors in (scales, shifts))
-        changes = list(zip(*pieces, strict=True))
-        return Rate(
-            factors(self.gain),
-            factors(self.inverse_gain),
-            factors(self.steps),
-            changes[: len(of_g_a)],
-            changes[len(of_g_a) :],
-        )
-
-    def lmbda_at(self, quality: Tensor) -> Tensor:
-        """The λ at qualities (B,), interpolated geometrically."""
-        # A CUDA graph cannot hold a copy from the processor's memory, as `torch.tensor` makes one.
-        rates = [torch.full((), rate, dtype=torch.float64, device=quality.device) for rate in self.rates]
-        logs = torch.stack(rates).log()
-        below, share = self._between(quality)
-        return torch.lerp(logs[below], logs[below + 1], share).exp()
-
-    def _between(self, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """The number of the λ below each quality, from 0, and how far the quality is on the way to the next."""
-        position = quality.double() - 1
-        below = position.floor().clamp(0, len(self.rates) - 2)
-        return below.long(), position - below
 
     def quality_of(self, lmbda: float) -> float:
         """The quality of a λ. Raises ValueError if it is not between the first and the last."""

@@ -129,18 +129,16 @@ class EveryRate(RateDistortion):
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Code images (B, 3, H, W). Returns the scalars `loss`, `bpp` and `distortion`, means over the samples."""
-        model, metric, vectors = self.model, metric_named(self.metric), self.model.rate_vectors
+        model, metric = self.model, metric_named(self.metric)
         assert metric.distortion is not None  # checked by the recipe's schema
-        assert vectors is not None  # as `build` chose
-        quality = drawn_quality(noise.rate, len(vectors.rates))
-        with model.at_quality(quality):
-            coded = model(images, training=True, noise=noise)
+        with model.at_quality(drawn_quality(noise.rate, len(model.config.rates))):
+            coded, rate = model(images, training=True, noise=noise), model.rate
+        assert rate is not None  # as `build` chose
         pairs = zip(coded["x_hat"].split(1), images.split(1), strict=True)
         distortion = torch.stack([metric.distortion(*pair) for pair in pairs])
         bits = [-likelihoods.log2().flatten(1).sum(1) for likelihoods in coded["likelihoods"].values()]
         bpp = torch.stack(bits).sum(0) / (images.shape[2] * images.shape[3])
-        lmbda = vectors.lmbda_at(quality).to(images.dtype)
-        loss = self.lmbda * (metric.weight * distortion + bpp / lmbda)
+        loss = self.lmbda * (metric.weight * distortion + bpp / rate.lmbda.to(images.dtype))
         return {"loss": loss.mean(), "bpp": bpp.mean(), "distortion": distortion.mean()}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modules import HPCM, HPCMConfig
 from modules.bitstream.file_format import BitstreamError
+from modules.context.rates import Rate
 from modules.image_codec import ImageCodec
 from modules.network import Noise
 from pipeline.weights.checkpoints import load_codec
@@ -112,10 +113,10 @@ def test_training_reaches_the_vectors_of_neighboring_rates_alone(parent: HPCM, p
 
 def test_vectors_and_lambda_are_interpolated_geometrically(child: HPCM) -> None:
     vectors = child.rate_vectors
-    low, middle, high = (vectors.at(torch.tensor([quality])).gain for quality in (2.0, 2.5, 3.0))
+    low, middle, high = (Rate(vectors, torch.tensor([quality])).gain for quality in (2.0, 2.5, 3.0))
     torch.testing.assert_close(middle, (low * high).sqrt())
     for quality in (1.0, 1.25, 2.0, 3.9, 4.0):
-        lmbda = float(vectors.lmbda_at(torch.tensor([quality])))
+        lmbda = float(Rate(vectors, torch.tensor([quality])).lmbda)
         assert vectors.quality_of(min(max(lmbda, RATES[0]), RATES[-1])) == pytest.approx(quality, abs=1e-6)
     with pytest.raises(ValueError, match=r"λ = 0.05: the codec has rates from λ = 0.0018 to 0.0483"):
         vectors.quality_of(0.05)
