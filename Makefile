@@ -38,8 +38,8 @@ $(READY): pyproject.toml
 
 install: $(READY) ## create .venv with all dependencies
 
-build: $(READY) ## compile the Bi-WKV4 kernel before its first use
-	$(BIN)/python -W ignore -m modules.biwkv4.build
+build: $(READY) ## compile the kernels and the range coder before their first use
+	$(BIN)/python -W ignore -m modules.native_build
 
 baseline: $(READY) ## train the Baseline, or use the one in BASELINE=
 	$(BIN)/hpcm run baseline $(CHAIN)

@@ -16,6 +16,7 @@ MODULES = (
     "plugins.py",
     "compressai_parts.py",
     "image_checks.py",
+    "native_build.py",
     "biwkv4",
     "layers",
     "context",

@@ -68,7 +68,7 @@ def run(folder: Path, python: str, *arguments: str, **environment: str) -> str:
 
 def test_an_installed_package_finds_recipes_weights_and_kernel_sources(unpacked: Path, tmp_path: Path) -> None:
     code = """if True:
-        from modules.biwkv4.build import SOURCES
+        from modules.native_build import SOURCES
         from pipeline.weights.shipped import DEFAULT
         from pipeline.common.packaged import label, recipe_names
         from pipeline.recipes.loading import STAGES, load_recipe
@@ -98,6 +98,6 @@ def test_an_environment_with_the_wheel_alone_builds_the_kernel_and_codes(wheel: 
     hpcm = str(tmp_path / "venv" / "bin" / "hpcm")
     cache = str(tmp_path / "cache")
     run(work, python, "-W", "error::RuntimeWarning", hpcm, "compress", "photo.png", XDG_CACHE_HOME=cache)
-    assert list((tmp_path / "cache" / "hpcm_biwkv4").glob("*.so"))
+    assert list((tmp_path / "cache" / "hpcm_native").glob("*.so"))
     assert "192×128" in run(work, python, hpcm, "decompress", "photo.hpcm", "-o", "decoded.png", XDG_CACHE_HOME=cache)
     assert "baseline" in run(work, python, hpcm, "plan", "phase4", "--recipe", "tiny")

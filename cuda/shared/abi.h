@@ -1,5 +1,5 @@
 // The C interface of the Bi-WKV4 kernels: one plain struct. The library needs no PyTorch headers, so it builds in
-// seconds and works with any ABI. modules/biwkv4/build.py has the same fields in the same order.
+// seconds and works with any ABI. modules/biwkv4/kernels.py has the same fields in the same order.
 #pragma once
 
 #include <cstdint>

@@ -1,26 +1,23 @@
-"""Symbols to bytes and back with CompressAI's range coder, safe for any input bytes.
+"""Symbols of any size to bytes and back, safe for any input bytes.
 
-CompressAI's decoder does not check where its input ends, and its escape code reads without limit on wrong bytes. So
-every symbol here belongs to a table and takes 16 bits at most. A value outside its table is coded as the table's escape
-symbol, followed by its excess over the table in bytes, which are symbols of a uniform table. This bounds the number of
-bytes that any stream can make the decoder read. The reader appends that many zeros to the stream.
+CompressAI's own escape code reads without limit on wrong bytes. So every symbol here belongs to a table and takes 16
+bits at most. A value outside its table is coded as the table's escape symbol, followed by its excess over the table in
+bytes, which are symbols of a uniform table. This bounds the number of bytes that any stream can make the decoder read.
 """
 
 import zlib
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modules.bitstream.file_format import BitstreamError
+from modules.bitstream.range_coder import RangeDecoder, encode
 from modules.bitstream.tables import CodingTables
-from modules.compressai_parts import RansDecoder, RansEncoder
 
 LIMIT = 2**24
 """Symbols are below this magnitude, so float32 represents them exactly."""
 
 _EXCESS_BYTES = 4
-_LOWEST_STATE = 2**31
 _CHECK_BYTES = 4
 _STATE_BYTES = 8
 _MISMATCH = (
@@ -43,31 +40,30 @@ class SymbolWriter:
 
         Raises BitstreamError for NaN and for magnitudes of 2²⁴ or more.
         """
-        values, indexes = values.cpu(), indexes.cpu()
-        if not bool((values.abs() < LIMIT).all()):
+        values, indexes = values.cpu().flatten(), indexes.cpu().flatten().int()
+        lowest, highest = values.aminmax()  # NaN if any value is.
+        if not (float(lowest) > -LIMIT and float(highest) < LIMIT):
             raise BitstreamError("the latent is not finite or too large to code: check image and weights for NaN")
-        symbols = values.int()
-        reach = self.tables.reach[indexes]
-        outside = symbols.abs() > reach
-        self._append(torch.where(outside, reach + 1, symbols), indexes)
-        excess = 2 * (symbols.abs() - reach - 1)[outside] + (symbols[outside] < 0)
+        symbols, reach = values.int(), self.tables.reach.index_select(0, indexes)
+        self.check = _checksum(self.check, symbols, indexes)
+        magnitudes = symbols.abs()
+        outside = (magnitudes > reach).nonzero().flatten()
+        excess = 2 * (magnitudes[outside] - reach[outside] - 1) + (symbols[outside] < 0)
+        symbols[outside] = reach[outside] + 1
+        self._append(symbols, indexes)
         while len(excess):
             rest = excess >> 7
             byte = (excess & 127) + 128 * (rest > 0)
             self._append(byte, torch.full_like(byte, self.tables.byte))
             excess = rest[rest > 0]
-        self.check = _checksum(self.check, symbols, indexes)
 
     def _append(self, symbols: Tensor, indexes: Tensor) -> None:
-        self.symbols.append(symbols.flatten())
-        self.indexes.append(indexes.flatten().int())
+        self.symbols.append(symbols.int())
+        self.indexes.append(indexes.int())
 
     def coded(self) -> bytes:
         """All symbols as the range coder's bytes."""
-        tables = self.tables
-        symbols, indexes = torch.cat(self.symbols).tolist(), torch.cat(self.indexes).tolist()
-        coded: bytes = RansEncoder().encode_with_indexes(symbols, indexes, tables.cdfs, tables.lengths, tables.offsets)
-        return coded
+        return encode(torch.cat(self.symbols), torch.cat(self.indexes), self.tables)
 
     def string(self) -> bytes:
         """The check value of all symbols and tables, then the range coder's bytes."""
@@ -81,18 +77,14 @@ class SymbolReader:
     """
 
     def __init__(self, coded: bytes, tables: CodingTables, count: int):
-        state = int.from_bytes(coded[:_STATE_BYTES], "little")
-        # From this state on the coder reads one 32-bit word per 32 bits of symbols. Below it, one per symbol.
-        if len(coded) < _STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
-            raise BitstreamError("damaged: this is not a range coder's stream")
         self.tables, self.check = tables, 0
-        self.decoder = RansDecoder()
-        self.decoder.set_stream(coded + bytes(longest(count)))
+        self.decoder = RangeDecoder(coded, tables, longest(count))
 
     def take(self, indexes: Tensor) -> Tensor:
         """Read the next symbols, int32, in the shape of `indexes`."""
-        flat = indexes.flatten().cpu()  # All that follows is the processor's work: a GPU waits once for each step.
-        symbols, reach = self._decode(flat), self.tables.reach[flat]
+        flat = indexes.flatten().cpu().int()  # What follows is the processor's work: a GPU waits once for each step.
+        reach = self.tables.reach.index_select(0, flat)
+        symbols = self.decoder.decode(flat)
         outside = (symbols > reach).nonzero().flatten()
         if len(outside):
             excess = self._decode_excess(len(outside))
@@ -105,17 +97,12 @@ class SymbolReader:
         excess = torch.zeros(count, dtype=torch.int32)
         pending = torch.arange(count)
         for shift in range(0, 7 * _EXCESS_BYTES, 7):
-            byte = self._decode(torch.full_like(pending, self.tables.byte))
+            byte = self.decoder.decode(torch.full_like(pending, self.tables.byte, dtype=torch.int32))
             excess[pending] += (byte & 127) << shift
             pending = pending[byte > 127]
             if not len(pending):
                 return excess
         raise BitstreamError(_MISMATCH)
-
-    def _decode(self, indexes: Tensor) -> Tensor:
-        tables = self.tables
-        symbols = self.decoder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-        return torch.from_numpy(np.array(symbols, dtype=np.int32))
 
     def finish(self, check: int) -> None:
         """Raise BitstreamError unless the symbols read and their tables have the writer's check value."""
@@ -134,6 +121,4 @@ def longest(count: int) -> int:
 
 
 def _checksum(check: int, symbols: Tensor, indexes: Tensor) -> int:
-    for tensor in (symbols, indexes.int()):
-        check = zlib.crc32(tensor.flatten().numpy().data, check)
-    return check
+    return zlib.crc32(indexes.numpy().data, zlib.crc32(symbols.numpy().data, check))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from modules.biwkv4 import build as biwkv4_build
-from modules.biwkv4.build import Call, Kernels
+from modules.biwkv4 import kernels as biwkv4_kernels
+from modules.biwkv4.kernels import Call, Kernels
 
 
 def biwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
-    if k.dtype not in biwkv4_build.TYPES or (k.dtype == torch.float64 and k.is_cuda):
+    if k.dtype not in biwkv4_kernels.TYPES or (k.dtype == torch.float64 and k.is_cuda):
         raise TypeError(f"biwkv4: k must be float32, bfloat16, float16 or (CPU only) float64, not {k.dtype}")
     if k.dim() != 3:
         raise ValueError(f"biwkv4: k must be (B, T, C), not {tuple(k.shape)}")
@@ -107,7 +107,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _kernels(k: Tensor) -> Kernels | None:
-    return biwkv4_build.cuda_kernels() if k.is_cuda else biwkv4_build.cpu_kernels()
+    return biwkv4_kernels.cuda_kernels() if k.is_cuda else biwkv4_kernels.cpu_kernels()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _rows(x: Tensor) -> Tensor:
 def _call(kernels: Kernels, backward: bool, w: Tensor, u: Tensor, k: Tensor, v: Tensor, **results: int) -> None:
     """Run a kernel. `results` are the pointers and strides that `Call` has besides those of the inputs."""
     call = Call(
-        *k.shape, biwkv4_build.TYPES[k.dtype],
+        *k.shape, biwkv4_kernels.TYPES[k.dtype],
         w.data_ptr(), u.data_ptr(), k.data_ptr(), v.data_ptr(),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), **results,
     )  # fmt: skip

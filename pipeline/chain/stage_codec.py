@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from modules import HPCM
-from modules.biwkv4.build import cpu_kernels, cuda_kernels
+from modules.biwkv4.kernels import cpu_kernels, cuda_kernels
 from modules.config import HPCMConfig, preset_of
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.errors import UserError

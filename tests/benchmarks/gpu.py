@@ -21,7 +21,8 @@ from torch.optim import AdamW
 from torch.profiler import profile, record_function
 
 from modules import HPCM, HPCMConfig, Noise
-from modules.bitstream.rans import SymbolReader, SymbolWriter
+from modules.bitstream.range_coder import RangeDecoder
+from modules.bitstream.rans import SymbolWriter
 from pipeline.commands.compare import size_of
 from pipeline.common.tables import Table
 from pipeline.common.timing import machine, timed
@@ -124,7 +125,7 @@ def wrapped(model: HPCM, wrap: Callable[[str, Callable[..., Any]], Callable[...,
         for part, module in modules
         for layer in (module if isinstance(module, torch.nn.ModuleList) else [module])
     ]
-    found += [(SymbolReader, "_decode", "range coding"), (SymbolWriter, "coded", "range coding")]
+    found += [(RangeDecoder, "decode", "range coding"), (SymbolWriter, "coded", "range coding")]
     before = [vars(owner).get(name) for owner, name, _ in found]
     for owner, name, part in found:
         setattr(owner, name, wrap(part, getattr(owner, name)))

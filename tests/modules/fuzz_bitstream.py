@@ -79,7 +79,8 @@ def fuzz_strings(codec: ImageCodec, coded: CodedImage, count: int, random: np.ra
         parts = {name: getattr(coded, name) for name in ("y", "z")}
         for name in [("y",), ("z",), ("y", "z")][random.integers(3)]:
             mutated = mutate(parts[name], random)
-            parts[name] = mutated + bytes(-(len(mutated) - (name == "y")) % 4)  # else not even the coder starts
+            # Whole words, else not even the coder starts. Half of the streams do not end before the last symbol.
+            parts[name] = mutated + bytes(-(len(mutated) - (name == "y")) % 4 + 4096 * int(random.integers(2)))
         size = random.integers(1, 200, 2).tolist() if random.integers(2) else (coded.height, coded.width)
         forged = CodedImage(coded.identity, *size, **parts)
         if number % 2:

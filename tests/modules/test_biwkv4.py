@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.biwkv4 import build, op
+from modules.biwkv4 import op
+from modules.biwkv4.kernels import Kernels
 from modules.biwkv4.op import biwkv4, biwkv4_reference
+from modules.native_build import SOURCES
 
 NAMES = ("y", "dw", "du", "dk", "dv")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -66,14 +68,14 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     library, source = tmp_path_factory.mktemp("phases") / "phases.so", Path(__file__).with_name("biwkv4_emulation.cpp")
-    command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", f"-I{build.SOURCES}", source, "-o", library]
+    command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", source, "-o", library]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
 
 @pytest.fixture(scope="session")
-def phases(emulation: ctypes.CDLL) -> build.Kernels:
-    return build.Kernels(emulation.biwkv4_forward, emulation.biwkv4_backward)
+def phases(emulation: ctypes.CDLL) -> Kernels:
+    return Kernels(emulation.biwkv4_forward, emulation.biwkv4_backward)
 
 
 @pytest.fixture(params=["cpu", "phases"])
@@ -101,7 +103,7 @@ def test_values_and_gradients_are_those_of_the_definition(shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 63, 64, 65, 200, 1500, 4096, 4097, 5000])
-def test_lengths_of_the_gpus_phases(length: int, phases: build.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_of_the_gpus_phases(length: int, phases: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_kernels", lambda k: phases)
     (w, u, k, v), grad_y = draw((2, length, 3))
     k = torch.stack([k, v], dim=2).flatten(2)[..., :3]  # a view with a stride
@@ -110,7 +112,7 @@ def test_lengths_of_the_gpus_phases(length: int, phases: build.Kernels, monkeypa
 
 @pytest.mark.parametrize("shape", [(2, 200, 35), (1, 4500, 3)])
 def test_the_order_of_the_gpus_threads_and_blocks_changes_no_bit(
-    shape: tuple[int, int, int], emulation: ctypes.CDLL, phases: build.Kernels, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], emulation: ctypes.CDLL, phases: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a barrier, or with a race, some order would show it."""
     monkeypatch.setattr(op, "_kernels", lambda k: phases)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.biwkv4.build import SOURCES
 from modules.biwkv4.op import biwkv4
+from modules.native_build import SOURCES
 from tests.modules.test_biwkv4 import BEYOND, assert_close, assert_same_bits, computed, draw
 
 

@@ -1,4 +1,4 @@
-"""The range coder: every symbol comes back, and no input makes the decoder read beyond the appended zeros."""
+"""Symbols and escapes: every value comes back, and no input makes CompressAI's decoder read beyond appended zeros."""
 
 import numpy as np
 import pytest
@@ -82,10 +82,11 @@ def words_read(stream: bytes, indexes: list[int], tables: CodingTables) -> int:
     """32-bit words that the coder takes for these symbols and their excesses, the stream followed by zeros."""
     words = np.frombuffer(stream, dtype="<u4").tolist()
     state, at = words[0] | words[1] << 32, 2
+    cdfs, lengths, _ = tables.lists
 
     def next_symbol(index: int) -> int:
         nonlocal state, at
-        cdf, low = tables.cdfs[index], state & 0xFFFF
+        cdf, low = cdfs[index], state & 0xFFFF
         symbol = next(i for i, bound in enumerate(cdf) if bound > low) - 1
         state = (cdf[symbol + 1] - cdf[symbol]) * (state >> 16) + low - cdf[symbol]
         if state < 2**31:
@@ -93,7 +94,7 @@ def words_read(stream: bytes, indexes: list[int], tables: CodingTables) -> int:
             at += 1
         return symbol
 
-    escapes = sum(next_symbol(index) == len(tables.cdfs[index]) - 3 for index in indexes)
+    escapes = sum(next_symbol(index) == lengths[index] - 3 for index in indexes)
     for _ in range(4):
         escapes = sum(next_symbol(tables.byte) > 127 for _ in range(escapes))
     return at

@@ -1,16 +1,14 @@
-"""Build the Bi-WKV4 kernels of `cuda/` with ninja on first use, cache them, and load them.
+"""Build the C++ and CUDA sources of `cuda/` with ninja on first use, and cache the libraries.
 
-A change of the sources, the compiler, its flags or the processor leads to a new build. `python -m modules.biwkv4.build`
-builds the kernels for this machine ahead of time.
+A change of the sources, the compiler, its flags or the processor leads to a new build. `python -m modules.native_build`
+builds all libraries for this machine ahead of time.
 
 `torch.utils.cpp_extension.load` is not used. It would load a damaged library, one that another user could have written,
 and one that was compiled for another processor. In PyTorch 2.11 it waits forever if an earlier build was killed
 (github.com/pytorch/pytorch/issues/189245).
 """
 
-import ctypes
 import fcntl
-import functools
 import hashlib
 import os
 import platform
@@ -20,98 +18,37 @@ import stat
 import subprocess
 import sysconfig
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-_INSTALLED = Path(__file__).resolve().parents[1] / "_cuda"  # a wheel's copy of cuda/
+_INSTALLED = Path(__file__).resolve().parent / "_cuda"  # a wheel's copy of cuda/
 SOURCES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "cuda"
-TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 COMMON_FLAGS = ("-O3", "-std=c++17", "-shared")
 CPU_FLAGS = ("-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 CUDA_FLAGS = ("-Xcompiler", "-fPIC", "-cudart", "static", "--threads", "0")
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be built on this machine. The message says why."""
+    """A library cannot be built on this machine. The message says why."""
 
 
-class Call(ctypes.Structure):
-    """The same fields as `BiwkvCall` in `cuda/shared/abi.h`."""
+def build_cpu(name: str) -> Path:
+    """Return the path of the library of `cuda/cpu/NAME.cpp`; build it unless it is cached.
 
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("batch", "length", "channels", "type")],
-        *[(name, ctypes.c_void_p) for name in ("w", "u", "k", "v")],
-        *[(name, ctypes.c_int64) for name in ("k_batch", "k_time", "v_batch", "v_time")],
-        *[(name, ctypes.c_void_p) for name in ("y", "grad_y")],
-        *[(name, ctypes.c_int64) for name in ("grad_y_batch", "grad_y_time")],
-        *[(name, ctypes.c_void_p) for name in ("grad_w", "grad_u", "grad_k", "grad_v")],
-        *[(name, ctypes.c_void_p) for name in ("runner", "workspace")],
-    ]
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """A loaded library. `forward` and `backward` take a pointer to a `Call` and return a status: 0 is success."""
-
-    forward: Callable[..., int]
-    backward: Callable[..., int]
-    runner: int = 0  # CPU: address of PyTorch's parallel loop; 0 means one thread
-    workspace: Callable[..., int] | None = None  # CUDA: bytes of device memory that a call needs
-    explain: Callable[[int], str] = lambda status: f"status {status}"
-
-
-def _once_or_warned(load: Callable[[], Kernels]) -> Callable[[], Kernels | None]:
-    @functools.cache
-    @functools.wraps(load)
-    def loaded() -> Kernels | None:
-        try:
-            return load()
-        except (BuildError, OSError) as error:
-            warnings.warn(f"Bi-WKV4 falls back to its slow PyTorch reference: {error}", RuntimeWarning, stacklevel=3)
-            return None
-
-    return loaded
-
-
-@_once_or_warned
-def cpu_kernels() -> Kernels:
-    """Load the CPU kernels, built if needed. If that fails, warn once with the cause and return None."""
-    loaded = _load(build_cpu())
-    return Kernels(loaded.biwkv4_forward, loaded.biwkv4_backward, runner=_parallel_for())
-
-
-@_once_or_warned
-def cuda_kernels() -> Kernels:
-    """Load the CUDA kernels for the GPUs present, in the same way."""
-    loaded = _load(build_cuda())
-    loaded.biwkv4_workspace.argtypes = [ctypes.POINTER(Call), ctypes.c_int]
-    loaded.biwkv4_workspace.restype = ctypes.c_int64
-    loaded.biwkv4_error.restype = ctypes.c_char_p
-    return Kernels(
-        loaded.biwkv4_forward,
-        loaded.biwkv4_backward,
-        workspace=loaded.biwkv4_workspace,
-        explain=lambda status: loaded.biwkv4_error(status).decode(),
-    )
-
-
-def build_cpu() -> Path:
-    """Return the CPU library's path; build it unless it is cached. Raises BuildError with the compiler's message."""
+    Raises BuildError with the compiler's message.
+    """
     compiler = os.environ.get("CXX", "").split() or [_first_of("c++", "g++", "clang++")]
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return _build("cpu", "cpu/biwkv4.cpp", [*compiler, *COMMON_FLAGS, *CPU_FLAGS, tuning], _cpu_identity())
+    return _build(f"cpu/{name}.cpp", [*compiler, *COMMON_FLAGS, *CPU_FLAGS, tuning], _cpu_identity())
 
 
-def build_cuda() -> Path:
-    """Return the CUDA library's path; build it, for `TORCH_CUDA_ARCH_LIST` or the GPUs present, unless cached."""
+def build_cuda(name: str) -> Path:
+    """The same for `cuda/gpu/NAME.cu`, built for `TORCH_CUDA_ARCH_LIST` or the GPUs present."""
     roots = os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"
     nvcc = _first_of(*(f"{root}/bin/nvcc" for root in roots if root), "nvcc")
-    return _build("cuda", "gpu/biwkv4.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
+    return _build(f"gpu/{name}.cu", [nvcc, *COMMON_FLAGS, *CUDA_FLAGS, *cuda_architectures()], "")
 
 
 def cuda_architectures() -> list[str]:
@@ -131,31 +68,14 @@ def cuda_architectures() -> list[str]:
     return flags
 
 
-def _load(library: Path) -> Any:
-    loaded = ctypes.CDLL(str(library))
-    for name in ("biwkv4_forward", "biwkv4_backward"):
-        getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
-    return loaded
-
-
-def _parallel_for() -> int:
-    """Address of PyTorch's parallel loop. It obeys torch.set_num_threads, so the kernels need no thread pool."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        function = ctypes.CDLL(str(library)).torch_parallel_for
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-def _build(kind: str, source: str, command: Sequence[str], identity: str) -> Path:
+def _build(source: str, command: Sequence[str], identity: str) -> Path:
     """Compile one source into a library in the cache. Processes that need it at the same time wait for the first."""
     texts = [path.read_bytes() for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")]
     if not texts:
-        raise BuildError(f"there are no kernel sources in {SOURCES}; reinstall the package")
+        raise BuildError(f"there are no sources in {SOURCES}; reinstall the package")
     facts = [*command, _run([command[0], "--version"]), identity]
     key = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in facts)])).hexdigest()[:16]
-    cache, name = _cache(), f"biwkv4_{kind}_{key}"
+    cache, name = _cache(), f"{Path(source).name.replace('.', '_')}_{key}"
     found = _cached(cache, name)
     if found is None:
         with (cache / f"{name}.lock").open("w") as lock:
@@ -196,7 +116,7 @@ def _digest(path: Path) -> str:
 def _cache() -> Path:
     """The folder of built libraries, to which only its owner may write. Raises BuildError for another user's folder."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given or Path.home() / ".cache") / "hpcm_biwkv4"
+    folder = Path(given or Path.home() / ".cache") / "hpcm_native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     status = folder.stat()
     if status.st_uid not in (0, os.getuid()):
@@ -233,6 +153,6 @@ def _cpu_identity() -> str:
 
 
 if __name__ == "__main__":
-    print(build_cpu())
+    print(*(build_cpu(path.stem) for path in sorted(SOURCES.glob("cpu/*.cpp"))), sep="\n")
     if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        print(build_cuda())
+        print(*(build_cuda(path.stem) for path in sorted(SOURCES.glob("gpu/*.cu"))), sep="\n")

@@ -1,4 +1,4 @@
-"""The build of the Bi-WKV4 kernels: cached, and safe in parallel. If it fails, a warning and the reference."""
+"""The build of libraries: cached, and safe in parallel. If Bi-WKV4's fails, a warning and the reference."""
 
 import functools
 import hashlib
@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.biwkv4 import build
+from modules import native_build as build
+from modules.biwkv4 import kernels
 from modules.biwkv4.op import biwkv4, biwkv4_reference
 
 
@@ -23,15 +24,17 @@ def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
     counter, compiler = tmp_path / "builds", tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo build >> "{counter}"\nexec c++ "$@" -O0\n')
     compiler.chmod(0o755)
-    code = "import torch; from modules.biwkv4.op import biwkv4; x, w = torch.ones(1, 3, 2), torch.zeros(2); "
-    command = [sys.executable, "-W", "error", "-c", code + "print(biwkv4(w, w, x, x).sum().item())"]
+    code = "from modules.native_build import build_cpu; print(build_cpu('range_coder'))"
+    command = [sys.executable, "-W", "error", "-c", code]
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
     processes = [
         subprocess.Popen(command, cwd=build.SOURCES.parent, env=environment, stdout=subprocess.PIPE) for _ in range(2)
     ]
-    assert [process.communicate()[0] for process in processes] == [b"6.0\n"] * 2
+    first, second = (process.communicate()[0].decode().strip() for process in processes)
+    assert first == second
+    assert Path(first).is_file()
     assert counter.read_text() == "build\n"
-    folder = tmp_path / "cache" / "hpcm_biwkv4"
+    folder = tmp_path / "cache" / "hpcm_native"
     assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".so"]
 
 
@@ -43,7 +46,7 @@ def test_a_failed_build_gives_one_warning_and_the_reference(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(build, "cpu_kernels", functools.cache(build.cpu_kernels.__wrapped__))
+    monkeypatch.setattr(kernels, "cpu_kernels", functools.cache(kernels.cpu_kernels.__wrapped__))
     leaves = [torch.randn(shape, requires_grad=True) for shape in (4, 4, (2, 11, 4), (2, 11, 4))]
 
     def results(op: Callable[..., Tensor]) -> list[Tensor]:
@@ -83,48 +86,49 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builds:
 def test_a_damaged_library_is_rebuilt_and_another_users_is_not_loaded(
     builds: Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = build.build_cpu()
-    assert (build.build_cpu(), builds.count) == (library, 1)
+    library = build.build_cpu("biwkv4")
+    assert (build.build_cpu("biwkv4"), builds.count) == (library, 1)
     for damaged in (b"", b"a lib", b"a librarx"):
         library.write_bytes(damaged)
-        assert build.build_cpu().read_bytes() == builds.content
+        assert build.build_cpu("biwkv4").read_bytes() == builds.content
     assert builds.count == 4
     library.chmod(0o777)
-    build.build_cpu()
+    build.build_cpu("biwkv4")
     assert builds.count == 5
     library.rename(tmp_path / "elsewhere.so")
     library.symlink_to(tmp_path / "elsewhere.so")
-    assert not build.build_cpu().is_symlink()
+    assert not build.build_cpu("biwkv4").is_symlink()
     library.parent.chmod(0o777)
-    build.build_cpu()
+    build.build_cpu("biwkv4")
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o755
     os.chown(library.parent, 4711, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 4711)
     with pytest.raises(build.BuildError, match="belongs to another user"):
-        build.build_cpu()
+        build.build_cpu("biwkv4")
 
 
 def test_flags_processor_and_each_source_lead_to_a_new_build(
     builds: Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    libraries = [build.build_cpu()]
+    libraries = [build.build_cpu("biwkv4")]
     monkeypatch.setattr(build, "CPU_FLAGS", (*build.CPU_FLAGS, "-g"))
-    libraries.append(build.build_cpu())
+    libraries.append(build.build_cpu("biwkv4"))
     monkeypatch.setattr(build, "_cpu_identity", lambda: "another machine")
-    libraries.append(build.build_cpu())
+    libraries.append(build.build_cpu("biwkv4"))
     sources = shutil.copytree(build.SOURCES, tmp_path / "cuda")
     monkeypatch.setattr(build, "SOURCES", sources)
-    assert build.build_cpu() == libraries[-1]
+    assert build.build_cpu("biwkv4") == libraries[-1]
     files = [path for path in sources.rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
     for path in files:
         path.open("a").write("// changed\n")
-        libraries.append(build.build_cpu())
+        libraries.append(build.build_cpu("biwkv4"))
     assert len(set(libraries)) == 3 + len(files)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_building_ahead_makes_the_library_that_the_op_loads(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_module("modules.biwkv4.build", run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[0] == str(build.build_cpu())
+def test_building_ahead_makes_all_libraries_that_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("modules.native_build", run_name="__main__")
+    built = [str(build.build_cpu(name)) for name in ("biwkv4", "range_coder")]
+    assert capsys.readouterr().out.splitlines()[:2] == built
 
 
 def test_architectures_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
