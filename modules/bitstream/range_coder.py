@@ -34,9 +34,9 @@ class _Tables(ctypes.Structure):
 
     @classmethod
     def of(cls, tables: CodingTables) -> "_Tables":
-        """The addresses of the tables' tensors, which must stay alive."""
+        """The addresses of the tables' arrays, which must stay alive."""
         parts = (tables.starts, tables.cdfs, tables.lowest, tables.first)
-        return cls(len(tables.lowest), *(part.data_ptr() for part in parts))
+        return cls(len(tables.lowest), *(part.ctypes.data for part in parts))
 
 
 class _Stream(ctypes.Structure):

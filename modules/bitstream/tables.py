@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +38,13 @@ class CodingTables:
 
     reach: Tensor
     """(n,) int32, the largest magnitude in each table."""
-    lowest: Tensor
+    lowest: np.ndarray
     """(n + 1,) int32, the symbol of each table's first interval."""
-    starts: Tensor
+    starts: np.ndarray
     """(n + 2,) int64, where each table starts in `cdfs`, and where the last one ends."""
-    cdfs: Tensor
+    cdfs: np.ndarray
     """(all tables' entries,) int32. Those of a table increase from 0 to 2¹⁶."""
-    first: Tensor
+    first: np.ndarray
     """(n + 1, 256) uint16, the intervals of the values 0, 256, 512 …, where the search for others begins."""
 
     @classmethod
@@ -52,28 +53,27 @@ class CodingTables:
 
         Raises ValueError for others. The coder relies on it.
         """
-        cdfs, lengths, reach = cdfs.cpu(), lengths.cpu().long(), -offsets.cpu().long()
-        if cdfs.dim() != 2 or not cdfs.shape[:1] == lengths.shape == reach.shape:
+        if cdfs.dim() != 2 or not cdfs.shape[:1] == lengths.shape == offsets.shape:
             raise ValueError(_NO_TABLES)
-        if not ((reach >= 0) & (lengths == 2 * reach + 3) & (lengths <= cdfs.shape[1])).all():
+        rows, sizes, reach = cdfs.cpu().numpy(), lengths.cpu().numpy(), -offsets.cpu().numpy().astype(np.int64)
+        if not ((reach >= 0) & (sizes == 2 * reach + 3) & (sizes <= rows.shape[1])).all():
             raise ValueError(_NO_TABLES)
-        inside = torch.arange(cdfs.shape[1]) < lengths[:, None]
-        uniform = torch.arange(0, TOTAL + 1, 256)
-        bounds, width = torch.cat((cdfs[inside], uniform)), len(uniform)
-        lengths = torch.cat((lengths, torch.tensor([width])))
-        starts = torch.cat((torch.tensor([0]), lengths.cumsum(0)))
+        uniform = np.arange(0, TOTAL + 1, 256)
+        bounds, width = np.concatenate((rows[np.arange(rows.shape[1]) < sizes[:, None]], uniform)), len(uniform)
+        sizes = np.append(sizes, width)
+        starts = np.append(0, sizes.cumsum(dtype=np.int64))
         begins, ends = bounds[starts[:-1]] == 0, bounds[starts[1:] - 1] == TOTAL
-        if not (begins & ends).all() or int((bounds.diff() > 0).sum()) != len(bounds) - len(lengths):
+        if not (begins & ends).all() or (np.diff(bounds) > 0).sum() != len(bounds) - len(sizes):
             raise ValueError(_NO_TABLES)
         # The value 256·j lies in the interval that begins with the last bound ≤ 256·j, so with ⌈bound / 256⌉ ≤ j.
-        number = torch.arange(len(lengths)).repeat_interleave(lengths)
-        at = torch.bincount(width * number + (bounds + 255) // 256, minlength=width * len(lengths)).view(-1, width)
+        at = np.arange(len(sizes)).repeat(sizes) * width + (bounds + 255) // 256
+        counts = np.bincount(at, minlength=len(sizes) * width).reshape(-1, width)
         return cls(
-            reach=reach.int(),
-            lowest=torch.cat((-reach, torch.tensor([0]))).int(),
+            reach=torch.from_numpy(reach.astype(np.int32)),
+            lowest=np.append(-reach, 0).astype(np.int32),
             starts=starts,
-            cdfs=bounds.int(),
-            first=(at[:, :-1].cumsum(1) - 1).to(torch.uint16),
+            cdfs=bounds.astype(np.int32),
+            first=(counts[:, :-1].cumsum(1) - 1).astype(np.uint16),
         )
 
     @property
@@ -87,7 +87,7 @@ class CodingTables:
 
         It takes a table's last symbol as its own escape. Here that one has no mass, so it never occurs.
         """
-        rows = [[*row.tolist(), TOTAL] for row in self.cdfs.split(self.starts.diff().tolist())]
+        rows = [[*row.tolist(), TOTAL] for row in np.split(self.cdfs, self.starts[1:-1])]
         return rows, [len(row) for row in rows], self.lowest.tolist()
 
 

@@ -1,6 +1,7 @@
 """Generalized Gaussian entropy model (HPCM: shape β = 1.5): likelihoods, and tables for the range coder."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,35 +54,41 @@ class GeneralizedGaussian(nn.Module):
         lower = _StandardCDF.apply((residual - 0.5) / scales, self._shape)
         return self.likelihood_lower_bound(upper - lower)
 
-    def quantile(self, tail: float) -> float:
-        """The v above which the standard distribution has probability `tail`."""
-        low, high = torch.zeros((), dtype=torch.float64), torch.full((), 64.0, dtype=torch.float64)
-        shape = torch.full((), 1 / self._shape, dtype=torch.float64)
-        for _ in range(80):
-            middle = (low + high) / 2
-            above = 0.5 * torch.special.gammaincc(shape, middle**self._shape) > tail
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return float(high)
-
     def tables(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coding tables for (n,) scales: quantized CDFs (n, longest), their lengths (n,) and offsets (n,), int32.
 
         A table covers −c … c with c = ⌈scale · quantile⌉. Its last symbol is the escape symbol, for all other values.
         Raises ValueError for a scale that is NaN or too large for a table.
         """
-        scales = scales.double().clamp_min(SCALE_BOUND)
-        reach = torch.ceil(scales * self.quantile(TAIL_MASS / 2))
-        if not (reach <= LARGEST_REACH).all():
-            raise ValueError(f"a scale of {float(scales.max()):.4g} is too large for a coding table")
-        reach = reach.int()
-        cdfs = torch.zeros(len(scales), 2 * int(reach.max()) + 3, dtype=torch.int32)
-        for row, scale, c in zip(cdfs, scales, reach.tolist(), strict=True):
-            symbols = torch.arange(-c, c + 1, dtype=torch.float64)
-            mass = _standard_cdf((symbols + 0.5) / scale, self._shape)
-            mass = mass - _standard_cdf((symbols - 0.5) / scale, self._shape)
-            escape = (1 - mass.sum()).clamp_min(0)
-            row[: 2 * c + 3] = pmf_to_quantized_cdf(torch.cat((mass, escape[None])), 16)
-        return cdfs, 2 * reach + 3, -reach
+        cdfs, lengths, offsets = _tables(self._shape, tuple(scales.tolist()))
+        return cdfs.clone(), lengths.clone(), offsets.clone()
+
+
+def quantile(shape: float, tail: float) -> float:
+    """The v above which the standard distribution of shape β has probability `tail`."""
+    low, high = torch.zeros((), dtype=torch.float64), torch.full((), 64.0, dtype=torch.float64)
+    inverse = torch.full((), 1 / shape, dtype=torch.float64)
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = 0.5 * torch.special.gammaincc(inverse, middle**shape) > tail
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return float(high)
+
+
+@lru_cache(maxsize=2)  # A codec's two sets of tables, so that they are not computed again for the same weights.
+def _tables(shape: float, listed: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    scales = torch.tensor(listed, dtype=torch.float64).clamp_min(SCALE_BOUND)
+    reach = torch.ceil(scales * quantile(shape, TAIL_MASS / 2))
+    if not (reach <= LARGEST_REACH).all():
+        raise ValueError(f"a scale of {float(scales.max()):.4g} is too large for a coding table")
+    reach = reach.int()
+    cdfs = torch.zeros(len(scales), 2 * int(reach.max()) + 3, dtype=torch.int32)
+    for row, scale, c in zip(cdfs, scales, reach.tolist(), strict=True):
+        symbols = torch.arange(-c, c + 1, dtype=torch.float64)
+        mass = _standard_cdf((symbols + 0.5) / scale, shape) - _standard_cdf((symbols - 0.5) / scale, shape)
+        escape = (1 - mass.sum()).clamp_min(0)
+        row[: 2 * c + 3] = pmf_to_quantized_cdf(torch.cat((mass, escape[None])), 16)
+    return cdfs, 2 * reach + 3, -reach
 
 
 def scale_table(levels: int = 60, lowest: float = SCALE_BOUND, highest: float = 64.0) -> Tensor:

@@ -67,3 +67,12 @@ def test_tables_cover_their_reach_and_sum_to_one(model: GeneralizedGaussian) -> 
     assert scales[0] == pytest.approx(0.12)
     assert scales[-1] == pytest.approx(64)
     assert len(scales) == 60
+
+
+def test_writing_into_tables_does_not_change_those_of_the_next_codec(model: GeneralizedGaussian) -> None:
+    scales = torch.tensor([0.5, 2.0])
+    tables = model.tables(scales)
+    expected = [table.clone() for table in tables]
+    for table in tables:
+        table.zero_()
+    assert all(map(torch.equal, model.tables(scales), expected))

@@ -34,8 +34,8 @@ def drawn_buffers(random: np.random.Generator) -> Buffers:
 def drawn_symbols(tables: CodingTables, count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Symbols and table indexes, both (count,) int32: any symbol that a table has, the escape too."""
     indexes = random.integers(0, tables.byte + 1, count)
-    sizes = tables.starts.diff().numpy()[indexes] - 1
-    symbols = tables.lowest.numpy()[indexes] + random.integers(0, 2**31, count) % sizes
+    sizes = np.diff(tables.starts)[indexes] - 1
+    symbols = tables.lowest[indexes] + random.integers(0, 2**31, count) % sizes
     return torch.from_numpy(symbols).int(), torch.from_numpy(indexes).int()
 
 
