@@ -8,6 +8,7 @@ dictionaries, and this module adds `hpcm` to both. `hpcm export checkpoint.safet
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from compressai import ops, zoo
 from compressai.zoo import image as image_zoo
@@ -29,7 +30,7 @@ def _no_pretrained_weights(**options: object) -> HPCM:
 
 def main(arguments: Sequence[str]) -> None:
     """Run one of CompressAI's tools. `arguments` are its name, such as `eval_model`, then its own arguments."""
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments or find_spec(f"compressai.utils.{arguments[0]}") is None:
         sys.exit("usage: python -m modules.compressai_tools eval_model|update_model|plot|… [its own arguments]")
     add_architecture()
     tool, *rest = arguments

@@ -48,7 +48,9 @@ class HPCMConfig:
         for slot in SLOTS:
             object.__setattr__(self, slot, kind_from(slot, getattr(self, slot)))
         if self.M % 8 or self.M < 8:
-            raise ValueError(f"M = {self.M} must be a multiple of 8: the hierarchy codes channels in eighths")
+            raise ValueError(f"M = {self.M} must be a positive multiple of 8: the hierarchy codes channels in eighths")
+        if min(self.N, *self.widths) < 1:
+            raise ValueError(f"N = {self.N} and widths = {list(self.widths)} must be positive")
         ascending = all(0 < low < high for low, high in pairwise(self.rates))
         if self.rates and not (ascending and 2 <= len(self.rates) <= MOST_RATES):
             raise ValueError(f"rates: give 2 to {MOST_RATES} positive λ in ascending order, not {list(self.rates)}")
@@ -147,7 +149,7 @@ def preset_config(name: str, phase: int = 0, **overrides: Any) -> HPCMConfig:
     return replace(PRESETS[name], **replaced).changed(**overrides)
 
 
-def preset_of(config: HPCMConfig) -> tuple[str, int]:
-    """Preset and phase of a configuration. Raises StopIteration if it has overrides."""
+def preset_of(config: HPCMConfig) -> tuple[str, int] | None:
+    """Preset and phase of a configuration; None if it has overrides."""
     every = ((name, phase) for name in PRESETS for phase in range(len(_PHASES)))
-    return next(found for found in every if preset_config(*found) == config)
+    return next((found for found in every if preset_config(*found) == config), None)

@@ -1,6 +1,5 @@
 """The codec that a stage's settings describe."""
 
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,9 +37,8 @@ def load_fitting(task: StageTask, path: Path) -> HPCM:
         found, wanted = model.config.to_dict(), expected.to_dict()
         names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         differing = [f"{name} is {found.get(name, 'none')}, expected {wanted.get(name, 'none')}" for name in names]
-        hint = ""
-        with suppress(StopIteration):  # The codec is no preset.
-            hint = f", such as with --set model.preset={preset_of(model.config)[0]}"
+        preset = preset_of(model.config)
+        hint = f", such as with --set model.preset={preset[0]}" if preset else ""
         raise StageError(
             f"{path}: does not match the recipe's {task.stage.name}: {'; '.join(differing)}.\n"
             f"  Give a checkpoint with these settings, or choose a recipe that matches the file{hint}."

@@ -19,7 +19,8 @@ def import_(
     """Convert an official `.pth.tar` checkpoint to safetensors. The preset is recognized from the tensors."""
     check_target(source, target, overwrite)
     model = import_official(source)
-    preset, phase = preset_of(model.config)
     publish(target, model, replace(lineage_of(model), name="baseline"))
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    console.print(f"{target}: preset {preset}, {f'Phase {phase}' if phase else 'Baseline'}, {size:.1f} M parameters")
+    kind, size = "settings of its own", sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    if found := preset_of(model.config):
+        kind = f"preset {found[0]}, {f'Phase {found[1]}' if found[1] else 'Baseline'}"
+    console.print(f"{target}: {kind}, {size:.1f} M parameters")

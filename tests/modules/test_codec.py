@@ -84,6 +84,7 @@ def test_named_constructors_take_overrides() -> None:
         (("tiny", 5), {}, "unknown phase 5"),
         (("tiny",), {"hidden": 3}, "no setting 'hidden'"),
         (("tiny",), {"M": 50}, "multiple of 8"),
+        (("tiny",), {"N": 0}, "N = 0 and widths .* must be positive"),
         (("tiny",), {"attn_s3": {"heads": 7}}, "7 attention heads"),
         (("tiny",), {"attn_s3": {"heads": 0}}, "heads = 0 of the kind 'cross-attention'"),
         (("tiny",), {"attn_s3": {"head": 8}}, "no setting 'head'; did you mean 'heads'"),
