@@ -57,7 +57,7 @@ def each_file(
     work: Callable[[Item], Iterable[str]],
     refinement: Refinement | None = None,
 ) -> bool:
-    """Call `work` on every item and print the messages that it returns.
+    """Call `work` on every item and print the messages that it returns, on standard error.
 
     Each item has a path, which starts its messages. An error is printed and the next item follows. Returns whether all
     items succeeded. After Ctrl-C in a refinement, its file is completed, and no other file is begun.
@@ -78,7 +78,7 @@ def each_file(
                 if refinement and refinement.stopped:
                     raise KeyboardInterrupt
                 for message in work(item):
-                    print_above_bar(f"{path}: {message}")
+                    print_above_bar(f"{path}: {message}", errors)
             except KeyboardInterrupt:
                 print(f"stopped at {path}; {done} of {len(items)} files are done", file=sys.stderr)
                 raise

@@ -142,7 +142,9 @@ def test_what_a_file_loses_is_said(tmp_path: Path, checkpoint: Path, hpcm: Hpcm)
     command = ("compress", tmp_path, "-o", tmp_path / "coded", "-c", checkpoint)
     assert "would be written there" in hpcm(*command, code=1).err
     (tmp_path / "gray.ppm").rename(tmp_path / "deep.ppm")
-    printed = hpcm(*command).out
+    output = hpcm(*command, "--json")
+    assert len(json.loads(output.out)) == 5
+    printed = output.err
     for line in (
         "alpha.png: transparency was blended with white",
         "gray.png: 16 bits a channel became 8",
