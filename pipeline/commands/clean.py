@@ -34,7 +34,7 @@ def clean(
     if not found:
         console.print(f"no interrupted trainings{' or superseded stages' if superseded else ''} in {runs}")
     for folder in found:
-        console.print(_title(folder), soft_wrap=True)
+        console.print(_title(folder))
         if yes or typer.confirm("Delete it?"):
             _delete(folder)
 

@@ -17,7 +17,7 @@ def draw_curves(points: Points) -> None:
     if deltas.rows:
         show(deltas)
     else:
-        console.print(f"no Bjøntegaard deltas: {rate_distortion.NO_CONTROL}", soft_wrap=True)
+        console.print(f"no Bjøntegaard deltas: {rate_distortion.NO_CONTROL}")
     path = next(iter(folders)).parent / "rate-distortion.png"
     save(figures.curves(curves, rate_distortion.all_on_kodak(found)), path)
-    console.print(f"curves: {path}", soft_wrap=True)
+    console.print(f"curves: {path}")

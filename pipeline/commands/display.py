@@ -10,8 +10,8 @@ from pipeline.common.tables import Table
 
 IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 """Whether this is the first of the processes that `accelerate launch` starts. The others print nothing."""
-console = Console(highlight=False, markup=False, quiet=not IS_FIRST_PROCESS)
-"""Results, on standard output."""
+console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not IS_FIRST_PROCESS)
+"""Results, on standard output. Only a terminal wraps lines."""
 errors = Console(highlight=False, markup=False, quiet=not IS_FIRST_PROCESS, stderr=True)
 """Progress, on standard error."""
 
@@ -31,12 +31,14 @@ def print_above_bar(line: str, to: Console | None = None) -> None:
 
 
 def show(*tables: Table) -> None:
-    """Print tables: framed and wrapped at a terminal, as plain columns elsewhere."""
+    """Print tables: framed and wrapped at a terminal that is wide enough, as plain columns elsewhere."""
     for table in tables:
-        if console.is_terminal:
-            console.print(table.rich())
+        framed = table.rich()
+        needed = console.measure(framed, options=console.options.update(width=1000)).minimum
+        if console.is_terminal and needed <= console.width:
+            console.print(framed, soft_wrap=False)
         else:
-            console.print(table.plain(), soft_wrap=True)
+            console.print(table.plain())
 
 
 def show_json(value: Any) -> None:

@@ -45,7 +45,7 @@ def export(
     elif as_onnx:
         outcomes = export_onnx(source, target)
         for name, problem in sorted(outcomes.items()):
-            console.print(f"{name}: {problem or f'{name}.onnx'}", soft_wrap=True)
+            console.print(f"{name}: {problem or f'{name}.onnx'}")
         if any(outcomes.values()):
             raise typer.Exit(1)
     else:

@@ -27,4 +27,4 @@ def report(
 ) -> None:
     """Write all results in a folder of runs to one self-contained HTML page, and the figures as PNG."""
     page = write(runs, output or runs / "report", recipe or (), reference)
-    console.print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
+    console.print(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")

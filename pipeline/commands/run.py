@@ -33,5 +33,5 @@ def run(
     show(closing_table(chain))
     pictures = chain.tasks[-1].folder / "reconstructions"
     if pictures.is_dir():
-        console.print(f"Images beside their reconstructions: {pictures}", soft_wrap=True)
-    console.print(f"MLflow's pages on these runs: hpcm ui --runs {options.runs}", soft_wrap=True)
+        console.print(f"Images beside their reconstructions: {pictures}")
+    console.print(f"MLflow's pages on these runs: hpcm ui --runs {options.runs}")

@@ -40,7 +40,7 @@ def run_planned(
             f"{len(photos.paths)} {use} image{'s' if len(photos.paths) > 1 else ''} ({photos.source})"
             for use, photos in (("training", target.train_photos), ("validation", target.val_photos))
         ]
-        console.print(f"{', '.join(images)}; on {machine(str(accelerator.device))}", soft_wrap=True)
+        console.print(f"{', '.join(images)}; on {machine(str(accelerator.device))}")
         watching = ProgressWatcher(steps_left(plan), options.verbose)
     with ProcessGroup(accelerator) as processes, watching as watcher:
         context = RunContext(

@@ -26,7 +26,7 @@ def sync(runs: Runs = Path("runs")) -> None:
             mirror.chain(path.parent, working=is_held(path.parent))
             print_above_bar(f"{path.parent}: {mirror.store.shown} has all of it")
         except UserError as error:
-            console.print(f"{path.parent}: {error}", soft_wrap=True)
+            console.print(f"{path.parent}: {error}")
             failed = True
     if failed:
         raise typer.Exit(1)

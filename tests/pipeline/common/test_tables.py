@@ -1,7 +1,11 @@
 """Printed tables: whole words at a terminal, plain columns in a pipe."""
 
+from io import StringIO
+
+import pytest
 from rich.console import Console
 
+from pipeline.commands import display
 from pipeline.common.tables import Table
 
 
@@ -37,6 +41,16 @@ def test_a_narrow_terminal_shows_all_columns_and_folds_long_names() -> None:
     assert all(len(line) <= 54 for line in lines)
     printed = "".join(lines)
     assert {"W×H", "bytes", "1024×768", "22586", "forensics-img-20", "200827-231612.hp"} <= {*printed.split()}
+
+
+def test_a_terminal_too_narrow_for_all_columns_gets_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, framed in ((40, True), (20, False)):
+        console = Console(width=width, record=True, force_terminal=True, soft_wrap=True, file=StringIO())
+        monkeypatch.setattr(display, "console", console)
+        display.show(table())
+        printed = console.export_text()
+        assert ("─" in printed) == framed
+        assert "1,000" in printed
 
 
 def test_a_table_without_column_names_has_no_heading() -> None:
