@@ -50,6 +50,9 @@ class HPCMNetwork(nn.Module):
     A phase is a choice of components in `config`. Parameters and buffers have the names of the published checkpoints.
     """
 
+    cuda_graphs = True
+    """Whether a GPU replays the coding steps as CUDA graphs (`modules.bitstream.graphs`)."""
+
     def __init__(self, config: HPCMConfig | None = None):
         super().__init__()
         self.config = config = config or HPCMConfig()

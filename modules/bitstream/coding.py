@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modules.bitstream.coders import Decoder, Encoder, StepMismatch
 from modules.bitstream.determinism import deterministic_float32
+from modules.bitstream.graphs import walk
 from modules.bitstream.guards import STEPS, Guards
 from modules.bitstream.rans import SymbolReader, SymbolWriter, split_check
 from modules.bitstream.tables import CodingTables, Tables
@@ -53,7 +54,7 @@ def encode(
         y, z = refined(Latent(y, network.h_a(y)))
         z_symbols = (z - network.means_hyper).round()
         encoder = Encoder(network.symbol_rows(y))
-        network.walk(network.h_s(z_symbols.int() + network.means_hyper), encoder)
+        walk(network, z_symbols.int() + network.means_hyper, encoder)
         z_writer, y_writer = SymbolWriter(tables.z), SymbolWriter(tables.y)
         z_writer.put(z_symbols, _z_indexes(z))
         guards = encoder.write(tables.scales, y_writer, epsilon)
@@ -69,7 +70,7 @@ def decode(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tab
         z_hat = _decode_z(network, z, shape, tables.z)
         guards, reader = _start(network, y, z_hat, tables.y)
         try:
-            y_hat, recovery = network.walk(network.h_s(z_hat), Decoder(tables.scales, reader, guards)), ""
+            y_hat, recovery = walk(network, z_hat, Decoder(tables.scales, reader, guards)), ""
         except StepMismatch as mismatch:
             y_hat = _decode_in_float64(network, y, z_hat, tables)
             recovery = (
@@ -83,8 +84,8 @@ def _decode_in_float64(network: HPCMNetwork, y: bytes, z_hat: Tensor, tables: Ta
     exact = in_float64(network)
     guards, reader = _start(network, y, z_hat, tables.y)
     try:
-        hyper = exact.h_s(z_hat.to("cpu", torch.float64))
-        return exact.walk(hyper, Decoder(tables.scales.cpu(), reader, guards)).to(z_hat)
+        decoder = Decoder(tables.scales.cpu(), reader, guards)
+        return walk(exact, z_hat.to("cpu", torch.float64), decoder).to(z_hat)
     except StepMismatch as mismatch:
         raise StepMismatch(
             mismatch.step,
@@ -99,7 +100,7 @@ def trace(network: HPCMNetwork, y: bytes, z: bytes, shape: tuple[int, int], tabl
         z_hat = _decode_z(network, z, shape, tables.z)
         guards, reader = _start(network, y, z_hat, tables.y)
         decoder = Decoder(tables.scales, reader, guards)
-        y_hat = network.walk(network.h_s(z_hat), decoder)
+        y_hat = walk(network, z_hat, decoder)
         return Trace(*decoder.recorded, network.synthesized(y_hat, shape).clamp(0, 1))
 
 
