@@ -211,7 +211,10 @@ def training(configs: dict[str, HPCMConfig], device: torch.device, batch: int, c
 
 
 def coding(configs: dict[str, HPCMConfig], device: torch.device, sizes: list[str], rounds: int) -> Iterator[Table]:
-    """The time of encoding and decoding by part. The parts wait for the GPU, so they add up to more than the whole."""
+    """The time of encoding and decoding, with CUDA graphs of the coding steps and without, and by part without.
+
+    The parts wait for the GPU, so they add up to more than the whole.
+    """
     for size in sizes:
         columns, found = list[str](), list[dict[str, float]]()
         for name, config in configs.items():
@@ -222,12 +225,16 @@ def coding(configs: dict[str, HPCMConfig], device: torch.device, sizes: list[str
             coded = model.compress(image)
             calls = {"encode": partial(model.compress, image), "decode": partial(model.decompress, **coded)}
             for direction, call in calls.items():
-                spent: dict[str, float] = {"whole": median_milliseconds(call, device, rounds)}
+                whole, spent = dict[str, float](), dict[str, float]()
+                for graphs in (True, False) if device.type == "cuda" else (False,):
+                    model.cuda_graphs = graphs
+                    row = "whole, graphs" if graphs else "whole, single launches"
+                    whole[row] = median_milliseconds(call, device, rounds)
                 with wrapped(model, partial(clocked, spent, device)):
-                    whole = 1000 * timed(call, device)
-                spent["tables, copies and rows"] = whole - sum(spent.values()) + spent["whole"]
+                    clocked_whole = 1000 * timed(call, device)
+                spent["tables, copies and rows"] = clocked_whole - sum(spent.values())
                 columns.append(f"{name}, {direction}")
-                found.append(spent)
+                found.append({**whole, **spent})
         table = Table(f"ms for an image of {size}", ("part", *columns))
         for part in dict.fromkeys(part for of_codec in found for part in of_codec):
             table.add(part, *(f"{of_codec.get(part, 0):.1f}" for of_codec in found))
