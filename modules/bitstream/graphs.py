@@ -1,12 +1,13 @@
 """Replays the networks between the coding steps as CUDA graphs, which are captured for each size of latent.
 
-The networks of a step launch many kernels, most of which take less time than their launch. Each step waits for the
-symbols of the one before, so a GPU cannot hide the launches. A graph has one launch. `code` runs as usual between two
-graphs, so symbols and all other data of a file are never a part of a graph.
+The networks of the steps launch a thousand kernels or more. Each step waits for the symbols of the one before, so a GPU
+cannot hide the launches. A graph has one launch. `code` runs as usual between two graphs, so symbols and all other data
+of a file are never a part of a graph.
 """
 
 import logging
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -24,8 +25,8 @@ DEVICE = "cuda"
 MOST_POSITIONS = 2**14
 """Graphs are kept for latents of so many positions in all, those of 4.2 million pixels. This bounds their memory.
 
-The activations of a graph take 0.8 GB for so many positions (base, recipe `evidence`). A larger latent is coded without
-graphs: its kernels take longer than their launches.
+Activations of so many positions take 0.8 GB (`base`, recipe `evidence`). A larger latent is coded without graphs. In
+training, launches took 2.5 times as long as kernels for 1 million pixels, so they should take less time for 4 million.
 """
 
 CHECKS = 2
@@ -134,7 +135,7 @@ class _GraphedWalk:
     """The walk for one size, in twelve graphs. They share memory, so they are replayed in this order only."""
 
     def __init__(self, network: HPCMNetwork, z_hat: Tensor):
-        """Capture. Raises RuntimeError, with what a step of the capture or the network raised."""
+        """Capture. Raises RuntimeError if a part of the network cannot be captured."""
         device, self.checks = z_hat.device, 0
         self._pool, self._graphs = cuda.graph_pool_handle(), list[cuda.CUDAGraph]()
         self._steps: list[tuple[Step, Tensor, Tensor, Tensor]] = []
@@ -149,11 +150,13 @@ class _GraphedWalk:
             with cuda.stream(_stream(device)), network.at_quality(self._quality):
                 # Libraries allocate their memory and load their kernels before the capture.
                 network.walk(network.h_s(self.z_hat), lambda step, scales, means: means)
-                self._begin()
                 try:
+                    self._begin()
                     self._y_hat = network.walk(network.h_s(self.z_hat), self._next)
-                finally:
                     self._graphs[-1].capture_end()
+                except BaseException:
+                    self._abandon(device)
+                    raise
 
     def _begin(self) -> None:
         self._graphs.append(cuda.CUDAGraph())
@@ -167,6 +170,15 @@ class _GraphedWalk:
         self._graphs[-1].capture_end()
         self._begin()
         return y_rows
+
+    def _abandon(self, device: torch.device) -> None:
+        """End a capture that has failed. PyTorch's allocator and random numbers would go on as during a capture."""
+        with suppress(RuntimeError):
+            self._graphs[-1].capture_end()
+        with suppress(RuntimeError):  # This capture has ended as usual, and another operation has failed.
+            cuda.memory._cuda_endAllocateToPool(device.index, self._pool)
+        generator = cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def __call__(self, network: HPCMNetwork, z_hat: Tensor, code: CodeStep) -> Tensor:
         """Replay, for ẑ and the network's quality."""

@@ -19,6 +19,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 REFUSED = {"_local_scalar_dense", "equal", "is_nonzero", "item", "lift_fresh", "masked_select", "nonzero"}
 
 
+STATE = {"random numbers": "usual", "allocator": "usual"}
+"""Whether parts of PyTorch are in the state of a capture."""
+
+
 class Outside(NamedTuple):
     """A tensor in memory that no capture allocated. It does not keep the memory."""
 
@@ -50,12 +54,16 @@ class CUDAGraph(TorchDispatchMode):
 
     def capture_begin(self, pool: set[int], capture_error_mode: str) -> None:
         """The pool tells which memory captures have allocated."""
-        self.pool, self.calls = pool, list[Call]()
+        self.pool, self.calls, self.failed = pool, list[Call](), False
+        STATE.update(dict.fromkeys(STATE, "capturing"))
         self.__enter__()
 
     def capture_end(self) -> None:
         """A capture computes nothing, so the values are not those that the operators gave."""
         self.__exit__(None, None, None)
+        if self.failed:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        STATE.update(dict.fromkeys(STATE, "usual"))
         for call in self.calls:
             for tensor in call.results:
                 if tensor.is_floating_point():
@@ -64,6 +72,7 @@ class CUDAGraph(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator.overloadpacket.__name__
         if name in REFUSED or (name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])):
+            self.failed = True
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}\nA second line.")
         kwargs = kwargs or {}
         given = operator(*args, **kwargs)
@@ -99,10 +108,28 @@ class Stream:
         pass
 
 
+class Generator:
+    """The generator of random numbers, which a capture that fails leaves in the state of a capture."""
+
+    clone_state = object
+
+    def graphsafe_set_state(self, state: object) -> None:
+        STATE["random numbers"] = "usual"
+
+
+class Memory:
+    """The allocator, which a capture that fails leaves in the state of a capture."""
+
+    @staticmethod
+    def _cuda_endAllocateToPool(device: int | None, pool: set[int]) -> None:
+        STATE["allocator"] = "usual"
+
+
 class EmulatedCuda:
     """What `modules.bitstream.graphs` uses of `torch.cuda`."""
 
     CUDAGraph, Stream, current_stream, graph_pool_handle = CUDAGraph, Stream, Stream, set
+    default_generators, memory = {None: Generator()}, Memory
 
     @staticmethod
     def stream(stream: Stream) -> nullcontext[None]:

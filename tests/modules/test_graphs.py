@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import CUDAGraph, EmulatedCuda
+from cuda_emulation import STATE, CUDAGraph, EmulatedCuda
 from mini import with_rates
 from torch import Tensor, nn
 
@@ -132,7 +132,10 @@ def test_a_network_that_no_graph_can_hold_is_coded_without_graphs(
     assert not model.cuda_graphs
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert warning.startswith(WARNING)
+    assert "captur" in warning
     assert "\n" not in warning
+    assert set(STATE.values()) == {"usual"}
+    torch.rand(1, device=image.device)  # On a GPU this fails if the generator still expects a capture.
 
 
 def test_graphs_that_keep_a_value_of_the_second_image_are_not_used(
