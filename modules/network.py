@@ -192,10 +192,9 @@ class HPCMNetwork(nn.Module):
         y = self.analyzed(images).to(images.dtype)
         z_residual = self.h_a(y).to(images.dtype) - self.means_hyper
         z_hat = (quantize_ste(z_residual) if training else z_residual.round()) + self.means_hyper
-        hyper = self.h_s(z_hat).to(images.dtype)
 
         estimator = Estimator(self.symbol_rows(y), training)
-        y_hat = self.walk(hyper, estimator)
+        y_hat = self.walk(z_hat, estimator)
         residual, scales = (
             from_rows(rows, *y.shape[2:]) for rows in estimator.collected(hierarchy(*y.shape[2:], y.device).restore)
         )
@@ -240,15 +239,15 @@ class HPCMNetwork(nn.Module):
 
     def walk(
         self,
-        hyper: Tensor,
+        z_hat: Tensor,
         code: CodeStep,
         adapt: Callable[[ContextModel], ContextModel] = lambda model: model,
     ) -> Tensor:
-        """Run `code` on each step of the hierarchy in order. Maps hyper (B, 2M, h, w) to ŷ (B, M, h, w).
+        """Run h_s, then `code` on each step of the hierarchy in order. Maps ẑ (B, N, h/4, w/4) to ŷ (B, M, h, w).
 
         `code` works in the units of symbols. `adapt` may wrap the context model.
         """
-        rate = self.rate
+        hyper, rate = self.h_s(z_hat).to(z_hat.dtype), self.rate
         model: ContextModel = self if rate is None else _AtRate(self, rate)
         return walk(adapt(model), hyper, code if rate is None else rate.coded(code))
 

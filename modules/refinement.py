@@ -113,7 +113,7 @@ def _losses(network: HPCMNetwork, image: Tensor, latent: Latent, lmbda: float) -
     z_residual = latent.z - network.means_hyper
     estimator = Estimator(network.symbol_rows(latent.y), training=True)
     z_hat = quantize_ste(z_residual) + network.means_hyper
-    y_hat = network.walk(network.h_s(z_hat), estimator, _Recomputed if recompute else lambda model: model)
+    y_hat = network.walk(z_hat, estimator, _Recomputed if recompute else lambda model: model)
     x_hat = network.synthesized(y_hat, image.shape).clamp(0, 1)
     distortion = lmbda * 255**2 * (x_hat - image).square().mean()
     symbols = [(torch.cat(estimator.residuals, dim=1), torch.cat(estimator.scales, dim=1))]

@@ -41,7 +41,7 @@ _lock = threading.Lock()
 
 
 def walk(network: HPCMNetwork, z_hat: Tensor, code: CodeStep) -> Tensor:
-    """Run `code` on each coding step. Maps ẑ (1, N, h/4, w/4) to ŷ (1, M, h, w), as `network.walk` does after h_s.
+    """What `network.walk` returns for one image.
 
     On a GPU the second image of a size captures graphs. It and the third are computed both with and without them, and
     later ones with graphs alone. If the capture fails, or if graphs compute other bits, a warning says so, and
@@ -49,7 +49,7 @@ def walk(network: HPCMNetwork, z_hat: Tensor, code: CodeStep) -> Tensor:
     """
     wanted = network.cuda_graphs and z_hat.device.type == DEVICE and _positions(z_hat) <= MOST_POSITIONS
     if not wanted or torch.is_grad_enabled() or not _lock.acquire(blocking=False):
-        return network.walk(network.h_s(z_hat), code)
+        return network.walk(z_hat, code)
     try:
         addresses = _addresses(network)
         graphs = _graphs.get(network)
@@ -87,7 +87,7 @@ class _Graphs:
             self.walks[key] = graphed
             return graphed(network, z_hat, code)
         record = _Record(code)
-        y_hat = network.walk(network.h_s(z_hat), record)
+        y_hat = network.walk(z_hat, record)
         if key in self.seen:
             try:
                 graphed = graphed or self._captured(network, z_hat)
@@ -149,10 +149,10 @@ class _GraphedWalk:
             cuda.synchronize(device)
             with cuda.stream(_stream(device)), network.at_quality(self._quality):
                 # Libraries allocate their memory and load their kernels before the capture.
-                network.walk(network.h_s(self.z_hat), lambda step, scales, means: means)
+                network.walk(self.z_hat, lambda step, scales, means: means)
                 try:
                     self._begin()
-                    self._y_hat = network.walk(network.h_s(self.z_hat), self._next)
+                    self._y_hat = network.walk(self.z_hat, self._next)
                     self._graphs[-1].capture_end()
                 except BaseException:
                     self._abandon(device)
