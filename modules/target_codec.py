@@ -64,21 +64,28 @@ class TargetCodec:
     lowest and the highest quality, and for a codec of one rate, the λ of a refinement moves, in at most five attempts
     of the codec's effort, or of effort 2. If none meets the target within 1 % of the size or 0.02 dB, the latents of
     two attempts on either side are blended, which needs no iterations. If none meets it then, `note` is called with
-    what the nearest permitted file has, and that file is returned.
+    what the nearest permitted file has, and that file is returned. Before a λ moves, `may_refine` is called with the
+    image's height and width; it raises an error if memory does not suffice.
     """
 
-    def __init__(self, codec: ImageCodec, target: Target, note: Callable[[str], None] = lambda text: None):
-        self.codec, self.target, self.note = codec, target, note
-        self.model, self.effort, self.decode = codec.model, codec.effort or _EFFORT, codec.decode
+    def __init__(
+        self,
+        codec: ImageCodec,
+        target: Target,
+        note: Callable[[str], None] = lambda text: None,
+        may_refine: Callable[[int, int], None] = lambda height, width: None,
+    ):
+        self.codec, self.target, self.note, self.may_refine = codec, target, note, may_refine
+        self.model, self.effort, self.decode = codec.model, codec.effort, codec.decode
 
     @torch.no_grad()
     def encode(self, image: Tensor, icc_profile: bytes = b"", epsilon: float = EPSILON) -> CodedImage:
         """Code one image (1, 3, H, W) in [0, 1] to the target.
 
-        Raises TargetError if it cannot be reached, and what `ImageCodec.encode` raises.
+        Raises TargetError if it cannot be reached, and what `ImageCodec.encode` and `may_refine` raise.
         """
         self.codec.check(image)
-        search = _Search(self.codec, self.target, image, icc_profile, check_epsilon(epsilon))
+        search = _Search(self.codec, self.target, image, icc_profile, check_epsilon(epsilon), self.may_refine)
         found = search.attempts()
         nearest = min(found, key=lambda attempt: abs(attempt.excess))
         if nearest.meets:
@@ -147,6 +154,7 @@ class _Search(NamedTuple):
     image: Tensor
     icc_profile: bytes
     epsilon: float
+    may_refine: Callable[[int, int], None]
 
     def attempts(self) -> list[_Attempt]:
         """Attempts at different qualities, first without refinement, and for different λ if that is not enough."""
@@ -169,6 +177,9 @@ class _Search(NamedTuple):
     def _refinements(self) -> list[_Attempt]:
         """Attempts without refinement, with refinement for different λ, and with blends of two latents."""
         plain = self._attempt(0.0, lambda latent: latent)
+        if plain.meets:
+            return [plain]
+        self.may_refine(*self.image.shape[2:])
         found = [plain, *_moved(self._at_lmbda, -plain.excess / _SLOPE, (-_RANGE, _RANGE), _REFINEMENTS)]
         low, high = _sides(found)
         for _ in range(_BLENDS):

@@ -47,7 +47,10 @@ Effort = Annotated[
 Lmbda = Annotated[
     float | None,
     typer.Option(
-        "--lmbda", min=1e-9, help="λ of the loss that --effort lowers, bpp + λ·255²·MSE [default: the codec's]."
+        "--lmbda",
+        min=1e-9,
+        max=1e9,
+        help="λ of the loss that --effort lowers, bpp + λ·255²·MSE [default: the codec's].",
     ),
 ]
 

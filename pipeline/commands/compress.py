@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from pipeline.commands.target_options import TargetOptions
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import compress_file
 from pipeline.evaluation.conversions import COMPRESSION, Conversion
+from pipeline.evaluation.limits import check_size
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def compress(
     target, refines = targets.target, options.effort > 0 or targets.target is not None
     set_lmbda(model, options.lmbda, refines)
     plain = ImageCodec(model, options.effort, refinement.go_on)
-    codec = TargetCodec(plain, target, notes.append) if target else plain
+    may_refine = partial(check_size, model, max_pixels=options.max_pixels, refined=True)
+    codec = TargetCodec(plain, target, notes.append, may_refine) if target else plain
     table = Table("", ("file", "W×H", "bytes", "file bits/pixel", "PSNR dB", "encode s", "decode s"))
 
     def convert(conversion: Conversion) -> Iterable[str]:

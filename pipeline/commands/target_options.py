@@ -14,9 +14,9 @@ class TargetOptions:
 
     num_bytes: Annotated[int | None, typer.Option("--bytes", min=1)] = None
     """At most so many bytes for each file, header and ICC profile included."""
-    bpp: Annotated[float | None, typer.Option(min=1e-6)] = None
+    bpp: Annotated[float | None, typer.Option(min=1e-6, max=1e6)] = None
     """At most so many bits per pixel for each file."""
-    psnr: float | None = None
+    psnr: Annotated[float | None, typer.Option(min=0, max=99)] = None
     """At least this PSNR in dB for each image."""
 
     @property

@@ -53,7 +53,8 @@ def test_a_target_chooses_the_quality(tmp_path: Path, hpcm: Hpcm) -> None:
     assert not (tmp_path / "none.hpcm").exists()
 
 
-def test_targets_that_contradict_are_refused(photos: Path, hpcm: Hpcm) -> None:
+def test_targets_that_contradict_or_are_no_numbers_are_refused(photos: Path, hpcm: Hpcm) -> None:
+    assert "Invalid value for '--psnr'" in hpcm("compress", photos, "--psnr", "nan", code=2).err
     assert "give one of them" in hpcm("compress", photos, "--bytes", 800, "--psnr", 30, code=2).err
 
 
@@ -69,6 +70,14 @@ def test_an_image_that_can_be_coded_but_not_refined_is_refused(
     arguments = ("compress", photos / "one.png", "-c", checkpoint, "-o", photos.parent / "one.hpcm")
     assert "16,384 with padding: refining needs" in hpcm(*arguments, "--effort", 1, "--lmbda", 0.01, code=1).err
     hpcm(*arguments)
+
+
+def test_a_target_needs_the_memory_of_a_refinement_only_beyond_the_qualities(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
+) -> None:
+    monkeypatch.setattr(limits, "refining_bytes", lambda *_: 2**60)
+    hpcm("compress", photos / "one.png", "--bytes", 1500)
+    assert "refining needs" in hpcm("compress", photos / "one.png", "--overwrite", "--bytes", 100, code=1).err
 
 
 def test_the_first_interrupt_ends_the_refinement_and_no_other_file_is_begun(
