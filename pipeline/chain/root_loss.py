@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chain.plan import ChainError
+from pipeline.common.packaged import WEIGHTS
 from pipeline.common.tables import shortest
 from pipeline.recipes.loading import Recipe
 from pipeline.recipes.schema import Stage
@@ -57,11 +58,17 @@ def root_loss(root: Stage, file: Path, start: bool, overrides: Sequence[str]) ->
 def root_weights(recipe: Recipe, root: Stage) -> Path | None:
     """The file named by `weights` of the root stage; None without it, or if it was trained for another λ or metric.
 
-    Raises CheckpointError if the file is not a checkpoint.
+    Raises ChainError if there is no such file, CheckpointError if it is not a checkpoint.
     """
     if root.weights is None:
         return None
-    path = (recipe.folder / root.weights).resolve()
+    bundled = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
+    path = bundled.get(root.weights) or (recipe.folder / root.weights).resolve()
+    if not path.exists():
+        raise ChainError(
+            f"{recipe.sources[root.name].origin_of(['weights'])}: weights: there is no {path}; give a file relative to "
+            f"the recipe's folder, a bundled codec ({', '.join(sorted(bundled))}), or null"
+        )
     known = trained_for(path)
     if known is None:
         raise CheckpointError(f"{path}: its metadata lack the λ or metric it was trained for; give it with --baseline")

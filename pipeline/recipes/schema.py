@@ -174,8 +174,8 @@ class Stage(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     transfer: Transfer = Transfer()
     weights: str | None = None
-    """Checkpoint to use instead of training a root stage, relative to the recipe's folder. It is used only if it was
-    trained for the same λ and metric. null: the schedule trains the stage."""
+    """Checkpoint to use instead of training a root stage: the name of a bundled codec, or a file relative to the
+    recipe's folder. It is used only if it was trained for the same λ and metric. null: the schedule trains it."""
     needs: tuple[Literal["gpu", "images"], ...] = ()
     """What the stage needs: a `gpu`, and training `images` of your own. `hpcm run` asks before it trains without
     them."""

@@ -1,5 +1,6 @@
 """λ and metric of a chain follow from the file of its root, or are asked for."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.chain.precheck import check_stages
 from pipeline.chain.stage_codec import StageError, load_fitting
 from pipeline.commands.chain_options import ChainOptions
 from pipeline.commands.chain_tables import plan_table
+from pipeline.common.packaged import STAGES, WEIGHTS
 from pipeline.weights.checkpoints import publish
 from pipeline.weights.published import Lineage
 from pipeline.weights.trained_for import by_name
@@ -152,3 +154,11 @@ def test_a_named_variant_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert (chain.recipe, chain.folder) == ("mini-wide", tmp_path / "mini-wide" / "lmbda-0.013")
     with pytest.raises(ChainError, match=r"--name \.\./other: give letters"):
         ChainOptions(str(FOLDER), runs=tmp_path, name="../other").chain("phase1")
+
+
+def test_a_copied_recipe_finds_its_bundled_weights_and_a_wrong_name_is_located(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(STAGES / "tiny", mine)
+    assert ChainOptions(str(mine)).chain("baseline").tasks[0].imported == WEIGHTS / "baseline.safetensors"
+    with pytest.raises(ChainError, match=r"--set baseline.weights=base: weights: .*mine/base; .* control-0.013,"):
+        ChainOptions(str(mine), settings=["baseline.weights=base"]).chain("baseline")
