@@ -39,6 +39,8 @@ PIXEL_BYTES = 16
 LARGEST_EXTRA = 2**28
 """Maximum size in bytes of what a file contains besides its pixels: profiles, previews, further pages."""
 
+_ALLOWED = "; commands with --max-pixels can allow it"
+
 # `opened` refuses these images itself, with the name of the file.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -109,7 +111,7 @@ def opened(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     except Image.UnidentifiedImageError:
         raise DataError(f"{path}: damaged, or not an image of a supported format ({', '.join(SUPPORTED)})") from None
     except Image.DecompressionBombError:
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels{_ALLOWED}") from None
     # On damaged files, Pillow's plugins raise many classes: OSError, SyntaxError, struct.error, KeyError …
     except Exception as problem:
         raise DataError(f"{path}: cannot be read: {problem or type(problem).__name__}") from problem
@@ -124,9 +126,9 @@ def _check_size(path: Path, picture: Image.Image, file_bytes: int, max_pixels: i
         if pixels > max_pixels:
             raise DataError(f"{path}: {size}, more than --max-pixels {max_pixels}")
     elif Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels")
+        raise DataError(f"{path}: {size}, more than {Image.MAX_IMAGE_PIXELS} pixels{_ALLOWED}")
     elif reason := too_large(PIXEL_BYTES * pixels):
-        raise DataError(f"{path}: {size} pixels: {reason}; --max-pixels allows it")
+        raise DataError(f"{path}: {size} pixels: {reason}{_ALLOWED}")
     if file_bytes > LARGEST_EXTRA + PIXEL_BYTES * pixels:
         raise DataError(f"{path}: {file_bytes:,} bytes, far more than {size} pixels can have")
 

@@ -74,7 +74,7 @@ def test_every_unusable_file_is_skipped_with_its_reason(tmp_path: Path) -> None:
     photos = find_images(tmp_path, "train", 32)
     assert photos.names == ("good.png",)
     beginnings = {
-        "bomb.png": f"more than {Image.MAX_IMAGE_PIXELS} pixels",
+        "bomb.png": f"10000×10000, more than {Image.MAX_IMAGE_PIXELS} pixels; commands with --max-pixels",
         "bombs.png": f"more than {Image.MAX_IMAGE_PIXELS} pixels",
         "empty.png": "empty file",
         "gone.png": "no such file",
