@@ -35,10 +35,11 @@ def leaves(recipe: Recipe) -> list[str]:
 
 
 def _cell(planned: PlannedStage) -> str:
-    """`done`, `–`, `stale`, or the segment and step of an interruption."""
+    """`done`, `–`, `stale`, or the segment and step of an interruption. A remark on a stage's images is shortened."""
     if planned.status == "interrupted":
         return planned.reason.removeprefix("interrupted in ").replace(" at step ", " ")
-    return "–" if planned.status == "missing" else planned.status
+    remark = " (other images)" if planned.reason.startswith("current;") else ""
+    return "–" if planned.status == "missing" else planned.status + remark
 
 
 def steps_left(plan: Iterable[PlannedStage]) -> int:

@@ -44,8 +44,6 @@ class RecipeOptions:
     """Folder of training images [default: packaged photographs]."""
     val: str | None = None
     """Folder of validation images [default: packaged photographs]."""
-    baseline: Codec = None
-    """Use this codec as the first stage instead of training it. `hpcm info --help` lists the forms of a codec."""
     settings: Settings = None
     name: str | None = None
     """Keep the results beside those of the recipe itself, in `<recipe>-<name>`."""
@@ -57,17 +55,25 @@ class RecipeOptions:
         options = (f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
         return (*options, *(self.settings or ()))
 
-    def build(self, stage: str, overrides: tuple[str, ...], start: Path | None = None, scratch: bool = False) -> Chain:
-        """The chain to a stage; for `start` and `scratch` see `ChainOptions`. Raises RecipeError and ChainError."""
+    def build(
+        self,
+        stage: str,
+        overrides: tuple[str, ...],
+        baseline: Path | None,
+        start: Path | None = None,
+        scratch: bool = False,
+    ) -> Chain:
+        """The chain to a stage; for its root see `ChainOptions`. Raises RecipeError and ChainError."""
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ChainError(
                 f"--name {self.name}: give letters, digits, `_`, `-` and `.`, which a folder's name may have"
             )
-        recipe, file, loss = load_recipe(self.recipe, overrides), self.baseline or start, RootLoss()
+        recipe, file, loss = load_recipe(self.recipe, overrides), baseline or start, RootLoss()
         if file is not None:
             loss = root_loss(recipe.chain(stage)[0], file, file is start, overrides)
             recipe = load_recipe(self.recipe, (*overrides, *loss.overrides))
-        baseline = self.baseline if file or scratch else root_weights(recipe, recipe.chain(stage)[0])
+        if not (file or scratch):
+            baseline = root_weights(recipe, recipe.chain(stage)[0])
         if self.name:
             recipe = replace(recipe, name=f"{recipe.name}-{self.name}")
         chain = Chain(recipe, stage, self.runs, baseline, start)
@@ -79,6 +85,8 @@ class RecipeOptions:
 class ChainOptions(RecipeOptions):
     """One chain of a recipe."""
 
+    baseline: Codec = None
+    """Use this codec as the first stage instead of training it. `hpcm info --help` lists the forms of a codec."""
     lmbda: float | None = None
     """λ of the rate-distortion loss [default: that of --baseline or --start, else the recipe's]."""
     start: Codec = None
@@ -92,7 +100,7 @@ class ChainOptions(RecipeOptions):
             raise typer.BadParameter(
                 "give only one of --baseline (not trained), --start (trained further) and --scratch"
             )
-        return self.build(stage, self.overrides(lmbda=self.lmbda), self.start, self.scratch)
+        return self.build(stage, self.overrides(lmbda=self.lmbda), self.baseline, self.start, self.scratch)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ def training(chain: ChainRecord) -> Figure:
     for axis, all_values in zip(axes, shown.values(), strict=True):
         if all_values:
             low, high = np.quantile(all_values, (0.01, 0.99))
-            axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+            margin = 0.08 * (high - low) or 0.1  # One value has no range.
+            axis.set_ylim(low - margin, high + margin)
         axis.grid(alpha=0.3)
     axes[-1].set(xlabel="training step along the chain")
     legend_above(figure, axes[0])

@@ -125,6 +125,23 @@ def deltas_table(found: Mapping[str, Curve], controls: Mapping[str, str]) -> Tab
     return table
 
 
+def differing_images(chains: Iterable[ChainRecord]) -> str:
+    """Which stages were evaluated on which images, if not all on the same, and what to do; else an empty text."""
+    found: dict[tuple[str, tuple[str, ...], str], dict[str, None]] = {}
+    for chain in chains:
+        for name, stage in chain.published.items():
+            known, images = stage.record.lineage.validation, stage.record.val_images
+            names = known.images if known else ()
+            found.setdefault((images.digest, names, images.name), {})[f"{name} at λ = {shortest(chain.lmbda)}"] = None
+    if len(found) < 2:
+        return ""
+    lines = [f"{len(names)} of {folder}: {', '.join(stages)}" for (_, names, folder), stages in found.items()]
+    return (
+        f"the stages were evaluated on different images, so their points are not comparable: {'; '.join(lines)}. "
+        "`hpcm evaluate IMAGES -c STAGE` measures a stage on other images; `hpcm run STAGE --force` builds it again"
+    )
+
+
 def all_on_kodak(chains: Iterable[ChainRecord]) -> bool:
     """Whether there are published stages and all were evaluated on the 24 Kodak images."""
     conditions = [stage.record.lineage.validation for chain in chains for stage in chain.published.values()]

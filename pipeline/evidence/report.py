@@ -92,6 +92,7 @@ def _section(chains: Sequence[ChainRecord], drawn: Callable[[str, Figure], str])
         "deltas": rate_distortion.deltas_table(curves, rate_distortion.controls(chains)),
         "gains_figure": drawn(f"{recipe}-gains", figures.gains(rated)) if rated else "",
         "frontier": drawn(f"{recipe}-frontier", figures.frontier(best, here)) if len(here) > 1 else "",
+        "differing_images": rate_distortion.differing_images(chains),
         "curves": drawn(f"{recipe}-rate-distortion", figures.curves(curves, rate_distortion.all_on_kodak(chains))),
         "training": [
             (chain.title, drawn(f"{recipe}-training-{chain.folder.name}", figures.training(chain))) for chain in trained

@@ -14,6 +14,8 @@ from pipeline.chain.chain import Chain
 from pipeline.common import fault_injection as faults
 from pipeline.evidence.rate_distortion import curves
 from pipeline.records.chains import read_chains
+from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.published import Lineage
 
 LONG = 0.05000001
 """A λ with more digits than its folder's name."""
@@ -68,9 +70,14 @@ def test_without_lambdas_those_of_the_official_codecs_for_the_metric_are_taken(
     assert "stage 2.4 4.58 8.73 16.64 31.73 60.5" in planned
 
 
-def test_one_codec_is_not_of_several_lambdas(
-    finished: tuple[Chain, Notes], runs: Path, hpcm: Callable[..., Any]
+def test_each_lambda_has_a_baseline_of_its_own(
+    finished: tuple[Chain, Notes], runs: Path, tmp_path: Path, hpcm: Callable[..., Any]
 ) -> None:
-    baseline = finished[0].tasks[0].checkpoint
-    said = hpcm("rd-curve", "phase1", *SWEEP, "--runs", runs, "--baseline", baseline, code=1).err
-    assert "a codec has one λ, but the sweep has 2; give its λ" in said
+    first, second = finished[0].tasks[0].checkpoint, tmp_path / "second.safetensors"
+    publish(second, load_codec(first), Lineage(lmbda=LONG, metric="mse"))
+    command = ["rd-curve", "baseline", "--recipe", FOLDER, "--val", PHOTOS, "--runs", runs, "--baseline", first]
+    assert "stage 0.013 0.05000001 baseline – – steps left – –" in words(
+        hpcm(*command, "--baseline", second, "--plan").out
+    )
+    for wrong in (["--baseline", first], ["--lmbda", 0.013, "--lmbda", LONG]):
+        assert "those given are for λ = 0.013" in hpcm(*command, *wrong, code=1).err
