@@ -30,9 +30,9 @@ from pipeline.records.record import DataSet, Result, StageRecord, Start
 from pipeline.records.source import source_of
 from pipeline.records.stage_log import StageLog
 from pipeline.training.narrowing import Site, start_child
-from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.reporting import Reporting
 from pipeline.training.trainer import Trainer
-from pipeline.training.transfer import Ledger, Origin, ledger_of, new_components, transfer_weights
+from pipeline.training.transfer import Ledger, Migration, Origin, ledger_of, transfer_weights
 from pipeline.weights.checkpoints import codec_tensors, load_codec
 from pipeline.weights.metadata import read_metadata
 from pipeline.weights.published import Lineage, Quality
@@ -151,8 +151,7 @@ class StageRun:
                 f"step 0: estimated validation loss {start.step0.rd_loss:.4f}, "
                 f"{start.step0_gap:+z.4f} relative to the parent"
             )
-        components = tuple(new_components(self.parent, child)) if self.parent else ()
-        migration = Migration(child, self.parent, components, ledger.new)
+        migration = Migration(child, self.parent, ledger.new)
         measure = partial(self.validation.estimate, child)
         reporting = Reporting(self.log.metrics, self.watcher, measure, self.log.saved, self.log.segment_ended)
         Trainer(self.stage, migration, crops, self.processes, self.states, reporting).train(self.state)

@@ -9,8 +9,8 @@ from modules import Noise
 from modules.context.coding_order import hierarchy
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.cuda_graph import Compute, GraphedGradients
-from pipeline.training.objectives import Handover, ObjectiveContext, build_objective
-from pipeline.training.reporting import Migration
+from pipeline.training.objectives import Handover, build_objective
+from pipeline.training.transfer import Migration
 
 
 class Gradients:
@@ -30,11 +30,10 @@ class Gradients:
         self.segment, self.migration, self.accelerator = segment, migration, accelerator
         self.parts, self._parameters = stage.data.accumulate, parameters
         self._handover: Handover | None = None
-        child, parent = migration.child, migration.parent
-        if parent is not None:
-            parent.requires_grad_(False).to(accelerator.device)
-        context = ObjectiveContext(child, parent, migration.components, stage.lmbda, stage.metric)
-        objective = build_objective(segment.objective, context)
+        child = migration.child
+        if migration.parent is not None:
+            migration.parent.requires_grad_(False).to(accelerator.device)
+        objective = build_objective(segment.objective, migration, stage)
         if stage.compile:
             objective.compile()
         # For evaluation, Accelerate adds autocast alone. DDP would exchange gradients within the backward pass.

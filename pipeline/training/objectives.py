@@ -7,7 +7,6 @@ process with B samples. It is a module, so autocast and torch.compile can wrap t
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +20,8 @@ from pipeline.data.crops import Batch
 from pipeline.evaluation.metrics import metric_named
 from pipeline.evaluation.quality import bits_per_pixel
 from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
+from pipeline.recipes.schema import Stage
+from pipeline.training.transfer import Migration
 
 
 def training_noise(model: HPCM, size: tuple[int, int], seed: int, samples: Sequence[int]) -> Noise:
@@ -42,24 +43,12 @@ def with_noise(model: HPCM, seed: int, batch: Batch) -> Batch:
     return {**batch, "noise": training_noise(model, size, seed, batch["sample"].tolist())}
 
 
-@dataclass(frozen=True)
-class ObjectiveContext:
-    """The inputs from which an objective is built."""
-
-    child: HPCM
-    parent: HPCM | None
-    components: tuple[str, ...]
-    """Components of the child that differ from the parent's."""
-    lmbda: float
-    metric: str
-
-
 class Objective(nn.Module):
     """A loss that a segment minimizes. Subclasses are registered with `register_objective`."""
 
     @classmethod
-    def build(cls, context: ObjectiveContext) -> "Objective":
-        """Build the objective of a segment."""
+    def build(cls, migration: Migration, stage: Stage) -> "Objective":
+        """Build the objective of a segment of a stage."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
@@ -85,9 +74,9 @@ def register_objective(name: str, traits: ObjectiveTraits) -> Callable[[Objectiv
     return add
 
 
-def build_objective(name: str, context: ObjectiveContext) -> Objective:
+def build_objective(name: str, migration: Migration, stage: Stage) -> Objective:
     """Build the objective with this name."""
-    return _CLASSES[name].build(context)
+    return _CLASSES[name].build(migration, stage)
 
 
 @register_objective("rate-distortion", OBJECTIVES["rate-distortion"])
@@ -102,10 +91,10 @@ class RateDistortion(Objective):
         self.model, self.lmbda, self.metric = model, lmbda, metric
 
     @classmethod
-    def build(cls, context: ObjectiveContext) -> "RateDistortion":
+    def build(cls, migration: Migration, stage: Stage) -> "RateDistortion":
         """Build the loss of the child at the stage's λ, or at all its rates."""
-        chosen = RateDistortion if context.child.rate_vectors is None else EveryRate
-        return chosen(context.child, context.lmbda, context.metric)
+        chosen = RateDistortion if migration.child.rate_vectors is None else EveryRate
+        return chosen(migration.child, stage.lmbda, stage.metric)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Code images (B, 3, H, W). Returns the scalars `loss`, `bpp` and, if it can change, `distortion`."""
@@ -163,10 +152,10 @@ class Align(Objective):
         self._teacher = (parent,)  # In a tuple, so that it is not a submodule: it is not wrapped, trained or saved.
 
     @classmethod
-    def build(cls, context: ObjectiveContext) -> "Align":
+    def build(cls, migration: Migration, stage: Stage) -> "Align":
         """Build the alignment of the child's new components with the parent's."""
-        assert context.parent is not None  # checked by the recipe's schema
-        return cls(context.child, context.parent, context.components)
+        assert migration.parent is not None  # checked by the recipe's schema
+        return cls(migration.child, migration.parent, migration.components)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """Compare on images (B, 3, H, W). Returns the scalar `loss`. The noise is not used."""

@@ -1,9 +1,8 @@
-"""What a training migrates, and what receives its progress."""
+"""What receives the progress of a training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from modules import HPCM
 from pipeline.recipes.schema import Segment
 from pipeline.records.metrics import MetricsLog
 from pipeline.weights.published import Quality
@@ -24,18 +23,6 @@ class Watcher:
 
     def note(self, line: str) -> None:
         """Show a line of text."""
-
-
-@dataclass(frozen=True)
-class Migration:
-    """A child and its parent (None for a root stage)."""
-
-    child: HPCM
-    parent: HPCM | None
-    components: tuple[str, ...]
-    """Components of the child that differ from the parent's."""
-    new: frozenset[str]
-    """Names of the tensors that a frozen segment trains."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from pipeline.training.optimizer import (
     set_trainable,
     trainable_names,
 )
-from pipeline.training.reporting import Migration, Reporting
+from pipeline.training.reporting import Reporting
+from pipeline.training.transfer import Migration
 from pipeline.training.validation import SegmentValidation
 from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.checkpoints import codec_tensors, load_weights

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,21 @@ class Ledger:
     def read(cls, folder: Path) -> "Ledger":
         """Read the ledger in a stage's folder. Raises FileError, naming the file, if it is missing or damaged."""
         return cls(read_contract(tuple[Entry, ...], folder / LEDGER))
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A child and its parent (None for a root stage)."""
+
+    child: HPCM
+    parent: HPCM | None
+    new: frozenset[str]
+    """Names of the tensors that a frozen segment trains."""
+
+    @cached_property
+    def components(self) -> list[str]:
+        """Components of the child that differ from the parent's."""
+        return new_components(self.parent, self.child) if self.parent else []
 
 
 def transfer_weights(parent: HPCM, child: HPCM, rules: Transfer) -> Ledger:

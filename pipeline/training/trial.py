@@ -22,9 +22,9 @@ from pipeline.evaluation.quality import NamedImage
 from pipeline.recipes.schema import Stage
 from pipeline.training.estimate import EvaluationCost, StepCost
 from pipeline.training.objectives import with_noise
-from pipeline.training.reporting import Migration, Reporting, Watcher
+from pipeline.training.reporting import Reporting, Watcher
 from pipeline.training.trainer import Trainer
-from pipeline.training.transfer import new_components, new_tensors, tensors_to_copy
+from pipeline.training.transfer import Migration, new_tensors, tensors_to_copy
 from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
@@ -133,14 +133,13 @@ def step_seconds(
     """
     limits, segment = limits or PLANNED, trial.stage.schedule[0]
     child, parent = HPCM(trial.config), HPCM(trial.parent) if trial.parent else None
-    new, components = frozenset(child.state_dict()), tuple[str, ...]()
+    new = frozenset(child.state_dict())
     if parent is not None:
         new = new_tensors(parent, child, tensors_to_copy(parent, child, trial.stage.transfer))
-        components = tuple(new_components(parent, child))
     # So long that the segment's end, with its saving and reporting, is never reached.
     endless = segment.model_copy(update={"steps": segment.steps + segment.handover + 10 * limits.most})
     stage = trial.stage.model_copy(update={"schedule": (endless,), "log_every": 1, "checkpoint_every": 10**9})
-    watcher, migration = _Timing(limits), Migration(child, parent, components, new)
+    watcher, migration = _Timing(limits), Migration(child, parent, new)
     trainer = Trainer(stage, migration, crops, processes, StateFolder(Path()), Reporting(watcher=watcher))
     with suppress(_Enough):
         trainer.train(TrainingState(Progress(step=first, stage_step=first), codec_tensors(child)))

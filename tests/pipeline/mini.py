@@ -21,8 +21,9 @@ from pipeline.recipes.loading import load_recipe
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.records.metrics import History, MetricsLog, read_history
 from pipeline.records.record import StageRecord
-from pipeline.training.reporting import Migration, Reporting, Watcher
+from pipeline.training.reporting import Reporting, Watcher
 from pipeline.training.trainer import Trainer
+from pipeline.training.transfer import Migration
 from pipeline.weights.checkpoints import codec_tensors
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
@@ -129,7 +130,7 @@ def trainer_of(
     model = mini_codec(0)
     crops = TrainingCrops(find_images(None, "train", 128), 128, seed=0)
     processes = ProcessGroup(Accelerator(cpu=True, mixed_precision=precision))
-    migration = Migration(model, None, (), frozenset(codec_tensors(model)))
+    migration = Migration(model, None, frozenset(codec_tensors(model)))
     reporting = Reporting(Metrics(), watcher or Watcher())
     trainer = Trainer(stage, migration, crops, processes, StateFolder(states), reporting)
     return trainer, TrainingState(Progress(), codec_tensors(model))

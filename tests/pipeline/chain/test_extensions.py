@@ -22,8 +22,10 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Metric, register_metric
 from pipeline.recipes.loading import RecipeError, load_recipe
 from pipeline.recipes.registered import METRICS, OBJECTIVES, ObjectiveTraits
+from pipeline.recipes.schema import Stage
 from pipeline.training import objectives
-from pipeline.training.objectives import Objective, ObjectiveContext, register_objective
+from pipeline.training.objectives import Objective, register_objective
+from pipeline.training.transfer import Migration
 from pipeline.weights.checkpoints import load_codec, read
 
 STAGE = """
@@ -94,8 +96,8 @@ class RateOfY(Objective):
         self.model = model
 
     @classmethod
-    def build(cls, context: ObjectiveContext) -> "RateOfY":
-        return cls(context.child)
+    def build(cls, migration: Migration, stage: Stage) -> "RateOfY":
+        return cls(migration.child)
 
     def forward(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         coded = self.model(images, training=True, noise=noise, reconstruct=False)

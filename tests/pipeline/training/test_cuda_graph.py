@@ -17,8 +17,8 @@ from pipeline.chain.chain import Chain
 from pipeline.common.errors import Interrupted
 from pipeline.training.cuda_graph import GraphedGradients, GraphError
 from pipeline.training.gradients import reason_against_graph
-from pipeline.training.objectives import Handover, ObjectiveContext, RateDistortion, build_objective, training_noise
-from pipeline.training.transfer import new_components
+from pipeline.training.objectives import Handover, RateDistortion, build_objective, training_noise
+from pipeline.training.transfer import Migration
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"}
 """Operators for which the processor waits for the GPU, or the GPU for a tensor from the processor."""
@@ -26,11 +26,11 @@ WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::lift
 
 def waits(child: HPCM, parent: HPCM, objective: str, metric: str = "mse", side: int = 128) -> set[str]:
     """The operators of a training step with handover and checkpointing that no CUDA graph can hold."""
-    components = tuple(new_components(parent, child))
-    loss = build_objective(objective, ObjectiveContext(child, parent, components, 0.013, metric))
+    migration = Migration(child, parent, frozenset())
+    loss = build_objective(objective, migration, mini_stage("baseline").model_copy(update={"metric": metric}))
     child.train().set_gradient_checkpointing(True)
     images, noise = torch.rand(2, 3, side, side), training_noise(child, (side, side), 0, [0, 1])
-    handover = Handover(child, parent, components)
+    handover = Handover(child, parent, migration.components)
     hierarchy(side // 16, side // 16, images.device)  # is kept
     with profile() as found:
         loss(images, noise)["loss"].backward()
