@@ -7,7 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from modules.plugins import names_of, source_digest
-from pipeline.chain.plan import ChainError, PlannedStage, plan_stages
+from pipeline.chain.plan import ChainError, PlannedStage, status_of
 from pipeline.chain.stage_task import StageTask
 from pipeline.common.contracts import read_contract
 from pipeline.common.files import FileError, write_json
@@ -32,12 +32,7 @@ class Chain:
     """A contradiction between the root's file and the chain's λ or metric. A run asks before it imports the file."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        target: str,
-        runs: Path,
-        baseline: Path | None = None,
-        start: Path | None = None,
+        self, recipe: Recipe, target: str, runs: Path, baseline: Path | None = None, start: Path | None = None
     ):
         stages = recipe.chain(target)
         self.recipe, self.lmbda, self.runs, self.plugins = recipe.name, stages[-1].lmbda, runs, recipe.plugins
@@ -67,7 +62,10 @@ class Chain:
         for folder, split in ((data.train, "train"), (data.val, "val")):
             if folder:
                 check_folder(Path(folder), split)
-        return plan_stages(self.tasks, force)
+        planned: list[PlannedStage] = []
+        for task in self.tasks:
+            planned.append(status_of(task, planned[-1] if planned else None, force and task is self.tasks[-1]))
+        return planned
 
     def facts(self) -> ChainFacts:
         """The contents of `chain.json`, which is written with the first call. Raises ChainError if it is damaged."""

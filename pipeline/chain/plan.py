@@ -70,14 +70,6 @@ class PlannedStage:
         return self.status != "done" and self.complete is None and self.task.imported is None
 
 
-def plan_stages(tasks: Sequence[StageTask], force: bool = False) -> list[PlannedStage]:
-    """The status of every stage, root first. With `force` the last stage is rebuilt even if it is current."""
-    planned: list[PlannedStage] = []
-    for task in tasks:
-        planned.append(status_of(task, planned[-1] if planned else None, force and task is tasks[-1]))
-    return planned
-
-
 def status_of(task: StageTask, before: PlannedStage | None = None, force: bool = False) -> PlannedStage:
     """A stage's status. `before` is its parent's plan; None for a root, or if the parent is published.
 

@@ -180,12 +180,15 @@ def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
 
 def _named_references(names: str) -> tuple[list[PillowCodec], dict[str, tuple[Quality, ...]]]:
     """Pillow's codecs, and the curves that are published or in files. Raises UserError for unknown names."""
-    parts = list(filter(None, (part.strip() for part in names.split(","))))
-    curves = {name: PUBLISHED[name] for name in parts if name in PUBLISHED}
-    files = [name for name in parts if name not in PUBLISHED and Path(name).suffix]
-    curves |= dict(read_curve(Path(name)) for name in files)
-    codecs = [name for name in parts if name not in PUBLISHED and name not in files]
-    return codecs_named(",".join(codecs)) if codecs or not curves else [], curves
+    codecs, curves = list[str](), dict[str, tuple[Quality, ...]]()
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name in PUBLISHED:
+            curves[name] = PUBLISHED[name]
+        elif Path(name).suffix:
+            curves |= dict([read_curve(Path(name))])
+        else:
+            codecs.append(name)
+    return codecs_named(codecs), curves
 
 
 def _named_codecs(options: EvaluationOptions) -> list[tuple[str, HPCM]]:

@@ -58,31 +58,17 @@ def _coded_info(files: list[Path], runs: Path, found: list[dict[str, Any]]) -> t
     def describe(item: tuple[str, Path]) -> Iterable[str]:
         name, path = item
         coded = CodedImage.read(path)
-        size, identity, guards = path.stat().st_size, coded.identity.hex(), coded.guards
-        bpp = 8 * size / (coded.width * coded.height)
+        width, height, identity = coded.width, coded.height, coded.identity.hex()
+        size = path.stat().st_size
+        bpp = 8 * size / (width * height)
         lengths = {"y": len(coded.y), "z": len(coded.z), "icc": len(coded.icc_profile)}
-        name_of_codec = name_of(known[identity]) if identity in known else None
-        codec = name_of_codec.removesuffix(f"/{PUBLISHED}") if name_of_codec else f"unknown: {identity}"
-        table.add(
-            name,
-            codec,
-            f"{coded.width}×{coded.height}",
-            f"{bpp:.4f}",
-            *map(str, lengths.values()),
-            f"{guards.epsilon:.1g}",
-            str(guards.guard_bytes),
-        )
-        sizes = {"width": coded.width, "height": coded.height, "bytes": size, "bpp": bpp, "lengths": lengths}
-        portable = {"epsilon": guards.epsilon, "guard_bytes": guards.guard_bytes}
-        found.append(
-            {
-                "file": str(path),
-                **sizes,
-                **portable,
-                "model": identity,
-                "checkpoint": name_of_codec,
-            }
-        )
+        checkpoint = name_of(known[identity]) if identity in known else None
+        codec = checkpoint.removesuffix(f"/{PUBLISHED}") if checkpoint else f"unknown: {identity}"
+        guards = f"{coded.guards.epsilon:.1g}", str(coded.guards.guard_bytes)
+        table.add(name, codec, f"{width}×{height}", f"{bpp:.4f}", *map(str, lengths.values()), *guards)
+        sizes = {"width": width, "height": height, "bytes": size, "bpp": bpp, "lengths": lengths}
+        origin = {"model": identity, "checkpoint": checkpoint}
+        found.append({"file": str(path), **sizes, **coded.guards._asdict(), **origin})
         return ()
 
     return table, each_file([(path, (name, path)) for name, path in find(files, (SUFFIX,))], describe)

@@ -2,7 +2,7 @@
 
 import io
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -44,21 +44,19 @@ CODECS = {
 """The codecs by name. The options give small files. The chroma subsampling is each codec's default."""
 
 
-def codecs_named(names: str) -> list[PillowCodec]:
-    """The codecs in a list such as `jpeg,webp,avif`. Raises UserError if a codec is unknown or Pillow lacks it."""
+def codecs_named(names: Iterable[str]) -> list[PillowCodec]:
+    """The codecs with these names, such as `jpeg` and `avif`. Raises UserError if one is unknown or Pillow lacks it."""
     chosen = []
-    for name in dict.fromkeys(filter(None, (part.strip().lower() for part in names.split(",")))):
+    for name in dict.fromkeys(map(str.lower, names)):
         if name not in CODECS:
-            raise UserError(f"--against {names}: there is no codec '{name}'; expected some of {','.join(CODECS)}")
+            raise UserError(f"--against: there is no codec '{name}'; expected some of {','.join(CODECS)}")
         codec = CODECS[name]
         if codec.feature and not features.check(codec.feature):
             raise UserError(
-                f"--against {names}: Pillow {PIL.__version__} does not support {codec.title}. Upgrade it "
+                f"--against: Pillow {PIL.__version__} does not support {codec.title}. Upgrade it "
                 f"(pip install --upgrade pillow), or leave {name} out of --against"
             )
         chosen.append(codec)
-    if not chosen:
-        raise UserError(f"--against {names!r}: expected some of {','.join(CODECS)}")
     return chosen
 
 

@@ -33,12 +33,12 @@ def test_the_quality_with_the_nearest_size_is_found(size: int, quality: int) -> 
 
 
 def test_codecs_and_missing_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [codec.title for codec in codecs_named("jpeg")] == ["JPEG"]
+    assert [codec.title for codec in codecs_named(["jpeg"])] == ["JPEG"]
     with pytest.raises(UserError, match="there is no codec 'jpg'; expected some of jpeg,webp,avif"):
-        codecs_named("jpg,webp")
+        codecs_named(["jpg", "webp"])
     monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
     with pytest.raises(UserError, match=r"does not support AVIF\. Upgrade it .*, or leave avif out of --against"):
-        codecs_named("webp,avif")
+        codecs_named(["webp", "avif"])
 
 
 def test_a_file_has_the_quality_that_pillow_gives_it() -> None:
