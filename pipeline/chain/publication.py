@@ -12,7 +12,7 @@ from pipeline.common import files
 from pipeline.common.fault_injection import fault
 from pipeline.common.figure_style import save
 from pipeline.evaluation.coding import comparison_name, save_comparison
-from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.metrics import NamedImage
 from pipeline.evaluation.rd_curves import draw_curves
 from pipeline.records.record import CHECKPOINT, FILE
 from pipeline.records.stage_log import StageLog

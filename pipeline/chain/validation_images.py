@@ -17,7 +17,7 @@ from pipeline.data.images import find_images
 from pipeline.data.pictures import DataError
 from pipeline.evaluation.coding import estimate, evaluate
 from pipeline.evaluation.limits import check_size
-from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.metrics import NamedImage
 from pipeline.evaluation.results import Evaluation
 from pipeline.records.record import RateResult
 from pipeline.weights.published import Quality, Validation

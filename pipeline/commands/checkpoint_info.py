@@ -10,6 +10,7 @@ import typer
 from modules.saved_codec import PUBLISHED, WEIGHTS, check_digest
 from pipeline.commands.lazy import imported_when_called
 from pipeline.common import packaged
+from pipeline.common.errors import raised_as
 from pipeline.common.tables import Table
 from pipeline.evaluation.conversions import SUFFIX
 from pipeline.records.record import FILE as RECORD
@@ -56,13 +57,20 @@ class CheckpointInfo:
 
     @classmethod
     def read(cls, file: Path) -> "CheckpointInfo":
-        """Read a codec's file, and verify its weights. Raises CheckpointError, and FileError for a damaged record."""
+        """Read a codec's file. Compare its weights with the digest in it, and with that in the record beside it.
+
+        Raises CheckpointError, and FileError for a damaged record.
+        """
         if is_official(file):
             model = load_codec(file)
             metadata = {**model.lineage, "config": model.config.to_dict()}
         else:
             metadata = read_metadata(file)
-            _verify(file, metadata)
+            with raised_as(CheckpointError):
+                check_digest(file, metadata.get("digest"))
+            recorded = file.name == PUBLISHED and file.with_name(RECORD).exists()
+            if recorded and StageRecord.read(file.parent).digest != metadata["digest"]:
+                raise CheckpointError(f"{file}: not the checkpoint that was recorded in {file.with_name(RECORD)}")
         if not isinstance(metadata.get("config"), dict):
             raise CheckpointError(f"{file}: this is a training state, not a published checkpoint")
         return cls(file, metadata, with_loss(Lineage.of(metadata, file), file.name), _ancestry(file, metadata))
@@ -130,17 +138,6 @@ class CheckpointInfo:
             return ", ".join([preset, f"Phase {phase}" if phase else "Baseline", *own])
         kinds = [str(slot["kind"]) for slot in config.values() if isinstance(slot, dict) and "kind" in slot]
         return f"M = {config.get('M')}, N = {config.get('N')}, {', '.join(dict.fromkeys(kinds))}"
-
-
-def _verify(file: Path, metadata: dict[str, Any]) -> None:
-    """Compare a file's weights with the digest in its metadata, and with the record beside it if there is one."""
-    try:
-        check_digest(file, metadata.get("digest"))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    record = file.with_name(RECORD)
-    if file.name == PUBLISHED and record.exists() and StageRecord.read(file.parent).digest != metadata["digest"]:
-        raise CheckpointError(f"{file}: not the checkpoint that was recorded in {record}")
 
 
 def _ancestry(file: Path, metadata: dict[str, Any]) -> tuple[str, ...]:

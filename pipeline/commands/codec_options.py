@@ -15,6 +15,7 @@ from pipeline.commands.checkpoint_info import codec_path, known_codecs, name_of
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors
 from pipeline.commands.options import Device, Quiet
+from pipeline.common.errors import raised_as
 from pipeline.evaluation.conversions import Conversion, plan
 from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.shipped import DEFAULT
@@ -70,10 +71,8 @@ def load_at(checkpoint: Path | None, quality: float | None, device: str) -> HPCM
     """Load a codec, by default the bundled one of every rate; it codes at the quality, or at its own for None."""
     model = load_codec(checkpoint or DEFAULT).to(device_of(device))
     if quality is not None:
-        try:
+        with raised_as(typer.BadParameter, prefix="--quality: "):
             model.check_quality(quality)
-        except ValueError as error:
-            raise typer.BadParameter(f"--quality: {error}") from error
         model.quality = quality
     return model
 

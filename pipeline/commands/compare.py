@@ -11,6 +11,7 @@ from pipeline.commands.checkpoint_info import codec_path
 from pipeline.commands.devices import device_of
 from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.options import RECIPE, AsJson, Device, Quiet, Runs, Settings
+from pipeline.common.errors import raised_as
 from pipeline.common.figure_style import save
 from pipeline.evidence import comparison, contenders
 from pipeline.evidence.contenders import Contender
@@ -84,10 +85,8 @@ def compare(
     """
     device, plan = measuring.device, measuring.plan()
     device_of(device)
-    try:
+    with raised_as(typer.BadParameter):
         title, codecs = choice.contenders()
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     folder = output or comparison.new_folder(runs, title)
     folder.mkdir(parents=True, exist_ok=True)  # Fail before the work if it cannot be written.
     found = comparison.compare(title, codecs, plan, device, lambda line: errors.print(f"  {line}", soft_wrap=True))

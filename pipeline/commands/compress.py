@@ -1,7 +1,7 @@
 """`hpcm compress`: images to `.hpcm` files."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Annotated, Any
 
@@ -9,16 +9,40 @@ import typer
 
 from modules.bitstream.file_format import EPSILON, check_epsilon
 from modules.image_codec import ImageCodec
-from modules.target_codec import TargetCodec
+from modules.target_codec import Target, TargetCodec
 from pipeline.commands.codec_options import CodecOptions, Effort, Lmbda, Output, Pictures, quality_option, set_lmbda
 from pipeline.commands.each_file import Refinement, convert_each
 from pipeline.commands.options import AsJson
 from pipeline.commands.streams import with_standard_streams
-from pipeline.commands.target_options import TargetOptions
+from pipeline.common.errors import raised_as
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import compress_file
 from pipeline.evaluation.conversions import COMPRESSION, Conversion
 from pipeline.evaluation.limits import check_size
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What each file shall have; at most one is given."""
+
+    num_bytes: Annotated[int | None, typer.Option("--bytes", min=1)] = None
+    """At most so many bytes for each file, header and ICC profile included."""
+    bpp: Annotated[float | None, typer.Option(min=1e-6, max=1e6)] = None
+    """At most so many bits per pixel for each file."""
+    psnr: Annotated[float | None, typer.Option(min=0, max=99)] = None
+    """At least this PSNR in dB for each image."""
+
+    @property
+    def target(self) -> Target | None:
+        """What is asked for. Raises BadParameter if more than one is given."""
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) > 1:
+            raise typer.BadParameter("--bytes, --bpp and --psnr each say where to stop: give one of them")
+        if self.num_bytes is not None:
+            return Target("bytes", self.num_bytes)
+        if self.bpp is not None:
+            return Target("bits per pixel", self.bpp)
+        return None if self.psnr is None else Target("dB", self.psnr)
 
 
 @dataclass(frozen=True)
@@ -37,10 +61,8 @@ class CompressionOptions(CodecOptions):
         """Raise BadParameter for an ε that cannot be used, and for two options that choose the rate."""
         if targets.target and self.quality:
             raise typer.BadParameter("--quality: --bytes, --bpp and --psnr choose the quality; give one of them")
-        try:
+        with raised_as(typer.BadParameter, prefix="--epsilon: "):
             check_epsilon(self.epsilon)
-        except ValueError as error:
-            raise typer.BadParameter(f"--epsilon: {error}") from error
 
 
 @with_standard_streams("pictures", ".hpcm")
@@ -79,15 +101,9 @@ def compress(
         notes.clear()
         done = compress_file(codec, conversion, options.epsilon, options.verify, options.max_pixels)
         found.append({"source": str(conversion.source), "target": str(conversion.target), **asdict(done)})
-        table.add(
-            conversion.name,
-            f"{done.width}×{done.height}",
-            f"{done.file_bytes}",
-            f"{done.bpp:.4f}",
-            number(done.psnr_db, ".2f"),
-            f"{done.encode_seconds:.2f}",
-            number(done.decode_seconds, ".2f"),
-        )
+        size = f"{done.width}×{done.height}", f"{done.file_bytes}", f"{done.bpp:.4f}"
+        times = (number(seconds, ".2f") for seconds in (done.encode_seconds, done.decode_seconds))
+        table.add(conversion.name, *size, number(done.psnr_db, ".2f"), *times)
         return (*done.changes, *notes)
 
     convert_each(conversions, convert, table, found if as_json else None, refinement if refines else None)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +23,8 @@ from pipeline.data.pictures import SUFFIXES
 from pipeline.evaluation.codec_files import read_to_code
 from pipeline.evaluation.coding import code
 from pipeline.evaluation.conversions import find
+from pipeline.evaluation.metrics import NamedImage
 from pipeline.evaluation.pillow_codecs import PillowCodec, codecs_named
-from pipeline.evaluation.quality import NamedImage
 from pipeline.evaluation.rd_curves import PUBLISHED, is_kodak, read_curve
 from pipeline.evaluation.results import Evaluation, ImageResult, cells
 from pipeline.evidence import codec_comparison
@@ -175,7 +175,7 @@ def _against(pictures: list[Path], options: EvaluationOptions) -> Outcome:
     if options.plot is not None:
         save(codec_comparison.draw(found), options.plot)
         errors.print(f"curves: {options.plot}", soft_wrap=True)
-    return found.to_json(), [codec_comparison.table(found), codec_comparison.deltas_table(found)], complete
+    return asdict(found), [codec_comparison.table(found), codec_comparison.deltas_table(found)], complete
 
 
 def _named_references(names: str) -> tuple[list[PillowCodec], dict[str, tuple[Quality, ...]]]:

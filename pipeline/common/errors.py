@@ -1,10 +1,21 @@
 """Exceptions that end a command early. This module imports nothing heavy, so `hpcm --help` starts fast."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """A problem that the user can fix. The message fits one screen, names the problem and says what to do."""
+
+
+@contextmanager
+def raised_as(kind: type[Exception], caught: type[Exception] = ValueError, prefix: str = "") -> Iterator[None]:
+    """Raise errors of the class `caught` as errors of the class `kind`, with a prefix before their messages."""
+    try:
+        yield
+    except caught as error:
+        raise kind(f"{prefix}{error}") from error
 
 
 class Interrupted(Exception):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modules import HPCM, HPCMConfig
 from modules.refinement import GoOn
 from pipeline.common.files import replacing, text_digest
-from pipeline.evaluation.quality import NamedImage, bits_per_pixel, quality_of
+from pipeline.evaluation.metrics import NamedImage, bits_per_pixel, quality_of
 from pipeline.evaluation.results import Evaluation, ImageResult, mean_quality
 from pipeline.weights.published import Quality
 

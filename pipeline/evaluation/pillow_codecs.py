@@ -13,7 +13,7 @@ import torch
 from PIL import Image, features
 
 from pipeline.common.errors import UserError
-from pipeline.evaluation.quality import NamedImage, quality_of
+from pipeline.evaluation.metrics import NamedImage, quality_of
 from pipeline.weights.published import Quality
 
 QUALITIES = range(101)

@@ -1,7 +1,7 @@
 """Compares our codecs with Pillow's at equal file sizes, and with these and published curves over rates."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -10,8 +10,8 @@ from modules.bitstream.file_format import CodedImage
 from modules.image_codec import ImageCodec
 from pipeline.common.tables import Table, number
 from pipeline.evaluation.codec_files import to_8_bits
+from pipeline.evaluation.metrics import NamedImage, quality_of
 from pipeline.evaluation.pillow_codecs import PillowCodec, PillowFiles
-from pipeline.evaluation.quality import NamedImage, quality_of
 from pipeline.evaluation.rd_curves import Curve, bd_rate, bd_rate_ms_ssim, draw_curves
 from pipeline.evaluation.results import cells, mean_quality
 from pipeline.weights.published import Quality
@@ -48,10 +48,6 @@ class CodecComparison:
     curves: dict[str, tuple[Quality, ...]]
     published: dict[str, tuple[Quality, ...]] = field(default_factory=dict)
     """Curves that were not measured here, by title."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All values."""
-        return asdict(self)
 
 
 class CodecComparer:

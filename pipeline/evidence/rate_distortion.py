@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -27,11 +28,9 @@ class Point:
 Curve = list[Point]
 
 
-@dataclass(frozen=True)
-class Delta:
-    """A curve against its reference over the `points` λ that both have. Deltas are None without an overlap."""
+class Delta(NamedTuple):
+    """A curve against another over the `points` λ that both have. Deltas are None without an overlap."""
 
-    reference: str
     points: int
     bd_rate: float | None
     """Per cent of rate at equal PSNR; negative means a lower rate."""
@@ -83,9 +82,7 @@ def delta(curve: Curve, reference: Curve, reference_name: str) -> Delta:
     if len(shared) < 2:
         raise ValueError(f"{len(shared)} λ in common with {reference_name}; a curve needs two or more")
     ours, theirs = ([point.quality for point in points if point.lmbda in shared] for points in (curve, reference))
-    return Delta(
-        reference_name, len(shared), bd_rate(ours, theirs), bd_psnr(ours, theirs), bd_rate_ms_ssim(ours, theirs)
-    )
+    return Delta(len(shared), bd_rate(ours, theirs), bd_psnr(ours, theirs), bd_rate_ms_ssim(ours, theirs))
 
 
 def slope(curve: Curve, lmbda: float) -> float | None:
@@ -116,12 +113,12 @@ def deltas_table(found: Mapping[str, Curve], controls: Mapping[str, str]) -> Tab
     )
     for name, control in controls.items():
         try:
-            d = delta(found[name], found[control], control)
+            points, bd_rate, bd_psnr, bd_rate_ms_ssim = delta(found[name], found[control], control)
         except ValueError as error:
             table.add(name, str(error), "–", "–", "–", "–")
             continue
-        values = number(d.bd_rate, "+.2f"), number(d.bd_psnr, "+.3f"), number(d.bd_rate_ms_ssim, "+.2f")
-        table.add(name, control, str(d.points), *values)
+        values = number(bd_rate, "+.2f"), number(bd_psnr, "+.3f"), number(bd_rate_ms_ssim, "+.2f")
+        table.add(name, control, str(points), *values)
     return table
 
 

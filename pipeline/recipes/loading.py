@@ -11,20 +11,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from modules.plugins import PluginError, load_installed_plugins, load_plugin
+from pipeline.common.errors import raised_as
 from pipeline.common.packaged import DEFAULTS, STAGES, label, recipe_names
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.segment import FORMS
-from pipeline.recipes.yaml_source import (
-    RecipeError,
-    YamlNode,
-    dotted,
-    merge,
-    nearest,
-    put,
-    read_file,
-    read_text,
-    shown,
-)
+from pipeline.recipes.yaml_source import RecipeError, YamlNode, dotted, merge, nearest, put, read_file, read_text, shown
 
 MOST_LINES = 10
 PLUGINS = "plugins"
@@ -111,11 +102,9 @@ def _import_plugins(defaults: YamlNode, folder: Path) -> tuple[YamlNode, dict[st
     names, where = listed.plain(), f"{listed.origin}: {PLUGINS}"
     if not isinstance(names, tuple) or not all(isinstance(name, str) and MODULE.fullmatch(name) for name in names):
         raise RecipeError(f"{where}: should be a list of names of Python modules, not {shown(names)}")
-    try:
+    with raised_as(RecipeError, PluginError, f"{where}: "):
         load_installed_plugins()
         return YamlNode(others, defaults.origin), {name: load_plugin(name, folder) for name in names}
-    except PluginError as error:
-        raise RecipeError(f"{where}: {error}") from error
 
 
 def _find_folder(folder: str | Path) -> Path:

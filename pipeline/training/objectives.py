@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from modules import HPCM, Noise
 from modules.plugins import note_registration
 from pipeline.data.crops import Batch
-from pipeline.evaluation.metrics import metric_named
-from pipeline.evaluation.quality import bits_per_pixel
+from pipeline.evaluation.metrics import bits_per_pixel, metric_named
 from pipeline.recipes.registered import OBJECTIVES, ObjectiveTraits
 from pipeline.recipes.schema import Stage
 from pipeline.training.transfer import Migration

@@ -18,7 +18,7 @@ from pipeline.common.timing import machine
 from pipeline.data.crops import StepBatches, TrainingCrops, training_loader, validation_images
 from pipeline.data.images import Photos
 from pipeline.evaluation.coding import code, estimate
-from pipeline.evaluation.quality import NamedImage
+from pipeline.evaluation.metrics import NamedImage
 from pipeline.recipes.schema import Stage
 from pipeline.training.estimate import EvaluationCost, StepCost
 from pipeline.training.objectives import with_noise

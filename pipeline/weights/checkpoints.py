@@ -19,6 +19,7 @@ from modules.loading import codec_tensors as codec_tensors  # for the many that 
 from modules.plugins import PluginError, load_installed_plugins
 from modules.saved_codec import METADATA_KEY
 from pipeline.common.contracts import to_values
+from pipeline.common.errors import raised_as
 from pipeline.common.files import replacing
 from pipeline.weights.metadata import (
     FORMAT,
@@ -78,10 +79,8 @@ def check_target(source: Path, target: Path, overwrite: bool, ending: str = ".sa
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint of `write` or `save_pretrained`; raises CheckpointError for other files and a wrong digest."""
     metadata = read_metadata(path)
-    try:
+    with raised_as(CheckpointError):
         return Checkpoint(read_tensors(path, metadata.get("digest")), metadata)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def publish(path: Path, model: HPCM, lineage: Lineage) -> None:
@@ -97,10 +96,8 @@ def load_codec(source: Path | str) -> HPCM:
     configuration.
     """
     path = codec_file(source)
-    try:
+    with raised_as(CheckpointError, PluginError):
         load_installed_plugins()
-    except PluginError as error:
-        raise CheckpointError(str(error)) from error
     return _built(path, _read_official(path) if is_official(path) else read(path))
 
 
@@ -121,19 +118,15 @@ def _built(path: Path, checkpoint: Checkpoint) -> HPCM:
     metadata, lineage = checkpoint.metadata, Lineage.of(checkpoint.metadata, path)
     if "config" not in metadata:
         raise CheckpointError(f"{path}: this is a training state; load the stage's checkpoint.safetensors")
-    try:
+    with raised_as(CheckpointError, prefix=f"{path}: "):
         config = metadata["config"] or nearest_config(checkpoint.tensors).to_dict()
         return HPCM.from_tensors(config, checkpoint.tensors, to_values(with_loss(lineage, path.name)))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_weights(model: HPCM, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Load `tensors` into `model`; raises CheckpointError naming missing, unexpected and unusable tensors."""
-    try:
+    with raised_as(CheckpointError, prefix=f"{source}: "):
         check_fit(model, tensors)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
     model.load_state_dict(tensors)
 
 

@@ -33,14 +33,8 @@ def export_half(source: Path, target: Path, overwrite: bool = False) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = halves[name].float()  # The same values that `load_codec` will read.
     # The quality was measured before rounding.
-    lineage = replace(
-        full,
-        stage=stage,
-        quality=None,
-        validation=None,
-        identity=model_identity(model).hex(),
-        exported_from=model.lineage["digest"],
-    )
+    identity, digest = model_identity(model).hex(), model.lineage["digest"]
+    lineage = replace(full, stage=stage, quality=None, validation=None, identity=identity, exported_from=digest)
     metadata = {"config": model.config.to_dict(), **to_values(lineage)}
     write(target, {**codec_tensors(model), **halves}, metadata)
 

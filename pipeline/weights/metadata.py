@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.saved_codec import read_config, read_header
-from pipeline.common.errors import UserError
+from pipeline.common.errors import UserError, raised_as
 from pipeline.common.files import check_regular, text_digest
 from pipeline.common.memory import too_large
 
@@ -42,12 +42,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     check_file(path)
     if is_official(path):
         return official_metadata(path)
-    try:
+    with raised_as(CheckpointError):
         metadata = read_header(path)
         if not metadata and (saved := read_config(path)):
             return saved
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a checkpoint of this pipeline; "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modules.saved_codec import weights_file
+from pipeline.common.errors import raised_as
 from pipeline.common.packaged import WEIGHTS
 from pipeline.weights.metadata import CheckpointError
 
@@ -21,10 +22,8 @@ def codec_file(source: Path | str) -> Path:
     name, bundled = str(source), {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
     if name in bundled and not Path(source).exists():
         return bundled[name]
-    try:
+    with raised_as(CheckpointError, FileNotFoundError):
         path = weights_file(source)
-    except FileNotFoundError as error:
-        raise CheckpointError(str(error)) from error
     if not path.exists() and len(path.parts) == 1:
         raise CheckpointError(f"{source}: no such file or folder; the bundled codecs are {', '.join(sorted(bundled))}")
     return path

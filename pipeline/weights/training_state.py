@@ -14,6 +14,8 @@ from pipeline.weights.metadata import CheckpointError
 
 STATES = "segment-*.safetensors"
 """Pattern of the names of training states."""
+PARTS = ("model", "optimizer", "average", "best")
+"""The first part of a tensor's name in a state, before a slash."""
 STATES_KEPT = 2
 """Number of newest training states to keep; the second serves if the newest is damaged."""
 
@@ -69,8 +71,7 @@ class StateFolder:
 
     def save(self, state: TrainingState) -> None:
         """Save a state, then delete all but the two newest. Raises FileError."""
-        parts = {"model": state.model, "optimizer": state.optimizer, "average": state.average, "best": state.best}
-        tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        tensors = {f"{part}/{name}": t for part in PARTS for name, t in getattr(state, part).items()}
         name = f"segment-{state.progress.segment:02d}-step-{state.progress.stage_step:08d}.safetensors"
         checkpoints.write(self.folder / name, tensors, {"progress": asdict(state.progress)})
         self._delete(self._newest_first()[STATES_KEPT:])
@@ -85,7 +86,11 @@ class StateFolder:
             except CheckpointError as error:
                 passed_over.append(str(error))
                 continue
-            parts = {part: _below(part, checkpoint.tensors) for part in ("model", "optimizer", "average", "best")}
+            parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+            for key, tensor in checkpoint.tensors.items():
+                part, _, name = key.partition("/")
+                if part in parts:
+                    parts[part][name] = tensor
             return TrainingState(progress, **parts), passed_over
         return None, passed_over
 
@@ -100,8 +105,3 @@ class StateFolder:
         """Delete states, and what a killed process left of unfinished files."""
         for path in [*states, *self.folder.glob("*.partial")]:
             path.unlink()
-
-
-def _below(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{part}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

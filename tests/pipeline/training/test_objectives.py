@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modules import HPCM, preset_config
 from pipeline.evaluation.coding import estimate
-from pipeline.evaluation.quality import EvaluationError, quality_of
+from pipeline.evaluation.metrics import EvaluationError, quality_of
 from pipeline.recipes.schema import Transfer
 from pipeline.training.objectives import Align, Handover, RateDistortion, recorded_calls, training_noise
 from pipeline.training.optimizer import set_trainable, trainable_names
