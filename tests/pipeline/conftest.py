@@ -1,13 +1,11 @@
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from mini import Notes, mini_chain, run_chain
+from mini import Finished, Hpcm, Notes, mini_chain, run_chain
 
-from pipeline.chain.chain import Chain
 from pipeline.commands import main as cli
 from pipeline.tracking.store import make_database
 
@@ -23,7 +21,7 @@ class Printed:
 
 
 @pytest.fixture
-def hpcm(monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Printed]:
+def hpcm(monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Hpcm:
     """A function that runs the command line in this process, checks its exit code, and returns what it printed."""
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -48,7 +46,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Notes]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A chain run to Phase 4 in this process, without MLflow, and what was said; not to be changed."""
     chain, notes = mini_chain(tmp_path_factory.mktemp("finished"), "phase4"), Notes()
     run_chain(chain, notes)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,12 @@ class Notes(Watcher):
 
     def note(self, line: str) -> None:
         self.lines.append(line)
+
+
+Hpcm = Callable[..., Any]
+"""The fixture `hpcm`: runs the command line, checks its exit code, and returns what it printed."""
+Finished = tuple[Chain, Notes]
+"""The fixture `finished`: a chain run to Phase 4, and what was said."""
 
 
 def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: Path | None = None) -> Chain:

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from mini import PHOTOS, STAGES, Notes, begun, copied, history, mini_chain, mini_codec, record_of, run_chain
+from mini import PHOTOS, STAGES, Finished, Notes, begun, copied, history, mini_chain, mini_codec, record_of, run_chain
 from PIL import Image
 
-from pipeline.chain.chain import Chain
 from pipeline.chain.context import RunContext
 from pipeline.chain.measuring import segments_left
 from pipeline.chain.plan import ChainError, judge
@@ -30,7 +29,7 @@ from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, r
 from pipeline.weights.published import Lineage, Quality
 
 
-def test_every_stage_is_published_with_its_record(finished: tuple[Chain, Notes]) -> None:
+def test_every_stage_is_published_with_its_record(finished: Finished) -> None:
     chain, _ = finished
     parent_digest = None
     for name, task in zip(STAGES, chain.tasks, strict=True):
@@ -52,7 +51,7 @@ def test_every_stage_is_published_with_its_record(finished: tuple[Chain, Notes])
     assert [planned.status for planned in chain.plan()] == ["done"] * 5
 
 
-def test_the_record_and_the_metrics_tell_of_the_training(finished: tuple[Chain, Notes]) -> None:
+def test_the_record_and_the_metrics_tell_of_the_training(finished: Finished) -> None:
     record, metrics = record_of(finished[0], "phase4"), history(finished[0].folder / "phase4")
     assert [segment.name for segment in record.segments] == ["align", "frozen", "unfrozen"]
     assert record.segments[-1].quality.rd_loss == metrics["val/rd_loss"][-1][1]
@@ -65,7 +64,7 @@ def test_the_record_and_the_metrics_tell_of_the_training(finished: tuple[Chain, 
         assert steps == sorted(set(steps)), name
 
 
-def test_frozen_tensors_stay_and_new_ones_move(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_frozen_tensors_stay_and_new_ones_move(finished: Finished, runs: Path) -> None:
     copied(finished[0], runs, "phase1")
     chain, moments = mini_chain(runs, "phase2"), {}
 
@@ -88,7 +87,7 @@ def test_frozen_tensors_stay_and_new_ones_move(finished: tuple[Chain, Notes], ru
     assert moved(moments["unfrozen"], end) == {name for name in end if not name.startswith("entropy_estimation")}
 
 
-def test_finished_stages_are_left_alone(finished: tuple[Chain, Notes]) -> None:
+def test_finished_stages_are_left_alone(finished: Finished) -> None:
     chain, notes = finished[0], Notes()
     before = {path: path.stat().st_mtime_ns for path in chain.folder.rglob("*") if path.name != "lock"}
     run_chain(chain, notes)
@@ -96,7 +95,7 @@ def test_finished_stages_are_left_alone(finished: tuple[Chain, Notes]) -> None:
     assert {path: path.stat().st_mtime_ns for path in chain.folder.rglob("*") if path.name != "lock"} == before
 
 
-def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Path, tmp_path: Path) -> None:
+def test_a_baseline_is_taken_from_a_file(finished: Finished, runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     publish(path, load_codec(finished[0].tasks[0].checkpoint), Lineage())
     chain = mini_chain(runs, "baseline", baseline=path)
@@ -115,7 +114,7 @@ def test_a_baseline_is_taken_from_a_file(finished: tuple[Chain, Notes], runs: Pa
         mini_chain(runs, "phase1").plan()
 
 
-def test_parent_and_child_are_compared_on_the_childs_images(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_parent_and_child_are_compared_on_the_childs_images(finished: Finished, runs: Path) -> None:
     noise = runs.parent / "noise"
     noise.mkdir()
     pixels = 255 * np.random.default_rng(0).integers(2, size=(128, 128, 3), dtype=np.uint8)
@@ -187,7 +186,7 @@ def test_mistakes_in_later_stages_are_reported_before_anything_runs(runs: Path, 
     assert not (runs / "mini").exists()
 
 
-def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(finished: Finished, runs: Path) -> None:
     copied(finished[0], runs, "baseline")
     limits = ["phase1.schedule.align.steps=0", "phase1.accept.bpp_change=-0.9"]
     chain = mini_chain(runs, "phase1", limits)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from kills import KILLED, attempt, differences, exit_code
-from mini import Notes, begun, mini_chain, record_of
+from mini import Finished, begun, mini_chain, record_of
 
-from pipeline.chain.chain import Chain
 from pipeline.common.processes import ProcessGroup
 
 PLACES = [
@@ -32,7 +31,7 @@ SIGNALS = [
 ]
 
 
-def test_a_chain_killed_at_every_nasty_place(runs: Path, finished: tuple[Chain, Notes]) -> None:
+def test_a_chain_killed_at_every_nasty_place(runs: Path, finished: Finished) -> None:
     codes = [exit_code(attempt(runs, "phase1", [], {"HPCM_FAULT": place})) for place in PLACES]
     assert codes == [KILLED] * len(PLACES)
     assert exit_code(attempt(runs, "phase1", [])) == 0
@@ -41,7 +40,7 @@ def test_a_chain_killed_at_every_nasty_place(runs: Path, finished: tuple[Chain, 
     assert len(record_of(chain, "phase1").attempts) > 4
 
 
-def test_a_signal_is_heard_wherever_it_comes(runs: Path, tmp_path: Path, finished: tuple[Chain, Notes]) -> None:
+def test_a_signal_is_heard_wherever_it_comes(runs: Path, tmp_path: Path, finished: Finished) -> None:
     chain, log = mini_chain(runs, "baseline"), tmp_path / "log"
     for place, signum, code in SIGNALS:
         asked = {"HPCM_FAULT": place, "HPCM_FAULT_SIGNAL": str(signum), "LOG": str(log)}

@@ -1,11 +1,9 @@
 """`hpcm plan --measure` estimates the time and memory of a chain, and the audit compares them afterwards."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mini import FOLDER, PHOTOS, mini_chain, run_chain
+from mini import FOLDER, PHOTOS, Hpcm, mini_chain, run_chain
 
 from pipeline.chain import measuring
 from pipeline.evidence.audit import audit, tables
@@ -30,7 +28,7 @@ def test_times_of_a_segment() -> None:
 
 
 def test_a_plan_is_measured_kept_and_compared_with_what_came(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     monkeypatch.setattr(measuring, "in_fresh_process", lambda call, *arguments: call(*arguments))
     monkeypatch.setattr(trial, "PLANNED", trial.Limits(warm=1, least=1, seconds=0.0))
@@ -55,7 +53,7 @@ def test_a_plan_is_measured_kept_and_compared_with_what_came(
 
 
 def test_what_does_not_fit_is_said_with_the_least_change_that_fits(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     tried: list[tuple[bool, int]] = []
 

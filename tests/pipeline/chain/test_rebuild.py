@@ -7,10 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mini import FOLDER, Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
+from mini import FOLDER, Finished, Hpcm, Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
 from PIL import Image
 
 from pipeline.chain import publication
@@ -25,7 +24,7 @@ from pipeline.evidence.audit import audit
 
 
 @pytest.fixture
-def built(finished: tuple[Chain, Notes], tmp_path: Path) -> Chain:
+def built(finished: Finished, tmp_path: Path) -> Chain:
     """A chain to Phase 1 that is current. A test may change it."""
     return copied(finished[0], tmp_path / "built", "phase1")
 
@@ -66,7 +65,7 @@ def test_a_change_of_inputs_makes_a_stage_and_its_children_stale(
     assert reasons() == ["stale: code version changed", "waits for baseline"]
 
 
-def test_chains_of_other_seeds_lie_beside_the_first(finished: tuple[Chain, Notes]) -> None:
+def test_chains_of_other_seeds_lie_beside_the_first(finished: Finished) -> None:
     assert mini_chain(finished[0].runs, "phase1", ["lmbda=0.0130000001"]).folder.name == "lmbda-0.0130000001"
     chain = mini_chain(finished[0].runs, "phase1", ["seed=3"])
     assert chain.folder.name == "lmbda-0.013-seed-3"
@@ -84,7 +83,7 @@ def test_a_damaged_record_makes_a_stage_stale(built: Chain, content: str) -> Non
     assert built.plan()[0].reason.startswith(f"stale: {record}: damaged: ")
 
 
-def test_rebuilding_stale_stages_is_asked_first(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+def test_rebuilding_stale_stages_is_asked_first(finished: Finished, tmp_path: Path) -> None:
     built, asked = copied(finished[0], tmp_path, "phase2"), Asked()
     before = sorted(path.stat().st_mtime_ns for path in built.folder.rglob("*") if path.name != "lock")
     change = ["phase1.data.batch_size=1", "phase1.schedule.frozen.lr={new: 2.0e-3}", "phase1.schedule.align.steps=0"]
@@ -204,7 +203,7 @@ def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.Mon
     assert json.loads(abandoned.read_text())["key"] == key != record_of(chain, "baseline").key
 
 
-def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain, hpcm: Callable[..., Any]) -> None:
+def test_where_nobody_can_be_asked_nothing_is_changed(built: Chain, hpcm: Hpcm) -> None:
     before = sorted(path for path in built.folder.rglob("*") if path.name != "lock")
     said = hpcm("run", "phase1", "--recipe", FOLDER, "--runs", built.runs, "--force", code=1).err
     assert "no terminal for the question; give --yes" in said

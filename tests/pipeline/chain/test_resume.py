@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
+from mini import Finished, Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
@@ -25,7 +25,7 @@ def interrupted(runs: Path) -> Chain:
     return chain
 
 
-def test_a_stage_interrupted_twice_ends_as_if_it_had_not_been(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_a_stage_interrupted_twice_ends_as_if_it_had_not_been(finished: Finished, runs: Path) -> None:
     copied(finished[0], runs, "baseline")
     chain, reference = mini_chain(runs, "phase1"), finished[0]
     for stop in (Stop("frozen", 2, signal.SIGTERM), Stop("unfrozen", 3, signal.SIGINT)):
@@ -137,7 +137,7 @@ def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
 
 
 def test_clean_lists_what_is_kept_and_asks(
-    interrupted: Chain, finished: tuple[Chain, Notes], monkeypatch: pytest.MonkeyPatch
+    interrupted: Chain, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clean(*options: str) -> str:
         result = CliRunner().invoke(app, ["clean", "--runs", str(interrupted.runs), *options], input="n\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Notes, Stop, copied, history, mini_chain, record_of, run_chain
+from mini import Finished, Notes, Stop, copied, history, mini_chain, record_of, run_chain
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.stage_codec import codec_config
@@ -17,7 +17,7 @@ from pipeline.weights.checkpoints import load_codec, read
 
 
 @pytest.fixture(scope="module")
-def variable(finished: tuple[Chain, Notes], tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, "Ends"]:
+def variable(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, "Ends"]:
     """A chain with a codec of three rates, and what its states held; not to be changed."""
     runs = tmp_path_factory.mktemp("variable") / "runs"
     copied(finished[0], runs, "baseline")
@@ -61,7 +61,7 @@ def test_every_rate_is_evaluated_and_logged(variable: tuple[Chain, Ends]) -> Non
 
 
 def test_a_stage_interrupted_in_both_segments_ends_as_if_it_had_not_been(
-    finished: tuple[Chain, Notes], variable: tuple[Chain, Ends], runs: Path
+    finished: Finished, variable: tuple[Chain, Ends], runs: Path
 ) -> None:
     reference = variable[0].tasks[-1]
     copied(finished[0], runs, "baseline")

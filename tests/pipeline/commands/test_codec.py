@@ -3,12 +3,11 @@
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from mini import Hpcm
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 from skimage.data import coffee
@@ -20,9 +19,6 @@ from pipeline.data.pictures import SUFFIXES
 from pipeline.evaluation import conversions
 from pipeline.evaluation.limits import coding_bytes, padded_pixels
 from pipeline.weights.checkpoints import load_codec
-
-Hpcm = Callable[..., Any]
-"""The fixture `hpcm`: runs the command line, checks its exit code, and returns what it printed."""
 
 
 def test_a_folder_is_compressed_and_decompressed(photos: Path, checkpoint: Path, hpcm: Hpcm) -> None:

@@ -3,18 +3,15 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from mini import Hpcm
 from PIL import Image
 from skimage.data import coffee
 
 from pipeline.commands.each_file import Refinement, each_file
 from pipeline.evaluation import limits
-
-Hpcm = Callable[..., Any]
 
 
 def test_a_refined_image_is_smaller_and_its_file_is_an_ordinary_one(tmp_path: Path, hpcm: Hpcm) -> None:

@@ -3,9 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import made
 import mini
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from compressai.utils.plot.__main__ import parse_json_file
-from mini import mini_codec, mini_stage
+from mini import Hpcm, mini_codec, mini_stage
 from PIL import Image
 
 from modules.bitstream.file_format import CodedImage, Header
@@ -21,9 +19,6 @@ from modules.image_codec import ImageCodec
 from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.metadata import read_digest
 from pipeline.weights.published import Lineage, Quality
-
-Hpcm = Callable[..., Any]
-"""The fixture `hpcm`: runs the command line, checks its exit code, and returns what it printed."""
 
 
 def test_forged_and_odd_files_are_refused_before_anything_is_allocated(

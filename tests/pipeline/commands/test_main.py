@@ -8,12 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mini
 import pytest
 import torch
-from mini import ENVIRONMENT, FOLDER, PHOTOS, Malicious, history, mini_chain, mini_codec, record_of
+from mini import ENVIRONMENT, FOLDER, PHOTOS, Hpcm, Malicious, history, mini_chain, mini_codec, record_of
 from typer.testing import CliRunner
 
 from pipeline.commands import main as cli
@@ -68,7 +67,7 @@ def file_for_runs(tmp_path: Path) -> list[object]:
     ],
 )
 def test_bad_input_is_one_screen_that_says_what_to_do(
-    arguments: Callable[[Path], list[object]], expected: list[str], tmp_path: Path, runs: Path, hpcm: Callable[..., Any]
+    arguments: Callable[[Path], list[object]], expected: list[str], tmp_path: Path, runs: Path, hpcm: Hpcm
 ) -> None:
     message = hpcm(*arguments(tmp_path), code=1).err
     assert message.startswith("error: ")
@@ -79,7 +78,7 @@ def test_bad_input_is_one_screen_that_says_what_to_do(
 
 
 @pytest.mark.parametrize("command", [name for panel in cli.COMMANDS.values() for name in panel])
-def test_every_command_is_found_and_explains_its_options(command: str, hpcm: Callable[..., Any]) -> None:
+def test_every_command_is_found_and_explains_its_options(command: str, hpcm: Hpcm) -> None:
     assert f"{command} [OPTIONS]" in hpcm(command, "-h").out
 
 
@@ -116,7 +115,7 @@ def test_the_shell_completes_recipes_and_stages() -> None:
     assert completed("hpcm run phase") == {"phase1", "phase2", "phase3", "phase4"}
 
 
-def test_the_plan_as_json(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+def test_the_plan_as_json(tmp_path: Path, hpcm: Hpcm) -> None:
     plan = json.loads(hpcm("plan", "phase1", "--recipe", FOLDER, "--runs", tmp_path, "--json").out)
     statuses = [(stage["name"], stage["status"]) for stage in plan["stages"]]
     assert statuses == [("baseline", "missing"), ("phase1", "missing")]

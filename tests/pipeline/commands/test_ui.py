@@ -1,18 +1,17 @@
 """`hpcm ui` finds the page of the runs, and a port for it."""
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from mini import Hpcm
 
 from pipeline.commands import ui
 from pipeline.tracking.store import EXPERIMENT, Store
 
 
 def test_the_page_is_that_of_the_experiment_by_name(
-    stored_runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+    stored_runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     store = Store.default(stored_runs)
     client = store.client()
@@ -27,9 +26,7 @@ def test_the_page_is_that_of_the_experiment_by_name(
     assert "metrics.`final/bpp`" in client.get_experiment(wanted).tags["mlflow.sharedViewState.results"]
 
 
-def test_the_page_of_a_server_is_named_without_the_password(
-    monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
-) -> None:
+def test_the_page_of_a_server_is_named_without_the_password(monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@host:5000")
     monkeypatch.setattr(ui, "address", lambda store, server: server)
     assert hpcm("ui").out == "http://host:5000\n"
@@ -43,6 +40,6 @@ def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ui.free_port() != taken.getsockname()[1]
 
 
-def test_a_folder_without_runs_is_refused(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+def test_a_folder_without_runs_is_refused(tmp_path: Path, hpcm: Hpcm) -> None:
     assert "this folder has no runs yet" in hpcm("ui", "--runs", tmp_path, code=1).err
     assert not list(tmp_path.iterdir())

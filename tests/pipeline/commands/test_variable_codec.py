@@ -1,19 +1,15 @@
 """A codec of several rates on the command line."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mini import with_rates
+from mini import Hpcm, with_rates
 from PIL import Image
 from skimage.data import coffee
 
 from pipeline.weights.checkpoints import load_codec, publish
 from pipeline.weights.published import Lineage
-
-Hpcm = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")

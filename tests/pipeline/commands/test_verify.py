@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mini import mini_codec
+from mini import Hpcm, mini_codec
 
 from modules.bitstream.file_format import BitstreamError, CodedImage
 from modules.bitstream.guards import table_index
@@ -79,9 +77,7 @@ def test_without_a_suite_there_is_nothing_to_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["", "the symbols differ from the reference"])
-def test_the_output_ends_with_pass_or_fail(
-    fault: str, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
-) -> None:
+def test_the_output_ends_with_pass_or_fail(fault: str, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm) -> None:
     outcomes = [
         Outcome("one.hpcm", "lean.safetensors", (40, 60), 2e-5, 22, 6.5e-6, 3, ""),
         Outcome("two.hpcm", "lean.safetensors", (8, 8), 2e-5, 0, None, None, fault),

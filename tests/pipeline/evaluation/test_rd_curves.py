@@ -1,12 +1,10 @@
 """Published curves: read from files, compared with what was measured, and drawn beside it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mini import mini_codec
+from mini import Hpcm, mini_codec
 from PIL import Image
 
 from pipeline.common.errors import UserError
@@ -86,7 +84,7 @@ def test_published_curves_are_drawn_and_compared() -> None:
     assert list(lines[0].get_xdata()) == [point.bpp for point in BASE]
 
 
-def test_evaluate_compares_with_a_file_and_a_published_curve(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+def test_evaluate_compares_with_a_file_and_a_published_curve(tmp_path: Path, hpcm: Hpcm) -> None:
     publish(tmp_path / "checkpoint.safetensors", mini_codec(0), Lineage(name="mini"))
     Image.new("RGB", (64, 48), "gray").save(tmp_path / "gray.png")
     (tmp_path / "vtm.csv").write_text("bpp,psnr\n0.2,30\n0.4,33\n")

@@ -5,12 +5,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mini import STAGES, Notes
+from mini import STAGES, Finished, Hpcm
 
-from pipeline.chain.chain import Chain
 from pipeline.evidence.audit import ChainAudit, audit, tables, to_json
 from pipeline.records.record import FILE, StageRecord
 from pipeline.weights.checkpoints import load_codec, publish
@@ -23,7 +21,7 @@ def problems(runs: Path) -> str:
 
 
 @pytest.fixture
-def chain(finished: tuple[Chain, Notes], tmp_path: Path) -> Path:
+def chain(finished: Finished, tmp_path: Path) -> Path:
     """A copy of the chain up to Phase 1, to be damaged, below a folder with special characters in its name."""
     folder = tmp_path / "a?b#c%25[1]" / "mini" / finished[0].folder.name
     for name in STAGES[:2]:
@@ -33,7 +31,7 @@ def chain(finished: tuple[Chain, Notes], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def audited(finished: tuple[Chain, Notes]) -> ChainAudit:
+def audited(finished: Finished) -> ChainAudit:
     """The audit of the chain that ran to Phase 4."""
     (chain,), others = audit(finished[0].runs)
     assert others == []
@@ -69,7 +67,7 @@ def test_damage_of_any_published_file_is_found(chain: Path) -> None:
     assert problems(chain.parents[1]) == ""
 
 
-def test_the_exit_code_says_that_a_file_is_damaged(chain: Path, hpcm: Callable[..., Any]) -> None:
+def test_the_exit_code_says_that_a_file_is_damaged(chain: Path, hpcm: Hpcm) -> None:
     (chain / "baseline" / "evaluation.json").write_text("{}")
     stages = json.loads(hpcm("audit", "--runs", chain.parents[1], "--json", code=1).out)[0]["stages"]
     assert [stage["verified"] for stage in stages] == ["not as recorded", "verified"]
@@ -139,12 +137,12 @@ def test_a_root_taken_from_a_file_was_not_trained(chain: Path) -> None:
     assert "taken from a file" in list(tables(audited))[1].markdown()
 
 
-def test_an_empty_folder_has_no_chains(runs: Path, hpcm: Callable[..., Any]) -> None:
+def test_an_empty_folder_has_no_chains(runs: Path, hpcm: Hpcm) -> None:
     assert "no chains yet" in hpcm("audit", "--runs", runs).out
     assert "not both" in hpcm("audit", "--runs", runs, "--json", "--markdown", code=2).err
 
 
-def test_mlflow_is_compared_on_request(chain: Path, empty_store: Path, hpcm: Callable[..., Any]) -> None:
+def test_mlflow_is_compared_on_request(chain: Path, empty_store: Path, hpcm: Hpcm) -> None:
     runs = chain.parents[1]
     audited = json.loads(hpcm("audit", "--mlflow", "--runs", runs, "--json", code=1).out)
     assert "`hpcm sync` makes it" in audited[0]["stages"][0]["problems"][0]

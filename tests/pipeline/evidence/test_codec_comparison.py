@@ -1,14 +1,12 @@
 """Our codecs compared with Pillow's, at the same file sizes and as curves."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mini import mini_codec
+from mini import Hpcm, mini_codec
 from PIL import Image, features
 
 from pipeline.common.errors import UserError
@@ -50,7 +48,7 @@ def test_a_file_has_the_quality_that_pillow_gives_it() -> None:
         assert quality.psnr_db > 40
 
 
-def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path, hpcm: Hpcm) -> None:
     publish(tmp_path / "checkpoint.safetensors", mini_codec(0), Lineage(name="mini"))
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from made import costs
-from mini import mini_codec
+from mini import Hpcm, mini_codec
 
 from modules import preset_config
 from pipeline.common.fresh_process import in_fresh_process, within_memory
@@ -173,9 +171,7 @@ def test_a_recipe_gives_each_codec_once() -> None:
     assert larger[0].config == preset_config("base")
 
 
-def test_the_command_writes_a_folder_that_the_report_reads(
-    runs: Path, tmp_path: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_the_command_writes_a_folder_that_the_report_reads(runs: Path, tmp_path: Path, hpcm: Hpcm) -> None:
     path = tmp_path / "baseline.safetensors"
     publish(path, mini_codec(0), Lineage(name="baseline"))
     sizes = ["--size", "64x64", "--train-size", "64x64", "--rounds", "1", "--no-memory"]
@@ -187,9 +183,7 @@ def test_the_command_writes_a_folder_that_the_report_reads(
     assert shown["codecs"][0]["codec"] == "baseline"
 
 
-def test_a_preset_is_the_recipe_of_its_name(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
-) -> None:
+def test_a_preset_is_the_recipe_of_its_name(runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm) -> None:
     asked: list[list[Contender]] = []
     monkeypatch.setattr(comparison, "compare", lambda title, codecs, *rest: asked.append(codecs) or costs(1.0))
     for option in ("--preset", "--recipe"):
@@ -209,7 +203,7 @@ def test_a_preset_is_the_recipe_of_its_name(
     ],
 )
 def test_what_cannot_be_measured_is_named(
-    arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+    arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message in hpcm("compare", *arguments, code=code).err

@@ -2,19 +2,16 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from made import costs
-from mini import STAGES, Notes
+from mini import STAGES, Finished, Hpcm
 from PIL import Image
 
-from pipeline.chain.chain import Chain
 from pipeline.evaluation.coding import comparison_name, save_comparison
 from pipeline.evidence.reconstructions import BRIGHTEST, compared_crops, error_map
 from pipeline.evidence.report import ReportError, write
@@ -38,7 +35,7 @@ def test_pictures_of_images_with_similar_or_long_names_are_kept_apart(tmp_path: 
         save_comparison(tmp_path / f"{comparison_name(name)}.png", torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
-def test_renditions_are_those_that_were_kept(finished: tuple[Chain, Notes]) -> None:
+def test_renditions_are_those_that_were_kept(finished: Finished) -> None:
     (crop,) = compared_crops(read_chain(finished[0].folder))
     assert [rendition.stage for rendition in crop.renditions] == ["baseline", "phase4"]
     (path,) = (finished[0].folder / "phase4" / "reconstructions").iterdir()
@@ -47,7 +44,7 @@ def test_renditions_are_those_that_were_kept(finished: tuple[Chain, Notes]) -> N
     assert np.array_equal(crop.renditions[1].pixels, reconstruction)
 
 
-def test_the_first_table_says_what_each_stage_did(finished: tuple[Chain, Notes]) -> None:
+def test_the_first_table_says_what_each_stage_did(finished: Finished) -> None:
     chain = read_chain(finished[0].folder)
     table = story_table([chain])
     assert table.columns[6:] == ("step 0", "after align", "after frozen", "after unfrozen")
@@ -84,9 +81,7 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-def test_the_page_holds_everything_and_needs_nothing(
-    finished: tuple[Chain, Notes], tmp_path: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_the_page_holds_everything_and_needs_nothing(finished: Finished, tmp_path: Path, hpcm: Hpcm) -> None:
     shutil.copytree(finished[0].runs, tmp_path / "runs")
     costs(2.0).write(tmp_path / "runs" / "comparisons" / "mini-1")
     hpcm("report", "--runs", tmp_path / "runs", "--output", tmp_path / "report")
@@ -107,12 +102,12 @@ def test_the_page_holds_everything_and_needs_nothing(
     assert drawn == {"mini-rate-distortion.png", "mini-training-lmbda-0.013.png", "cost-mini-cpu.png"}
 
 
-def test_the_same_folder_gives_the_same_page(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+def test_the_same_folder_gives_the_same_page(finished: Finished, tmp_path: Path) -> None:
     pages = [write(finished[0].runs, tmp_path / name).read_bytes() for name in ("one", "two")]
     assert pages[0] == pages[1]
 
 
-def test_nothing_to_report_on_is_an_error(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_nothing_to_report_on_is_an_error(finished: Finished, runs: Path) -> None:
     with pytest.raises(RecordsError, match="nothing was run here yet"):
         write(runs, runs / "report")
     with pytest.raises(ReportError, match="no published stage of base; there are mini"):
@@ -121,7 +116,7 @@ def test_nothing_to_report_on_is_an_error(finished: tuple[Chain, Notes], runs: P
         write(finished[0].runs, runs / "report", reference="mini/wide")
 
 
-def test_every_stage_is_compared_with_one_that_is_named(finished: tuple[Chain, Notes], tmp_path: Path) -> None:
+def test_every_stage_is_compared_with_one_that_is_named(finished: Finished, tmp_path: Path) -> None:
     page = write(finished[0].runs, tmp_path, reference="mini/baseline").read_text()
     assert "Every stage against one" in page
     assert "1 λ in common with mini/baseline; a curve needs two or more" in page

@@ -3,10 +3,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mini import Notes
+from mini import Finished
 from mlflow_server import Server
 
-from pipeline.chain.chain import Chain
 from pipeline.records import metrics
 from pipeline.records.metrics import MetricsLog
 from pipeline.tracking.mirror import Mirror
@@ -14,7 +13,7 @@ from pipeline.tracking.store import Store
 
 
 @pytest.fixture(scope="session")
-def chain(finished: tuple[Chain, Notes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chain(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished chain to Phase 1, with system metrics; not to be changed."""
     folder = tmp_path_factory.mktemp("mirrored") / "mini" / finished[0].folder.name
     for name in ("baseline", "phase1"):

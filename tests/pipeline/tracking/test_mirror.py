@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mini import Hpcm
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
@@ -260,7 +261,7 @@ def test_an_experiment_in_the_trash_is_named_and_filled_once_restored(chain: Pat
 
 
 def test_a_stage_that_cannot_be_mirrored_is_named_and_the_others_are_sent(
-    copied: tuple[Path, Store], store: Store, hpcm: Callable[..., Any]
+    copied: tuple[Path, Store], store: Store, hpcm: Hpcm
 ) -> None:
     folder, emptied = copied
     (folder / "baseline" / "checkpoint.safetensors").write_bytes(b"")

@@ -5,12 +5,11 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
+from mini import Hpcm
 from pages import twice_at_once
 
 from pipeline.records.record import StageRecord
@@ -142,7 +141,7 @@ def test_passwords_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", ["sync", "ui", "audit --mlflow", "info models:/codec@alias"])
 def test_no_command_prints_a_password(
-    command: str, copied: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
+    command: str, copied: tuple[Path, Store], monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
     printed = hpcm(*command.split(), "--runs", copied[0].parents[1], code=1)

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Notes, copied, mini_chain, mini_codec, run_chain
+from mini import Finished, copied, mini_chain, mini_codec, run_chain
 from torch import Tensor, nn
 
 from modules import HPCM, preset_config
 from modules.layers.blocks import Narrowable
 from modules.layers.residual import DWConvRB, PConvRB
 from modules.layers.rwkv import ChannelMix, SpatialMix
-from pipeline.chain.chain import Chain
 from pipeline.recipes.schema import Transfer
 from pipeline.training.least_squares import Moments, choose_channels, rows_of, set_layer, solve_fit, solve_part
 from pipeline.training.narrowing import fit, narrow, narrowable_pairs
@@ -147,7 +146,7 @@ def test_a_fitted_component_is_nearer_to_its_predecessor(crops: list[Tensor]) ->
     assert float(align(crops[0], noise)["loss"]) < before
 
 
-def test_a_stage_records_what_was_narrowed_and_fitted(finished: tuple[Chain, Notes], runs: Path) -> None:
+def test_a_stage_records_what_was_narrowed_and_fitted(finished: Finished, runs: Path) -> None:
     copied(finished[0], runs, "baseline")
     settings = ["model.overrides.prior.dwconv.hidden_rate=0.5", "transfer.fit=true", "transfer.calibration=2"]
     chain = mini_chain(runs, "phase1", [f"phase1.{setting}" for setting in settings])

@@ -1,12 +1,10 @@
 """Exported checkpoints have half the bytes and rounded weights, and load like any other."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mini import FOLDER, mini_codec
+from mini import FOLDER, Hpcm, mini_codec
 
 from modules import HPCM
 from modules.bitstream.identity import model_identity
@@ -66,7 +64,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["export", "import"])
-def test_a_file_that_exists_is_not_replaced_unasked(command: str, tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+def test_a_file_that_exists_is_not_replaced_unasked(command: str, tmp_path: Path, hpcm: Hpcm) -> None:
     source, target = tmp_path / "source", tmp_path / "target.safetensors"
     if command == "export":
         publish(source, mini_codec(0), Lineage(name="baseline"))

@@ -2,12 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from mini import Hpcm
 from official_files import FORMS, PRESETS, formula_state, published, zero_state
 from PIL import Image
 from torch import Tensor
@@ -100,9 +99,7 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_lineage_of_an_imported_file_tells_of_the_ones(
-    small: Path, tmp_path: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_the_lineage_of_an_imported_file_tells_of_the_ones(small: Path, tmp_path: Path, hpcm: Hpcm) -> None:
     target = tmp_path / "baseline.safetensors"
     hpcm("import", small, target)
     assert read_metadata(target)["filled_with_ones"] == "adaptive_params_list"
