@@ -24,7 +24,7 @@ from pipeline.records.record import StageRecord
 from pipeline.training.reporting import Reporting, Watcher
 from pipeline.training.trainer import Trainer
 from pipeline.training.transfer import Migration
-from pipeline.weights.checkpoints import codec_tensors
+from pipeline.weights.checkpoints import codec_tensors, read
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
 
 FOLDER = Path(__file__).parent / "recipes" / "mini"
@@ -65,6 +65,18 @@ class Notes(Watcher):
 
     def note(self, line: str) -> None:
         self.lines.append(line)
+
+
+class Moments(Notes):
+    """Keeps the tensors of the newest state when a segment of a chain's last stage begins."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.trainings, self.tensors = chain.tasks[-1].trainings, {}
+
+    def segment(self, segment: Segment, done: int) -> None:
+        tensors = read(sorted(self.trainings.glob("*/segment-*"))[-1]).tensors
+        self.tensors[segment.name] = {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
 
 
 Hpcm = Callable[..., Any]

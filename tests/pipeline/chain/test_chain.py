@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from mini import PHOTOS, STAGES, Finished, Notes, begun, copied, history, mini_chain, mini_codec, record_of, run_chain
+from mini import (
+    PHOTOS,
+    STAGES,
+    Finished,
+    Moments,
+    Notes,
+    begun,
+    copied,
+    history,
+    mini_chain,
+    mini_codec,
+    record_of,
+    run_chain,
+)
 from PIL import Image
 
 from pipeline.chain.context import RunContext
@@ -24,7 +37,7 @@ from pipeline.common.processes import ProcessGroup
 from pipeline.data.pictures import DataError
 from pipeline.evaluation import limits
 from pipeline.evaluation.coding import comparison_name
-from pipeline.recipes.schema import Accept, Segment
+from pipeline.recipes.schema import Accept
 from pipeline.weights.checkpoints import CheckpointError, load_codec, publish, read, read_metadata
 from pipeline.weights.published import Lineage, Quality
 
@@ -66,16 +79,8 @@ def test_the_record_and_the_metrics_tell_of_the_training(finished: Finished) -> 
 
 def test_frozen_tensors_stay_and_new_ones_move(finished: Finished, runs: Path) -> None:
     copied(finished[0], runs, "phase1")
-    chain, moments = mini_chain(runs, "phase2"), {}
-
-    class Moments(Notes):
-        def segment(self, segment: Segment, done: int) -> None:
-            states = sorted(chain.tasks[-1].trainings.glob("*/segment-*"))
-            moments[segment.name] = {
-                name.removeprefix("model/"): tensor for name, tensor in read(states[-1]).tensors.items()
-            }
-
-    run_chain(chain, Moments())
+    chain = mini_chain(runs, "phase2")
+    run_chain(chain, moments := Moments(chain))
     ledger = json.loads((chain.folder / "phase2" / "ledger.json").read_text())
     new = {entry["name"] for entry in ledger if entry["kind"] in ("renamed", "initialized")}
     end = read(chain.tasks[-1].checkpoint).tensors
@@ -83,8 +88,9 @@ def test_frozen_tensors_stay_and_new_ones_move(finished: Finished, runs: Path) -
     def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
         return {name for name in end if not torch.equal(before[name], after[name])}
 
-    assert moved(moments["frozen"], moments["unfrozen"]) == new
-    assert moved(moments["unfrozen"], end) == {name for name in end if not name.startswith("entropy_estimation")}
+    frozen, unfrozen = (moments.tensors[name] for name in ("frozen", "unfrozen"))
+    assert moved(frozen, unfrozen) == new
+    assert moved(unfrozen, end) == {name for name in end if not name.startswith("entropy_estimation")}
 
 
 def test_finished_stages_are_left_alone(finished: Finished) -> None:

@@ -6,48 +6,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Finished, Notes, Stop, copied, history, mini_chain, record_of, run_chain
+from mini import Finished, Moments, Stop, copied, history, mini_chain, record_of, run_chain
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.stage_codec import codec_config
 from pipeline.common.errors import Interrupted
 from pipeline.recipes.loading import RecipeError
-from pipeline.recipes.schema import Segment
-from pipeline.weights.checkpoints import load_codec, read
+from pipeline.weights.checkpoints import load_codec
 
 
 @pytest.fixture(scope="module")
-def variable(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, "Ends"]:
+def variable(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Moments]:
     """A chain with a codec of three rates, and what its states held; not to be changed."""
     runs = tmp_path_factory.mktemp("variable") / "runs"
     copied(finished[0], runs, "baseline")
     chain = mini_chain(runs, "variable")
-    ends = Ends(chain)
-    run_chain(chain, ends)
-    return chain, ends
+    run_chain(chain, moments := Moments(chain))
+    return chain, moments
 
 
-class Ends(Notes):
-    """Keeps the tensors of the newest state when a segment begins."""
-
-    def __init__(self, chain: Chain) -> None:
-        super().__init__()
-        self.trainings, self.tensors = chain.tasks[-1].trainings, {}
-
-    def segment(self, segment: Segment, done: int) -> None:
-        newest = sorted(self.trainings.glob("*/segment-*"))[-1]
-        model = {name: tensor for name, tensor in read(newest).tensors.items() if name.startswith("model/")}
-        self.tensors[segment.name] = {name.removeprefix("model/"): tensor for name, tensor in model.items()}
-
-
-def test_the_frozen_segment_trains_the_vectors_and_nothing_else(variable: tuple[Chain, Ends]) -> None:
+def test_the_frozen_segment_trains_the_vectors_and_nothing_else(variable: tuple[Chain, Moments]) -> None:
     start, frozen = (variable[1].tensors[name] for name in ("frozen", "unfrozen"))
     moved = {name for name in start if not torch.equal(start[name], frozen[name])}
     assert moved == {f"rate_vectors.{name}" for name in ("gain", "inverse_gain", "steps", "scales", "shifts")}
     assert record_of(variable[0], "variable").start.step0_gap == pytest.approx(0, abs=1e-4)
 
 
-def test_every_rate_is_evaluated_and_logged(variable: tuple[Chain, Ends]) -> None:
+def test_every_rate_is_evaluated_and_logged(variable: tuple[Chain, Moments]) -> None:
     chain, notes = variable
     record, metrics = record_of(chain, "variable"), history(chain.folder / "variable")
     rates = record.evaluated.rates
@@ -61,7 +46,7 @@ def test_every_rate_is_evaluated_and_logged(variable: tuple[Chain, Ends]) -> Non
 
 
 def test_a_stage_interrupted_in_both_segments_ends_as_if_it_had_not_been(
-    finished: Finished, variable: tuple[Chain, Ends], runs: Path
+    finished: Finished, variable: tuple[Chain, Moments], runs: Path
 ) -> None:
     reference = variable[0].tasks[-1]
     copied(finished[0], runs, "baseline")

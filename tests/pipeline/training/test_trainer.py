@@ -22,21 +22,19 @@ def _forget_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def poison(trainer: Trainer, steps: set[int]) -> None:
-    """Make the loss of these steps NaN."""
-    seen = iter(range(10**6))
+def spoil(trainer: Trainer, added: float, *steps: int) -> None:
+    """Add a number to the reconstructions of these steps, the first of which is 0."""
+    numbers = iter(range(10**6))
 
-    def spoil(module: torch.nn.Module, inputs: object, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if next(seen) not in steps:
-            return output
-        return {**output, "x_hat": output["x_hat"] * float("nan")}
+    def change(module: torch.nn.Module, inputs: object, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**output, "x_hat": output["x_hat"] + (added if next(numbers) in steps else 0.0)}
 
-    trainer.migration.child.register_forward_hook(spoil)
+    trainer.migration.child.register_forward_hook(change)
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
     trainer, start = trainer_of(mini_stage("baseline"), tmp_path)
-    poison(trainer, {1, 4})
+    spoil(trainer, float("nan"), 1, 4)
     end = trainer.train(start)
     assert end.progress.bad_steps == 2
     assert logged(trainer)[6]["train/scratch/skipped_steps"] == 2
@@ -47,7 +45,7 @@ def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path
     stage = mini_stage("baseline")
     stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"max_bad_steps": 1})})
     trainer, start = trainer_of(stage, tmp_path)
-    poison(trainer, {4, 5})
+    spoil(trainer, float("nan"), 4, 5)
     with pytest.raises(TrainingError, match=r"2 steps in a row .* not finite, up to step 6"):
         trainer.train(start)
     kept, _ = trainer.states.newest()
@@ -59,12 +57,7 @@ def test_a_loss_that_explodes_is_reported_and_counted(tmp_path: Path, monkeypatc
     monkeypatch.setattr(meter, "LOSSES_KEPT", 3)
     notes = Notes()
     trainer, start = trainer_of(mini_stage("baseline"), tmp_path, watcher=notes)
-    calls = iter(range(1, 10))
-
-    def worse(module: torch.nn.Module, inputs: object, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**output, "x_hat": output["x_hat"] + (100.0 if next(calls) == 5 else 0.0)}
-
-    trainer.migration.child.register_forward_hook(worse)
+    spoil(trainer, 100.0, 4)
     end = trainer.train(start)
     assert end.progress.exploded_steps == 1
     assert logged(trainer)[4]["train/scratch/exploded_steps"] == 0

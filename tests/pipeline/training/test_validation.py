@@ -1,4 +1,4 @@
-"""Validation within a segment, and the weights that it keeps."""
+"""Validation within a segment, and the weights with which it ends."""
 
 import signal
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from mini import Metrics, Notes, Stop, history, mini_chain, mini_stage, run_chai
 from pipeline.common.errors import Interrupted
 from pipeline.recipes.schema import Stage
 from pipeline.training.reporting import Reporting
+from pipeline.training.weight_average import WeightAverage
 from pipeline.weights.published import Quality
 from pipeline.weights.training_state import TrainingState
 
@@ -88,3 +89,19 @@ def test_a_run_with_all_options_resumes_bit_for_bit(runs: Path, tmp_path: Path) 
     # The validation images select the weights, so they are an input of the stage.
     assert "validation images" in chain.tasks[0].inputs()
     assert "validation images" not in mini_chain(runs, "baseline").tasks[0].inputs()
+
+
+def test_the_average_of_the_weights_moves_and_takes_their_place() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    average = WeightAverage(model, decay=0.5)
+    expected = float(model.weight)
+    for step, value in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert average.values.keys() == {"weight"}
+    average.apply()
+    assert float(model.weight) == pytest.approx(expected, rel=1e-6)

@@ -56,33 +56,13 @@ def test_a_published_file_computes_as_todays_with_ones(preset: str, tmp_path: Pa
         assert torch.equal(imported[name], computed[name]), name
 
 
-def damaged(what: str) -> dict[str, Tensor]:
-    """An official state dict with nine of ten step vectors missing, or one of another shape, or another tensor gone."""
-    state = zero_state("phi-context")
-    if what == "nine missing":
-        return {**published(state), "adaptive_params_list.3": state["adaptive_params_list.3"]}
-    if what == "another shape":
-        return {**state, "adaptive_params_list.3": torch.ones(1, 959, 1, 1)}
-    state = published(state)
-    del state["means_hyper"]
-    return state
-
-
-@pytest.mark.parametrize(
-    ("what", "problems", "named"),
-    [
-        ("nine missing", 9, "missing    adaptive_params_list.0 [1, 960, 1, 1]"),
-        ("another shape", 1, "wrong size adaptive_params_list.3 [1, 959, 1, 1], expected [1, 960, 1, 1]"),
-        ("another tensor", 1, "missing    means_hyper [1, 256, 1, 1]"),
-    ],
-)
-def test_a_damaged_file_is_refused(what: str, problems: int, named: str, tmp_path: Path) -> None:
-    path, state = tmp_path / "official.pth.tar", damaged(what)
-    torch.save(state, path)
+def test_a_file_that_lacks_nine_of_ten_vectors_is_refused(tmp_path: Path) -> None:
+    path, state = tmp_path / "official.pth.tar", zero_state("phi-context")
+    torch.save({**published(state), "adaptive_params_list.3": state["adaptive_params_list.3"]}, path)
     with pytest.raises(CheckpointError) as caught:
         load_codec(path)
-    assert f"{path}: {problems} tensors do not fit the codec" in str(caught.value)
-    assert named in str(caught.value)
+    assert f"{path}: 9 tensors do not fit the codec" in str(caught.value)
+    assert "missing    adaptive_params_list.0 [1, 960, 1, 1]" in str(caught.value)
 
 
 def test_a_state_dict_with_nine_missing_is_refused() -> None:
