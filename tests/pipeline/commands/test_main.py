@@ -6,75 +6,36 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import mini
 import pytest
-import torch
-from mini import ENVIRONMENT, FOLDER, PHOTOS, Hpcm, Malicious, history, mini_chain, mini_codec, record_of
+from mini import ENVIRONMENT, FOLDER, PHOTOS, Hpcm, history, mini_chain, record_of
 from typer.testing import CliRunner
 
 from pipeline.commands import main as cli
 from pipeline.common.packaged import WEIGHTS, recipe_names
-from pipeline.weights.checkpoints import codec_tensors, write
-
-
-def bad_key(tmp_path: Path) -> list[object]:
-    folder = shutil.copytree(FOLDER, tmp_path / "mini")
-    (folder / "phase1.yaml").write_text((FOLDER / "phase1.yaml").read_text().replace("handover: 4", "hand_over: 4"))
-    return ["plan", "phase1", "--recipe", folder]
-
-
-def bad_checkpoint(tmp_path: Path) -> list[object]:
-    model = mini_codec(0)
-    tensors = codec_tensors(model)
-    tensors["h_a.branch.1.weights"] = tensors.pop("h_a.branch.1.weight")
-    tensors["means_hyper"] = torch.zeros(1, 9, 1, 1)
-    write(tmp_path / "odd.safetensors", tensors, {"config": model.config.to_dict()})
-    runs, file = tmp_path / "runs", tmp_path / "odd.safetensors"
-    return ["run", "baseline", "--recipe", FOLDER, "--runs", runs, "--baseline", file, "--lmbda", "0.013"]
-
-
-def bad_pickle(tmp_path: Path) -> list[object]:
-    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth.tar")
-    return ["import", tmp_path / "evil.pth.tar", tmp_path / "baseline.safetensors"]
-
-
-def file_for_images(tmp_path: Path) -> list[object]:
-    (tmp_path / "file.pth.tar").touch()
-    return ["plan", "phase1", "--recipe", FOLDER, "--data", tmp_path / "file.pth.tar"]
-
-
-def file_for_runs(tmp_path: Path) -> list[object]:
-    (tmp_path / "file").touch()
-    return ["run", "baseline", "--recipe", FOLDER, "--runs", tmp_path / "file"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (bad_key, ["phase1.yaml:7", "schedule[1].hand_over", "did you mean 'handover'"]),
         (
-            bad_checkpoint,
-            ["odd.safetensors", "missing", "unexpected", "wrong size", "h_a.branch.1.weights", "means_hyper"],
+            ["plan", "phase1", "--recipe", FOLDER, "--set", "phase1.schedule.1.hand_over=4"],
+            ["--set phase1.schedule.1.hand_over=4", "schedule[1].hand_over", "did you mean 'handover'"],
         ),
-        (bad_pickle, ["evil.pth.tar", "refused", "torch.save(model.state_dict()"]),
-        (file_for_images, ["file.pth.tar: not a folder; give a folder of images"]),
-        (file_for_runs, ["/file/mini/lmbda-0.013: Not a directory"]),
-        (lambda _: ["import", FOLDER, "baseline.safetensors"], ["mini: a folder, not a file"]),
-        (lambda path: ["audit", "--runs", path / "nowhere"], ["nothing was run in", "choose a folder with --runs"]),
+        (["plan", "phase1", "--recipe", FOLDER, "--data", __file__], ["test_main.py: not a folder; give a folder of"]),
+        (["run", "baseline", "--recipe", FOLDER, "--runs", __file__], ["test_main.py/mini/lmbda-0.013: Not a direct"]),
+        (["import", FOLDER, "baseline.safetensors"], ["mini: a folder, not a file"]),
+        (["audit", "--runs", "nowhere"], ["nothing was run in", "choose a folder with --runs"]),
     ],
 )
-def test_bad_input_is_one_screen_that_says_what_to_do(
-    arguments: Callable[[Path], list[object]], expected: list[str], tmp_path: Path, runs: Path, hpcm: Hpcm
-) -> None:
-    message = hpcm(*arguments(tmp_path), code=1).err
+def test_bad_input_is_one_screen_that_says_what_to_do(arguments: list[object], expected: list[str], hpcm: Hpcm) -> None:
+    message = hpcm(*arguments, code=1).err
     assert message.startswith("error: ")
     assert len(message.splitlines()) < 24
     for phrase in expected:
         assert phrase in message
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("command", [name for panel in cli.COMMANDS.values() for name in panel])

@@ -1,17 +1,12 @@
 """The time left of a run, and the lines that are printed without a terminal."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from mini import mini_chain
 
 from pipeline.commands import progress
-from pipeline.commands.chain_tables import closing_table
 from pipeline.commands.display import duration
-from pipeline.commands.progress import ProgressWatcher, _values
-from pipeline.evidence.rate_distortion import points_table
-from pipeline.evidence.report_tables import quality_table
+from pipeline.commands.progress import ProgressWatcher
 from pipeline.recipes.schema import Segment
 
 FROZEN = Segment.model_validate(
@@ -72,9 +67,3 @@ def test_a_long_evaluation_is_seen_without_a_terminal(clock: list[float], capsys
         clock[0] += 11
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"  validation: image {number} of 24" for number in (4, 7, 10, 13, 16, 19, 22)]
-
-
-def test_estimated_and_coded_rates_carry_their_names() -> None:
-    assert _values({"loss": 1.5, "bpp": 0.25}) == "loss 1.5000  estimated 0.2500 bpp"
-    tables = closing_table(mini_chain(Path("nowhere"), "baseline")), quality_table([]), points_table("", {})
-    assert all("coded bpp" in table.columns and "bpp" not in table.columns for table in tables)

@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from pipeline.common.errors import UserError
 from pipeline.evaluation.pillow_codecs import CODECS, PillowFiles, codecs_named, nearest_quality
-from pipeline.evidence.codec_comparison import CodecComparison, OperatingPoint, draw
+from pipeline.evidence.codec_comparison import CodecComparison, OperatingPoint, deltas_table, draw
 from pipeline.weights.checkpoints import publish
 from pipeline.weights.published import Lineage, Quality
 
@@ -52,10 +52,15 @@ def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path, hpcm: Hpcm
     publish(tmp_path / "checkpoint.safetensors", mini_codec(0), Lineage(name="mini"))
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
+    (tmp_path / "vtm.csv").write_text("bpp,psnr\n0.2,30\n0.4,33\n")
     plot, output = tmp_path / "curves.png", tmp_path / "values.json"
-    command = ["evaluate", tmp_path / "noise.png", "-c", tmp_path, "--against", ",".join(THERE)]
-    printed = hpcm(*command, "--plot", plot, "-o", output).out
+    against = ",".join([*THERE, str(tmp_path / "vtm.csv"), "hpcm-large-kodak"])
+    command = ["evaluate", tmp_path / "noise.png", "-c", tmp_path, "--against", against]
+    shown = hpcm(*command, "--plot", plot, "-o", output)
+    assert "hpcm-large-kodak: measured on the 24 Kodak images, and these are others" in shown.err
+    assert "BD-rate of our codecs" in shown.out
     values = json.loads(output.read_text())
+    assert set(values["published"]) == {"vtm", "hpcm-large-kodak"}
     (point,) = values["points"]
     assert [point["name"], *(other["codec"] for other in point["others"])] == [
         "mini", *(codec.title for codec in THERE.values()),
@@ -67,16 +72,19 @@ def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path, hpcm: Hpcm
         chosen = PillowFiles(codec, named).nearest(size)
         assert other["quality"]["bpp"] == PillowFiles(codec, named).measure(chosen).bpp
         assert chosen == 0 or sizes[0] < size
-        assert f"{other['quality']['psnr_db']:.2f}" in printed
+        assert f"{other['quality']['psnr_db']:.2f}" in shown.out
     assert Image.open(plot).format == "PNG"
     assert {title for title, curve in values["curves"].items() if curve} <= {codec.title for codec in THERE.values()}
     hpcm("evaluate", tmp_path, "--plot", plot, code=2)
 
 
-def test_curves_and_points_are_drawn_for_both_metrics() -> None:
+def test_curves_and_points_are_drawn_and_compared_for_both_metrics() -> None:
     low, high = Quality(0.2, 30.0, 0.9, 0.2), Quality(0.4, 33.0, 0.99, 0.4)
     points = tuple(OperatingPoint(str(n), quality, ()) for n, quality in enumerate((low, high)))
-    psnr, similarity = draw(CodecComparison(2, points, {"JPEG": (low,)})).axes
-    assert [line.get_label() for line in psnr.lines] == ["JPEG", "HPCM, this project"]
-    assert list(psnr.lines[1].get_ydata()) == [30, 33]
+    published = tuple(Quality(q.bpp / 1.1, q.psnr_db, None, 0.0) for q in (low, high))
+    comparison = CodecComparison(2, points, {"JPEG": (low,)}, {"by others": published})
+    psnr, similarity = draw(comparison).axes
+    assert [line.get_label() for line in psnr.lines] == ["JPEG", "by others", "HPCM, this project"]
+    assert list(psnr.lines[2].get_ydata()) == [30, 33]
     assert list(similarity.lines[1].get_ydata()) == pytest.approx([10, 20])
+    assert deltas_table(comparison).rows == [("JPEG", "1", "–", "–"), ("by others", "2", "+10.00", "–")]

@@ -47,14 +47,10 @@ def test_everything_that_can_be_measured_is(measured: Comparison) -> None:
     assert all(len(cost.samples) == 2 and min(cost.samples) > 0 for cost in measured.costs)
     assert all(measured.ratio(cost) == 1 for cost in measured.costs if cost.codec == "phase0")
     assert measured.ratio(measured.of("64×64", "frozen")["phase4"]) is None  # phase0 has nothing new
-
-
-def test_counts_are_those_of_the_codecs(measured: Comparison) -> None:
-    sizes = {size.codec: size for size in measured.codecs}
-    assert {name: size.parameters for name, size in sizes.items()} == {
+    assert {size.codec: size.parameters for size in measured.codecs} == {
         f"phase{p}": sum(x.numel() for x in mini_codec(p).parameters()) for p in (0, 4)
     }
-    assert sizes["phase4"].kmacs_per_pixel > sizes["phase0"].kmacs_per_pixel > 0
+    assert measured.codecs[1].kmacs_per_pixel > measured.codecs[0].kmacs_per_pixel > 0
 
 
 def test_tables_show_ratios_to_the_first(measured: Comparison) -> None:
@@ -153,12 +149,9 @@ def test_checkpoints_find_their_parents_by_digest(tmp_path: Path) -> None:
         contenders.of_checkpoints([paths[0], paths[0]])
 
 
-def test_a_codec_like_its_parent_has_no_frozen_step() -> None:
-    config = mini_codec(1).config
-    assert Contender("control1", config, parent=config).activities == ("encode", "decode", "unfrozen")
-
-
 def test_a_recipe_gives_each_codec_once() -> None:
+    config = mini_codec(1).config  # A codec like its parent has no frozen step.
+    assert Contender("control1", config, parent=config).activities == ("encode", "decode", "unfrozen")
     found = contenders.of_recipe(load_recipe("evidence"))
     names = [contender.name for contender in found]
     assert names[0] == "baseline"
@@ -181,14 +174,6 @@ def test_the_command_writes_a_folder_that_the_report_reads(runs: Path, tmp_path:
     (kept,) = read_comparisons(runs)
     assert kept.trained
     assert shown["codecs"][0]["codec"] == "baseline"
-
-
-def test_a_preset_is_the_recipe_of_its_name(runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm) -> None:
-    asked: list[list[Contender]] = []
-    monkeypatch.setattr(comparison, "compare", lambda title, codecs, *rest: asked.append(codecs) or costs(1.0))
-    for option in ("--preset", "--recipe"):
-        hpcm("compare", option, "tiny", "--runs", runs)
-    assert asked[0] == asked[1] == contenders.of_recipe(load_recipe("tiny"))
 
 
 @pytest.mark.parametrize(
