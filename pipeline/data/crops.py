@@ -36,11 +36,8 @@ class TrainingCrops(Dataset[dict[str, Any]]):
     (seed, n). A photograph that cannot be decoded is reported once and replaced by the next usable one.
     """
 
-    def __init__(self, photos: Photos, crop: int, seed: int, flip: bool = True) -> None:
-        self.photos = photos
-        self.crop = crop
-        self.seed = seed
-        self.flip = flip
+    def __init__(self, photos: Photos, crop: int, seed: int) -> None:
+        self.photos, self.crop, self.seed = photos, crop, seed
         self._decoded: dict[int, np.ndarray] = {}
         # In shared memory, so that only one of the data workers gives the warning.
         self._named = torch.zeros(len(photos.paths), dtype=torch.bool).share_memory_()
@@ -52,7 +49,7 @@ class TrainingCrops(Dataset[dict[str, Any]]):
         draw = np.random.default_rng([self.seed, 1, n])
         top, left = (int(draw.integers(side - self.crop + 1)) for side in image.shape[:2])
         square = image[top : top + self.crop, left : left + self.crop]
-        if self.flip and draw.integers(2):
+        if draw.integers(2):
             square = square[:, ::-1]
         return {"image": _to_tensor(square), "sample": n}
 

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Hpcm, mini_codec
+from mini import Hpcm
 
-from modules.bitstream.file_format import BitstreamError, CodedImage
+from modules.bitstream.file_format import CodedImage
 from modules.bitstream.guards import table_index
 from modules.bitstream.identity import model_identity
-from modules.image_codec import ImageCodec
-from pipeline.commands.codec_options import CodecOptions
-from pipeline.common import packaged
 from pipeline.common.errors import UserError
 from pipeline.evaluation import conformance
 from pipeline.evaluation.conformance import REFERENCE, STREAMS, Outcome
 from pipeline.weights import shipped
-from pipeline.weights.checkpoints import load_codec, publish
+from pipeline.weights.checkpoints import load_codec
 from pipeline.weights.metadata import read_metadata
-from pipeline.weights.published import Lineage
 
 CASES = {"guards", "noise", "odd", "pixel"}
 
@@ -89,18 +85,3 @@ def test_the_output_ends_with_pass_or_fail(fault: str, monkeypatch: pytest.Monke
     assert "6.5e-06" in printed.out
     assert "the largest scale error is 32% of its stream's ε" in printed.out
     assert printed.err == (f"error: two.hpcm: {fault}\n" if fault else "")
-
-
-def test_a_file_finds_the_codec_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = tmp_path / "runs" / "mini" / "lmbda-0.013" / "baseline" / "checkpoint.safetensors"
-    bundled = tmp_path / "bundled.safetensors"
-    for number, (path, name) in enumerate(((stage, "baseline"), (bundled, "control"))):
-        torch.manual_seed(number)
-        publish(path, mini_codec(4 * number), Lineage(name=name))
-    monkeypatch.setattr(packaged, "WEIGHTS", tmp_path)
-    find = CodecOptions().finder(tmp_path / "runs")
-    for path in (bundled, stage):
-        codec = ImageCodec(load_codec(path))
-        assert find(codec.identity).identity == codec.identity
-    with pytest.raises(BitstreamError, match=r"not bundled and not in .*runs; give it with -c"):
-        find(b"somebody")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from pipeline.data.images import Photos, find_images
 from pipeline.data.pictures import DataError
 
 SIDE = 40
+CUT = 60
+"""Bytes of an image that are kept: its header, and part of its pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +41,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Photos:
-    """Four images, of which 1 and 2 are truncated after their header."""
-    for number in range(4):
-        path = tmp_path / f"{number}.png"
-        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        pixels[:, :, 0] = 50 * number
-        Image.fromarray(pixels).save(path)
+def damaged(photos: Photos, tmp_path: Path) -> Photos:
+    """Four of these images, of which 1 and 2 are truncated after their header."""
+    for number, path in enumerate(photos.paths[:4]):
+        shutil.copy(path, tmp_path)
         if number in (1, 2):
-            os.truncate(path, 1000)
-    photos = find_images(tmp_path, "train", 16)
-    assert len(photos.paths) == 4
-    return photos
+            os.truncate(tmp_path / f"{number}.png", CUT)
+    return find_images(tmp_path, "train", 16)
 
 
 def crops_of(photos: Photos, seed: int = 1) -> TrainingCrops:
@@ -78,8 +76,6 @@ def test_a_crop_is_part_of_its_photograph(photos: Photos) -> None:
         flips.add(int(columns[0, 1] - columns[0, 0]))
     assert flips == {-1, 1}
     assert len(corners) > 50
-    unflipped = TrainingCrops(photos, crop=16, seed=1, flip=False)
-    assert all(unflipped[n]["image"][2].diff(dim=1).min() > 0 for n in range(20))
     assert TrainingCrops(photos, crop=SIDE, seed=1)[0]["image"].shape == (3, SIDE, SIDE)
 
 
@@ -173,7 +169,7 @@ def test_only_one_of_several_workers_names_a_damaged_photograph(
 
 def test_it_is_an_error_if_no_photograph_can_be_decoded(damaged: Photos) -> None:
     for path in damaged.paths:
-        os.truncate(path, 1000)
+        os.truncate(path, CUT)
     message = f"{damaged.source}: none of the 4 images can be decoded"
     for workers in (0, 1):  # A worker's error is one line too.
         with pytest.raises(DataError) as caught, noticing_lost_workers():
@@ -206,7 +202,7 @@ def test_validation_images_come_whole_and_in_order(
         assert (image[0, 0] * 255).round().unique().item() == 50 * number
     assert [name for name, _ in validation_images(damaged, limit=2)] == ["0.png", "3.png"]
     assert [caplog.text.count(name) for name in ("1.png", "2.png")] == [1, 1]
-    os.truncate(damaged.paths[0], 1000)
-    os.truncate(damaged.paths[3], 1000)
+    os.truncate(damaged.paths[0], CUT)
+    os.truncate(damaged.paths[3], CUT)
     with pytest.raises(DataError, match=f"{damaged.source}: none of the 4 images can be decoded"):
         list(validation_images(damaged))

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from html.parser import HTMLParser
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -57,43 +57,21 @@ def test_the_first_table_says_what_each_stage_did(finished: Finished) -> None:
     assert table.rows[1][9] == f"{last.quality.rd_loss - start.parent.rd_loss:+.4f}"
 
 
-class Page(HTMLParser):
-    """Collects headings, sources of images, and elements that were left open."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.sources: list[str] = []
-        self.headings: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-        if tag == "img":
-            self.sources.append(dict(attributes)["src"] or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("h2", "h3"):
-            self.headings.append(data)
-
-
 def test_the_page_holds_everything_and_needs_nothing(finished: Finished, tmp_path: Path, hpcm: Hpcm) -> None:
     shutil.copytree(finished[0].runs, tmp_path / "runs")
     costs(2.0).write(tmp_path / "runs" / "comparisons" / "mini-1")
     hpcm("report", "--runs", tmp_path / "runs", "--output", tmp_path / "report")
     text = (tmp_path / "report" / "report.html").read_text()
-    page = Page(text)
-    assert page.open == []
-    assert page.headings == [
+    assert Counter(re.findall(r"<(\w+)", text)) - Counter({"meta": 99, "img": 99, "br": 99}) == Counter(
+        re.findall(r"</(\w+)>", text)
+    )
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert re.findall(r"<h[23]>([^<]*)", text) == [
         "Recipe mini", "What each stage did", "Quality and cost", "Against the controls", "Reconstructions",
         "Training", "Lineage", "Cost", "mini on a machine",
     ]  # fmt: skip
-    assert len(page.sources) == 3 + 1 + 2 * 2
-    assert all(source.startswith("data:image/") for source in page.sources)
+    assert len(sources) == 3 + 1 + 2 * 2
+    assert all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"<(script|link|iframe)|https?://|@import|url\(", text)
     assert text.count("No control was built") == 1  # said once, not for every stage
     for name in STAGES:
