@@ -20,8 +20,8 @@ from pipeline.chain.stage_task import CODE_VERSION, StageTask
 from pipeline.chain.validation_images import ValidationImages
 from pipeline.common.errors import Interrupted, MainProcessStopped
 from pipeline.common.files import FileError
-from pipeline.common.processes import environment_of
 from pipeline.common.tables import shortest
+from pipeline.common.timing import processor
 from pipeline.data.crops import TrainingCrops
 from pipeline.evaluation.coding import macs_per_pixel
 from pipeline.recipes.schema import Transfer
@@ -83,8 +83,11 @@ class StageRun:
             position = Position(progress.segment, progress.step, progress.stage_step)
             how = f"resumed in {position.named(self.stage.schedule)}"
             self.watcher.note(how)
-        environment = {
-            **environment_of(self.processes.accelerator),
+        environment = {  # What affects rounding: the result can be the same bit for bit only if all of it is equal.
+            "PyTorch": torch.__version__,
+            "device": processor(str(self.device)),
+            "threads": str(torch.get_num_threads()),
+            "processes": str(self.processes.accelerator.num_processes),
             "Bi-WKV4": kernel(self.task, self.device),
             "micro-batches": str(self.stage.data.accumulate),
         }

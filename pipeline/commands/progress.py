@@ -50,14 +50,14 @@ class ProgressWatcher(Watcher):
     def segment(self, segment: Segment, done: int) -> None:
         self.name, self.done, self.total = segment.name, done, segment.steps
         self._ends.clear()
-        self._show_training()
+        self._begin(self.name, done, segment.steps)
 
     def step(self, values: dict[str, float] | None) -> None:
         now = time.monotonic()
         self.done, self.steps = self.done + 1, self.steps - 1
         self._ends.append(now)
         if not self._training:
-            self._show_training()
+            self._begin(self.name, self.done, self.total)
         self.bar.update(self.task, completed=self.done, left=self.time_left)
         if not values:
             return
@@ -69,9 +69,7 @@ class ProgressWatcher(Watcher):
     def image(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self._training or done == 0:
-            self.bar.reset(
-                self.task, description="validation", total=total, visible=True, left="", values="", completed=done
-            )
+            self._begin("validation", done, total)
             self._training = False
         self.bar.update(self.task, completed=done)
         if self._is_time(now):
@@ -89,11 +87,9 @@ class ProgressWatcher(Watcher):
         segment, chain = (duration(pace * max(steps, 0)) for steps in (self.total - self.done, self.steps))
         return f"left at this speed: segment {segment}, chain {chain}"
 
-    def _show_training(self) -> None:
+    def _begin(self, what: str, done: int, total: int) -> None:
         self._training = True
-        self.bar.reset(
-            self.task, description=self.name, total=self.total, visible=True, left="", values="", completed=self.done
-        )
+        self.bar.reset(self.task, description=what, completed=done, total=total, visible=True, left="", values="")
 
     def _is_time(self, now: float) -> bool:
         """Whether a line is due, without a terminal."""

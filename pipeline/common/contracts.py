@@ -18,15 +18,14 @@ LARGEST = 2**26
 """Maximum size of a contract file, in bytes."""
 
 
-def read_contract(kind: type[Contract], path: Path, error: type[UserError] = FileError) -> Contract:
-    """Read a contract from a JSON file; raises `error`, naming the file, if it is missing or damaged."""
-    if check_regular(path, error).st_size > LARGEST:
-        raise error(f"{path}: damaged: larger than {LARGEST:,} bytes")
+def read_contract(kind: type[Contract], path: Path) -> Contract:
+    """Read a contract from a JSON file; raises FileError, naming the file, if it is missing or damaged."""
+    if check_regular(path).st_size > LARGEST:
+        raise FileError(f"{path}: damaged: larger than {LARGEST:,} bytes")
     try:
-        text = path.read_bytes()
+        return parse_contract(kind, path.read_bytes(), path)
     except OSError as problem:
-        raise error(f"{path}: {problem.strerror}") from problem
-    return parse_contract(kind, text, path, error)
+        raise FileError(f"{path}: {problem.strerror}") from problem
 
 
 def parse_contract(

@@ -16,7 +16,6 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object
 from torch import Tensor
 
 from pipeline.common.errors import Interrupted, LostProcess, MainProcessStopped, UserError
-from pipeline.common.timing import processor
 
 
 class ProcessesDiffer(UserError):
@@ -45,16 +44,6 @@ def _launcher() -> int | None:
         return os.getppid() if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes() else None
     except OSError:
         return None
-
-
-def environment_of(accelerator: Accelerator) -> dict[str, str]:
-    """What affects rounding in a training step. Results can be byte-identical only if all of it is equal."""
-    return {
-        "PyTorch": torch.__version__,
-        "device": processor(str(accelerator.device)),
-        "threads": str(torch.get_num_threads()),
-        "processes": str(accelerator.num_processes),
-    }
 
 
 class ProcessGroup:

@@ -51,7 +51,7 @@ class TrainingCrops(Dataset[dict[str, Any]]):
         square = image[top : top + self.crop, left : left + self.crop]
         if draw.integers(2):
             square = square[:, ::-1]
-        return {"image": _to_tensor(square), "sample": n}
+        return {"image": to_tensor(square), "sample": n}
 
     def _usable(self, first: int) -> np.ndarray:
         count = len(self.photos.paths)
@@ -82,7 +82,8 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
-def _to_tensor(image: np.ndarray) -> Tensor:
+def to_tensor(image: np.ndarray) -> Tensor:
+    """Pixels (H, W, 3) in 8 bits as float32 (3, H, W) in [0, 1]."""
     # NumPy divides, because torch would start threads, which costs more than dividing one crop.
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255)
 
@@ -188,6 +189,6 @@ def validation_images(photos: Photos, limit: int | None = None) -> Iterator[tupl
             logger.warning("%s; skipped in validation", problem)
             continue
         given += 1
-        yield name, _to_tensor(image)[None]
+        yield name, to_tensor(image)[None]
     if not given:
         raise DataError(f"{photos.source}: none of the {len(photos.paths)} images can be decoded")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from modules.bitstream.file_format import EPSILON, CodedImage
 from modules.image_codec import ImageCodec
 from modules.target_codec import TargetCodec
 from pipeline.common.files import replacing
+from pipeline.data.crops import to_tensor
 from pipeline.data.pictures import FORMATS, DataError, Picture, read_picture
 from pipeline.evaluation.conversions import Conversion
 from pipeline.evaluation.limits import check_size
@@ -66,7 +65,7 @@ def read_to_code(path: Path, max_pixels: int | None, *models: HPCM, refined: boo
     height, width, _ = picture.pixels.shape
     for model in models:
         check_size(model, height, width, max_pixels, refined)
-    return picture, to_tensor(picture)
+    return picture, to_tensor(picture.pixels)[None]
 
 
 def compress_file(
@@ -126,11 +125,6 @@ def decompress_file(
         picture = Image.fromarray(pixels)
         picture.save(partial, format=form, icc_profile=coded.icc_profile or None, **SAVING[form])
     return Decompressed(coded.width, coded.height, recovery)
-
-
-def to_tensor(picture: Picture) -> Tensor:
-    """Pixels as float32 (1, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(picture.pixels.transpose(2, 0, 1).astype(np.float32)[None] / 255)
 
 
 def to_8_bits(x_hat: Tensor) -> Tensor:

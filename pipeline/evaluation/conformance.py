@@ -48,7 +48,7 @@ class Outcome:
     fault: str
 
 
-def verify(device: torch.device, folder: Path = STREAMS, weights: Path = WEIGHTS) -> Iterator[Outcome]:
+def verify(device: torch.device, folder: Path = STREAMS) -> Iterator[Outcome]:
     """Decode the streams of the suite one by one on `device`; raises UserError if there is no suite."""
     if not (folder / REFERENCE).is_file():
         raise UserError(f"{folder}: no {REFERENCE} here to compare with")
@@ -56,7 +56,7 @@ def verify(device: torch.device, folder: Path = STREAMS, weights: Path = WEIGHTS
     codecs: dict[str, ImageCodec] = {}
     for name, reference in references.items():
         if reference.model not in codecs:
-            codecs[reference.model] = ImageCodec(load_codec(weights / reference.model).to(device))
+            codecs[reference.model] = ImageCodec(load_codec(WEIGHTS / reference.model).to(device))
         yield _read(codecs[reference.model], name, reference, folder / name)
 
 

@@ -4,7 +4,7 @@ import io
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -64,19 +64,10 @@ class PillowFiles:
     """The files of one image, (1, 3, H, W) in [0, 1], by one codec. Each quality is encoded only once."""
 
     def __init__(self, codec: PillowCodec, named: NamedImage):
-        self.codec, self.named = codec, named
-        self._files: dict[int, bytes] = {}
-
-    @cached_property
-    def _image(self) -> Image.Image:
-        pixels = self.named[1][0].permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-        return Image.fromarray(np.ascontiguousarray(pixels))
-
-    def file(self, quality: int) -> bytes:
+        self.named = named
+        pixels = named[1][0].permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+        self.file = cache(partial(codec.encode, Image.fromarray(np.ascontiguousarray(pixels))))
         """The bytes at a quality from 0 to 100."""
-        if quality not in self._files:
-            self._files[quality] = self.codec.encode(self._image, quality)
-        return self._files[quality]
 
     def measure(self, quality: int) -> Quality:
         """Bits per pixel of the whole file, PSNR and MS-SSIM at a quality."""

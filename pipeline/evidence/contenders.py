@@ -18,7 +18,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.memory import largest_resident_size
 from pipeline.common.processes import ProcessGroup, start_accelerator
 from pipeline.common.timing import timed
-from pipeline.data.crops import TrainingCrops
+from pipeline.data.crops import TrainingCrops, to_tensor
 from pipeline.data.images import find_images
 from pipeline.data.pictures import read_image
 from pipeline.recipes.loading import Recipe
@@ -126,7 +126,7 @@ def photograph(size: Size) -> Tensor:
     pixels = read_image(Path(find_images(None, "val", 1).paths[0]))[: size[0], : size[1]]
     missing = [(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
     pixels = np.pad(pixels, [*missing, (0, 0)], mode="symmetric")
-    return torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+    return to_tensor(pixels)[None]
 
 
 def of_recipe(recipe: Recipe) -> list[Contender]:

@@ -93,7 +93,7 @@ def program(network: Network, keep_op: bool = False) -> ExportedProgram:
     return found
 
 
-def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[Path]:
+def export_programs(source: Path, folder: Path, keep_op: bool = False) -> None:
     """Write a checkpoint's programs and their runtime into a new or empty folder. Raises CheckpointError."""
     model = _prepared(source, folder)
     with warnings.catch_warnings():
@@ -102,7 +102,6 @@ def export_programs(source: Path, folder: Path, keep_op: bool = False) -> list[P
         for name, network in networks(model).items():
             save(program(network, keep_op), folder / f"{name}.pt2")
     _write_companions(model, folder)
-    return sorted(folder.iterdir())
 
 
 def export_onnx(source: Path, folder: Path) -> dict[str, str]:

@@ -100,8 +100,8 @@ def _compute_in_double() -> None:
     """Train in float64, where the order of a sum almost never changes how a latent is rounded."""
     from pipeline.data import crops as data
 
-    in_single = data._to_tensor
-    data._to_tensor = lambda image: in_single(image).double()
+    in_single = data.to_tensor
+    data.to_tensor = lambda image: in_single(image).double()
     torch.set_default_dtype(torch.float64)
 
 
