@@ -17,18 +17,13 @@ from pipeline.common.packaged import recipe_names, stage_names
 from pipeline.recipes.loading import load_recipe
 
 
-def _complete_recipe(incomplete: str) -> list[str]:
-    return [name for name in recipe_names() if name.startswith(incomplete)]
-
-
-def _complete_stage(context: typer.Context, incomplete: str) -> list[str]:
-    recipe = context.params.get("recipe") or "tiny"
-    return [name for name in stage_names(recipe) if name.startswith(incomplete)]
+def _stages(context: typer.Context) -> list[str]:
+    return stage_names(context.params.get("recipe") or "tiny")
 
 
 StageName = Annotated[
     str,
-    typer.Argument(help="The stage to build, such as phase4, after its ancestors.", autocompletion=_complete_stage),
+    typer.Argument(help="The stage to build, such as phase4, after its ancestors.", autocompletion=_stages),
 ]
 
 
@@ -38,7 +33,7 @@ class RecipeOptions:
 
     PANEL = RECIPE
 
-    recipe: Annotated[str, typer.Option(autocompletion=_complete_recipe)] = "tiny"
+    recipe: Annotated[str, typer.Option(autocompletion=recipe_names)] = "tiny"
     """Name of a packaged recipe, or path to a recipe's folder."""
     data: str | None = None
     """Folder of training images [default: packaged photographs]."""

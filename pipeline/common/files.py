@@ -87,11 +87,8 @@ def check_regular(path: Path, error: type[UserError] = FileError) -> os.stat_res
 
 def open_own(path: Path, mode: str) -> IO[Any]:
     """Open one of the program's own files without blocking on a pipe; raises OSError for a symbolic link."""
-    return open(path, mode, opener=_not_through_links)
-
-
-def _not_through_links(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    own = os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | own, 0o666))
 
 
 class OwnFolder:

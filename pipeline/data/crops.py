@@ -144,7 +144,8 @@ def training_loader(
         # Forked workers end when the trainer is killed; workers of a fork server would stay.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_process_group,
+        # Ctrl-C reaches only the process group of the trainer, which saves before the workers end.
+        worker_init_fn=lambda worker: os.setpgid(0, 0),
         # Without its own generator, the loader would draw from the global one, and a resumed run would draw once more.
         generator=torch.Generator(),
     )
@@ -167,11 +168,6 @@ def noticing_lost_workers() -> Iterator[None]:
             "  The last saved state is kept. Run the same command again to resume from it. If memory is short, use "
             "fewer workers: --set data.workers=…"
         ) from error
-
-
-def _leave_process_group(worker: int) -> None:
-    """Leave the trainer's process group, so that Ctrl-C reaches only the trainer, which saves before workers end."""
-    os.setpgid(0, 0)
 
 
 def validation_images(photos: Photos, limit: int | None = None) -> Iterator[tuple[str, Tensor]]:

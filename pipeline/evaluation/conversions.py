@@ -69,7 +69,9 @@ def plan(
     elif output and output.suffix.lower() == written and not output.is_dir():
         raise DataError(f"{output}: this names one file, but there are {len(found)} to write; give a folder")
     else:
-        conversions = [_beside(path, Path(name).with_suffix(written), output) for name, path in found]
+        names = [(path, Path(name).with_suffix(written)) for name, path in found]
+        beside = [(path, output / name if output else path.with_name(name.name), name) for path, name in names]
+        conversions = [Conversion(path, target, name.as_posix()) for path, target, name in beside]
     writers: dict[Path, Path] = {}
     for conversion in conversions:
         target = conversion.target
@@ -81,7 +83,3 @@ def plan(
     for folder in {target.parent for target in writers}:
         folder.mkdir(parents=True, exist_ok=True)  # If this is not allowed, it fails before the work.
     return conversions
-
-
-def _beside(source: Path, name: Path, folder: Path | None) -> Conversion:
-    return Conversion(source, folder / name if folder else source.with_name(name.name), name.as_posix())

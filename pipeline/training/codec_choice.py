@@ -3,7 +3,7 @@
 import re
 
 from modules.config import PRESETS, HPCMConfig, preset_config
-from pipeline.recipes.schema import ModelChoice, Stage
+from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import Misfit, RecipeError, YamlNode, located
 
 
@@ -17,14 +17,11 @@ def config_of(stage: Stage, source: YamlNode | None = None) -> HPCMConfig:
                 f"rates: the chain's λ = {stage.lmbda} must lie between the first and the last of {list(config.rates)}"
             )
     except ValueError as error:
-        raise RecipeError(located(_misfit(choice, str(error)), source, stage.name)) from error
+        problem, path = str(error), ["model"]
+        named = [key for key in choice.overrides if re.search(rf"\b{re.escape(key)}\b", problem)]
+        if choice.preset not in PRESETS:
+            path.append("preset")
+        elif named:
+            problem, path = problem.removeprefix(f"{named[0]}: "), ["model", "overrides", named[0]]
+        raise RecipeError(located(Misfit(problem, *path), source, stage.name)) from error
     return config
-
-
-def _misfit(model: ModelChoice, problem: str) -> Misfit:
-    """The problem of a codec's configuration, with the key that it names."""
-    if model.preset not in PRESETS:
-        return Misfit(problem, "model", "preset")
-    named = [key for key in model.overrides if re.search(rf"\b{re.escape(key)}\b", problem)]
-    path = ("overrides", named[0]) if named else ()
-    return Misfit(problem.removeprefix(f"{named[0]}: ") if named else problem, "model", *path)
