@@ -127,12 +127,10 @@ def _columns(comparison: Comparison, size: str) -> dict[str, Column]:
     found: dict[str, Column] = {}
     for activity in ACTIVITIES:
         costs = comparison.of(size, activity)
-        found[activity] = {name: (f"{cost.seconds:.3f}", comparison.ratio(cost)) for name, cost in costs.items()}
-        found[f"memory, {activity}"] = {
-            name: (f"{cost.bytes / 2**20:.0f}", comparison.memory_ratio(cost))
-            for name, cost in costs.items()
-            if cost.bytes
-        }
+        ratios = {name: comparison.ratios(cost) for name, cost in costs.items()}
+        found[activity] = {name: (f"{cost.seconds:.3f}", ratios[name][0]) for name, cost in costs.items()}
+        memory = {name: f"{cost.bytes / 2**20:.0f}" for name, cost in costs.items() if cost.bytes}
+        found[f"memory, {activity}"] = {name: (shown, ratios[name][1]) for name, shown in memory.items()}
     return {heading: column for heading, column in found.items() if column}
 
 
@@ -157,7 +155,7 @@ def draw(comparison: Comparison) -> Figure:
             axis.bar(at, heights, width, color=colors[codec], label=codec)
         axis.axhline(1, color="0.3", linewidth=0.8)
         axis.set_xticks(range(len(groups)), list(groups))
-        axis.set(title=size, ylabel=f"× {comparison.first}")
+        axis.set(title=size, ylabel=f"× {names[0]}")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     legend_above(figure, axes[0], len(names))

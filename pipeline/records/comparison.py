@@ -1,7 +1,5 @@
 """The record of a comparison of costs: `comparison.json` in a folder of `runs/comparisons/`."""
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,11 +58,6 @@ class Comparison:
     costs: tuple[Cost, ...]
 
     @property
-    def first(self) -> str:
-        """Name of the codec with which the others are compared."""
-        return self.codecs[0].codec
-
-    @property
     def sizes(self) -> list[str]:
         """Image sizes, in the order in which they were measured."""
         return list(dict.fromkeys(cost.size for cost in self.costs))
@@ -73,20 +66,16 @@ class Comparison:
         """Costs of an activity at a size, by codec."""
         return {cost.codec: cost for cost in self.costs if (cost.size, cost.activity) == (size, activity)}
 
-    def ratio(self, cost: Cost) -> float | None:
-        """Time relative to the first codec: median of the rounds' ratios, in which load on a whole round cancels."""
-        first = self.of(cost.size, cost.activity).get(self.first)
-        return statistics.median(a / b for a, b in zip(cost.samples, first.samples, strict=True)) if first else None
+    def ratios(self, cost: Cost) -> tuple[float | None, float | None]:
+        """Time and peak memory relative to the first codec; None if these were not measured for both.
 
-    def memory_ratio(self, cost: Cost) -> float | None:
-        """Peak memory relative to the first codec."""
-        first = self.of(cost.size, cost.activity).get(self.first)
-        return cost.bytes / first.bytes if first and first.bytes and cost.bytes else None
-
-    @classmethod
-    def read(cls, folder: Path) -> Comparison:
-        """Read a comparison. Raises FileError, naming the file, if it is missing or damaged."""
-        return read_contract(cls, folder / FILE)
+        The time is the median of the rounds' ratios, in which load on a whole round cancels.
+        """
+        first = self.of(cost.size, cost.activity).get(self.codecs[0].codec)
+        if first is None:
+            return None, None
+        time = statistics.median(a / b for a, b in zip(cost.samples, first.samples, strict=True))
+        return time, cost.bytes / first.bytes if first.bytes and cost.bytes else None
 
     def write(self, folder: Path) -> None:
         """Write the comparison. Raises FileError."""
@@ -95,5 +84,5 @@ class Comparison:
 
 def read_comparisons(runs: Path) -> list[Comparison]:
     """All comparisons in a folder of runs, oldest first. Raises FileError for a damaged one."""
-    found = [Comparison.read(path.parent) for path in (runs / FOLDER).glob(f"*/{FILE}")]
+    found = [read_contract(Comparison, path) for path in (runs / FOLDER).glob(f"*/{FILE}")]
     return sorted(found, key=lambda comparison: comparison.time)

@@ -65,6 +65,7 @@ def test_a_codec_is_found_loaded_and_described_in_every_form(
     assert is_codec(Path(form))
     path = codec_path(form)
     loaded, described = load_codec(path), CheckpointInfo.read(path).to_json()
+    assert not loaded.training
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     assert (loaded.lmbda, described["lmbda"], described["metric"]) == (0.013, 0.013, "mse")

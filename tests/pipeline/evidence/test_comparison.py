@@ -45,8 +45,8 @@ def test_everything_that_can_be_measured_is(measured: Comparison) -> None:
     training = {("phase0", "64×64", "unfrozen"), ("phase4", "64×64", "frozen"), ("phase4", "64×64", "unfrozen")}
     assert found == coding | training
     assert all(len(cost.samples) == 2 and min(cost.samples) > 0 for cost in measured.costs)
-    assert all(measured.ratio(cost) == 1 for cost in measured.costs if cost.codec == "phase0")
-    assert measured.ratio(measured.of("64×64", "frozen")["phase4"]) is None  # phase0 has nothing new
+    assert all(measured.ratios(cost)[0] == 1 for cost in measured.costs if cost.codec == "phase0")
+    assert measured.ratios(measured.of("64×64", "frozen")["phase4"]) == (None, None)  # phase0 has nothing new
     assert {size.codec: size.parameters for size in measured.codecs} == {
         f"phase{p}": sum(x.numel() for x in mini_codec(p).parameters()) for p in (0, 4)
     }

@@ -13,7 +13,6 @@ import pytest
 import torch
 from mini import Malicious, mini_codec
 from safetensors.torch import save
-from torch import Tensor
 
 from modules import HPCM
 from modules.bitstream.identity import model_identity
@@ -38,16 +37,6 @@ def published(tmp_path: Path) -> tuple[Path, HPCM]:
     path = tmp_path / "checkpoint.safetensors"
     publish(path, model, Lineage(name="phase4"))
     return path, model
-
-
-def test_a_published_codec_loads_by_itself(published: tuple[Path, HPCM], picture: Tensor) -> None:
-    path, model = published
-    loaded = load_codec(path)
-    assert loaded.config == model.config
-    assert not loaded.training
-    with torch.no_grad():
-        assert torch.equal(loaded(picture)["x_hat"], model(picture)["x_hat"])
-    assert len(loaded.compress(picture)["strings"]) == 2
 
 
 def test_the_same_weights_give_the_same_bytes(published: tuple[Path, HPCM], tmp_path: Path) -> None:
@@ -102,20 +91,6 @@ def test_a_full_disk_leaves_the_last_good_state(small_disk: Path) -> None:
     ]  # fmt: skip
     state, passed_over = states.newest()
     assert (state.progress.stage_step, passed_over) == (2, [])
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"\0" + content[1:]])
-def test_a_damaged_state_is_passed_over_for_the_one_before(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    states = StateFolder(tmp_path)
-    for step in (1, 2, 3):
-        states.save(TrainingState(Progress(stage_step=step), {"weight": torch.zeros(9)}))
-    before, newest = sorted(states.folder.iterdir())
-    newest.write_bytes(damage(newest.read_bytes()))
-    state, passed_over = states.newest()
-    assert state.progress.stage_step == 2
-    assert before.name.startswith("segment-00-step-00000002")
-    assert len(passed_over) == 1
-    assert str(newest) in passed_over[0]
 
 
 def test_a_state_of_another_form_is_passed_over(tmp_path: Path) -> None:
