@@ -1,7 +1,5 @@
 """Reads the chains and stages of a folder of runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

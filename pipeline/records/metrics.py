@@ -1,7 +1,5 @@
 """The metrics of a stage: `metrics.jsonl` in its folder, one line a report."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

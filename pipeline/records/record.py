@@ -4,8 +4,6 @@ The record is written whole at each milestone: when the stage begins and resumes
 segment, and with its result. A folder of runs can be moved and copied; the record contains no path that depends on it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -39,7 +37,7 @@ class DataSet:
     pixels: int
 
     @classmethod
-    def of(cls, photos: Photos) -> DataSet:
+    def of(cls, photos: Photos) -> "DataSet":
         """The facts about images that were found."""
         return cls(photos.name, photos.source, photos.digest, len(photos.paths), photos.pixels)
 
@@ -222,7 +220,7 @@ class StageRecord:
         return file_digest(folder / CHECKPOINT) == self.files.get(CHECKPOINT)
 
     @classmethod
-    def read(cls, folder: Path) -> StageRecord:
+    def read(cls, folder: Path) -> "StageRecord":
         """Read a stage's record.
 
         Raises FileError, naming the file, if it is missing, damaged, of a later version, or changed since `write`.

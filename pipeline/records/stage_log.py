@@ -1,7 +1,5 @@
 """Writes a stage's record and metrics while it runs."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ class StageLog:
         self.metrics = MetricsLog(folder / metrics.FILE if folder else None)
 
     @classmethod
-    def begin(cls, folder: Path | None, record: StageRecord, how: str, source: Source) -> StageLog:
+    def begin(cls, folder: Path | None, record: StageRecord, how: str, source: Source) -> "StageLog":
         """Begin an attempt. Continues the record in the folder, with its key and its earlier attempts, if there is one.
 
         Raises FileError for a damaged record.
