@@ -23,10 +23,7 @@ def changed_inputs(known: Mapping[str, str], inputs: Mapping[str, str]) -> str:
 
 
 def recipe_changes(text: str, stage: Stage) -> str:
-    """The settings that make a published stage stale, as in `data.batch_size: 8 → 4`; empty if they are not known.
-
-    `text` is the published stage's YAML.
-    """
+    """The settings that make a stage published with this YAML stale, as `data.batch_size: 8 → 4`; empty if unknown."""
     try:
         published = Stage.model_validate(read_text(text, "stage.yaml").plain())
     except (RecipeError, ValidationError):  # Published by a version with other settings.

@@ -32,10 +32,7 @@ class ValidationImages:
 
     @cached_property
     def images(self) -> list[NamedImage]:
-        """The images, in memory. Images too large for the codec are left out.
-
-        Raises DataError if they are no longer those of which the digest was taken.
-        """
+        """The images that the codec can code. Raises DataError if they changed since their digest was taken."""
         sketch = HPCM.on_meta(codec_config(self.task))
         found = []
         for name, image in validation_images(self.photos, self.stage.evaluation.images):

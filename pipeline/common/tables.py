@@ -11,10 +11,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The title may be empty, and so may all column names.
-
-    The first `left` columns are aligned left, the others right.
-    """
+    """A table of text. Title and column names may be empty. The first `left` columns are aligned left, others right."""
 
     title: str
     columns: tuple[str, ...]

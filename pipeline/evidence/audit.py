@@ -1,7 +1,4 @@
-"""Checks that the files of every stage are those that its record names, and shows how it was built.
-
-It reads folders only.
-"""
+"""Checks in folders alone that the files of every stage are those of its record, and shows how it was built."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -93,10 +93,7 @@ def load_recipe(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def _import_plugins(defaults: YamlNode, folder: Path) -> tuple[YamlNode, dict[str, Path]]:
-    """Import the modules that a recipe lists and those that are installed.
-
-    Returns the other defaults, and the files of the modules. Raises RecipeError.
-    """
+    """Import listed and installed modules. Returns the other defaults and the modules' files. Raises RecipeError."""
     others = {key: node for key, node in defaults.value.items() if key != PLUGINS}
     listed = defaults.value.get(PLUGINS, YamlNode([], defaults.origin))
     names, where = listed.plain(), f"{listed.origin}: {PLUGINS}"

@@ -128,10 +128,7 @@ def read_chain(folder: Path, damaged: list[str] | None = None) -> ChainRecord:
 
 
 def read_chains(runs: Path) -> list[ChainRecord]:
-    """All chains of a folder of runs with at least one stage, newest first.
-
-    Raises RecordsError if there is none, and FileError for a damaged record.
-    """
+    """The chains with stages, newest first. Raises RecordsError if there is none, FileError for a damaged record."""
     chains = [chain for path in sorted(runs.glob(f"*/*/{CHAIN_FILE}")) if (chain := read_chain(path.parent)).stages]
     if not chains:
         raise RecordsError(f"{runs}: nothing was run here yet; choose a folder with --runs")

@@ -221,10 +221,7 @@ class StageRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "StageRecord":
-        """Read a stage's record.
-
-        Raises FileError, naming the file, if it is missing, damaged, of a later version, or changed since `write`.
-        """
+        """Read a record. Raises FileError if it is missing, damaged, of a later version, or changed since `write`."""
         path = folder / FILE
         record = read_contract(cls, path)
         if record.version > VERSION:

@@ -101,10 +101,7 @@ def narrowable_pairs(parent: HPCM, child: HPCM) -> dict[str, str]:
 
 
 def narrow(parent: HPCM, child: HPCM, pairs: Mapping[str, str], crops: Crops) -> list[Site]:
-    """Fill the child's narrow modules from the parent's. `pairs` comes from `narrowable_pairs`.
-
-    All other tensors must be transferred already.
-    """
+    """Fill the child's narrow modules (`narrowable_pairs`) from the parent's. All others are transferred already."""
     if not pairs:
         return []
     narrow_forms = {path: child.get_submodule(path) for path in pairs}

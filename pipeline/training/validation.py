@@ -17,10 +17,7 @@ from pipeline.weights.training_state import Progress
 
 
 class SegmentValidation:
-    """Validates a model every `validate_every` steps of a segment and at its end.
-
-    With `keep: best` it keeps the best weights.
-    """
+    """Validates a model every `validate_every` steps of a segment and at its end. Keeps weights for `keep: best`."""
 
     def __init__(self, model: nn.Module, stage: Stage, segment: Segment, processes: ProcessGroup, reporting: Reporting):
         self.stage, self.segment, self.processes, self.reporting = stage, segment, processes, reporting

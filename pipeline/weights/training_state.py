@@ -1,7 +1,4 @@
-"""Saves and restores the training states of a stage.
-
-All randomness of a step is drawn from (seed, step), so a state stores no random number generator.
-"""
+"""The training states of a stage. A step draws its randomness from (seed, step), so they store no generator."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
