@@ -14,7 +14,6 @@ from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import StepBatches, TrainingCrops, training_loader
 from pipeline.recipes.schema import Segment, Stage
 from pipeline.training.gradients import Gradients
-from pipeline.training.meter import Meter
 from pipeline.training.objectives import with_noise
 from pipeline.training.optimizer import (
     build_optimizer,
@@ -24,10 +23,9 @@ from pipeline.training.optimizer import (
     set_trainable,
     trainable_names,
 )
-from pipeline.training.reporting import Reporting
+from pipeline.training.reporting import Meter, Reporting
 from pipeline.training.transfer import Migration
-from pipeline.training.validation import SegmentValidation
-from pipeline.training.weight_average import WeightAverage
+from pipeline.training.validation import SegmentValidation, WeightAverage, copy_into
 from pipeline.weights.checkpoints import codec_tensors, load_weights
 from pipeline.weights.training_state import StateFolder, TrainingState
 
@@ -94,7 +92,7 @@ class SegmentRun:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.average = WeightAverage(self.child, self.stage.ema) if self.stage.ema else None
         if self.average is not None and state.average:
-            self.average.restore(state.average)
+            copy_into(self.average.values, state.average)
         self.validation = SegmentValidation(self.child, self.stage, segment, self.processes, reporting)
         self.validation.restore(state.best)
         self.gradients = Gradients(self.stage, segment, migration, self.parameters, self.accelerator)

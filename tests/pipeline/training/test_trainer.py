@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from mini import Notes, logged, mini_stage, trainer_of
 
 from pipeline.recipes.schema import Segment, StepDecay
-from pipeline.training import meter
+from pipeline.training import reporting
 from pipeline.training.optimizer import optimizer_tensors, restore_optimizer, schedule_factor
 from pipeline.training.trainer import Trainer, TrainingError
 from pipeline.weights.training_state import Progress, StateFolder, TrainingState
@@ -54,7 +54,7 @@ def test_a_run_of_non_finite_steps_stops_with_the_last_good_state(tmp_path: Path
 
 
 def test_a_loss_that_explodes_is_reported_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "LOSSES_KEPT", 3)
+    monkeypatch.setattr(reporting, "LOSSES_KEPT", 3)
     notes = Notes()
     trainer, start = trainer_of(mini_stage("baseline"), tmp_path, watcher=notes)
     spoil(trainer, 100.0, 4)

@@ -11,7 +11,7 @@ from mini import Metrics, Notes, Stop, history, mini_chain, mini_stage, run_chai
 from pipeline.common.errors import Interrupted
 from pipeline.recipes.schema import Stage
 from pipeline.training.reporting import Reporting
-from pipeline.training.weight_average import WeightAverage
+from pipeline.training.validation import WeightAverage
 from pipeline.weights.published import Quality
 from pipeline.weights.training_state import TrainingState
 
