@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from modules import HPCM, preset_config
 from pipeline.chain.chain import Chain
 from pipeline.chain.context import RunContext
 from pipeline.chain.run import run_chain as run_planned
+from pipeline.common.errors import Interrupted
 from pipeline.common.processes import ProcessGroup
 from pipeline.data.crops import TrainingCrops
 from pipeline.data.images import find_images
@@ -174,6 +176,15 @@ class Stop(Notes):
         self.now[1] += 1
         if tuple(self.now) == self.at:
             os.kill(os.getpid(), self.signum)
+
+
+def interrupt(chain: Chain, segment: str, step: int, signum: int = signal.SIGTERM, **options: Any) -> int:
+    """Run a chain until a signal at a step of a segment. Returns the exit code."""
+    try:
+        run_chain(chain, Stop(segment, step, signum), **options)
+    except Interrupted as stopped:
+        return stopped.exit_code
+    raise AssertionError("the run was not interrupted")
 
 
 def hpcm(*arguments: object, launcher: tuple[str, ...] = ("-m", "pipeline")) -> list[str]:

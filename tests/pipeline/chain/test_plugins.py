@@ -5,14 +5,13 @@ The component is the example of CONTRIBUTING.md. An objective and a metric are r
 
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from mini import FOLDER, SMALL, Notes, Stop, history, run_chain
+from mini import FOLDER, SMALL, Notes, history, interrupt, run_chain
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig, Noise, plugins
@@ -21,7 +20,6 @@ from modules.context.components import kind_names
 from pipeline.chain.chain import Chain
 from pipeline.chain.stage_codec import codec_config
 from pipeline.commands.chain_tables import plan_table
-from pipeline.common.errors import Interrupted
 from pipeline.common.fresh_process import in_fresh_process
 from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Metric, register_metric
@@ -163,8 +161,7 @@ def test_a_chain_migrates_to_a_component_of_your_own(recipe: Path, runs: Path, t
     whole, cut = (Chain(loaded, "pooled", folder) for folder in (runs, tmp_path / "cut"))
     run_chain(whole, notes)
     shutil.copytree(whole.tasks[0].folder, cut.tasks[0].folder)
-    with pytest.raises(Interrupted):
-        run_chain(cut, Stop("frozen", 1, signal.SIGTERM))
+    interrupt(cut, "frozen", 1)
     run_chain(cut)
     ours, theirs = (read(chain.tasks[-1].checkpoint).metadata for chain in (whole, cut))
     assert ours["digest"] == theirs["digest"]

@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mini import FOLDER, Finished, Hpcm, Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
+from mini import FOLDER, Finished, Hpcm, Notes, begun, copied, history, interrupt, mini_chain, record_of, run_chain
 from PIL import Image
 
 from pipeline.chain import publication
@@ -18,7 +17,6 @@ from pipeline.chain import stage_task as task_module
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
 from pipeline.chain.stage_codec import StageError
-from pipeline.common.errors import Interrupted
 from pipeline.common.folder_lock import FolderInUse, held
 from pipeline.evidence.audit import audit
 
@@ -115,8 +113,7 @@ def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(bui
     with pytest.raises(ChainError, match="nothing was changed"):
         rebuild(mini_chain(built.runs, "phase1"), asked, force=True)
     assert asked.lines == [f"phase1: the published stage moves to {built.folder / 'superseded'}"]
-    with pytest.raises(Interrupted):
-        run_chain(built, Stop("frozen", 2, signal.SIGTERM), force=True)
+    interrupt(built, "frozen", 2, force=True)
     assert built.tasks[1].checkpoint.read_bytes() == before
     notes = Notes()
     run_chain(built, notes)
@@ -130,8 +127,7 @@ def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(bui
 
 
 def test_a_damaged_parent_is_found_before_anything_is_asked_or_moved(built: Chain) -> None:
-    with pytest.raises(Interrupted):
-        run_chain(built, Stop("align", 1, signal.SIGTERM), force=True)
+    interrupt(built, "align", 1, force=True)
     path, asked = built.tasks[0].checkpoint, Asked()
     content = path.read_bytes()
     path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
@@ -179,8 +175,7 @@ def test_a_kill_within_publication_loses_nothing(built: Chain, tmp_path: Path, m
 
 def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain, asked = mini_chain(runs, "baseline"), Asked()
-    with pytest.raises(Interrupted):
-        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    interrupt(chain, "scratch", 5)
     key = begun(chain, "baseline").key
     with pytest.raises(ChainError, match="nothing was changed"):
         rebuild(chain, asked, fresh=True)

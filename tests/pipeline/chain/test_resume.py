@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mini import Finished, Notes, Stop, begun, copied, history, mini_chain, record_of, run_chain
+from mini import Finished, Notes, begun, copied, history, interrupt, mini_chain, record_of, run_chain
 from typer.testing import CliRunner
 
 from pipeline.chain.chain import Chain
 from pipeline.chain.plan import ChainError
 from pipeline.commands.main import app
-from pipeline.common.errors import Interrupted
 from pipeline.common.files import FileError
 
 
@@ -20,20 +19,17 @@ from pipeline.common.files import FileError
 def interrupted(runs: Path) -> Chain:
     """A chain whose Baseline was interrupted at step 5, with a last state at step 5 and the one before at step 3."""
     chain = mini_chain(runs, "baseline")
-    with pytest.raises(Interrupted):
-        run_chain(chain, Stop("scratch", 5, signal.SIGTERM))
+    interrupt(chain, "scratch", 5)
     return chain
 
 
 def test_a_stage_interrupted_twice_ends_as_if_it_had_not_been(finished: Finished, runs: Path) -> None:
     copied(finished[0], runs, "baseline")
     chain, reference = mini_chain(runs, "phase1"), finished[0]
-    for stop in (Stop("frozen", 2, signal.SIGTERM), Stop("unfrozen", 3, signal.SIGINT)):
-        with pytest.raises(Interrupted) as caught:
-            run_chain(chain, stop)
-        assert caught.value.exit_code == 128 + stop.signum
+    for segment, step, signum in (("frozen", 2, signal.SIGTERM), ("unfrozen", 3, signal.SIGINT)):
+        assert interrupt(chain, segment, step, signum) == 128 + signum
         assert begun(chain, "phase1").attempts[-1].state == "interrupted"
-        assert f"interrupted in {stop.at[0]} at step {stop.at[1]}" in chain.plan()[-1].reason
+        assert f"interrupted in {segment} at step {step}" in chain.plan()[-1].reason
     notes = Notes()
     run_chain(chain, notes)
     assert "resumed in unfrozen at step 3" in notes.lines

@@ -1,20 +1,18 @@
 """A training step replayed as a CUDA graph."""
 
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from mini import Notes, Stop, history, mini_chain, mini_codec, mini_stage, run_chain, with_rates
+from mini import Notes, history, interrupt, mini_chain, mini_codec, mini_stage, run_chain, with_rates
 from torch import Tensor
 from torch.profiler import profile
 
 from modules import HPCM, Noise
 from modules.context.coding_order import hierarchy
 from pipeline.chain.chain import Chain
-from pipeline.common.errors import Interrupted
 from pipeline.training.cuda_graph import GraphedGradients, GraphError
 from pipeline.training.gradients import reason_against_graph
 from pipeline.training.objectives import Handover, RateDistortion, build_objective, training_noise
@@ -108,8 +106,7 @@ def test_a_chain_in_graphs_that_is_interrupted_trains_as_one_that_is_not(tmp_pat
     whole, stopped = (mini_chain(tmp_path / name, "phase1", settings) for name in ("whole", "stopped"))
     run_chain(whole, cpu=False)
     for segment, step in (("align", 1), ("frozen", 3), ("unfrozen", 2)):
-        with pytest.raises(Interrupted):
-            run_chain(stopped, Stop(segment, step, signal.SIGTERM), cpu=False)
+        interrupt(stopped, segment, step, cpu=False)
     run_chain(stopped, cpu=False)
     assert_same_training(stopped, whole)
 

@@ -1,14 +1,12 @@
 """Validation within a segment, and the weights with which it ends."""
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from mini import Metrics, Notes, Stop, history, mini_chain, mini_stage, run_chain, trainer_of
+from mini import Metrics, Notes, history, interrupt, mini_chain, mini_stage, run_chain, trainer_of
 
-from pipeline.common.errors import Interrupted
 from pipeline.recipes.schema import Stage
 from pipeline.training.reporting import Reporting
 from pipeline.training.validation import WeightAverage
@@ -79,8 +77,7 @@ def test_a_run_with_all_options_resumes_bit_for_bit(runs: Path, tmp_path: Path) 
     reference, chain = (mini_chain(folder, "baseline", SETTINGS) for folder in (tmp_path / "reference", runs))
     run_chain(reference)
     for step in (2, 5):  # Between two states of `checkpoint_every`.
-        with pytest.raises(Interrupted):
-            run_chain(chain, Stop("scratch", step, signal.SIGTERM))
+        interrupt(chain, "scratch", step)
     run_chain(chain)
     assert chain.tasks[0].checkpoint.read_bytes() == reference.tasks[0].checkpoint.read_bytes()
     logged = history(chain.tasks[0].folder)
