@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from mini import Finished, Hpcm, Notes, mini_chain, run_chain
+from mini import Finished, Hpcm, mini_chain, run_chain
 
 from pipeline.commands import main as cli
 from pipeline.tracking.store import make_database
@@ -48,9 +48,8 @@ def runs(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A chain run to Phase 4 in this process, without MLflow, and what was said; not to be changed."""
-    chain, notes = mini_chain(tmp_path_factory.mktemp("finished"), "phase4"), Notes()
-    run_chain(chain, notes)
-    return chain, notes
+    chain = mini_chain(tmp_path_factory.mktemp("finished"), "phase4")
+    return chain, run_chain(chain)
 
 
 @pytest.fixture(scope="session")

@@ -94,17 +94,15 @@ def mini_chain(runs: Path, stage: str, settings: Sequence[str] = (), baseline: P
 
 
 def run_chain(
-    chain: Chain,
-    watcher: Watcher | None = None,
-    accept_anyway: bool = True,
-    force: bool = False,
-    cpu: bool = True,
+    chain: Chain, notes: Notes | None = None, accept_anyway: bool = True, force: bool = False, cpu: bool = True,
     **options: Any,
-) -> None:
-    """Run a chain in this process, without MLflow. `options` are those of RunContext."""
+) -> Notes:  # fmt: skip
+    """Run a chain in this process, without MLflow. Returns what was said. `options` are those of RunContext."""
+    notes = notes or Notes()
     with ProcessGroup(Accelerator(cpu=cpu)) as processes:
-        context = RunContext(processes, watcher or Watcher(), accept_anyway, force, **options)
+        context = RunContext(processes, notes, accept_anyway, force, **options)
         run_planned(chain, chain.plan(force), context)
+    return notes
 
 
 def copied(chain: Chain, runs: Path, last: str) -> Chain:

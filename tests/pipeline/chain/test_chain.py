@@ -94,10 +94,9 @@ def test_frozen_tensors_stay_and_new_ones_move(finished: Finished, runs: Path) -
 
 
 def test_finished_stages_are_left_alone(finished: Finished) -> None:
-    chain, notes = finished[0], Notes()
+    chain = finished[0]
     before = {path: path.stat().st_mtime_ns for path in chain.folder.rglob("*") if path.name != "lock"}
-    run_chain(chain, notes)
-    assert notes.lines == [f"{name}: done" for name in STAGES]
+    assert run_chain(chain).lines == [f"{name}: done" for name in STAGES]
     assert {path: path.stat().st_mtime_ns for path in chain.folder.rglob("*") if path.name != "lock"} == before
 
 
@@ -207,8 +206,7 @@ def test_a_result_beyond_its_limits_stops_the_chain_and_is_kept(finished: Finish
     assert not list(segments_left([planned]))
     relaxed = mini_chain(runs, "phase1", [*limits, "phase1.accept.bpp_change=0.9"])
     assert relaxed.plan()[1].reason == "interrupted in evaluation at step 0"
-    notes = Notes()
-    run_chain(relaxed, notes)
+    notes = run_chain(relaxed)
     assert notes.steps == 0
     assert "resumed in evaluation at step 0" in notes.lines
     record = record_of(chain, "phase1")

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from mini import FOLDER, SMALL, Notes, history, interrupt, run_chain
+from mini import FOLDER, SMALL, history, interrupt, run_chain
 from torch import Tensor
 
 from modules import HPCM, HPCMConfig, Noise, plugins
@@ -157,9 +157,9 @@ def test_a_codec_of_the_users_own_kind_loads_without_a_recipe(
 @pytest.mark.usefixtures("registered")
 def test_a_chain_migrates_to_a_component_of_your_own(recipe: Path, runs: Path, tmp_path: Path) -> None:
     (recipe / "pooled.yaml").write_text(MIGRATION)
-    loaded, notes = load_recipe(recipe, ["baseline.schedule.scratch.steps=2", *SMALL]), Notes()
+    loaded = load_recipe(recipe, ["baseline.schedule.scratch.steps=2", *SMALL])
     whole, cut = (Chain(loaded, "pooled", folder) for folder in (runs, tmp_path / "cut"))
-    run_chain(whole, notes)
+    notes = run_chain(whole)
     shutil.copytree(whole.tasks[0].folder, cut.tasks[0].folder)
     interrupt(cut, "frozen", 1)
     run_chain(cut)

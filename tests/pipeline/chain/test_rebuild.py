@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ from pipeline.evidence.audit import audit
 def built(finished: Finished, tmp_path: Path) -> Chain:
     """A chain to Phase 1 that is current. A test may change it."""
     return copied(finished[0], tmp_path / "built", "phase1")
-
-
-def rebuild(chain: Chain, confirm: Callable[[list[str]], None], force: bool = False, fresh: bool = False) -> Notes:
-    notes = Notes()
-    run_chain(chain, notes, force=force, fresh=fresh, confirm=confirm)
-    return notes
 
 
 class Asked:
@@ -86,7 +79,7 @@ def test_rebuilding_stale_stages_is_asked_first(finished: Finished, tmp_path: Pa
     before = sorted(path.stat().st_mtime_ns for path in built.folder.rglob("*") if path.name != "lock")
     change = ["phase1.data.batch_size=1", "phase1.schedule.frozen.lr={new: 2.0e-3}", "phase1.schedule.align.steps=0"]
     with pytest.raises(ChainError, match="nothing was changed"):
-        rebuild(mini_chain(built.runs, "phase2", change), asked)
+        run_chain(mini_chain(built.runs, "phase2", change), confirm=asked)
     moves = f"the published stage moves to {built.folder / 'superseded'}"
     assert asked.lines == [
         "phase1: stale: recipe changed (data.batch_size: 2 → 1, schedule.align.steps: 2 → 0, "
@@ -99,7 +92,7 @@ def test_rebuilding_stale_stages_is_asked_first(finished: Finished, tmp_path: Pa
 def test_a_run_without_what_the_recipe_is_meant_for_is_asked_first(runs: Path) -> None:
     chain, asked = mini_chain(runs, "baseline", ["needs=[gpu, images]"]), Asked()
     with pytest.raises(ChainError, match="nothing was changed"):
-        rebuild(chain, asked)
+        run_chain(chain, confirm=asked)
     assert asked.lines == [
         "mini is meant for a GPU, and PyTorch finds none here: on the CPU it takes very long",
         "mini is meant for a data set, and none is given (--data; with make: DATA=): it would train on the 6 packaged "
@@ -111,12 +104,11 @@ def test_a_run_without_what_the_recipe_is_meant_for_is_asked_first(runs: Path) -
 def test_force_builds_a_current_stage_again_and_keeps_the_old_one_until_then(built: Chain) -> None:
     before, asked = built.tasks[1].checkpoint.read_bytes(), Asked()
     with pytest.raises(ChainError, match="nothing was changed"):
-        rebuild(mini_chain(built.runs, "phase1"), asked, force=True)
+        run_chain(mini_chain(built.runs, "phase1"), confirm=asked, force=True)
     assert asked.lines == [f"phase1: the published stage moves to {built.folder / 'superseded'}"]
     interrupt(built, "frozen", 2, force=True)
     assert built.tasks[1].checkpoint.read_bytes() == before
-    notes = Notes()
-    run_chain(built, notes)
+    notes = run_chain(built)
     assert notes.lines[:2] == ["baseline: done", "phase1: interrupted in frozen at step 2"]
     assert built.tasks[1].checkpoint.read_bytes() == before
     (superseded,) = (built.folder / "superseded").iterdir()
@@ -135,7 +127,7 @@ def test_a_damaged_parent_is_found_before_anything_is_asked_or_moved(built: Chai
     changed = mini_chain(built.runs, "phase1", ["phase1.data.batch_size=1"])
     for chain, options in ((built, {}), (built, {"fresh": True}), (built, {"force": True}), (changed, {})):
         with pytest.raises(StageError, match=rf"{path}: changed after it was (?s:.*) hpcm run baseline --force"):
-            rebuild(chain, asked, **options)
+            run_chain(chain, confirm=asked, **options)
     assert asked.lines == []
     assert sorted(path for path in built.folder.rglob("*") if path.name != "lock") == before
 
@@ -178,7 +170,7 @@ def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.Mon
     interrupt(chain, "scratch", 5)
     key = begun(chain, "baseline").key
     with pytest.raises(ChainError, match="nothing was changed"):
-        rebuild(chain, asked, fresh=True)
+        run_chain(chain, confirm=asked, fresh=True)
     assert asked.lines == [f"baseline: the interrupted training moves to {chain.folder / 'abandoned'}"]
     assert chain.plan()[0].reason == "interrupted in scratch at step 5"
 
@@ -189,9 +181,8 @@ def test_fresh_restarts_what_was_interrupted(runs: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "fault", killed)
         with pytest.raises(KeyboardInterrupt):
-            rebuild(chain, lambda consequences: None, fresh=True)
-    notes = Notes()
-    run_chain(chain, notes)
+            run_chain(chain, fresh=True)
+    notes = run_chain(chain)
     assert notes.steps == 6
     assert [step for step, _ in history(chain.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
     (abandoned,) = (chain.folder / "abandoned" / "baseline").glob("*/record.json")

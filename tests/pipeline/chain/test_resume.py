@@ -30,8 +30,7 @@ def test_a_stage_interrupted_twice_ends_as_if_it_had_not_been(finished: Finished
         assert interrupt(chain, segment, step, signum) == 128 + signum
         assert begun(chain, "phase1").attempts[-1].state == "interrupted"
         assert f"interrupted in {segment} at step {step}" in chain.plan()[-1].reason
-    notes = Notes()
-    run_chain(chain, notes)
+    notes = run_chain(chain)
     assert "resumed in unfrozen at step 3" in notes.lines
     assert notes.steps == 2
     record, expected = record_of(chain, "phase1"), record_of(reference, "phase1")
@@ -46,10 +45,10 @@ def test_a_stage_interrupted_twice_ends_as_if_it_had_not_been(finished: Finished
 
 
 def test_another_number_of_threads_is_noted_when_a_stage_resumes(interrupted: Chain) -> None:
-    threads, notes = torch.get_num_threads(), Notes()
+    threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        run_chain(interrupted, notes)
+        notes = run_chain(interrupted)
     finally:
         torch.set_num_threads(threads)
     change = f"threads: {threads} before, {threads + 1} now; the result will be as good as that of an uninterrupted run"
@@ -61,8 +60,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(interrupted: Chain) ->
     content = bytearray(newest.read_bytes())
     content[-1] ^= 255
     newest.write_bytes(content)
-    notes = Notes()
-    run_chain(interrupted, notes)
+    notes = run_chain(interrupted)
     assert any("do not match their digest" in line for line in notes.lines)
     assert "resumed in scratch at step 3" in notes.lines
     assert [step for step, _ in history(interrupted.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
@@ -84,10 +82,9 @@ def test_a_folder_that_is_moved_during_a_run_ends_it_and_resumes_elsewhere(runs:
 
     with pytest.raises(FileError, match=rf"{runs}\S*: No such file or directory. If it was moved"):
         run_chain(mini_chain(runs, "baseline"), Move())
-    chain, notes = mini_chain(tmp_path / "moved", "baseline"), Notes()
+    chain = mini_chain(tmp_path / "moved", "baseline")
     assert chain.plan()[0].reason == "interrupted in scratch at step 3"
-    run_chain(chain, notes)
-    assert notes.steps == 3
+    assert run_chain(chain).steps == 3
     assert [step for step, _ in history(chain.tasks[0].folder)["train/scratch/loss"]] == [2, 4, 6]
     assert not runs.exists()
 
@@ -116,8 +113,7 @@ def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
     assert other.plan()[0].reason == kept
     run_chain(other)
     assert interrupted.plan()[0].reason == "interrupted in scratch at step 5"
-    notes = Notes()
-    run_chain(interrupted, notes)
+    notes = run_chain(interrupted)
     assert "resumed in scratch at step 5" in notes.lines
     assert not (interrupted.folder / "training").exists()
     # The stage that was superseded need not be trained again.
@@ -125,9 +121,8 @@ def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
     (superseded,) = (interrupted.folder / "superseded").iterdir()
     planned = other.plan()[0]
     assert planned.reason == f"{reason}; superseded/{superseded.name} has the same inputs and moves back"
-    digest, notes = record_of(interrupted, "baseline").digest, Notes()
-    run_chain(other, notes)
-    assert notes.steps == 0
+    digest = record_of(interrupted, "baseline").digest
+    assert run_chain(other).steps == 0
     assert other.plan()[0].status == "done"
     assert [path.name for path in superseded.parent.iterdir()] == [f"baseline-{str(digest)[:12]}"]
 
