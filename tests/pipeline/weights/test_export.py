@@ -40,9 +40,7 @@ def test_the_stage_goes_along_without_its_folders(tmp_path: Path) -> None:
     assert "/home/me" not in kept
 
 
-def test_a_codec_of_other_sizes_than_a_presets_is_exported_and_imported(
-    tmp_path: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_a_codec_of_other_sizes_than_a_presets_is_exported_and_imported(tmp_path: Path, hpcm: Hpcm) -> None:
     publish(tmp_path / "full.safetensors", mini_codec(1), Lineage(name="phase1"))
     hpcm("export", tmp_path / "full.safetensors", tmp_path / "full.pth.tar")
     assert "settings of its own" in hpcm("import", tmp_path / "full.pth.tar", tmp_path / "again.safetensors").out
