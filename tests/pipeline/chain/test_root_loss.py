@@ -1,13 +1,11 @@
 """λ and metric of a chain follow from the file of its root, or are asked for."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mini import FOLDER, mini_codec, run_chain
+from mini import FOLDER, Hpcm, mini_codec, run_chain
 from official_files import FORMS, published
 from PIL import Image
 
@@ -113,7 +111,7 @@ def test_a_start_may_have_had_another_loss(tmp_path: Path) -> None:
     assert loss_of(chain) == [(8.73, "ms-ssim")] * 2
 
 
-def test_a_contradiction_is_asked_before_anything_is_imported(tmp_path: Path, hpcm: Callable[..., Any]) -> None:
+def test_a_contradiction_is_asked_before_anything_is_imported(tmp_path: Path, hpcm: Hpcm) -> None:
     file, runs = empty(tmp_path / "0.0035.pth.tar"), tmp_path / "runs"
     options = "baseline", "--recipe", FOLDER, "--runs", runs, "--baseline", file, "--lmbda", 0.013
     said = "0.0035.pth.tar has λ = 0.0035 for mse, by the name of 0.0035.pth.tar, but this chain has λ = 0.013 for mse"

@@ -3,14 +3,11 @@
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mini import FOLDER, PHOTOS, STAGES, Notes
+from mini import FOLDER, PHOTOS, STAGES, Finished, Hpcm
 
-from pipeline.chain.chain import Chain
 from pipeline.common import fault_injection as faults
 from pipeline.evidence.rate_distortion import curves
 from pipeline.records.chains import read_chains
@@ -33,9 +30,7 @@ def words(output: str) -> str:
     return " ".join(output.split())
 
 
-def test_a_sweep_takes_up_what_is_there_and_draws(
-    finished: tuple[Chain, Notes], runs: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_a_sweep_takes_up_what_is_there_and_draws(finished: Finished, runs: Path, hpcm: Hpcm) -> None:
     shutil.copytree(finished[0].runs, runs, dirs_exist_ok=True)
     command = ["rd-curve", "phase1", *SWEEP, "--runs", runs]
     planned = words(hpcm(*command, "--plan").out)
@@ -53,9 +48,7 @@ def test_a_sweep_takes_up_what_is_there_and_draws(
     assert "phase1 done done steps left – –" in words(hpcm(*command, "--plan").out)
 
 
-def test_a_signal_during_publication_stops_the_sweep(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Callable[..., Any]
-) -> None:
+def test_a_signal_during_publication_stops_the_sweep(runs: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm) -> None:
     monkeypatch.setenv("HPCM_FAULT", "publish.record:1")
     monkeypatch.setenv("HPCM_FAULT_SIGNAL", str(int(signal.SIGTERM)))
     monkeypatch.setattr(faults, "_passed", Counter())
@@ -63,16 +56,12 @@ def test_a_signal_during_publication_stops_the_sweep(
     assert [path.name for path in (runs / "mini").iterdir()] == ["lmbda-0.013"]
 
 
-def test_without_lambdas_those_of_the_official_codecs_for_the_metric_are_taken(
-    tmp_path: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_without_lambdas_those_of_the_official_codecs_for_the_metric_are_taken(tmp_path: Path, hpcm: Hpcm) -> None:
     planned = words(hpcm("rd-curve", "--recipe", "ms-ssim", "--runs", tmp_path, "--plan").out)
     assert "stage 2.4 4.58 8.73 16.64 31.73 60.5" in planned
 
 
-def test_each_lambda_has_a_baseline_of_its_own(
-    finished: tuple[Chain, Notes], runs: Path, tmp_path: Path, hpcm: Callable[..., Any]
-) -> None:
+def test_each_lambda_has_a_baseline_of_its_own(finished: Finished, runs: Path, tmp_path: Path, hpcm: Hpcm) -> None:
     first, second = finished[0].tasks[0].checkpoint, tmp_path / "second.safetensors"
     publish(second, load_codec(first), Lineage(lmbda=LONG, metric="mse"))
     command = ["rd-curve", "baseline", "--recipe", FOLDER, "--val", PHOTOS, "--runs", runs, "--baseline", first]
