@@ -96,11 +96,11 @@ def test_an_image_that_can_be_coded_but_not_refined_is_refused(
 
 
 def test_a_target_needs_the_memory_of_a_refinement_only_beyond_the_qualities(
-    photo: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
+    photos: Path, monkeypatch: pytest.MonkeyPatch, hpcm: Hpcm
 ) -> None:
     monkeypatch.setattr(limits, "refining_bytes", lambda *_: 2**60)
-    hpcm("compress", photo, "--bytes", 1500)
-    assert "refining needs" in hpcm("compress", photo, "--overwrite", "--bytes", 100, code=1).err
+    hpcm("compress", photos / "one.png", "--bytes", 1500)
+    assert "refining needs" in hpcm("compress", photos / "one.png", "--overwrite", "--bytes", 100, code=1).err
 
 
 def test_the_first_interrupt_ends_the_refinement_and_no_other_file_is_begun(
