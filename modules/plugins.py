@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module, invalidate_caches, metadata
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 
 GROUP, VARIABLE = "hpcm.plugins", "HPCM_PLUGINS"
@@ -40,8 +41,10 @@ def load_plugin(name: str, folder: Path | None = None) -> Path:
         invalidate_caches()
     try:
         module = import_module(name)
-    except Exception as error:  # A module may raise anything.
-        raise PluginError(f"the plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # A module may raise anything.
+        frames = [frame for frame in extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        raise PluginError(f"the plugin {name!r} cannot be imported: {type(error).__name__}: {error}{where}") from error
     file = Path(module.__file__ or "")
     if beside and folder not in (file.parent, file.parents[1]):
         raise PluginError(f"the plugin {name!r} has the name of another module, {file}; rename it")
@@ -59,8 +62,10 @@ def load_plugins(names: Iterable[str]) -> None:
 def load_installed_plugins() -> None:
     """Import the plugins of installed packages, and the modules and files in HPCM_PLUGINS. Raises PluginError."""
     load_plugins(point.value for point in metadata.entry_points(group=GROUP))
-    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+    for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
         if name.endswith(".py"):
+            if not Path(name).is_file():
+                raise PluginError(f"{VARIABLE}: {name}: no such file")
             load_plugin(Path(name).stem, Path(name).resolve().parent)
         else:
             load_plugin(name)

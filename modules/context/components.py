@@ -63,7 +63,7 @@ class Kind:
 
     def build(self, M: int) -> nn.Module:
         """Build the component for a codec whose latent has M channels."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs a method build(self, M)")
 
     def takes_over(self, predecessor: "Kind") -> dict[str, str]:
         """The weights to take over: a mapping from prefixes of names in the predecessor to prefixes of names here.

@@ -129,7 +129,8 @@ def test_a_changed_module_changes_the_inputs_of_the_stages_that_use_it(recipe: P
         ("common.yaml", "[pooling]", "pooling.py", r"common.yaml:\d+: plugins: should be a list of names"),
         ("pooled.yaml", "name: pooled", "name: pooled\nplugins: [a]", r"pooled.yaml:2: plugins: belongs in"),
         ("pooled.yaml", "kind: pooling", "kind: poolin", r"pooled.yaml:3: model.overrides.attn_s3: no kind 'poolin'"),
-        ("pooling.py", "from torch", "1 / 0\nfrom torch", r"'pooling' cannot be imported: ZeroDivisionError"),
+        ("pooling.py", "from torch", "1 / 0\nfrom torch", r"ZeroDivisionError: division by zero \(.*/pooling.py:3\)"),
+        ("pooling.py", "from torch", "raise SystemExit(3)\nfrom torch", r"'pooling' cannot be imported: SystemExit: 3"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_file(file: str, old: str, new: str, message: str, recipe: Path) -> None:
@@ -146,6 +147,9 @@ def test_a_codec_of_the_users_own_kind_loads_without_a_recipe(
         HPCMConfig(attn_s1="pooling")  # type: ignore[arg-type]
     plugins.load_installed_plugins.cache_clear()
     if how == "variable":
+        monkeypatch.setenv(plugins.VARIABLE, f"{recipe}/poling.py, ")
+        with pytest.raises(plugins.PluginError, match=r"HPCM_PLUGINS: .*/poling.py: no such file"):
+            plugins.load_installed_plugins()
         monkeypatch.setenv(plugins.VARIABLE, str(recipe / "pooling.py"))
     else:
         monkeypatch.syspath_prepend(recipe)
