@@ -234,4 +234,4 @@ def without_password(text: str) -> str:
 
 def brief(error: Exception) -> str:
     """An error of MLflow's libraries on one line, without passwords."""
-    return shorten(without_password(f"{type(error).__name__}: {error}"), 160, placeholder=" …")
+    return shorten(without_password(f"{type(error).__name__}: {error}"), 240, placeholder=" …")
