@@ -7,19 +7,24 @@ from pydantic import ValidationError
 
 from pipeline.recipes.schema import Stage
 from pipeline.recipes.yaml_source import RecipeError, read_text, shown
+from pipeline.weights.published import Lineage
 
 MOST = 4
 """Most changed settings that a message lists."""
 _ABSENT = object()
 
 
-def changed_inputs(known: Mapping[str, str], inputs: Mapping[str, str]) -> str:
-    """The names of the inputs that differ, as in `parent changed, start is new`."""
-    return ", ".join(
+def changed_inputs(lineage: Lineage, inputs: Mapping[str, str], stage: Stage) -> str:
+    """The names of the inputs that differ, as in `parent changed, recipe changed (seed: 0 → 1)`."""
+    known = lineage.inputs
+    changed = ", ".join(
         f"{name} changed" if name in known and name in inputs else f"{name} is {'new' if name in inputs else 'gone'}"
         for name in sorted(known.keys() | inputs.keys())
         if known.get(name) != inputs.get(name)
     )
+    if "recipe changed" in changed and (by_key := recipe_changes(lineage.stage or "", stage)):
+        changed = changed.replace("recipe changed", f"recipe changed ({by_key})")
+    return changed
 
 
 def recipe_changes(text: str, stage: Stage) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.chain.changes import changed_inputs, recipe_changes
+from pipeline.chain.changes import changed_inputs
 from pipeline.chain.stage_task import StageTask, record_in
 from pipeline.common.errors import UserError
 from pipeline.common.files import FileError
@@ -93,7 +93,7 @@ def status_of(task: StageTask, before: PlannedStage | None = None, force: bool =
         return PlannedStage(task, "stale", f"stale: {changed}")
     kept = next(filter(None, (record_in(path.parent) for path in sorted(task.trainings.glob(f"*/{FILE}")))), None)
     other = "; an interrupted training with other inputs is kept: "
-    differing = other + changed_inputs(kept.lineage.inputs, inputs) if kept else ""
+    differing = other + changed_inputs(kept.lineage, inputs, task.stage) if kept else ""
     return PlannedStage(task, "missing", f"not built yet{differing}")
 
 
@@ -141,10 +141,7 @@ def _changes(task: StageTask, inputs: dict[str, str]) -> str:
         return str(error)
     if digest != record.digest:
         return "the checkpoint differs from the recorded one"
-    changed = changed_inputs(record.lineage.inputs, inputs)
-    if "recipe changed" in changed and (by_key := recipe_changes(record.lineage.stage or "", task.stage)):
-        changed = changed.replace("recipe changed", f"recipe changed ({by_key})")
-    return changed
+    return changed_inputs(record.lineage, inputs, task.stage)
 
 
 def judge(limits: Accept, quality: Quality, parent: Quality | None) -> list[str]:

@@ -128,6 +128,9 @@ def _overridden(trees: Mapping[str, YamlNode], override: str) -> dict[str, YamlN
     if not (equals and all(path)):
         raise RecipeError(f"--set {override}: expected key=value, such as --set data.crop=128")
     value = read_text(text, f"--set {override}")
+    if rest and head not in trees and head not in Stage.model_fields:
+        names = [*trees, *Stage.model_fields]
+        raise RecipeError(f"--set {override}: no stage and no setting is called '{head}'{nearest(head, names)}")
     scope, path = ([head], rest) if head in trees and rest else (list(trees), path)
     changed: dict[str, YamlNode] = {}
     refusal = "no stage has a parent to transfer from"

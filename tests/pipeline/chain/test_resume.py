@@ -109,8 +109,8 @@ def test_a_run_writes_nothing_into_a_folder_that_replaced_its_own(runs: Path, tm
 
 def test_a_training_with_other_inputs_is_kept(interrupted: Chain) -> None:
     other = mini_chain(interrupted.runs, "baseline", ["optimizer.clip_norm=0.5"])
-    kept = "not built yet; an interrupted training with other inputs is kept: recipe changed"
-    assert other.plan()[0].reason == kept
+    kept = "not built yet; an interrupted training with other inputs is kept: recipe changed "
+    assert other.plan()[0].reason == kept + "(optimizer.clip_norm: 1.0 → 0.5)"
     run_chain(other)
     assert interrupted.plan()[0].reason == "interrupted in scratch at step 5"
     notes = run_chain(interrupted)

@@ -111,6 +111,7 @@ MISTAKES = {
     "schedule.1.hand_over=3": "schedule[1].hand_over: unknown key; did you mean 'handover'?",
     "sedd=3": "sedd: unknown key; did you mean 'seed'?",
     "schedule.0.decay={att: [2], factor: 0.5}": "schedule[0].decay.att: unknown key; did you mean 'at'?",
+    "phase7.seed=1": "no stage and no setting is called 'phase7'; did you mean 'phase",
     "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, accumulate, workers",
     "data.crop=x": '--set data.crop=x: data.crop: should be a valid integer, not "x"',
     "data.crop=true": "data.crop: should be a valid integer, not true",
