@@ -4,7 +4,6 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from modules.biwkv4 import kernels as biwkv4_kernels
 from modules.biwkv4.kernels import Call, Kernels
@@ -201,15 +200,3 @@ torch.library.register_fake("hpcm::biwkv4", _forward_fake, lib=_library)
 torch.library.register_fake("hpcm::biwkv4_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("hpcm::biwkv4", _differentiate, setup_context=_save_inputs, lib=_library)
 torch.library.register_autograd("hpcm::biwkv4_backward", _differentiate_twice, lib=_library)
-
-
-@register_flop_formula(torch.ops.hpcm.biwkv4)
-def _forward_flops(w, u, k, v, *, out_shape=None, **kwargs) -> int:
-    """Per element: two sums in two directions, the own term, an exponential and a division. `k` is k's shape."""
-    return 14 * k[0] * k[1] * k[2]
-
-
-@register_flop_formula(torch.ops.hpcm.biwkv4_backward)
-def _backward_flops(grad_y, w, u, k, v, *, out_shape=None, **kwargs) -> int:
-    """Per element: the forward sums, as many over gradients, and four products of both. `k` is k's shape."""
-    return 40 * k[0] * k[1] * k[2]

@@ -23,7 +23,7 @@ from pipeline.common.files import FileError
 from pipeline.common.tables import shortest
 from pipeline.common.timing import processor
 from pipeline.data.crops import TrainingCrops
-from pipeline.evaluation.coding import macs_per_pixel
+from pipeline.evaluation.multiplications import macs_per_pixel
 from pipeline.recipes.schema import Transfer
 from pipeline.records.chains import ChainFacts
 from pipeline.records.record import DataSet, Result, StageRecord, Start

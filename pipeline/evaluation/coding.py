@@ -8,9 +8,8 @@ from pathlib import Path, PurePosixPath
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from modules import HPCM, HPCMConfig
+from modules import HPCM
 from modules.refinement import GoOn
 from pipeline.common.files import replacing, text_digest
 from pipeline.evaluation.metrics import NamedImage, bits_per_pixel, quality_of
@@ -63,17 +62,6 @@ def code(
     bpp = 8 * sum(len(string) for strings in coded["strings"] for string in strings) / pixels
     quality = quality_of(named, x_hat, bpp, lmbda, metric)
     return ImageResult(named[0], quality, estimated, encoded - start, decoded - encoded), x_hat
-
-
-def macs_per_pixel(config: HPCMConfig, height: int = 512, width: int = 768) -> float:
-    """Multiply-accumulates per pixel of encoding and decoding one image, counted by PyTorch.
-
-    The count includes convolutions, matrix products and attention, but no elementwise operations.
-    """
-    model = HPCM.on_meta(config).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, height, width, device="meta"))
-    return counter.get_total_flops() / 2 / (height * width)
 
 
 def comparison_name(image: str) -> str:

@@ -16,7 +16,7 @@ from pipeline.common.figure_style import codec_colors, legend_above, new_figure
 from pipeline.common.fresh_process import in_fresh_process, within_memory
 from pipeline.common.tables import Table
 from pipeline.common.timing import machine
-from pipeline.evaluation.coding import macs_per_pixel
+from pipeline.evaluation.multiplications import macs_per_pixel
 from pipeline.evidence.contenders import ACTIVITIES, TRAINED, ComparisonError, Contender, Size
 from pipeline.records import comparison as records
 from pipeline.records.comparison import Comparison, Cost

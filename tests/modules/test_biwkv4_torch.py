@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import modules.biwkv4.flops  # noqa: F401
 from modules.biwkv4.op import biwkv4
 from tests.modules.test_biwkv4 import assert_same_bits, computed
 from tests.modules.test_biwkv4 import draw as inputs
