@@ -19,7 +19,11 @@ from pipeline.common.fault_injection import fault
 from pipeline.common.files import free_name, text_digest
 from pipeline.common.folder_lock import held
 from pipeline.data.crops import noticing_lost_workers
+from pipeline.data.images import skipped_lines
 from pipeline.records.record import StageRecord
+
+MOST_SKIPPED = 20
+"""Most files of a data set that are named because they cannot be used."""
 
 
 def run_chain(chain: Chain, plan: Sequence[PlannedStage], context: RunContext) -> None:
@@ -63,6 +67,10 @@ def _prepare(chain: Chain, plan: Sequence[PlannedStage], context: RunContext, ex
     for task in restarted:
         free_name(chain.folder / "abandoned" / task.stage.name, task.trainings.rename)
         fault("abandon")
+    used = [photos for planned in todo for photos in (planned.task.train_photos, planned.task.val_photos)]
+    for photos in {id(photos): photos for photos in used}.values():
+        for line in skipped_lines(photos.skipped, MOST_SKIPPED):
+            context.watcher.note(line)
     chain.facts()
     exits.enter_context(context.mirror(chain.folder))
 

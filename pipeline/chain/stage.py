@@ -73,9 +73,6 @@ class StageRun:
     def begin(self, chain: ChainFacts) -> None:
         """Begin an attempt in the record, and cut the metrics to the state from which it continues."""
         self.processes.agree_on(self._state_facts)  # All have read the states before the first process saves one.
-        for photos in (self.task.train_photos, self.task.val_photos):
-            for path, reason in photos.skipped:
-                self.watcher.note(f"skipped {path}: {reason}")
         for line in self._unreadable:
             self.watcher.note(line)
         how, progress = "started", self.state.progress if self.state else Progress()

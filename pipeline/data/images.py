@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +131,12 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str
     return sorted((name, Path(path)) for name, path in _walk(folder, suffixes, None, others)), others
 
 
+def skipped_lines(skipped: Sequence[tuple[str, str]], most: int) -> list[str]:
+    """A line for each of the first skipped files, and one with the number of the others."""
+    lines = [f"skipped {path}: {reason}" for path, reason in skipped[:most]]
+    return [*lines, *([f"… and {len(skipped) - most:,} more"] if len(skipped) > most else [])]
+
+
 def other_kinds(others: Counter[str]) -> str:
     """The numbers of files that are skipped for their kind, in words."""
     most = [f"{suffix}: {count:,}" for suffix, count in others.most_common(5)]
@@ -171,8 +177,7 @@ def _made_by_runs(images: Path, runs: Path | None, folder: Path, files: list[str
 def _nothing_usable(source: str, split: str, skipped: list[tuple[str, str]]) -> str:
     lines = [
         f"{source}: no usable image for {split}; looked for {' '.join(SUFFIXES)} here and below",
-        *(f"  skipped {path}: {reason}" for path, reason in skipped[:5]),
-        *([f"  … and {len(skipped) - 5} more"] if len(skipped) > 5 else []),
+        *(f"  {line}" for line in skipped_lines(skipped, 5)),
         "Give another folder (data.train, data.val), or null for the packaged photographs.",
     ]
     return "\n".join(lines)

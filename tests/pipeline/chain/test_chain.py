@@ -153,12 +153,14 @@ def test_validation_images_that_change_or_are_too_large_are_noticed(
                 Image.new("RGB", (128, 128), "white").save(tmp_path / "val" / "coffee.jpg")
 
     shutil.copytree(PHOTOS, tmp_path / "val")
+    (tmp_path / "val" / "empty.png").touch()
     settings = [f"data.val={tmp_path / 'val'}", "baseline.schedule=[]", "evaluation.images=2"]
     Image.new("RGB", (1, 257)).save(tmp_path / "val" / "a line.png")
     monkeypatch.setattr(limits, "coding_bytes", lambda config, pixels: 2**60 if pixels > 2 * 128**2 else 1)
     chain, notes = mini_chain(runs, "phase1", settings), Change()
     with pytest.raises(DataError, match="val: the validation images changed during the run; run the same command"):
         run_chain(chain, notes)
+    assert notes.lines.count(f"skipped {tmp_path / 'val' / 'empty.png'}: empty file") == 1
     assert any(line.startswith("left out of validation: a line.png: 1×257 pixels") for line in notes.lines)
     assert chain.plan()[0].status == "done"
     assert not chain.tasks[1].checkpoint.exists()
