@@ -114,6 +114,7 @@ MISTAKES = {
     "phase7.seed=1": "no stage and no setting is called 'phase7'; did you mean 'phase",
     "data.zoom=3": "data.zoom: unknown key; expected one of train, val, crop, batch_size, accumulate, workers",
     "data.crop=x": '--set data.crop=x: data.crop: should be a valid integer, not "x"',
+    "data.workers=100000": "data.workers: should be less than or equal to 256, not 100000",
     "data.crop=true": "data.crop: should be a valid integer, not true",
     "data.crop=64.0": "data.crop: should be a valid integer",
     "optimizer.betas=[0.9, 0.99, 0.999]": "optimizer.betas: should have at most 2 entries, not 3",
