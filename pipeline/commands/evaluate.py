@@ -16,6 +16,7 @@ from pipeline.commands.display import errors, show, show_json
 from pipeline.commands.each_file import Refinement, each_file
 from pipeline.commands.options import AsJson, Device, Quiet
 from pipeline.commands.streams import from_standard_input
+from pipeline.common.errors import UserError
 from pipeline.common.figure_style import save
 from pipeline.common.files import write_json
 from pipeline.common.tables import Table, shortest
@@ -24,7 +25,7 @@ from pipeline.evaluation.codec_files import read_to_code
 from pipeline.evaluation.coding import code
 from pipeline.evaluation.conversions import find
 from pipeline.evaluation.metrics import NamedImage
-from pipeline.evaluation.pillow_codecs import PillowCodec, codecs_named
+from pipeline.evaluation.pillow_codecs import CODECS, PillowCodec, codecs_named
 from pipeline.evaluation.rd_curves import PUBLISHED, is_kodak, read_curve
 from pipeline.evaluation.results import Evaluation, ImageResult, cells
 from pipeline.evidence import codec_comparison
@@ -188,6 +189,8 @@ def _named_references(names: str) -> tuple[list[PillowCodec], dict[str, tuple[Qu
             curves |= dict([read_curve(Path(name))])
         else:
             codecs.append(name)
+    if not codecs and not curves:
+        raise UserError(f"--against {names}: expected some of {', '.join((*CODECS, *PUBLISHED))}, or a file of a curve")
     return codecs_named(codecs), curves
 
 

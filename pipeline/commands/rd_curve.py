@@ -48,7 +48,8 @@ class SweepOptions(RecipeOptions):
             baselines = {lmbdas[0]: given[0]}
         if given and (len(baselines) < len(given) or not baselines.keys() >= set(lmbdas)):
             known, wanted = (", ".join(map(shortest, sorted(found))) for found in (baselines, lmbdas))
-            raise ChainError(f"--baseline: give one codec for each λ ({wanted}); those given are for λ = {known}")
+            told = f"those given are for λ = {known}" if known else "no file given says for which λ it is"
+            raise ChainError(f"--baseline: give one codec for each λ ({wanted}); {told}")
         points = {}
         for lmbda, seed in product(lmbdas, self.seed or (None,)):
             title, overrides = shortest(lmbda), (*self.overrides(), f"lmbda={lmbda!r}")

@@ -59,6 +59,7 @@ def test_codecs_are_compared_at_equal_sizes_and_drawn(tmp_path: Path, hpcm: Hpcm
     shown = hpcm(*command, "--plot", plot, "-o", output)
     assert "hpcm-large-kodak: measured on the 24 Kodak images, and these are others" in shown.err
     assert "BD-rate of our codecs" in shown.out
+    assert "--against ,: expected some of jpeg, " in hpcm(*command[:-1], ",", code=1).err
     values = json.loads(output.read_text())
     assert set(values["published"]) == {"vtm", "hpcm-large-kodak"}
     (point,) = values["points"]
