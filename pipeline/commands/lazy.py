@@ -7,6 +7,7 @@ options, and pass them on as one value.
 
 import ast
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -101,6 +102,8 @@ def imported_when_called(place: str) -> Callable[..., Any]:
 
 def _imported(module: str) -> ModuleType:
     """The module. PyTorch's objects stay, and looking for garbage among them would take a sixth of a start."""
+    if module in sys.modules:  # What the program has made since then is not to stay.
+        return sys.modules[module]
     gc.disable()
     try:
         return import_module(module)

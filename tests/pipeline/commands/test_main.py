@@ -1,5 +1,6 @@
 """The command line: short error messages, exit codes, kills and several processes."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from mini import ENVIRONMENT, FOLDER, PHOTOS, Hpcm, history, mini_chain, record_
 from typer.testing import CliRunner
 
 from pipeline.commands import main as cli
+from pipeline.commands.lazy import imported_when_called
 from pipeline.common.packaged import WEIGHTS, recipe_names
 
 
@@ -130,3 +132,11 @@ def test_of_two_launched_processes_one_speaks_and_warnings_are_shown(stored_runs
     second = {**ENVIRONMENT, "RANK": "1"}
     done = subprocess.run(mini.hpcm(*sweep, "--plan"), env=second, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_only_what_exists_at_the_first_import_is_never_looked_at_for_garbage() -> None:
+    dumped = imported_when_called("json:dumps")
+    dumped(1)
+    frozen, made = gc.get_freeze_count(), [[number] for number in range(9)]
+    assert dumped(made[:1]) == "[[0]]"
+    assert gc.get_freeze_count() == frozen
