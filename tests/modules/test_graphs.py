@@ -256,7 +256,6 @@ def test_graphs_are_captured_again_after_weights_have_moved(model: HPCM, change:
     assert len(calls) == 5
 
 
-@pytest.mark.usefixtures("device")
 def test_graphs_end_with_their_codec(codecs: list[HPCM], device: str) -> None:
     model = copy.deepcopy(codecs[0]).to(device)
     coded(model, *images(model, 1))

@@ -58,6 +58,9 @@ def test_the_codec_of_a_file_is_named_if_it_is_known(photos: Path, checkpoint: P
     printed = hpcm("decompress", image, "-o", photos / "two.png", "-c", checkpoint, *runs, code=1).err
     assert f"made by another model: {found['checkpoint']}; give that model with -c, or no -c" in printed
     hpcm("decompress", image, "-o", photos / "two.png", *runs)
+    image.write_bytes(CodedImage(b"somebody", 1, 1, b"z", b"y").pack())
+    printed = hpcm("decompress", image, "-o", photos / "two.png", "--overwrite", *runs, code=1).err
+    assert f"made by another model: {b'somebody'.hex()}, not bundled and not in {runs[1]}; give it with -c" in printed
 
 
 def test_checkpoints_are_described(tmp_path: Path, hpcm: Hpcm) -> None:

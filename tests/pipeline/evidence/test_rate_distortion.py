@@ -1,13 +1,16 @@
 """Rate–distortion curves and the differences between them."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from made import IMAGES, chain, changed, stage
 
+from pipeline.commands import curves as drawing
 from pipeline.evaluation.rd_curves import KODAK_NAMES, PUBLISHED, is_kodak
 from pipeline.evidence import figures
 from pipeline.evidence.rate_distortion import Curve, Point, curves, delta, deltas_table, differing_images
+from pipeline.records.chains import RecordsError
 from pipeline.weights.published import Quality
 
 LMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
@@ -74,9 +77,12 @@ def test_kodak_is_known_by_its_names() -> None:
         assert ("hpcm-base-kodak, published" in labels) == kodak
 
 
-def test_points_of_different_validation_images_are_named() -> None:
+def test_points_of_different_validation_images_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [chain(lmbda, 0, stage("baseline", lmbda, 0.2, 30, None)) for lmbda in LMBDAS[:3]]
     assert differing_images(parts) == ""
     other = changed(stage("baseline", 0.013, 0.5, 30, None), val_images=replace(IMAGES, name="others", digest="1" * 64))
-    named = differing_images([*parts[:2], chain(0.013, 0, other)])
-    assert "1 of photos: baseline at λ = 0.0018, baseline at λ = 0.0035; 1 of others: baseline at λ = 0.013. " in named
+    parts[2] = chain(0.013, 0, other)
+    monkeypatch.setattr(drawing, "read_chain", parts.__getitem__)
+    named = r"1 of photos: baseline at λ = 0.0018, baseline at λ = 0.0035; 1 of others: baseline at λ = 0.013\. "
+    with pytest.raises(RecordsError, match=named):
+        drawing.draw_curves({"": [Mock(folder=number) for number in range(3)]})
