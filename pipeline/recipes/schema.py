@@ -68,7 +68,7 @@ class Data(Settings):
     accumulate: PositiveInt = 1
     """Micro-batches per step. Each process computes its crops in this many parts, one after another, to save memory.
     The result is that of the whole batch, up to rounding."""
-    workers: int = Field(0, ge=0, le=256)
+    workers: int = Field(default=0, ge=0, le=256)
     """Data workers per training process; with 0, the training process reads the images itself."""
 
 
