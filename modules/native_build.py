@@ -114,9 +114,12 @@ def _digest(path: Path) -> str:
 
 
 def _cache() -> Path:
-    """The folder of built libraries, to which only its owner may write. Raises BuildError for another user's folder."""
+    """The folder of built libraries, to which only its owner may write. Raises BuildError if there is none."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given or Path.home() / ".cache") / "hpcm_native"
+    try:
+        folder = Path(given or Path.home() / ".cache") / "hpcm_native"
+    except RuntimeError as error:  # Nobody has a home folder in some containers.
+        raise BuildError(f"{error} Set TORCH_EXTENSIONS_DIR to a folder of your own") from error
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     status = folder.stat()
     if status.st_uid not in (0, os.getuid()):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -103,6 +104,11 @@ def test_a_damaged_library_is_rebuilt_and_another_users_is_not_loaded(
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o755
     os.chown(library.parent, 4711, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 4711)
     with pytest.raises(build.BuildError, match="belongs to another user"):
+        build.build_cpu("biwkv4")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    for variable in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(build.BuildError, match=r"home directory\. Set TORCH_EXTENSIONS_DIR"):
         build.build_cpu("biwkv4")
 
 
