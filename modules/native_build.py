@@ -118,7 +118,7 @@ def _cache() -> Path:
     given = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(given or Path.home() / ".cache") / "hpcm_native"
-    except RuntimeError as error:  # Nobody has a home folder in some containers.
+    except RuntimeError as error:  # In some containers the user has no home folder.
         raise BuildError(f"{error} Set TORCH_EXTENSIONS_DIR to a folder of your own") from error
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     status = folder.stat()

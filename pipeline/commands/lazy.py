@@ -102,7 +102,7 @@ def imported_when_called(place: str) -> Callable[..., Any]:
 
 def _imported(module: str) -> ModuleType:
     """The module. PyTorch's objects stay, and looking for garbage among them would take a sixth of a start."""
-    if module in sys.modules:  # What the program has made since then is not to stay.
+    if module in sys.modules:  # Objects that were made since then may become garbage.
         return sys.modules[module]
     gc.disable()
     try:

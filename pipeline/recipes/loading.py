@@ -99,8 +99,9 @@ def _import_plugins(defaults: YamlNode, folder: Path) -> tuple[YamlNode, dict[st
     names, where = listed.plain(), f"{listed.origin}: {PLUGINS}"
     if not isinstance(names, tuple) or not all(isinstance(name, str) and MODULE.fullmatch(name) for name in names):
         raise RecipeError(f"{where}: should be a list of names of Python modules, not {shown(names)}")
-    with raised_as(RecipeError, PluginError, f"{where}: "):
+    with raised_as(RecipeError, PluginError):
         load_installed_plugins()
+    with raised_as(RecipeError, PluginError, f"{where}: "):
         return YamlNode(others, defaults.origin), {name: load_plugin(name, folder) for name in names}
 
 

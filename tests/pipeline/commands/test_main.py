@@ -134,7 +134,7 @@ def test_of_two_launched_processes_one_speaks_and_warnings_are_shown(stored_runs
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_only_what_exists_at_the_first_import_is_never_looked_at_for_garbage() -> None:
+def test_objects_made_after_the_first_import_may_become_garbage() -> None:
     dumped = imported_when_called("json:dumps")
     dumped(1)
     frozen, made = gc.get_freeze_count(), [[number] for number in range(9)]
