@@ -18,7 +18,8 @@ from modules.bitstream.tables import CodingTables
 from modules.compressai_parts import RansDecoder, RansEncoder
 from modules.native_build import BuildError, build_cpu
 
-_STATE_BYTES = 8
+STATE_BYTES = 8
+"""Bytes of the state, with which a stream begins."""
 _LOWEST_STATE = 2**31
 _STREAM_ENDS = 3
 _logger = logging.getLogger(__name__)
@@ -85,9 +86,9 @@ class RangeDecoder:
     """
 
     def __init__(self, coded: bytes, tables: CodingTables, most: int):
-        state = int.from_bytes(coded[:_STATE_BYTES], "little")
+        state = int.from_bytes(coded[:STATE_BYTES], "little")
         # From this state on the coder reads one 32-bit word per 32 bits of symbols. Below it, one per symbol.
-        if len(coded) < _STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
+        if len(coded) < STATE_BYTES or len(coded) % 4 or state < _LOWEST_STATE:
             raise BitstreamError("damaged: this is not a range coder's stream")
         self.tables = tables
         self.library = compiled()
@@ -97,7 +98,7 @@ class RangeDecoder:
         else:
             self.bytes = np.frombuffer(coded, np.uint8)
             begin = self.bytes.ctypes.data
-            self.stream = _Stream(state, begin + _STATE_BYTES, begin + len(coded))
+            self.stream = _Stream(state, begin + STATE_BYTES, begin + len(coded))
 
     def decode(self, indexes: Tensor) -> Tensor:
         """The next symbols, int32 on the CPU, each of the table of its index. Both are (count,)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.bitstream.file_format import BitstreamError
-from modules.bitstream.range_coder import RangeDecoder, encode
+from modules.bitstream.range_coder import STATE_BYTES, RangeDecoder, encode
 from modules.bitstream.tables import CodingTables
 
 LIMIT = 2**24
@@ -19,7 +19,6 @@ LIMIT = 2**24
 
 _EXCESS_BYTES = 4
 _CHECK_BYTES = 4
-_STATE_BYTES = 8
 _MISMATCH = (
     "the symbols do not match their check value: the stream is damaged, was written with other "
     "weights, or comes from a machine that rounds differently (another processor, device or version of PyTorch)"
@@ -117,7 +116,7 @@ def split_check(string: bytes) -> tuple[int, bytes]:
 
 def longest(count: int) -> int:
     """The most bytes that `count` symbols can take: 2 each, 1 for each byte of an excess, and 1 for rounding."""
-    return _STATE_BYTES + (2 + _EXCESS_BYTES + 1) * count
+    return STATE_BYTES + (2 + _EXCESS_BYTES + 1) * count
 
 
 def _checksum(check: int, symbols: Tensor, indexes: Tensor) -> int:

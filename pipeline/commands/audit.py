@@ -17,20 +17,15 @@ mlflow_check = imported_when_called("pipeline.tracking.mirror:check_of")
 
 def audit(
     runs: Runs = Path("runs"),
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: AsJson = False,
     mlflow: Annotated[bool, typer.Option("--mlflow", help="Compare MLflow's store with the folders too.")] = False,
 ) -> None:
     """Show what each stage changed, and check its published files against its record; exits 1 if one differs."""
-    if markdown and as_json:
-        raise typer.BadParameter("give --markdown or --json, not both")
     if not runs.is_dir():
         raise UserError(f"nothing was run in {runs}: no such folder; choose a folder with --runs")
     chains, problems = audits.audit(runs, mlflow_check(runs)) if mlflow else audits.audit(runs)
     if as_json:
         show_json(audits.to_json(chains))
-    elif markdown:
-        print("\n".join(table.markdown() for chain in chains for table in audits.tables(chain)))
     else:
         for chain in chains:
             show(*audits.tables(chain))

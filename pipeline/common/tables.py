@@ -1,4 +1,4 @@
-"""Tables as data, printed to a terminal or a pipe, or written as Markdown."""
+"""Tables as data, printed to a terminal or a pipe."""
 
 import re
 from dataclasses import dataclass, field
@@ -54,16 +54,6 @@ class Table:
             for row in rows
         ]
         return "\n".join([self.title, *lines] if self.title else lines)
-
-    def markdown(self) -> str:
-        """The title and the table in Markdown."""
-        rules = [":--" if number < self.left else "--:" for number in range(len(self.columns))]
-        lines = (_line(self.columns), _line(rules), *map(_line, self.rows))
-        return "\n".join((f"**{self.title}**", "", *lines, ""))
-
-
-def _line(cells: tuple[str, ...] | list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
 
 
 def printable(text: str) -> str:

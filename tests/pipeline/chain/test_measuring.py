@@ -49,7 +49,7 @@ def test_a_plan_is_measured_kept_and_compared_with_what_came(
     run_chain(chain)
     (audited,), _ = audit(runs)
     assert audited.stages[0].expected == {"scratch": estimate.segments[0].seconds(loading=False)}
-    assert "% of the estimate" in list(tables(audited))[1].markdown()
+    assert "% of the estimate" in list(tables(audited))[1].plain()
 
 
 def test_what_does_not_fit_is_said_with_the_least_change_that_fits(
